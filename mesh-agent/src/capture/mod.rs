@@ -1,0 +1,6 @@
+//! The datapath's user half: the only module that knows aya.
+
+pub mod kernel;
+pub mod network;
+
+pub use network::{CaptureError, PodListeners, PodNetwork};

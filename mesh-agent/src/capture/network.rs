@@ -1,0 +1,49 @@
+//! The seam between the datapath and the proxy: what the proxy may ask of a Pod's network namespace.
+
+use std::net::IpAddr;
+use std::{fmt, io};
+
+use tokio::net::{TcpListener, TcpSocket};
+
+use crate::addr::{ClientAddr, ListenerAddr, OriginalDst};
+
+/// A Pod's network namespace as the proxy uses it. The kernel's is `capture::PodNamespace`; the tunnel's tests have one of plain
+/// loopback sockets.
+pub trait PodNetwork: Send + Sync + fmt::Debug + 'static {
+    /// Takes (and removes) where a redirected connection wanted to go.
+    ///
+    /// # Errors
+    /// No entry: the connection was not redirected by our programs, or the map was full. To be refused, never guessed.
+    fn take_original_destination(&self, client: ClientAddr, listener: ListenerAddr) -> Result<OriginalDst, CaptureError>;
+
+    /// A socket in the Pod's netns that the connect hooks leave alone, for tunnels and pass-through.
+    ///
+    /// # Errors
+    /// The socket cannot be made or marked.
+    fn outbound_socket(&self, towards: IpAddr) -> Result<TcpSocket, CaptureError>;
+
+    /// A socket in the Pod's netns bound to the true client's address (any port), whose connect the Pod's sk_lookup passes to
+    /// the application.
+    ///
+    /// # Errors
+    /// The socket cannot be made, marked or bound.
+    fn upstream_socket(&self, client: IpAddr, towards: IpAddr) -> Result<TcpSocket, CaptureError>;
+}
+
+/// The three listeners inside a Pod's netns; dual-stack where the kernel has IPv6.
+#[derive(Debug)]
+pub struct PodListeners {
+    pub outbound: TcpListener,
+    pub tunnel: TcpListener,
+    pub plaintext: TcpListener,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    #[error("no original destination is recorded for this connection")]
+    NoOriginalDestination,
+    #[error("{step}: {source}")]
+    Io { step: &'static str, source: io::Error },
+    #[error("{0}")]
+    Other(String),
+}

@@ -1,0 +1,18 @@
+//! The node agent: enrols Pods, keeps their certificates, carries their connections through mutual TLS, authorizes and measures.
+//! ARCHITECTURE.md follows a connection through these modules.
+
+pub mod addr;
+pub mod admin;
+pub mod app;
+pub mod capture;
+pub mod config;
+pub mod discovery;
+pub mod identity;
+pub mod local;
+pub mod policy;
+pub mod proto;
+pub mod proxy;
+pub mod state;
+pub mod telemetry;
+pub mod tls;
+pub mod workload;

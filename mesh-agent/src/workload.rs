@@ -1,0 +1,74 @@
+//! What the mesh knows of a workload and of a service: domain types, without wire or I/O.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use crate::identity::Identity;
+
+/// Where a Pod stands on its way into the mesh (DESIGN.md, invariant 4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Membership {
+    /// Not of the mesh: reached in clear.
+    Outside,
+    /// Belongs to the mesh, never proven yet.
+    Pending,
+    /// Reached through a tunnel.
+    Proven,
+    /// Was proven once: never reached in clear again.
+    Lost,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Workload {
+    /// "cluster/group/kind/namespace/name".
+    pub uid: Arc<str>,
+    /// The Pod's metadata.uid; empty where another control plane does not tell.
+    pub pod_uid: Arc<str>,
+    pub name: Arc<str>,
+    pub namespace: Arc<str>,
+    pub identity: Identity,
+    pub addresses: Vec<IpAddr>,
+    pub node: Arc<str>,
+    /// The owner, as in metrics and baggage: "deployment", "pod", "job" or "cronjob", and its name.
+    pub workload_type: WorkloadType,
+    pub workload_name: Arc<str>,
+    pub canonical_name: Arc<str>,
+    pub canonical_revision: Arc<str>,
+    pub cluster: Arc<str>,
+    pub region: Arc<str>,
+    pub zone: Arc<str>,
+    pub membership: Membership,
+    /// "namespace/name" of the selector policies that apply.
+    pub policies: Vec<Arc<str>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WorkloadType {
+    Deployment,
+    CronJob,
+    Pod,
+    Job,
+}
+
+impl WorkloadType {
+    /// As in the baggage key `k8s.<…>.name`.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Deployment => "deployment",
+            Self::CronJob => "cronjob",
+            Self::Pod => "pod",
+            Self::Job => "job",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    pub name: Arc<str>,
+    pub namespace: Arc<str>,
+    pub hostname: Arc<str>,
+    pub addresses: Vec<IpAddr>,
+    /// (service port, target port).
+    pub ports: Vec<(u16, u16)>,
+}

@@ -1,0 +1,17 @@
+//! Generates the wire types. protox is a protobuf compiler in Rust: no `protoc` has to be installed.
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let files = [
+        "envoy/discovery.proto",
+        "istio/workload.proto",
+        "istio/security.proto",
+        "istio/ca.proto",
+        "culvert/mesh.proto",
+        "culvert/node.proto",
+        "culvert/local.proto",
+    ];
+    println!("cargo:rerun-if-changed=proto");
+    let descriptors = protox::compile(files, ["proto"])?;
+    tonic_prost_build::configure().compile_fds(descriptors)?;
+    Ok(())
+}

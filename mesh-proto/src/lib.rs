@@ -1,0 +1,46 @@
+//! The wire interfaces, generated from `proto/`. Nothing but a crate's `proto.rs` may use these types: there they become domain
+//! types, and the rest of the program knows only those.
+#![allow(
+    clippy::all,
+    clippy::allow_attributes_without_reason,
+    missing_docs,
+    reason = "generated code"
+)]
+
+/// Delta discovery, `envoy.service.discovery.v3`.
+pub mod discovery {
+    tonic::include_proto!("envoy.service.discovery.v3");
+}
+/// `istio.workload`: workloads and services.
+pub mod workload {
+    tonic::include_proto!("istio.workload");
+}
+/// `istio.security`: authorizations.
+pub mod security {
+    tonic::include_proto!("istio.security");
+}
+/// `istio.v1.auth`: the certificate service.
+pub mod ca {
+    tonic::include_proto!("istio.v1.auth");
+}
+/// `culvert.mesh.v1`: what this mesh adds to discovery.
+pub mod mesh {
+    tonic::include_proto!("culvert.mesh.v1");
+}
+/// `culvert.node.v1`: the upward stream.
+pub mod node {
+    tonic::include_proto!("culvert.node.v1");
+}
+/// `culvert.local.v1`: the enrolment socket of the node.
+pub mod local {
+    tonic::include_proto!("culvert.local.v1");
+}
+
+pub const ADDRESS_TYPE_URL: &str = "type.googleapis.com/istio.workload.Address";
+pub const AUTHORIZATION_TYPE_URL: &str = "type.googleapis.com/istio.security.Authorization";
+pub const SETTINGS_TYPE_URL: &str = "type.googleapis.com/culvert.mesh.v1.Settings";
+pub const CAPTURE_TYPE_URL: &str = "type.googleapis.com/culvert.mesh.v1.Capture";
+/// Name of the workload extension that carries [`mesh::Capture`].
+pub const CAPTURE_EXTENSION: &str = "culvert.dev/capture";
+/// Name of the one [`mesh::Settings`] resource.
+pub const SETTINGS_NAME: &str = "mesh";
