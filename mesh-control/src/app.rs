@@ -37,6 +37,9 @@ use crate::state_dir::{StateDir, write_private};
 use crate::tokens::Tokens;
 use crate::{admin, limits};
 
+#[cfg(test)]
+mod tests;
+
 /// Names that the serving certificate always has.
 const OWN_NAMES: [&str; 4] = ["localhost", "127.0.0.1", "::1", "mesh-control.culvert-system.svc"];
 
@@ -55,12 +58,14 @@ pub struct Running {
 
 impl Running {
     /// Ends everything; open streams get a moment to close.
-    pub async fn stop(self) {
+    pub async fn stop(mut self) {
         self.follow.stop();
         self.serving_task.abort();
+        self.control.close();
         drop(self.stop.send(()));
-        if timeout(SHUTDOWN_GRACE, self.server).await.is_err() {
-            tracing::info!("streams were still open after {SHUTDOWN_GRACE:?}");
+        if timeout(SHUTDOWN_GRACE, &mut self.server).await.is_err() {
+            tracing::info!("connections were still open after {SHUTDOWN_GRACE:?}");
+            self.server.abort();
         }
         self.admin_task.abort();
     }

@@ -28,6 +28,7 @@ pub struct ControlPlane {
     /// Set once the folder was read: before, every resource would seem to be gone.
     ready: AtomicBool,
     nodes: Mutex<BTreeMap<String, NodeStatus>>,
+    closing: watch::Sender<bool>,
 }
 
 struct Inner {
@@ -76,6 +77,7 @@ impl ControlPlane {
             snapshot: watch::Sender::new(Arc::default()),
             ready: AtomicBool::new(false),
             nodes: Mutex::default(),
+            closing: watch::Sender::new(false),
         })
     }
 
@@ -87,6 +89,16 @@ impl ControlPlane {
     #[must_use]
     pub fn subscribe(&self) -> watch::Receiver<Arc<Snapshot>> {
         self.snapshot.subscribe()
+    }
+
+    /// Becomes true when open streams are to end.
+    #[must_use]
+    pub fn closing(&self) -> watch::Receiver<bool> {
+        self.closing.subscribe()
+    }
+
+    pub fn close(&self) {
+        self.closing.send_replace(true);
     }
 
     #[must_use]

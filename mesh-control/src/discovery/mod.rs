@@ -103,6 +103,7 @@ impl Stream {
         let mut recheck = interval(TOKEN_RECHECK);
         recheck.set_missed_tick_behavior(MissedTickBehavior::Delay);
         recheck.reset();
+        let mut closing = self.control.closing();
         loop {
             let deadline = self.types.values().filter_map(|of_type| of_type.acknowledge_by).min();
             tokio::select! {
@@ -111,10 +112,9 @@ impl Stream {
                     // The client is gone, by a half-close or by the loss of its connection.
                     Ok(None) | Err(_) => return Ok(()),
                 },
-                changed = self.snapshots.changed() => {
-                    if changed.is_err() {
-                        return Err(Cut("shutdown", Status::unavailable("the control plane ends")));
-                    }
+                _ = self.snapshots.changed() => {}
+                _ = closing.wait_for(|closing| *closing) => {
+                    return Err(Cut("shutdown", Status::unavailable("the control plane ends")));
                 }
                 () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
                     return Err(Cut("slow", Status::deadline_exceeded("a response was not acknowledged in time")));

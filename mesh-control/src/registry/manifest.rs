@@ -192,6 +192,11 @@ pub(crate) fn is_name(name: &str) -> bool {
         && alphanumeric(name.bytes().next_back())
 }
 
+/// What the API server gives is an UUID. Other text would not stand as a file's name on the node.
+fn is_uid(uid: &str) -> bool {
+    !uid.is_empty() && uid.len() <= 128 && uid.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+}
+
 /// The error begins with the field's path.
 fn typed<T: DeserializeOwned>(value: &Value) -> Result<T, String> {
     serde_path_to_error::deserialize(value).map_err(|error| {
@@ -296,6 +301,9 @@ fn pod(pod: core::Pod) -> Result<Pod, String> {
     let ObjectMeta { labels, uid, deletion_timestamp, owner_references, .. } = pod.metadata;
     let spec = pod.spec.unwrap_or_default();
     let status = pod.status.unwrap_or_default();
+    if let Some(uid) = uid.as_deref().filter(|uid| !is_uid(uid)) {
+        return Err(format!("metadata.uid: {uid:?} is no uid; give at most 128 letters, digits, '-', '_' or '.'"));
+    }
     let given: Vec<Option<String>> = match status.pod_ips {
         Some(ips) => ips.into_iter().map(|ip| Some(ip.ip)).collect(),
         None => vec![status.pod_ip],
