@@ -201,7 +201,8 @@ impl TryFrom<WireService> for Service {
         }
         let mut addresses = Vec::with_capacity(wire.addresses.len());
         for address in &wire.addresses {
-            let ip = ip(&address.address).ok_or_else(|| field("addresses", format!("has an address of {} bytes", address.address.len())))?;
+            let ip = ip(&address.address)
+                .ok_or_else(|| field("addresses", format!("has an address of {} bytes", address.address.len())))?;
             let whole = if ip.is_ipv4() { 32 } else { 128 };
             // A range, and the unspecified address of a headless service, are no virtual address.
             if !ip.is_unspecified() && address.length.is_none_or(|length| length >= whole) {
@@ -229,7 +230,8 @@ impl TryFrom<WireSettings> for Settings {
 
     fn try_from(wire: WireSettings) -> Result<Self, ProtoError> {
         let trust_domain = non_empty(&wire.trust_domain, DEFAULT_TRUST_DOMAIN).to_owned();
-        Identity::parse(&format!("spiffe://{trust_domain}/ns/x/sa/x")).map_err(|_| field("trust_domain", "holds characters that no trust domain has"))?;
+        Identity::parse(&format!("spiffe://{trust_domain}/ns/x/sa/x"))
+            .map_err(|_| field("trust_domain", "holds characters that no trust domain has"))?;
         let pod_ranges = wire
             .pod_ranges
             .iter()

@@ -113,10 +113,11 @@ impl Subscriptions {
                 |name| Some(Change::RemovePolicy(name)),
             ),
             // Settings that are gone say nothing of what holds instead: the last ones stay.
-            SETTINGS_TYPE_URL => {
-                self.settings
-                    .receive(response, |resource| proto::settings(resource).map_err(|e| e.to_string()), |_| None)
-            }
+            SETTINGS_TYPE_URL => self.settings.receive(
+                response,
+                |resource| proto::settings(resource).map_err(|e| e.to_string()),
+                |_| None,
+            ),
             _ => return Err(response),
         };
         Ok(received)
@@ -245,7 +246,13 @@ fn apply(
         status.responses += 1;
         status.rejected_resources += rejected_count;
         status.enforced_versions.insert(type_url, version);
-        status.rejected = subscriptions.rejected.values().flatten().take(MAX_REJECTED_NAMED).cloned().collect();
+        status.rejected = subscriptions
+            .rejected
+            .values()
+            .flatten()
+            .take(MAX_REJECTED_NAMED)
+            .cloned()
+            .collect();
     });
     reply
 }
@@ -254,7 +261,11 @@ fn mark_synced(subscriptions: &Subscriptions, status: &watch::Sender<DiscoverySt
     if subscriptions.synced(settings_due) {
         let first = status.send_if_modified(|status| !std::mem::replace(&mut status.synced, true));
         if first {
-            info!(addresses = subscriptions.addresses.held(), policies = subscriptions.authorizations.held(), "discovery is synced");
+            info!(
+                addresses = subscriptions.addresses.held(),
+                policies = subscriptions.authorizations.held(),
+                "discovery is synced"
+            );
         }
     }
 }

@@ -154,7 +154,11 @@ fn report(sequence: u64, pods: &[PodStatus], status: &DiscoveryStatus) -> NodeRe
                 reason: pod.reason.clone(),
             })
             .collect(),
-        enforced_versions: status.enforced_versions.iter().map(|(t, v)| ((*t).to_owned(), v.clone())).collect(),
+        enforced_versions: status
+            .enforced_versions
+            .iter()
+            .map(|(t, v)| ((*t).to_owned(), v.clone()))
+            .collect(),
         rejected: status.rejected.iter().take(MAX_REJECTED_NAMED).cloned().collect(),
     }
 }

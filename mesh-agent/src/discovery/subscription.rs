@@ -205,7 +205,10 @@ mod tests {
         Resource {
             name: name.to_owned(),
             version: version.to_owned(),
-            resource: Some(Any { type_url: TYPE.to_owned(), value: Vec::new() }),
+            resource: Some(Any {
+                type_url: TYPE.to_owned(),
+                value: Vec::new(),
+            }),
             ..Resource::default()
         }
     }
@@ -224,13 +227,23 @@ mod tests {
     fn receive(subscription: &mut Subscription, response: DeltaDiscoveryResponse) -> Received<Change> {
         subscription.receive(
             response,
-            |r| if r.name.contains("bad") { Err("is bad".to_owned()) } else { Ok(Change::Set(r.name.clone())) },
+            |r| {
+                if r.name.contains("bad") {
+                    Err("is bad".to_owned())
+                } else {
+                    Ok(Change::Set(r.name.clone()))
+                }
+            },
             |name| Some(Change::Remove(name)),
         )
     }
 
     fn held(subscription: &Subscription) -> BTreeMap<String, String> {
-        subscription.open(Node::default()).initial_resource_versions.into_iter().collect()
+        subscription
+            .open(Node::default())
+            .initial_resource_versions
+            .into_iter()
+            .collect()
     }
 
     fn versions(of: &[(&str, &str)]) -> BTreeMap<String, String> {
@@ -239,7 +252,10 @@ mod tests {
 
     #[test]
     fn the_first_request_is_the_wildcard() {
-        let request = Subscription::new(TYPE).open(Node { id: "me".to_owned(), ..Node::default() });
+        let request = Subscription::new(TYPE).open(Node {
+            id: "me".to_owned(),
+            ..Node::default()
+        });
         assert_eq!(request.type_url, TYPE);
         assert!(request.resource_names_subscribe.is_empty() && request.resource_names_unsubscribe.is_empty());
         assert!(request.initial_resource_versions.is_empty() && request.response_nonce.is_empty());
@@ -250,12 +266,28 @@ mod tests {
     fn a_usable_response_is_acknowledged_and_held_for_the_next_stream() {
         let mut subscription = Subscription::new(TYPE);
         assert!(!subscription.answered());
-        let received = receive(&mut subscription, response("1", vec![resource("a", "1"), resource("b", "7")], &[]));
+        let received = receive(
+            &mut subscription,
+            response("1", vec![resource("a", "1"), resource("b", "7")], &[]),
+        );
         assert_eq!(received.changes, [Change::Set("a".into()), Change::Set("b".into())]);
-        assert_eq!((received.reply.response_nonce.as_str(), received.reply.error_detail), ("1", None));
+        assert_eq!(
+            (received.reply.response_nonce.as_str(), received.reply.error_detail),
+            ("1", None)
+        );
         assert!(received.reply.resource_names_subscribe.is_empty());
-        let received = receive(&mut subscription, response("2", vec![resource("a", "2")], &["b", "never-known"]));
-        assert_eq!(received.changes, [Change::Remove("b".into()), Change::Remove("never-known".into()), Change::Set("a".into())]);
+        let received = receive(
+            &mut subscription,
+            response("2", vec![resource("a", "2")], &["b", "never-known"]),
+        );
+        assert_eq!(
+            received.changes,
+            [
+                Change::Remove("b".into()),
+                Change::Remove("never-known".into()),
+                Change::Set("a".into())
+            ]
+        );
         assert_eq!(held(&subscription), versions(&[("a", "2")]));
         assert_eq!(subscription.version(), "v-2");
     }
@@ -271,10 +303,19 @@ mod tests {
     fn what_cannot_be_used_is_named_and_the_rest_applies() {
         let mut subscription = Subscription::new(TYPE);
         let mut foreign = resource("foreign", "1");
-        foreign.resource = Some(Any { type_url: "other".to_owned(), value: vec![0xff] });
+        foreign.resource = Some(Any {
+            type_url: "other".to_owned(),
+            value: vec![0xff],
+        });
         let mut empty = resource("empty", "1");
         empty.resource = None;
-        let all = vec![resource("bad-1", "1"), resource("good", "1"), foreign, empty, resource("", "1")];
+        let all = vec![
+            resource("bad-1", "1"),
+            resource("good", "1"),
+            foreign,
+            empty,
+            resource("", "1"),
+        ];
         let received = receive(&mut subscription, response("1", all, &[]));
         assert_eq!(received.changes, [Change::Set("good".into())]);
         let detail = received.reply.error_detail.unwrap();
@@ -302,7 +343,9 @@ mod tests {
     #[test]
     fn a_nack_stays_small_whatever_is_rejected() {
         let mut subscription = Subscription::new(TYPE);
-        let all = (0..10_000).map(|i| resource(&format!("bad-{i}-{}", "é".repeat(2000)), "1")).collect();
+        let all = (0..10_000)
+            .map(|i| resource(&format!("bad-{i}-{}", "é".repeat(2000)), "1"))
+            .collect();
         let received = receive(&mut subscription, response("1", all, &[]));
         let detail = received.reply.error_detail.unwrap();
         assert!(detail.message.len() < MAX_REJECTED_NAMED * 1300, "{}", detail.message.len());

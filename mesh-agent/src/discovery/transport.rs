@@ -75,8 +75,9 @@ impl ControlPlane {
     /// # Errors
     /// The secret is no header value, or TLS cannot be set up.
     pub fn new(token: &NodeToken, address: Option<&str>) -> Result<Self, TransportError> {
-        let mut bearer: MetadataValue<Ascii> =
-            format!("Bearer {}", token.secret.expose()).parse().map_err(|_| TransportError::Secret)?;
+        let mut bearer: MetadataValue<Ascii> = format!("Bearer {}", token.secret.expose())
+            .parse()
+            .map_err(|_| TransportError::Secret)?;
         bearer.set_sensitive(true);
         let address: Arc<str> = address.unwrap_or(&token.address).into();
         let tls = TlsConnector::from(Arc::new(client_config(token.root_sha256)?));
@@ -127,9 +128,12 @@ async fn connect(address: &str, tls: TlsConnector) -> io::Result<TlsStream<TcpSt
         .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "connecting to the control plane took too long"))??;
     stream.set_nodelay(true)?;
     let name = ServerName::try_from(CONTROL_SERVER_NAME).map_err(io::Error::other)?;
-    timeout(HANDSHAKE_TIMEOUT, tls.connect(name, stream))
-        .await
-        .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the TLS handshake with the control plane took too long"))?
+    timeout(HANDSHAKE_TIMEOUT, tls.connect(name, stream)).await.map_err(|_| {
+        io::Error::new(
+            io::ErrorKind::TimedOut,
+            "the TLS handshake with the control plane took too long",
+        )
+    })?
 }
 
 fn client_config(root_sha256: [u8; 32]) -> Result<ClientConfig, rustls::Error> {
@@ -200,7 +204,12 @@ impl ServerCertVerifier for PinnedRoot {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls13_signature(message, certificate, signature, &self.provider.signature_verification_algorithms)
+        rustls::crypto::verify_tls13_signature(
+            message,
+            certificate,
+            signature,
+            &self.provider.signature_verification_algorithms,
+        )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {

@@ -66,7 +66,12 @@ impl KeyAndRequest {
     ///
     /// # Errors
     /// It does not prove this identity for this key now.
-    pub fn certify(self, identity: &Identity, cert_chain: &[String], now: SystemTime) -> Result<CertifiedKeyPair, CertificateError> {
+    pub fn certify(
+        self,
+        identity: &Identity,
+        cert_chain: &[String],
+        now: SystemTime,
+    ) -> Result<CertifiedKeyPair, CertificateError> {
         let answer = |text: &str| CertificateError::Answer(text.to_owned());
         let [certificates @ .., roots_pem] = cert_chain else {
             return Err(answer("it is empty"));
@@ -77,7 +82,9 @@ impl KeyAndRequest {
         };
         let mut roots = RootCertStore::empty();
         for root in parse_pem(std::iter::once(roots_pem))? {
-            roots.add(root).map_err(|e| CertificateError::Answer(format!("a root: {e}")))?;
+            roots
+                .add(root)
+                .map_err(|e| CertificateError::Answer(format!("a root: {e}")))?;
         }
         let (not_before, not_after) = self.check_leaf(leaf, identity, now)?;
         webpki::EndEntityCert::try_from(leaf)
@@ -114,7 +121,9 @@ impl KeyAndRequest {
         if leaf.public_key().subject_public_key.data != self.key.public_key_raw() {
             return Err(answer("the certificate is for another key".to_owned()));
         }
-        let names = leaf.subject_alternative_name().map_err(|e| answer(format!("its names: {e}")))?;
+        let names = leaf
+            .subject_alternative_name()
+            .map_err(|e| answer(format!("its names: {e}")))?;
         let uris: Vec<&str> = names
             .iter()
             .flat_map(|names| &names.value.general_names)
@@ -127,7 +136,9 @@ impl KeyAndRequest {
             return Err(answer(format!("it names {uris:?}, not `{identity}`")));
         }
         let time = |t: x509_parser::time::ASN1Time| {
-            u64::try_from(t.timestamp()).map(|s| SystemTime::UNIX_EPOCH + Duration::from_secs(s)).map_err(|_| answer("a date before 1970".to_owned()))
+            u64::try_from(t.timestamp())
+                .map(|s| SystemTime::UNIX_EPOCH + Duration::from_secs(s))
+                .map_err(|_| answer("a date before 1970".to_owned()))
         };
         let (not_before, not_after) = (time(leaf.validity().not_before)?, time(leaf.validity().not_after)?);
         if not_after <= now || not_before > now + CLOCK_SKEW || not_after <= not_before {
@@ -167,7 +178,10 @@ mod tests {
             let mut params = CertificateParams::default();
             params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
             let root_pem = params.self_signed(&key).unwrap().pem();
-            Self { issuer: Issuer::new(params, key), root_pem }
+            Self {
+                issuer: Issuer::new(params, key),
+                root_pem,
+            }
         }
 
         fn sign(&self, csr: &str, change: impl FnOnce(&mut CertificateParams)) -> Vec<String> {
@@ -196,7 +210,10 @@ mod tests {
         let answer = authority.sign(&request.csr_pem, |_| {});
         let pair = request.certify(&identity(), &answer, SystemTime::now()).unwrap();
         assert_eq!((pair.chain.len(), pair.roots.len()), (1, 1));
-        assert_eq!(pair.not_after.duration_since(pair.not_before).unwrap(), Duration::from_secs(3660));
+        assert_eq!(
+            pair.not_after.duration_since(pair.not_before).unwrap(),
+            Duration::from_secs(3660)
+        );
     }
 
     #[test]
@@ -205,7 +222,10 @@ mod tests {
         let request = KeyAndRequest::new(&identity()).unwrap();
         let mut answer = authority.sign(&request.csr_pem, |_| {});
         answer[1].push_str(&other.root_pem);
-        assert_eq!(request.certify(&identity(), &answer, SystemTime::now()).unwrap().roots.len(), 2);
+        assert_eq!(
+            request.certify(&identity(), &answer, SystemTime::now()).unwrap().roots.len(),
+            2
+        );
     }
 
     #[test]
@@ -215,7 +235,9 @@ mod tests {
         let fresh = || KeyAndRequest::new(&identity()).unwrap();
 
         let request = fresh();
-        let answer = authority.sign(&request.csr_pem, |p| p.subject_alt_names = vec![SanType::URI("spiffe://cluster.local/ns/shop/sa/admin".try_into().unwrap())]);
+        let answer = authority.sign(&request.csr_pem, |p| {
+            p.subject_alt_names = vec![SanType::URI("spiffe://cluster.local/ns/shop/sa/admin".try_into().unwrap())]
+        });
         assert!(error(request.certify(&identity(), &answer, now)).contains("sa/admin"));
 
         let answer = authority.sign(&fresh().csr_pem, |_| {});
@@ -236,8 +258,24 @@ mod tests {
     #[test]
     fn garbage_is_refused() {
         let root = Authority::new().root_pem;
-        for garbage in [vec![], vec![root.clone()], vec![String::new(), root.clone()], vec!["-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n".to_owned(), root], vec!["\u{0}".to_owned(), "x".to_owned()]] {
-            assert_eq!(KeyAndRequest::new(&identity()).unwrap().certify(&identity(), &garbage, SystemTime::now()).unwrap_err().reason(), "answer");
+        for garbage in [
+            vec![],
+            vec![root.clone()],
+            vec![String::new(), root.clone()],
+            vec![
+                "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n".to_owned(),
+                root,
+            ],
+            vec!["\u{0}".to_owned(), "x".to_owned()],
+        ] {
+            assert_eq!(
+                KeyAndRequest::new(&identity())
+                    .unwrap()
+                    .certify(&identity(), &garbage, SystemTime::now())
+                    .unwrap_err()
+                    .reason(),
+                "answer"
+            );
         }
     }
 }

@@ -118,7 +118,13 @@ impl Certificates {
             }
         };
         let waited = tokio::time::timeout(patience, held).await;
-        waited.map_err(|_| self.failures.lock().get(identity).cloned().unwrap_or_else(|| "no certificate yet".to_owned()))
+        waited.map_err(|_| {
+            self.failures
+                .lock()
+                .get(identity)
+                .cloned()
+                .unwrap_or_else(|| "no certificate yet".to_owned())
+        })
     }
 
     /// Why an identity has no fresh certificate; for the admin dump.
@@ -142,7 +148,9 @@ impl Certificates {
             }
             // With no room only the end of a request makes anything happen.
             let sleep = match self.rotation.lock().next_due() {
-                Some(at) if running.len() < CONCURRENT_REQUESTS => at.duration_since(SystemTime::now()).unwrap_or_default().min(LONGEST_SLEEP),
+                Some(at) if running.len() < CONCURRENT_REQUESTS => {
+                    at.duration_since(SystemTime::now()).unwrap_or_default().min(LONGEST_SLEEP)
+                }
                 _ => LONGEST_SLEEP,
             };
             tokio::select! {
@@ -187,6 +195,8 @@ impl Certificates {
 
 async fn fetch(authority: &impl Authority, identity: &Identity) -> Result<CertifiedKeyPair, CertificateError> {
     let request = KeyAndRequest::new(identity)?;
-    let answer = tokio::time::timeout(REQUEST_TIMEOUT, authority.sign(identity, request.csr_pem.clone())).await.map_err(|_| CertificateError::Timeout)??;
+    let answer = tokio::time::timeout(REQUEST_TIMEOUT, authority.sign(identity, request.csr_pem.clone()))
+        .await
+        .map_err(|_| CertificateError::Timeout)??;
     request.certify(identity, &answer, SystemTime::now())
 }

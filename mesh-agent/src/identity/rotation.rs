@@ -196,7 +196,11 @@ mod tests {
         rotation.fetched(&identity("a"), now, now + HOUR, now, 0.0);
         let due = rotation.next_due().unwrap();
         rotation.take_due(due, 8);
-        assert_eq!(rotation.failed(&identity("a"), due, 1.0), Some(FIRST_RETRY), "success starts the back-off over");
+        assert_eq!(
+            rotation.failed(&identity("a"), due, 1.0),
+            Some(FIRST_RETRY),
+            "success starts the back-off over"
+        );
     }
 
     #[test]

@@ -11,9 +11,21 @@ struct Shape {
     inside: &'static [(u32, &'static Shape)],
 }
 
-const EMPTY: Shape = Shape { fields: 0, refused: &[], inside: &[] };
-const STRING_MATCH: Shape = Shape { fields: 4, refused: &[], inside: &[(4, &EMPTY)] };
-const PAIR: Shape = Shape { fields: 2, refused: &[], inside: &[] };
+const EMPTY: Shape = Shape {
+    fields: 0,
+    refused: &[],
+    inside: &[],
+};
+const STRING_MATCH: Shape = Shape {
+    fields: 4,
+    refused: &[],
+    inside: &[(4, &EMPTY)],
+};
+const PAIR: Shape = Shape {
+    fields: 2,
+    refused: &[],
+    inside: &[],
+};
 const MATCH: Shape = Shape {
     fields: 13,
     refused: &[13],
@@ -30,8 +42,16 @@ const MATCH: Shape = Shape {
         (12, &PAIR),
     ],
 };
-const CLAUSE: Shape = Shape { fields: 1, refused: &[], inside: &[(1, &MATCH)] };
-const RULE: Shape = Shape { fields: 1, refused: &[], inside: &[(1, &CLAUSE)] };
+const CLAUSE: Shape = Shape {
+    fields: 1,
+    refused: &[],
+    inside: &[(1, &MATCH)],
+};
+const RULE: Shape = Shape {
+    fields: 1,
+    refused: &[],
+    inside: &[(1, &CLAUSE)],
+};
 
 const RULES: u32 = 5;
 /// The last known field; an extension that we do not know may restrict.
