@@ -36,7 +36,13 @@ fn before_exec(command: &mut Command, work: impl FnMut() -> io::Result<()> + Sen
 /// Raw calls: the C library's wrappers of set*id would talk to threads that do not exist after a fork.
 #[allow(unsafe_code, reason = "system calls without a wrapper that is safe after fork")]
 fn become_nobody_in(netns: libc::c_int) -> io::Result<()> {
-    let check = |result: libc::c_long| if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) };
+    let check = |result: libc::c_long| {
+        if result == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    };
     // SAFETY: all arguments are integers, or a null pointer with length 0.
     unsafe {
         check(libc::syscall(libc::SYS_setns, netns, libc::CLONE_NEWNET))?;

@@ -146,9 +146,9 @@ fn report(sequence: u64, pods: &[PodStatus], status: &DiscoveryStatus) -> NodeRe
                 namespace: pod.namespace.to_string(),
                 name: pod.name.to_string(),
                 proof: match pod.proof {
-                    Proof::Pending => WireProof::ProofPending,
-                    Proof::Proven => WireProof::ProofProven,
-                    Proof::Lost => WireProof::ProofLost,
+                    Proof::Pending => WireProof::Pending,
+                    Proof::Proven => WireProof::Proven,
+                    Proof::Lost => WireProof::Lost,
                 }
                 .into(),
                 reason: pod.reason.clone(),

@@ -87,19 +87,21 @@ impl KeyAndRequest {
                 .map_err(|e| CertificateError::Answer(format!("a root: {e}")))?;
         }
         let (not_before, not_after) = self.check_leaf(leaf, identity, now)?;
-        webpki::EndEntityCert::try_from(leaf)
-            .and_then(|end_entity| {
-                end_entity.verify_for_usage(
-                    webpki::ALL_VERIFICATION_ALGS,
-                    &roots.roots,
-                    &chain[1..],
-                    UnixTime::since_unix_epoch((now + CLOCK_SKEW).duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()),
-                    webpki::KeyUsage::server_auth(),
-                    None,
-                    None,
-                )
-            })
-            .map_err(|e| CertificateError::Answer(format!("the chain: {e}")))?;
+        let chain_error = |error: webpki::Error| CertificateError::Answer(format!("the chain: {error}"));
+        // A certificate of a clock slightly ahead of ours is taken.
+        let valid_at = (now + CLOCK_SKEW).duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let end_entity = webpki::EndEntityCert::try_from(leaf).map_err(chain_error)?;
+        end_entity
+            .verify_for_usage(
+                webpki::ALL_VERIFICATION_ALGS,
+                &roots.roots,
+                &chain[1..],
+                UnixTime::since_unix_epoch(valid_at),
+                webpki::KeyUsage::server_auth(),
+                None,
+                None,
+            )
+            .map_err(chain_error)?;
         Ok(CertifiedKeyPair {
             identity: identity.clone(),
             chain,
