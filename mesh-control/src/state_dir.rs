@@ -17,7 +17,10 @@ pub enum StateError {
 
 impl StateError {
     pub(crate) fn content(path: &Path, problem: impl ToString) -> Self {
-        Self::Content { path: path.to_owned(), problem: problem.to_string() }
+        Self::Content {
+            path: path.to_owned(),
+            problem: problem.to_string(),
+        }
     }
 }
 
@@ -55,7 +58,10 @@ impl StateDir {
     /// It cannot be read, is larger than `most` bytes, or others may read it.
     pub fn read(&self, name: &str, most: u64) -> Result<Option<Vec<u8>>, StateError> {
         let path = self.path.join(name);
-        let io = |source| StateError::Io { path: path.clone(), source };
+        let io = |source| StateError::Io {
+            path: path.clone(),
+            source,
+        };
         let file = match File::open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
@@ -98,7 +104,10 @@ impl StateDir {
     /// # Errors
     /// It cannot be read.
     pub fn list(&self, most: usize) -> Result<Vec<String>, StateError> {
-        let io = |source| StateError::Io { path: self.path.clone(), source };
+        let io = |source| StateError::Io {
+            path: self.path.clone(),
+            source,
+        };
         let mut names = Vec::new();
         for entry in std::fs::read_dir(&self.path).map_err(io)?.take(most) {
             names.extend(entry.map_err(io)?.file_name().into_string());
@@ -109,7 +118,10 @@ impl StateDir {
 }
 
 fn make_private_dir(path: &Path) -> Result<(), StateError> {
-    let io = |source| StateError::Io { path: path.to_owned(), source };
+    let io = |source| StateError::Io {
+        path: path.to_owned(),
+        source,
+    };
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io)?;
     let mode = std::fs::metadata(path).map_err(io)?.mode() & 0o7777;
     if mode & 0o077 == 0 {
@@ -119,7 +131,11 @@ fn make_private_dir(path: &Path) -> Result<(), StateError> {
     if std::fs::read_dir(path).map_err(io)?.next().is_none() {
         return std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700)).map_err(io);
     }
-    Err(StateError::TooOpen { path: path.to_owned(), mode, want: 0o700 })
+    Err(StateError::TooOpen {
+        path: path.to_owned(),
+        mode,
+        want: 0o700,
+    })
 }
 
 /// Writes a 0600 file by a temporary one beside it.
@@ -127,8 +143,14 @@ fn make_private_dir(path: &Path) -> Result<(), StateError> {
 /// # Errors
 /// The disk's; without `replace`, [`ErrorKind::AlreadyExists`].
 pub fn write_private(path: &Path, content: &[u8], replace: bool) -> Result<(), StateError> {
-    let io = |source| StateError::Io { path: path.to_owned(), source };
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let io = |source| StateError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    let parent = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     let mut file = tempfile::Builder::new()
         .prefix(".new-")
         .permissions(std::fs::Permissions::from_mode(0o600))
@@ -136,7 +158,11 @@ pub fn write_private(path: &Path, content: &[u8], replace: bool) -> Result<(), S
         .map_err(io)?;
     file.write_all(content).map_err(io)?;
     file.as_file().sync_all().map_err(io)?;
-    let persisted = if replace { file.persist(path) } else { file.persist_noclobber(path) };
+    let persisted = if replace {
+        file.persist(path)
+    } else {
+        file.persist_noclobber(path)
+    };
     persisted.map_err(|error| io(error.error))?;
     File::open(parent).and_then(|parent| parent.sync_all()).map_err(io)
 }
