@@ -147,7 +147,7 @@ impl Testbed {
                 "--clear-groups",
                 "--no-new-privs",
             ])
-            .args(["python3", "-c", CLIENT])
+            .args(["/usr/bin/python3", "-c", CLIENT])
             .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
