@@ -1,5 +1,6 @@
 //! The datapath's user half: the only module that knows aya.
 
+mod bpf_syscalls;
 pub mod kernel;
 pub mod network;
 
