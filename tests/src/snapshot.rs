@@ -23,8 +23,15 @@ pub fn of(netns: &Netns) -> Result<String> {
     let mut text = String::new();
     netns.run(|| {
         for command in COMMANDS {
-            let output = Command::new(command[0]).args(&command[1..]).output().with_context(|| format!("starting {command:?}"))?;
-            ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+            let output = Command::new(command[0])
+                .args(&command[1..])
+                .output()
+                .with_context(|| format!("starting {command:?}"))?;
+            ensure!(
+                output.status.success(),
+                "{command:?}: {}",
+                String::from_utf8_lossy(&output.stderr)
+            );
             // `ss` lists in the order of a hash table.
             let output = String::from_utf8_lossy(&output.stdout);
             let mut lines: Vec<&str> = output.lines().collect();

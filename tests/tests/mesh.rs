@@ -60,9 +60,16 @@ fn every_family(mesh: &mut Mesh) -> Result<()> {
             let position = log.position();
             let attempt = mesh.app.connect_to(&client, &written)?;
             let seen = attempt.expect_ok()?.report["peer"].as_str().unwrap_or_default().to_owned();
-            ensure!(seen == peer.unwrap_or_else(|| written.clone()), "{written}: getpeername said {seen}");
-            log.wait_for(position, &[("direction", "outbound"), ("path", "tunnel"), ("result", "ok")], SOON)
-                .with_context(|| format!("client → {written}"))?;
+            ensure!(
+                seen == peer.unwrap_or_else(|| written.clone()),
+                "{written}: getpeername said {seen}"
+            );
+            log.wait_for(
+                position,
+                &[("direction", "outbound"), ("path", "tunnel"), ("result", "ok")],
+                SOON,
+            )
+            .with_context(|| format!("client → {written}"))?;
         }
     }
     Ok(())
@@ -86,7 +93,10 @@ fn true_client(mesh: &mut Mesh) -> Result<()> {
         let client = mesh.pod(from);
         for (address, own) in mesh.pod("server").addresses().into_iter().zip(client.addresses()) {
             let body = mesh.app.get(&client.place(), address, "/")?;
-            ensure!(body.contains(&format!("client={own} ")), "expected {from} as {own}, the server saw {body}");
+            ensure!(
+                body.contains(&format!("client={own} ")),
+                "expected {from} as {own}, the server saw {body}"
+            );
         }
     }
     Ok(())
@@ -105,7 +115,10 @@ fn concurrent(mesh: &mut Mesh) -> Result<()> {
 fn bulk(mesh: &mut Mesh) -> Result<()> {
     for address in mesh.pod("server").addresses() {
         let report = mesh.app.bulk(&mesh.pod("client").place(), address, 16 << 20)?;
-        ensure!(report["received"] == 16 << 20 && report["sent_sha256"] == report["received_sha256"], "{address}: {report}");
+        ensure!(
+            report["received"] == 16 << 20 && report["sent_sha256"] == report["received_sha256"],
+            "{address}: {report}"
+        );
     }
     Ok(())
 }
@@ -115,7 +128,9 @@ fn closed_port(mesh: &mut Mesh) -> Result<()> {
         for address in mesh.pod(server).addresses() {
             for from in ["client", "outsider"] {
                 let attempt = mesh.app.connect(&mesh.pod(from).place(), address, CLOSED_PORT)?;
-                attempt.expect_refused(QUICKLY).with_context(|| format!("{from} → {address}"))?;
+                attempt
+                    .expect_refused(QUICKLY)
+                    .with_context(|| format!("{from} → {address}"))?;
             }
         }
     }
@@ -127,13 +142,17 @@ fn agent_ports(mesh: &mut Mesh) -> Result<()> {
     for address in mesh.pod("server").addresses() {
         for port in [15001, 15006] {
             let attempt = mesh.app.connect(&client, address, port)?;
-            attempt.expect_refused(QUICKLY).with_context(|| format!("{address} port {port}"))?;
+            attempt
+                .expect_refused(QUICKLY)
+                .with_context(|| format!("{address} port {port}"))?;
         }
     }
     // Straight to the listeners inside the Pod: no destination is recorded, and none is guessed.
     for port in [15001, 15006] {
         let attempt = mesh.app.connect(&client, "127.0.0.1".parse()?, port)?;
-        attempt.expect_refused(QUICKLY).with_context(|| format!("loopback port {port}"))?;
+        attempt
+            .expect_refused(QUICKLY)
+            .with_context(|| format!("loopback port {port}"))?;
     }
     Ok(())
 }
@@ -142,7 +161,10 @@ fn multipath(mesh: &mut Mesh) -> Result<()> {
     for address in mesh.pod("server").addresses() {
         let report = mesh.app.mptcp(&mesh.pod("client").place(), address)?;
         let unsupported = report["errno"] == PROTOCOL_NOT_SUPPORTED;
-        ensure!(report["socket"] == false && unsupported, "expected EPROTONOSUPPORT, saw {report}");
+        ensure!(
+            report["socket"] == false && unsupported,
+            "expected EPROTONOSUPPORT, saw {report}"
+        );
     }
     Ok(())
 }
@@ -175,7 +197,9 @@ fn service_address(mesh: &mut Mesh) -> Result<()> {
         Ok(text(&line, "reason").contains("service").then_some(line))
     })?;
     ensure!(text(&line, "destination_address").starts_with(&address.to_string()), "{line}");
-    mesh.app.connect(&mesh.pod("client").place(), address, ECHO_PORT)?.expect_refused(QUICKLY)?;
+    mesh.app
+        .connect(&mesh.pod("client").place(), address, ECHO_PORT)?
+        .expect_refused(QUICKLY)?;
     mesh.registry.remove("service.yaml")
 }
 
@@ -188,11 +212,18 @@ fn outside(mesh: &mut Mesh) -> Result<()> {
         let position = log.position();
         let body = mesh.app.get(&client.place(), address, "/")?;
         ensure!(body.contains(&format!("client={own} ")), "{body}");
-        log.wait_for(position, &[("direction", "outbound"), ("path", "passthrough"), ("result", "ok")], SOON)?;
+        log.wait_for(
+            position,
+            &[("direction", "outbound"), ("path", "passthrough"), ("result", "ok")],
+            SOON,
+        )?;
     }
     let labels = [("source_workload", "client"), ("connection_security_policy", "none")];
     let opened = mesh.metric(NodeName::One, "mesh_tcp_connections_opened_total", &labels)?;
-    ensure!(opened >= 2.0, "expected at least 2 connections outside to be counted, saw {opened}");
+    ensure!(
+        opened >= 2.0,
+        "expected at least 2 connections outside to be counted, saw {opened}"
+    );
     Ok(())
 }
 
@@ -221,7 +252,11 @@ fn access_log(mesh: &mut Mesh) -> Result<()> {
     source.wait_for(positions.0, &[common, &[("direction", "outbound")]].concat(), SOON)?;
     let line = destination.wait_for(positions.1, &[common, &[("direction", "inbound")]].concat(), SOON)?;
     let from = text(&line, "source_address");
-    ensure!(from.contains(&client.v6.to_string()), "expected the source {}, saw {from}", client.v6);
+    ensure!(
+        from.contains(&client.v6.to_string()),
+        "expected the source {}, saw {from}",
+        client.v6
+    );
     for field in ["time", "duration_ms"] {
         ensure!(!text(&line, field).is_empty(), "no {field} in {line}");
     }
@@ -229,7 +264,9 @@ fn access_log(mesh: &mut Mesh) -> Result<()> {
 }
 
 fn metrics(mesh: &mut Mesh) -> Result<()> {
-    mesh.app.connect(&mesh.pod("client").place(), mesh.pod("server").v4.into(), ECHO_PORT)?.expect_ok()?;
+    mesh.app
+        .connect(&mesh.pod("client").place(), mesh.pod("server").v4.into(), ECHO_PORT)?
+        .expect_ok()?;
     for (node, reporter) in [(NodeName::One, "source"), (NodeName::Two, "destination")] {
         let labels = [
             ("reporter", reporter),
@@ -237,30 +274,55 @@ fn metrics(mesh: &mut Mesh) -> Result<()> {
             ("destination_workload", "server"),
             ("connection_security_policy", "mutual_tls"),
         ];
-        for name in
-            ["mesh_tcp_connections_opened_total", "mesh_tcp_connections_closed_total", "mesh_tcp_sent_bytes_total", "mesh_tcp_received_bytes_total"]
-        {
-            poll::until_true(&format!("{name} counts at the {reporter}"), SOON, || Ok(mesh.metric(node, name, &labels)? > 0.0))?;
+        for name in [
+            "mesh_tcp_connections_opened_total",
+            "mesh_tcp_connections_closed_total",
+            "mesh_tcp_sent_bytes_total",
+            "mesh_tcp_received_bytes_total",
+        ] {
+            poll::until_true(&format!("{name} counts at the {reporter}"), SOON, || {
+                Ok(mesh.metric(node, name, &labels)? > 0.0)
+            })?;
         }
-        ensure!(mesh.agent_page(node, 15021, "/healthz/ready")?.status == 200, "{node:?} is not ready");
+        ensure!(
+            mesh.agent_page(node, 15021, "/healthz/ready")?.status == 200,
+            "{node:?} is not ready"
+        );
     }
     let redirected = mesh.metric(NodeName::One, "mesh_capture_events_total", &[("event", "redirected")])?;
     ensure!(redirected > 0.0, "the kernel counted no redirected connection");
-    let protected = mesh.metric(NodeName::One, "mesh_pod_protected", &[("namespace", MESHED), ("pod", "client")])?;
+    let protected = mesh.metric(
+        NodeName::One,
+        "mesh_pod_protected",
+        &[("namespace", MESHED), ("pod", "client")],
+    )?;
     ensure!(protected == 1.0, "mesh_pod_protected of the client is {protected}");
-    ensure!(mesh.control_page("/metrics")?.body.contains("# TYPE"), "mesh-control serves no metrics");
+    ensure!(
+        mesh.control_page("/metrics")?.body.contains("# TYPE"),
+        "mesh-control serves no metrics"
+    );
     Ok(())
 }
 
 fn denied(mesh: &mut Mesh) -> Result<()> {
-    mesh.registry.write("deny.yaml", &policy("deny-port", "server", "Deny", &format!("[{{ to: [{{ ports: [{ECHO_PORT}] }}] }}]")))?;
+    mesh.registry.write(
+        "deny.yaml",
+        &policy(
+            "deny-port",
+            "server",
+            "Deny",
+            &format!("[{{ to: [{{ ports: [{ECHO_PORT}] }}] }}]"),
+        ),
+    )?;
     for address in mesh.pod("server").addresses() {
         for from in ["client", "outsider"] {
             mesh.wait_for_outcome(from, address, ECHO_PORT, false)?;
             let log = mesh.access_log(NodeName::Two);
             let position = log.position();
             let attempt = mesh.app.connect(&mesh.pod(from).place(), address, ECHO_PORT)?;
-            attempt.expect_refused(QUICKLY).with_context(|| format!("{from} → {address}"))?;
+            attempt
+                .expect_refused(QUICKLY)
+                .with_context(|| format!("{from} → {address}"))?;
             let policy = format!("{MESHED}/deny-port");
             let fields = [("direction", "inbound"), ("result", "refused"), ("policy", policy.as_str())];
             log.wait_for(position, &fields, SOON)?;
@@ -274,18 +336,29 @@ fn denied(mesh: &mut Mesh) -> Result<()> {
 
 fn broken_manifest(mesh: &mut Mesh) -> Result<()> {
     let server: IpAddr = mesh.pod("server").v4.into();
-    mesh.registry.write("mine.yaml", &policy("mine", "server", "Deny", &format!("[{{ to: [{{ ports: [{ECHO_PORT}] }}] }}]")))?;
+    mesh.registry.write(
+        "mine.yaml",
+        &policy("mine", "server", "Deny", &format!("[{{ to: [{{ ports: [{ECHO_PORT}] }}] }}]")),
+    )?;
     mesh.wait_for_outcome("client", server, ECHO_PORT, false)?;
-    for broken in ["apiVersion: [", &policy("mine", "server", "Deny", "[{ to: [{ ports: [99999] }] }]"), &policy("mine", "server", "Maybe", "[]")] {
+    for broken in [
+        "apiVersion: [",
+        &policy("mine", "server", "Deny", "[{ to: [{ ports: [99999] }] }]"),
+        &policy("mine", "server", "Maybe", "[]"),
+    ] {
         mesh.registry.write("mine.yaml", broken)?;
         // A change elsewhere arrives, so the broken file was read, and is still without effect.
         let other = format!("[{{ to: [{{ ports: [{ECHO_PORT}] }}] }}]");
         mesh.registry.write("other.yaml", &policy("other", "local", "Deny", &other))?;
         mesh.wait_for_outcome("client", mesh.pod("local").v4.into(), ECHO_PORT, false)?;
-        mesh.app.connect(&mesh.pod("client").place(), server, ECHO_PORT)?.expect_refused(QUICKLY)?;
+        mesh.app
+            .connect(&mesh.pod("client").place(), server, ECHO_PORT)?
+            .expect_refused(QUICKLY)?;
         mesh.registry.remove("other.yaml")?;
         mesh.wait_for_outcome("client", mesh.pod("local").v4.into(), ECHO_PORT, true)?;
-        mesh.app.connect(&mesh.pod("client").place(), server, ECHO_PORT)?.expect_refused(QUICKLY)?;
+        mesh.app
+            .connect(&mesh.pod("client").place(), server, ECHO_PORT)?
+            .expect_refused(QUICKLY)?;
     }
     let log = std::fs::read_to_string(mesh.topology.folder().join("mesh-control.log"))?;
     ensure!(log.contains("mine.yaml"), "mesh-control's log does not name the broken file");
@@ -294,7 +367,12 @@ fn broken_manifest(mesh: &mut Mesh) -> Result<()> {
 }
 
 fn release(mesh: &mut Mesh) -> Result<()> {
-    let guest = PodSpec { name: "guest", node: NodeName::Two, host: 30, meshed: true };
+    let guest = PodSpec {
+        name: "guest",
+        node: NodeName::Two,
+        host: 30,
+        meshed: true,
+    };
     mesh.topology.add_pod(guest.name, guest.node, guest.host)?;
     mesh.start_server(guest.name)?;
     let before = snapshot::of(&mesh.pod("guest").netns)?;
@@ -302,14 +380,18 @@ fn release(mesh: &mut Mesh) -> Result<()> {
     mesh.enroll("guest")?;
     mesh.wait_for_tunnel("client", "guest")?;
     mesh.wait_for_tunnel("guest", "client")?;
-    ensure!(snapshot::of(&mesh.pod("guest").netns)? != before, "the enrolled Pod looks untouched: the snapshot is blind");
+    ensure!(
+        snapshot::of(&mesh.pod("guest").netns)? != before,
+        "the enrolled Pod looks untouched: the snapshot is blind"
+    );
     mesh.release("guest")?;
-    poll::until_true("the released Pod is as it was", SOON, || Ok(snapshot::of(&mesh.pod("guest").netns)? == before)).or_else(
-        |error| {
-            let after = snapshot::of(&mesh.pod("guest").netns)?;
-            Err(error.context(format!("before:\n{before}\nafter:\n{after}")))
-        },
-    )?;
+    poll::until_true("the released Pod is as it was", SOON, || {
+        Ok(snapshot::of(&mesh.pod("guest").netns)? == before)
+    })
+    .or_else(|error| {
+        let after = snapshot::of(&mesh.pod("guest").netns)?;
+        Err(error.context(format!("before:\n{before}\nafter:\n{after}")))
+    })?;
     // Outside the mesh it is on its own again.
     let world = mesh.pod("guest").place();
     mesh.app.get(&world, "127.0.0.1".parse()?, "/")?;
