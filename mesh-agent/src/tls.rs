@@ -1,1 +1,1 @@
-//! (being written)
+//! THE LEAD IS WRITING THIS FILE (see NOTE-FROM-LEAD.md at the root of the worktree); do not write it.

@@ -1,1 +1,22 @@
+//! The testbed: two nodes and their Pods as network namespaces on one machine, the real binaries on them, and what the
+//! demo and the suites ask of them. Nothing here knows the insides of the mesh; only command lines, files and sockets.
+//!
+//! Everything that is made carries the run's own id, is removed when its owner is dropped, and what a killed run left behind
+//! is swept by the next one.
 
+pub mod access_log;
+pub mod app;
+pub mod binaries;
+pub mod cgroup;
+pub mod demo;
+pub mod http;
+pub mod manifests;
+pub mod mesh;
+pub mod netns;
+pub mod poll;
+pub mod process;
+pub mod requirements;
+pub mod run_id;
+pub mod suite;
+pub mod topology;
+pub mod wire;

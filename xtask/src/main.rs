@@ -1,1 +1,69 @@
-fn main() {}
+//! The project's commands. `cargo xtask --help` lists them.
+
+mod demo;
+mod ebpf;
+mod fresh;
+mod test;
+mod tidy;
+mod tools;
+mod workspace;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use workspace::Workspace;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Builds, shows and checks Culvert")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Brings up a mesh of two nodes on this machine and proves what it claims (root)
+    Demo(demo::Arguments),
+    /// Runs the tests that this machine can run, and says which it cannot
+    Test(test::Arguments),
+    /// Builds the kernel programs to <target>/ebpf/mesh-ebpf.o
+    BuildEbpf,
+    /// Builds the kernel programs, then mesh-agent with them inside and mesh-control
+    Build,
+    /// Checks what compilers don't: lengths of files, forbidden words, where `unsafe` is, who may know whom
+    Tidy,
+    /// Runs `demo --check` and `test` of HEAD in a minimal Debian 12 made for it (root)
+    Fresh(fresh::Arguments),
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            tools::say(&format!("error: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode> {
+    let workspace = Workspace::find()?;
+    match command {
+        Command::Demo(arguments) => demo::run(&workspace, &arguments),
+        Command::Test(arguments) => test::run(&workspace, &arguments),
+        Command::BuildEbpf => {
+            let object = ebpf::object(&workspace)?;
+            tools::say(&format!("the kernel programs are in {}", object.display()));
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Build => {
+            let folder = workspace.build(&["mesh-agent", "mesh-control"])?;
+            tools::say(&format!("mesh-agent and mesh-control are in {}", folder.display()));
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Tidy => tidy::run(&workspace),
+        Command::Fresh(arguments) => fresh::run(&workspace, &arguments),
+    }
+}

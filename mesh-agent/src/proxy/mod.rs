@@ -1,1 +1,3 @@
-//! (being written)
+//! Carries the connections of enrolled Pods.
+
+pub mod limits;

@@ -1,0 +1,228 @@
+//! What the control plane has told: workloads, services, policies and settings. [`State`] is pure; [`SharedState`] lets
+//! connections read it and wait, bounded, for something fresher.
+
+mod shared;
+#[cfg(test)]
+mod tests;
+
+pub use shared::SharedState;
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use crate::addr::OriginalDst;
+use crate::policy::{Policy, Scope};
+use crate::workload::{Membership, Service, Workload};
+
+/// One change of what the control plane tells. The name of a resource is what it is removed by.
+#[derive(Clone, Debug)]
+pub enum Change {
+    Workload(Workload),
+    Service(Service),
+    /// A workload's uid or a service's "namespace/hostname".
+    RemoveAddress(String),
+    Policy(Arc<Policy>),
+    /// "namespace/name".
+    RemovePolicy(String),
+    Settings(Settings),
+}
+
+/// The mesh's settings; the defaults hold under a control plane that has none.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Settings {
+    pub trust_domain: String,
+    /// Where Pods have their addresses: an unknown one in here is waited for, never taken for an outsider.
+    pub pod_ranges: Vec<IpNet>,
+    pub trust_bundle_pem: Vec<String>,
+}
+
+/// What stands at an original destination.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Destination {
+    /// Proven to be in the mesh.
+    Mesh(Arc<Workload>),
+    /// Belongs in the mesh, never proven yet.
+    Pending(Arc<Workload>),
+    /// Was proven once.
+    Lost(Arc<Workload>),
+    ServiceVip(Arc<Service>),
+    /// Outside the mesh; the workload, where it is known.
+    Outside(Option<Arc<Workload>>),
+    /// Not known, but inside the Pod ranges.
+    UnknownInPodRange,
+}
+
+/// The policies that apply to a workload.
+#[derive(Clone, Debug, Default)]
+pub struct ApplicablePolicies {
+    pub policies: Vec<Arc<Policy>>,
+    /// A policy that the workload lists and that has not arrived: to be waited for, then refused.
+    pub missing: Option<Arc<str>>,
+}
+
+#[derive(Debug, Default)]
+pub struct State {
+    workloads: HashMap<Arc<str>, Arc<Workload>>,
+    /// Who has an address, oldest first: a Pod's address may be given to the next before the first one's end is told. The
+    /// latest counts.
+    addresses: HashMap<IpAddr, Vec<Arc<Workload>>>,
+    /// By "namespace/hostname".
+    services: HashMap<Arc<str>, Arc<Service>>,
+    vips: HashMap<IpAddr, Vec<Arc<Service>>>,
+    policies: HashMap<Arc<str>, Arc<Policy>>,
+    settings: Settings,
+}
+
+impl State {
+    pub fn apply(&mut self, changes: Vec<Change>) {
+        for change in changes {
+            match change {
+                Change::Workload(workload) => self.insert_workload(workload),
+                Change::Service(service) => self.insert_service(service),
+                Change::RemoveAddress(name) => {
+                    self.remove_workload(&name);
+                    self.remove_service(&name);
+                }
+                Change::Policy(policy) => {
+                    self.policies.insert(policy.name.clone(), policy);
+                }
+                Change::RemovePolicy(name) => {
+                    self.policies.remove(&*name);
+                }
+                Change::Settings(settings) => self.settings = settings,
+            }
+        }
+    }
+
+    #[must_use]
+    pub fn by_address(&self, ip: IpAddr) -> Option<Arc<Workload>> {
+        self.addresses.get(&ip.to_canonical())?.last().cloned()
+    }
+
+    #[must_use]
+    pub fn by_uid(&self, uid: &str) -> Option<Arc<Workload>> {
+        self.workloads.get(uid).cloned()
+    }
+
+    /// The workload that is the Pod `namespace/name` at this address; another that has the same address is not meant.
+    #[must_use]
+    pub fn pod_at(&self, ip: IpAddr, namespace: &str, name: &str) -> Option<Arc<Workload>> {
+        self.addresses
+            .get(&ip.to_canonical())?
+            .iter()
+            .rev()
+            .find(|workload| &*workload.namespace == namespace && &*workload.name == name)
+            .cloned()
+    }
+
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.workloads.values()
+    }
+    pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
+        self.services.values()
+    }
+    pub fn policies(&self) -> impl Iterator<Item = &Arc<Policy>> {
+        self.policies.values()
+    }
+
+    #[must_use]
+    pub fn destination(&self, destination: OriginalDst) -> Destination {
+        let ip = destination.ip();
+        if let Some(workload) = self.by_address(ip) {
+            return match workload.membership {
+                Membership::Proven => Destination::Mesh(workload),
+                Membership::Pending => Destination::Pending(workload),
+                Membership::Lost => Destination::Lost(workload),
+                Membership::Outside => Destination::Outside(Some(workload)),
+            };
+        }
+        if let Some(service) = self.vips.get(&ip).and_then(|services| services.last()) {
+            return Destination::ServiceVip(service.clone());
+        }
+        if self.settings.pod_ranges.iter().any(|range| range.contains(&ip)) {
+            return Destination::UnknownInPodRange;
+        }
+        Destination::Outside(None)
+    }
+
+    /// Its namespace's, the global ones, and those that it lists.
+    #[must_use]
+    pub fn policies_for(&self, workload: &Workload) -> ApplicablePolicies {
+        let mut applicable = ApplicablePolicies::default();
+        for policy in self.policies.values() {
+            match policy.scope {
+                Scope::Global => applicable.policies.push(policy.clone()),
+                Scope::Namespace if policy.namespace == workload.namespace => {
+                    applicable.policies.push(policy.clone());
+                }
+                Scope::Namespace | Scope::WorkloadSelector => {}
+            }
+        }
+        for name in &workload.policies {
+            match self.policies.get(name) {
+                Some(policy) => applicable.policies.push(policy.clone()),
+                None => applicable.missing = Some(name.clone()),
+            }
+        }
+        // The policy that a decision names does not depend on a hash map's order.
+        applicable.policies.sort_by(|a, b| a.name.cmp(&b.name));
+        applicable.policies.dedup_by(|a, b| a.name == b.name);
+        applicable
+    }
+
+    fn insert_workload(&mut self, workload: Workload) {
+        self.remove_workload(&workload.uid);
+        let workload = Arc::new(workload);
+        for ip in &workload.addresses {
+            self.addresses.entry(ip.to_canonical()).or_default().push(workload.clone());
+        }
+        self.workloads.insert(workload.uid.clone(), workload);
+    }
+
+    fn remove_workload(&mut self, uid: &str) {
+        let Some(old) = self.workloads.remove(uid) else { return };
+        for ip in &old.addresses {
+            forget(&mut self.addresses, ip.to_canonical(), &old);
+        }
+    }
+
+    fn insert_service(&mut self, service: Service) {
+        let name = service_name(&service);
+        self.remove_service(&name);
+        let service = Arc::new(service);
+        for ip in &service.addresses {
+            self.vips.entry(ip.to_canonical()).or_default().push(service.clone());
+        }
+        self.services.insert(name.into(), service);
+    }
+
+    fn remove_service(&mut self, name: &str) {
+        let Some(old) = self.services.remove(name) else { return };
+        for ip in &old.addresses {
+            forget(&mut self.vips, ip.to_canonical(), &old);
+        }
+    }
+}
+
+/// The name that a service's resource has.
+#[must_use]
+pub fn service_name(service: &Service) -> String {
+    format!("{}/{}", service.namespace, service.hostname)
+}
+
+fn forget<T>(holders: &mut HashMap<IpAddr, Vec<Arc<T>>>, ip: IpAddr, old: &Arc<T>) {
+    if let Some(list) = holders.get_mut(&ip) {
+        list.retain(|holder| !Arc::ptr_eq(holder, old));
+        if list.is_empty() {
+            holders.remove(&ip);
+        }
+    }
+}

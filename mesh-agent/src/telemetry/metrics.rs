@@ -1,0 +1,280 @@
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use prometheus::{Encoder, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder};
+
+/// Distinct label sets of the connection metrics. 10,000 × 5 families × about 1 KiB = 50 MiB at most. Beyond it, the
+/// workloads and principals of a connection are [`OVERFLOW`].
+pub const MAX_CONNECTION_SERIES: usize = 10_000;
+/// Policies with a dry-run series of their own. 1,000 × about 300 B = 300 KiB.
+const MAX_DRY_RUN_SERIES: usize = 1_000;
+/// Stands for everything that found no room.
+const OVERFLOW: &str = "_other";
+
+const CONNECTION_LABELS: [&str; 8] = [
+    "reporter",
+    "source_workload",
+    "source_workload_namespace",
+    "source_principal",
+    "destination_workload",
+    "destination_workload_namespace",
+    "destination_principal",
+    "connection_security_policy",
+];
+
+/// Which end of a connection reports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Reporter {
+    Source,
+    Destination,
+}
+
+/// The labels of a connection. What is not known is empty.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ConnectionLabels {
+    pub reporter: Reporter,
+    pub source_workload: Arc<str>,
+    pub source_workload_namespace: Arc<str>,
+    pub source_principal: Arc<str>,
+    pub destination_workload: Arc<str>,
+    pub destination_workload_namespace: Arc<str>,
+    pub destination_principal: Arc<str>,
+    pub connection_security_policy: &'static str,
+}
+
+impl ConnectionLabels {
+    fn values(&self) -> [&str; 8] {
+        [
+            match self.reporter {
+                Reporter::Source => "source",
+                Reporter::Destination => "destination",
+            },
+            &self.source_workload,
+            &self.source_workload_namespace,
+            &self.source_principal,
+            &self.destination_workload,
+            &self.destination_workload_namespace,
+            &self.destination_principal,
+            self.connection_security_policy,
+        ]
+    }
+
+    fn overflow(&self) -> Self {
+        let other: Arc<str> = OVERFLOW.into();
+        Self {
+            source_workload: other.clone(),
+            source_workload_namespace: other.clone(),
+            source_principal: other.clone(),
+            destination_workload: other.clone(),
+            destination_workload_namespace: other.clone(),
+            destination_principal: other,
+            ..self.clone()
+        }
+    }
+}
+
+/// The counters of one label set, resolved once a connection.
+#[derive(Debug)]
+pub struct ConnectionCounters {
+    labels: ConnectionLabels,
+    pub(super) opened: IntCounter,
+    pub(super) closed: IntCounter,
+    pub(super) sent_bytes: IntCounter,
+    pub(super) received_bytes: IntCounter,
+}
+
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    opened: IntCounterVec,
+    closed: IntCounterVec,
+    failed: IntCounterVec,
+    sent_bytes: IntCounterVec,
+    received_bytes: IntCounterVec,
+    series: Mutex<HashMap<ConnectionLabels, Arc<ConnectionCounters>>>,
+    series_overflow: IntCounter,
+    passthrough: IntCounterVec,
+    dry_run: IntCounterVec,
+    dry_run_policies: Mutex<HashMap<Arc<str>, IntCounter>>,
+    tunnels: IntCounterVec,
+    accept_errors: IntCounterVec,
+    pub(super) access_log_dropped: IntCounter,
+    capture_events: IntCounterVec,
+    pod_protected: IntGaugeVec,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let registry = Registry::new();
+        let counters = |name: &str, help: &str, labels: &[&str]| {
+            let counters = IntCounterVec::new(Opts::new(name, help), labels).expect("constant names and labels are valid");
+            registry.register(Box::new(counters.clone())).expect("each name is registered once");
+            counters
+        };
+        let counter = |name: &str, help: &str| counters(name, help, &[]).with_label_values::<&str>(&[]);
+        let mut failed_labels = CONNECTION_LABELS.to_vec();
+        failed_labels.push("reason");
+        let pod_protected = IntGaugeVec::new(
+            Opts::new("mesh_pod_protected", "1 while the capture of the Pod's traffic is proven"),
+            &["namespace", "pod"],
+        )
+        .expect("constant names and labels are valid");
+        registry.register(Box::new(pod_protected.clone())).expect("each name is registered once");
+
+        Self {
+            opened: counters(
+                "mesh_tcp_connections_opened_total",
+                "Connections that were let through to their destination",
+                &CONNECTION_LABELS,
+            ),
+            closed: counters(
+                "mesh_tcp_connections_closed_total",
+                "Opened connections that have ended",
+                &CONNECTION_LABELS,
+            ),
+            failed: counters(
+                "mesh_tcp_connections_failed_total",
+                "Connections refused or failed before they were opened, and opened ones that ended with an error",
+                &failed_labels,
+            ),
+            sent_bytes: counters(
+                "mesh_tcp_sent_bytes_total",
+                "Bytes sent towards the source (the response)",
+                &CONNECTION_LABELS,
+            ),
+            received_bytes: counters(
+                "mesh_tcp_received_bytes_total",
+                "Bytes received from the source (the request)",
+                &CONNECTION_LABELS,
+            ),
+            series: Mutex::default(),
+            series_overflow: counter(
+                "mesh_connection_series_overflow_total",
+                "Connections counted under _other because there were too many label sets",
+            ),
+            passthrough: counters(
+                "mesh_passthrough_connections_total",
+                "Connections passed on in clear: to known outsiders, or to Pods of the mesh that are not protected yet",
+                &["destination"],
+            ),
+            dry_run: counters(
+                "mesh_policy_dry_run_matches_total",
+                "Connections that a dry-run policy matched",
+                &["policy"],
+            ),
+            dry_run_policies: Mutex::default(),
+            tunnels: counters("mesh_tunnels_total", "Tunnels opened, accepted or failed", &["event"]),
+            accept_errors: counters("mesh_accept_errors_total", "Failed accepts", &["listener"]),
+            access_log_dropped: counter(
+                "mesh_access_log_dropped_total",
+                "Access-log lines dropped because the writer was behind or failed",
+            ),
+            capture_events: counters("mesh_capture_events_total", "What the kernel programs counted", &["event"]),
+            pod_protected,
+            registry,
+        }
+    }
+}
+
+impl Metrics {
+    #[must_use]
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    /// The registry, for metrics of other modules.
+    #[must_use]
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// In the Prometheus text format.
+    #[must_use]
+    pub fn render(&self) -> String {
+        let mut text = Vec::new();
+        if let Err(error) = TextEncoder::new().encode(&self.registry.gather(), &mut text) {
+            tracing::error!(%error, "metrics cannot be rendered");
+        }
+        String::from_utf8_lossy(&text).into_owned()
+    }
+
+    pub(super) fn connection_counters(&self, labels: ConnectionLabels) -> Arc<ConnectionCounters> {
+        let mut series = self.series.lock();
+        if let Some(counters) = series.get(&labels) {
+            return counters.clone();
+        }
+        let labels = if series.len() < MAX_CONNECTION_SERIES {
+            labels
+        } else {
+            self.series_overflow.inc();
+            labels.overflow()
+        };
+        series
+            .entry(labels)
+            .or_insert_with_key(|labels| {
+                let values = labels.values();
+                Arc::new(ConnectionCounters {
+                    labels: labels.clone(),
+                    opened: self.opened.with_label_values(&values),
+                    closed: self.closed.with_label_values(&values),
+                    sent_bytes: self.sent_bytes.with_label_values(&values),
+                    received_bytes: self.received_bytes.with_label_values(&values),
+                })
+            })
+            .clone()
+    }
+
+    pub(super) fn count_failed(&self, counters: &ConnectionCounters, reason: &'static str) {
+        let mut values = counters.labels.values().to_vec();
+        values.push(reason);
+        self.failed.with_label_values(&values).inc();
+    }
+
+    /// `destination`: "outside" or "pending".
+    pub fn count_passthrough(&self, destination: &'static str) {
+        self.passthrough.with_label_values(&[destination]).inc();
+    }
+
+    pub fn count_dry_run(&self, policy: &Arc<str>) {
+        let mut policies = self.dry_run_policies.lock();
+        let name = if policies.contains_key(policy) || policies.len() < MAX_DRY_RUN_SERIES {
+            policy.clone()
+        } else {
+            OVERFLOW.into()
+        };
+        policies
+            .entry(name)
+            .or_insert_with_key(|name| self.dry_run.with_label_values(&[name]))
+            .inc();
+    }
+
+    /// `event`: "opened", "accepted", or the reason why a tunnel failed.
+    pub fn count_tunnel(&self, event: &'static str) {
+        self.tunnels.with_label_values(&[event]).inc();
+    }
+
+    pub fn count_accept_error(&self, listener: &'static str) {
+        self.accept_errors.with_label_values(&[listener]).inc();
+    }
+
+    /// Takes over the kernel's counters, which only rise while the programs stay loaded.
+    pub fn set_capture_events(&self, events: &[(&'static str, u64)]) {
+        for (event, count) in events {
+            let counter = self.capture_events.with_label_values(&[event]);
+            if *count < counter.get() {
+                counter.reset();
+            }
+            counter.inc_by(count - counter.get());
+        }
+    }
+
+    pub fn set_pod_protected(&self, namespace: &str, pod: &str, protected: bool) {
+        self.pod_protected.with_label_values(&[namespace, pod]).set(i64::from(protected));
+    }
+
+    pub fn forget_pod(&self, namespace: &str, pod: &str) {
+        // An error says only that there was no such series.
+        let _ = self.pod_protected.remove_label_values(&[namespace, pod]);
+    }
+}

@@ -1,0 +1,71 @@
+//! What runs inside the Pods of the testbed: small servers, and clients that report as JSON what they saw. An application
+//! as any other: it knows nothing of the mesh, and runs unprivileged.
+
+mod client;
+mod server;
+
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use serde_json::{Value, json};
+
+const USAGE: &str = "usage:
+  mesh-test-app serve NAME HTTP_PORT ECHO_PORT     an HTTP server that tells its client's address, and an echo server
+  mesh-test-app get URL                            an HTTP request
+  mesh-test-app connect ADDRESS:PORT               a connection, its two ends and one echoed line
+  mesh-test-app bulk ADDRESS:PORT BYTES            so many bytes there and back through the echo server, checksummed
+  mesh-test-app swarm ADDRESS:PORT COUNT           so many connections at the same time
+  mesh-test-app chat ADDRESS:PORT                  one connection; lines of standard input go through the echo server
+  mesh-test-app mptcp ADDRESS:PORT                 asks for a multipath TCP socket
+  mesh-test-app udp ADDRESS:PORT                   a datagram through the echo server";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let answer = match arguments.as_slice() {
+        ["serve", name, http, echo] => server::serve(name, http, echo),
+        ["get", url] => return get(url),
+        ["connect", address] => client::connect(address),
+        ["bulk", address, bytes] => client::bulk(address, bytes),
+        ["swarm", address, count] => client::swarm(address, count),
+        ["chat", address] => client::chat(address),
+        ["mptcp", address] => client::mptcp(address),
+        ["udp", address] => client::udp(address),
+        _ => {
+            let _ = writeln!(std::io::stderr(), "{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match answer {
+        Ok(report) => print(&report),
+        Err(error) => {
+            print(&json!({ "error": client::kind(&error), "message": format!("{error:#}") }));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print(report: &Value) -> ExitCode {
+    match writeln!(std::io::stdout(), "{report}") {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+/// As people use it in a demo: the body alone.
+fn get(url: &str) -> ExitCode {
+    match client::get(url) {
+        Ok(response) if response.status == 200 => {
+            let _ = write!(std::io::stdout(), "{}", response.body);
+            ExitCode::SUCCESS
+        }
+        Ok(response) => {
+            let _ = writeln!(std::io::stderr(), "status {}: {}", response.status, response.body);
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

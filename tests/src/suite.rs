@@ -1,0 +1,99 @@
+//! A runner for checks that share one expensive set-up. Its output is that of Rust's own test harness, so that people and
+//! `cargo xtask test` read it alike; unlike it, what is shared is dropped at the end, and checks run one after the other.
+
+use std::io::Write as _;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Result;
+
+use crate::requirements;
+
+/// A named check on what the suite shares.
+pub type Check<T> = (&'static str, fn(&mut T) -> Result<()>);
+
+/// Runs a suite: the set-up, every check (filtered by the first argument), the tear-down. A machine that lacks something
+/// skips all checks, saying what it lacks.
+#[must_use]
+pub fn run<T>(
+    suite: &str,
+    set_up: impl FnOnce() -> Result<T>,
+    explain: fn(&T, anyhow::Error) -> anyhow::Error,
+    checks: &[Check<T>],
+) -> ExitCode {
+    let filter = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
+    let chosen: Vec<&Check<T>> = checks
+        .iter()
+        .filter(|(name, _)| filter.as_ref().is_none_or(|filter| name.contains(filter.as_str())))
+        .collect();
+    if std::env::args().any(|argument| argument == "--list") {
+        for (name, _) in &chosen {
+            say(&format!("{suite}::{name}: test"));
+        }
+        return ExitCode::SUCCESS;
+    }
+    say(&format!("\nrunning {} tests", chosen.len()));
+    let missing = requirements::missing();
+    if !missing.is_empty() {
+        for (name, _) in &chosen {
+            say(&format!("SKIPPED: {suite}::{name}: missing {}", missing.join("; ")));
+        }
+        return summary(0, 0, chosen.len());
+    }
+    if chosen.is_empty() {
+        return summary(0, 0, 0);
+    }
+    let mut shared = match guarded(set_up) {
+        Ok(shared) => shared,
+        Err(error) => {
+            say(&format!("the set-up of {suite} failed: {error:#}"));
+            for (name, _) in &chosen {
+                say(&format!("test {suite}::{name} ... FAILED"));
+            }
+            return summary(0, chosen.len(), 0);
+        }
+    };
+    let (mut passed, mut failed) = (0, 0);
+    for (name, check) in chosen {
+        let start = Instant::now();
+        match guarded(|| check(&mut shared)) {
+            Ok(()) => {
+                passed += 1;
+                say(&format!(
+                    "test {suite}::{name} ... ok ({:.1} s)",
+                    start.elapsed().as_secs_f32()
+                ));
+            }
+            Err(error) => {
+                failed += 1;
+                say(&format!("test {suite}::{name} ... FAILED\n{:#}", explain(&shared, error)));
+            }
+        }
+    }
+    drop(shared);
+    summary(passed, failed, 0)
+}
+
+/// A panic is a failure like any other.
+fn guarded<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
+        let message = panic
+            .downcast_ref::<String>()
+            .map(String::as_str)
+            .or(panic.downcast_ref::<&str>().copied());
+        Err(anyhow::anyhow!("panicked: {}", message.unwrap_or("without a message")))
+    })
+}
+
+fn summary(passed: usize, failed: usize, skipped: usize) -> ExitCode {
+    let verdict = if failed == 0 { "ok" } else { "FAILED" };
+    say(&format!(
+        "\ntest result: {verdict}. {passed} passed; {failed} failed; {skipped} ignored; 0 measured; 0 filtered out"
+    ));
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::from(101) }
+}
+
+fn say(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
