@@ -1,0 +1,137 @@
+//! The bpf(2) commands that aya has no safe call for: links that are updated in place, and taking a map entry in one step.
+//! Layouts and numbers: include/uapi/linux/bpf.h.
+#![allow(unsafe_code, reason = "the bpf(2) system call")]
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+const BPF_OBJ_PIN: libc::c_long = 6;
+const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_MAP_LOOKUP_AND_DELETE_ELEM: libc::c_long = 21;
+const BPF_LINK_CREATE: libc::c_long = 28;
+const BPF_LINK_UPDATE: libc::c_long = 29;
+const BPF_LINK_DETACH: libc::c_long = 34;
+
+const BPF_LINK_TYPE_CGROUP: u32 = 3;
+const BPF_LINK_TYPE_NETNS: u32 = 5;
+
+/// Where a program is attached (`enum bpf_attach_type`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum AttachType {
+    CgroupSockCreate = 2,
+    CgroupSockOps = 3,
+    CgroupConnect4 = 10,
+    CgroupConnect6 = 11,
+    CgroupGetpeername4 = 29,
+    CgroupGetpeername6 = 30,
+    CgroupGetsockname4 = 31,
+    CgroupGetsockname6 = 32,
+    SkLookup = 36,
+}
+
+/// What every command's attributes fit into: 64 bytes, zeroed beyond what is set.
+type Attributes = [u64; 8];
+
+/// Two 32-bit fields that lie next to each other.
+fn pair(low: u32, high: u32) -> u64 {
+    let mut bytes = [0; 8];
+    bytes[..4].copy_from_slice(&low.to_ne_bytes());
+    bytes[4..].copy_from_slice(&high.to_ne_bytes());
+    u64::from_ne_bytes(bytes)
+}
+
+fn raw(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd().cast_unsigned()
+}
+
+fn bpf(command: libc::c_long, attributes: &mut Attributes) -> io::Result<libc::c_long> {
+    // SAFETY: the attributes are as long as is said; every pointer in them is to memory that the caller borrows for the call.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, attributes.as_mut_ptr(), size_of::<Attributes>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// The descriptor that a command returned; the kernel sets CLOEXEC on it.
+fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
+    let fd = i32::try_from(result).map_err(io::Error::other)?;
+    // SAFETY: a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
+}
+
+/// Attaches a program to a cgroup or a network namespace.
+pub fn link_create(program: BorrowedFd<'_>, target: BorrowedFd<'_>, attach_type: AttachType) -> io::Result<OwnedFd> {
+    let mut attributes = Attributes::default();
+    attributes[0] = pair(raw(program), raw(target));
+    attributes[1] = pair(attach_type as u32, 0);
+    owned(bpf(BPF_LINK_CREATE, &mut attributes)?)
+}
+
+/// Puts another program in the place of a link's, without a gap.
+pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attributes = Attributes::default();
+    attributes[0] = pair(raw(link), raw(program));
+    bpf(BPF_LINK_UPDATE, &mut attributes).map(|_| ())
+}
+
+/// Detaches a link at once; dropping the last reference does it only some time later.
+pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attributes = Attributes::default();
+    attributes[0] = pair(raw(link), 0);
+    bpf(BPF_LINK_DETACH, &mut attributes).map(|_| ())
+}
+
+/// What a link is attached to: the cgroup's id or the network namespace's inode; 0 when that is gone.
+pub fn link_target(link: BorrowedFd<'_>) -> io::Result<u64> {
+    // type, id, prog_id, padding; then by type {cgroup_id: u64, …} or {netns_ino: u32, …}.
+    let mut info = [0_u64; 16];
+    let mut attributes = Attributes::default();
+    attributes[0] = pair(raw(link), u32::try_from(size_of_val(&info)).map_err(io::Error::other)?);
+    attributes[1] = (&raw mut info) as u64;
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attributes)?;
+    let first = |word: u64| u32::from_ne_bytes([word.to_ne_bytes()[0], word.to_ne_bytes()[1], word.to_ne_bytes()[2], word.to_ne_bytes()[3]]);
+    match first(info[0]) {
+        BPF_LINK_TYPE_CGROUP => Ok(info[2]),
+        BPF_LINK_TYPE_NETNS => Ok(u64::from(first(info[2]))),
+        other => Err(io::Error::other(format!("a link of unexpected type {other}"))),
+    }
+}
+
+/// Pins a link.
+pub fn object_pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    let mut attributes = Attributes::default();
+    attributes[0] = path.as_ptr() as u64;
+    attributes[1] = pair(raw(object), 0);
+    bpf(BPF_OBJ_PIN, &mut attributes).map(|_| ())
+}
+
+/// Opens what is pinned.
+pub fn object_get(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    let mut attributes = Attributes::default();
+    attributes[0] = path.as_ptr() as u64;
+    owned(bpf(BPF_OBJ_GET, &mut attributes)?)
+}
+
+/// Removes an entry of a hash map and returns its value (kernel 5.14). `K` and `V` must be the map's.
+pub fn map_take<K: aya::Pod, V: aya::Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<Option<V>> {
+    let mut value = std::mem::MaybeUninit::<V>::zeroed();
+    let mut attributes = Attributes::default();
+    attributes[0] = pair(raw(map), 0);
+    attributes[1] = std::ptr::from_ref(key) as u64;
+    attributes[2] = value.as_mut_ptr() as u64;
+    match bpf(BPF_MAP_LOOKUP_AND_DELETE_ELEM, &mut attributes) {
+        // SAFETY: `Pod` is plain integers, for which zeroes and whatever the kernel wrote are values.
+        Ok(_) => Ok(Some(unsafe { value.assume_init() })),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,144 @@
+//! cgroup/connect4, connect6: a TCP connect of an enrolled Pod goes to the agent's listener in that Pod, or is refused.
+
+use core::ffi::c_void;
+
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::bpf_sock_addr;
+use aya_ebpf::helpers::generated::bpf_get_netns_cookie;
+use aya_ebpf::macros::cgroup_sock_addr;
+use aya_ebpf::programs::SockAddrContext;
+use mesh_common::{Counter, OUTBOUND_PORT, PodValue, SocketDestinationValue, is_agent_port, limits};
+
+use crate::address::{Address, IPPROTO_TCP, address_field, field, set_address_field, set_field};
+use crate::maps::{AGENT_SOCKETS, ORIGINAL_DESTINATIONS_OF_SOCKETS, PASS, agent_is_alive, count, pod_of, refuse};
+
+const ECONNREFUSED: i32 = 111;
+
+/// 127.0.0.1, network order.
+const LOOPBACK_V4: u32 = 0x7f00_0001_u32.to_be();
+
+#[cgroup_sock_addr(connect4)]
+pub fn connect4(ctx: SockAddrContext) -> i32 {
+    let addr = ctx.sock_addr;
+    let destination = Address::from_v4(field!(addr, user_ip4));
+    match decide(&ctx, destination) {
+        Decision::LeaveAlone => PASS,
+        Decision::Refuse => refuse(ECONNREFUSED),
+        Decision::Redirect => {
+            set_field!(addr, LOOPBACK_V4, user_ip4);
+            set_port(addr);
+            PASS
+        }
+    }
+}
+
+#[cgroup_sock_addr(connect6)]
+pub fn connect6(ctx: SockAddrContext) -> i32 {
+    let addr = ctx.sock_addr;
+    let destination = address_field!(addr, user_ip6);
+    match decide(&ctx, destination) {
+        Decision::LeaveAlone => PASS,
+        Decision::Refuse => refuse(ECONNREFUSED),
+        Decision::Redirect => {
+            // A v4-mapped destination must stay IPv4: the socket may be bound to a v4-mapped address.
+            let listener = if destination.is_v4() {
+                Address::from_v4(LOOPBACK_V4)
+            } else {
+                Address::LOOPBACK_V6
+            };
+            set_address_field!(addr, listener, user_ip6);
+            set_port(addr);
+            PASS
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Decision {
+    LeaveAlone,
+    Refuse,
+    Redirect,
+}
+
+/// How a connect to a mesh destination travels.
+enum Route {
+    Agent,
+}
+
+/// The seam for the verdict map: by source identity, destination and port a connect will also be denied here at once, or go
+/// straight to a Pod of the same node. A routing hint only; the destination enforces.
+#[inline(always)]
+fn verdict(_pod: &PodValue, _destination: Address, _port: u16) -> Route {
+    Route::Agent
+}
+
+#[inline(always)]
+fn decide(ctx: &SockAddrContext, destination: Address) -> Decision {
+    let addr = ctx.sock_addr;
+    if field!(addr, protocol) != IPPROTO_TCP {
+        return Decision::LeaveAlone;
+    }
+    // SAFETY: the context is this program's.
+    let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    let Some(pod) = pod_of(netns_cookie) else {
+        return Decision::LeaveAlone;
+    };
+    let socket: *mut c_void = field!(addr, __bindgen_anon_1.sk).cast();
+    if AGENT_SOCKETS.of(socket).is_some_and(|mark| mark.kind != 0) {
+        return Decision::LeaveAlone;
+    }
+    // A socket may connect again: what an earlier connect recorded must not speak for this one.
+    if let Some(recorded) = ORIGINAL_DESTINATIONS_OF_SOCKETS.of(socket) {
+        recorded.recorded = 0;
+    }
+
+    let port = u16::from_be(field!(addr, user_port) as u16);
+    if is_agent_port(port) {
+        count(Counter::RefusedAgentPort);
+        return Decision::Refuse;
+    }
+    if destination.is_loopback() || destination.is_unspecified() || is_own(pod, destination) {
+        return Decision::LeaveAlone;
+    }
+    if destination.is_link_local_v6() {
+        count(Counter::LinkLocalLeftAlone);
+        return Decision::LeaveAlone;
+    }
+    if !agent_is_alive() {
+        count(Counter::RefusedAgentSilent);
+        return Decision::Refuse;
+    }
+    match verdict(pod, destination, port) {
+        Route::Agent => {}
+    }
+    let Some(recorded) = ORIGINAL_DESTINATIONS_OF_SOCKETS.of_or_new(socket) else {
+        count(Counter::RefusedNoStorage);
+        return Decision::Refuse;
+    };
+    *recorded = SocketDestinationValue {
+        address: destination.bytes(),
+        port,
+        recorded: 1,
+    };
+    count(Counter::Redirected);
+    Decision::Redirect
+}
+
+/// Whether an address is one of the Pod's own.
+#[inline(always)]
+fn is_own(pod: &PodValue, address: Address) -> bool {
+    let mut i = 0;
+    while i < limits::MAX_POD_ADDRESSES {
+        // SAFETY: `addresses` lies 8 bytes into the value, which the kernel aligns to 8.
+        if i < pod.address_count as usize && unsafe { Address::read(&raw const pod.addresses[i]) } == address {
+            return true;
+        }
+        i += 1;
+    }
+    false
+}
+
+#[inline(always)]
+fn set_port(addr: *mut bpf_sock_addr) {
+    set_field!(addr, u32::from(OUTBOUND_PORT.to_be()), user_port);
+}

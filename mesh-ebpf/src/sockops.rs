@@ -1,0 +1,177 @@
+//! sockops at a connect (the local port is known, the SYN has not left) and at its socket's close: what the agent's accept and
+//! the Pods' sk_lookup find a connection by.
+
+use core::ffi::c_void;
+
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::{
+    BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, BPF_TCP_CLOSING,
+    BPF_TCP_FIN_WAIT1, BPF_TCP_FIN_WAIT2, bpf_sock_ops,
+};
+use aya_ebpf::helpers::generated::bpf_get_netns_cookie;
+use aya_ebpf::macros::sock_ops;
+use aya_ebpf::programs::SockOpsContext;
+use mesh_common::{
+    Counter, OriginalDestinationValue, RedirectedConnectionKey, SocketDestinationValue, UpstreamConnectionKey, socket_kind,
+};
+
+use crate::address::{AF_INET, AF_INET6, Address, address_field, field};
+use crate::maps::{
+    AGENT_SOCKETS, ORIGINAL_DESTINATIONS, ORIGINAL_DESTINATIONS_OF_SOCKETS, UPSTREAM_CONNECTIONS, count, now_ns, put,
+};
+
+/// What the kernel expects from callbacks without a reply.
+const DONE: u32 = 1;
+
+#[sock_ops]
+pub fn connection_events(ctx: SockOpsContext) -> u32 {
+    let ops = ctx.ops;
+    match field!(ops, op) {
+        BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(&ctx, ops),
+        BPF_SOCK_OPS_STATE_CB if field!(ops, __bindgen_anon_1.args[1]) == BPF_TCP_CLOSE => closed(&ctx, ops),
+        _ => {}
+    }
+    DONE
+}
+
+/// A connection that concerns the agent.
+enum Connection<'a> {
+    /// Of an application, redirected to the agent.
+    Redirected(&'a SocketDestinationValue),
+    /// Of the agent to the application of the Pod with this slot.
+    Upstream(u32),
+}
+
+#[inline(always)]
+fn connecting(ctx: &SockOpsContext, ops: *mut bpf_sock_ops) {
+    let Some(ends) = Ends::of(ops) else { return };
+    match connection(ops) {
+        Some(Connection::Upstream(slot)) => {
+            if !put(&UPSTREAM_CONNECTIONS, &ends.upstream_key(slot), &now_ns()) {
+                count(Counter::UpstreamsFull);
+                return;
+            }
+        }
+        Some(Connection::Redirected(asked)) => {
+            // SAFETY: the address is the first field of a value that the kernel aligns to 8.
+            let address = unsafe { Address::read(&raw const asked.address) }.bytes();
+            let value = OriginalDestinationValue {
+                connected_at_ns: now_ns(),
+                address,
+                port: asked.port,
+                _pad: [0; 3],
+            };
+            if !put(&ORIGINAL_DESTINATIONS, &ends.redirected_key(ctx), &value) {
+                count(Counter::DestinationsFull);
+                return;
+            }
+        }
+        None => return,
+    }
+    // Other programs may have asked for callbacks of their own. An error leaves an entry until the agent sweeps it.
+    let _ = ctx.set_cb_flags((field!(ops, bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
+}
+
+#[inline(always)]
+fn closed(ctx: &SockOpsContext, ops: *mut bpf_sock_ops) {
+    let Some(ends) = Ends::of(ops) else { return };
+    match connection(ops) {
+        Some(Connection::Upstream(slot)) => {
+            let _ = UPSTREAM_CONNECTIONS.remove(&ends.upstream_key(slot));
+        }
+        Some(Connection::Redirected(_)) => {
+            // An application that sends and closes at once is done here while its connection still waits in the agent's
+            // queue: closed in order, the entry is the agent's to take.
+            let before = field!(ops, __bindgen_anon_1.args[0]);
+            if before != BPF_TCP_FIN_WAIT1 && before != BPF_TCP_FIN_WAIT2 && before != BPF_TCP_CLOSING {
+                let _ = ORIGINAL_DESTINATIONS.remove(&ends.redirected_key(ctx));
+            }
+        }
+        None => {}
+    }
+}
+
+/// What this socket's storages say about it.
+#[inline(always)]
+fn connection<'a>(ops: *mut bpf_sock_ops) -> Option<Connection<'a>> {
+    let socket: *mut c_void = field!(ops, __bindgen_anon_2.sk).cast();
+    if socket.is_null() {
+        return None;
+    }
+    if let Some(mark) = AGENT_SOCKETS.of(socket) {
+        return if mark.kind == socket_kind::INBOUND_UPSTREAM {
+            Some(Connection::Upstream(mark.slot))
+        } else {
+            None
+        };
+    }
+    let asked = ORIGINAL_DESTINATIONS_OF_SOCKETS.of(socket)?;
+    if asked.recorded == 0 {
+        None
+    } else {
+        Some(Connection::Redirected(asked))
+    }
+}
+
+/// Both ends of a connection that this host opens.
+struct Ends {
+    local: Address,
+    remote: Address,
+    local_port: u16,
+    remote_port: u16,
+}
+
+impl Ends {
+    #[inline(always)]
+    fn of(ops: *mut bpf_sock_ops) -> Option<Ends> {
+        let family = field!(ops, family);
+        let local_port = field!(ops, local_port) as u16;
+        // Big-endian in 32 bits, unlike the local port.
+        let remote_port = u32::from_be(field!(ops, remote_port)) as u16;
+        if family == AF_INET6 {
+            let remote = address_field!(ops, remote_ip6);
+            if !remote.is_v4() {
+                return Some(Ends {
+                    local: address_field!(ops, local_ip6),
+                    remote,
+                    local_port,
+                    remote_port,
+                });
+            }
+            // A v4-mapped connect: its local IPv6 address is filled in only after this callback.
+        } else if family != AF_INET {
+            return None;
+        }
+        let local = Address::from_v4(field!(ops, local_ip4));
+        Some(Ends {
+            local,
+            remote: Address::from_v4(field!(ops, remote_ip4)),
+            local_port,
+            remote_port,
+        })
+    }
+
+    #[inline(always)]
+    fn redirected_key(&self, ctx: &SockOpsContext) -> RedirectedConnectionKey {
+        RedirectedConnectionKey {
+            // SAFETY: the context is this program's.
+            netns_cookie: unsafe { bpf_get_netns_cookie(ctx.as_ptr()) },
+            client_address: self.local.bytes(),
+            listener_address: self.remote.bytes(),
+            client_port: self.local_port,
+            listener_port: self.remote_port,
+            _pad: 0,
+        }
+    }
+
+    #[inline(always)]
+    fn upstream_key(&self, slot: u32) -> UpstreamConnectionKey {
+        UpstreamConnectionKey {
+            slot,
+            client_port: self.local_port,
+            application_port: self.remote_port,
+            client_address: self.local.bytes(),
+            application_address: self.remote.bytes(),
+        }
+    }
+}
