@@ -18,7 +18,9 @@ const A_WHILE: Duration = Duration::from_secs(10);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_release_leaves_no_trace() {
-    let Some(bed) = Bed::new("a_release_leaves_no_trace") else { return };
+    let Some(bed) = Bed::new("a_release_leaves_no_trace") else {
+        return;
+    };
     let before = bed.snapshot();
     let capture = bed.start();
     for _ in 0..2 {
@@ -36,7 +38,9 @@ async fn a_release_leaves_no_trace() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_setting_that_was_there_before_stays() {
-    let Some(bed) = Bed::new("a_setting_that_was_there_before_stays") else { return };
+    let Some(bed) = Bed::new("a_setting_that_was_there_before_stays") else {
+        return;
+    };
     run(&format!(
         "ip netns exec {0} sysctl -qw net.ipv4.tcp_fwmark_accept=1 && ip -n {0} rule add pref 77 fwmark 9 lookup 9",
         bed.name
@@ -50,13 +54,18 @@ async fn a_setting_that_was_there_before_stays() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failed_enrolment_leaves_no_trace_and_names_the_port() {
-    let Some(bed) = Bed::new("a_failed_enrolment_leaves_no_trace_and_names_the_port") else { return };
+    let Some(bed) = Bed::new("a_failed_enrolment_leaves_no_trace_and_names_the_port") else {
+        return;
+    };
     let capture = bed.start();
     for port in [15001, 15006, 15008] {
         let application = bed.application(&format!("127.0.0.1:{port}"));
         let before = bed.snapshot();
         let error = capture.enroll(bed.pod("uid-1")).await.unwrap_err().to_string();
-        assert!(error.contains(&format!("port {port} ")) && error.contains("another port"), "{error}");
+        assert!(
+            error.contains(&format!("port {port} ")) && error.contains("another port"),
+            "{error}"
+        );
         assert_eq!(bed.snapshot(), before);
         drop(application);
     }
@@ -73,16 +82,24 @@ async fn a_failed_enrolment_leaves_no_trace_and_names_the_port() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn contradicting_enrolments_are_refused() {
-    let Some(bed) = Bed::new("contradicting_enrolments_are_refused") else { return };
+    let Some(bed) = Bed::new("contradicting_enrolments_are_refused") else {
+        return;
+    };
     let capture = bed.start();
     let mut host = bed.pod("uid-host");
     host.netns_path = "/proc/self/ns/net".into();
     assert!(capture.enroll(host).await.unwrap_err().to_string().contains("hostNetwork"));
     let mut escaping = bed.pod("../uid");
-    assert!(matches!(capture.enroll(escaping.clone()).await, Err(CaptureError::Refused(_))));
+    assert!(matches!(
+        capture.enroll(escaping.clone()).await,
+        Err(CaptureError::Refused(_))
+    ));
     escaping.uid = "uid-1".into();
     let pod = capture.enroll(escaping).await.unwrap();
-    assert!(matches!(capture.enroll(bed.pod("uid-1")).await, Err(CaptureError::AlreadyEnrolled(_))));
+    assert!(matches!(
+        capture.enroll(bed.pod("uid-1")).await,
+        Err(CaptureError::AlreadyEnrolled(_))
+    ));
     let error = capture.enroll(bed.pod("uid-2")).await.unwrap_err().to_string();
     assert!(error.contains("uid-1"), "{error}");
 
@@ -102,7 +119,9 @@ async fn contradicting_enrolments_are_refused() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_application_sees_the_true_client() {
-    let Some(bed) = Bed::new("the_application_sees_the_true_client") else { return };
+    let Some(bed) = Bed::new("the_application_sees_the_true_client") else {
+        return;
+    };
     let capture = bed.start();
     let enrolled = capture.enroll(bed.pod("uid-1")).await.unwrap();
     let network = Arc::clone(&enrolled.network);
@@ -125,7 +144,10 @@ async fn the_application_sees_the_true_client() {
         // A closed port is told at once: without fwmark_reflect its reset would not come back to the agent.
         let closed = SocketAddr::new(pod.parse().unwrap(), 81);
         let upstream = network.upstream_socket(node.parse().unwrap(), closed.ip()).unwrap();
-        let refused = timeout(Duration::from_secs(1), upstream.connect(closed)).await.unwrap().unwrap_err();
+        let refused = timeout(Duration::from_secs(1), upstream.connect(closed))
+            .await
+            .unwrap()
+            .unwrap_err();
         assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
         let mut refused = timeout(A_WHILE, TcpStream::connect(closed)).await.unwrap().unwrap();
         let ended = timeout(A_WHILE, refused.read(&mut [0; 8])).await.unwrap();
@@ -141,7 +163,9 @@ async fn the_application_sees_the_true_client() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_proof_fails_where_the_capture_is_broken() {
-    let Some(bed) = Bed::new("a_proof_fails_where_the_capture_is_broken") else { return };
+    let Some(bed) = Bed::new("a_proof_fails_where_the_capture_is_broken") else {
+        return;
+    };
     let capture = bed.start();
     assert!(matches!(capture.prove("uid-1").await, Err(ProofError::NotEnrolled(_))));
     let pod = capture.enroll(bed.pod("uid-1")).await.unwrap();
@@ -165,7 +189,9 @@ async fn a_proof_fails_where_the_capture_is_broken() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_later_agent_takes_over_and_releases() {
-    let Some(bed) = Bed::new("a_later_agent_takes_over_and_releases") else { return };
+    let Some(bed) = Bed::new("a_later_agent_takes_over_and_releases") else {
+        return;
+    };
     let before = bed.snapshot();
     let capture = bed.start();
     drop(serve(&capture, capture.enroll(bed.pod("uid-1")).await.unwrap()));
@@ -188,7 +214,9 @@ async fn a_later_agent_takes_over_and_releases() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cleanup_needs_no_agent() {
-    let Some(bed) = Bed::new("a_cleanup_needs_no_agent") else { return };
+    let Some(bed) = Bed::new("a_cleanup_needs_no_agent") else {
+        return;
+    };
     let before = bed.snapshot();
     let capture = bed.start();
     drop(capture.enroll(bed.pod("uid-1")).await.unwrap());
@@ -204,7 +232,9 @@ async fn a_cleanup_needs_no_agent() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vanished_namespace_is_released_at_recovery() {
-    let Some(bed) = Bed::new("a_vanished_namespace_is_released_at_recovery") else { return };
+    let Some(bed) = Bed::new("a_vanished_namespace_is_released_at_recovery") else {
+        return;
+    };
     let capture = bed.start();
     let cookie = {
         let pod = capture.enroll(bed.pod("uid-1")).await.unwrap();
@@ -232,9 +262,6 @@ async fn settle_to(bed: &Bed, before: &str) {
 }
 
 async fn connect_from_pod_to_itself(bed: &Bed) -> TcpStream {
-    let socket = bed
-        .netns()
-        .run(|| Ok(TcpSocket::new_v4().unwrap()))
-        .unwrap();
+    let socket = bed.netns().run(|| Ok(TcpSocket::new_v4().unwrap())).unwrap();
     socket.connect(format!("{POD_V4}:8080").parse().unwrap()).await.unwrap()
 }

@@ -63,8 +63,8 @@ impl Enrolments {
             if path.extension().is_none_or(|extension| extension != "json") {
                 continue;
             }
-            let record = fs::read(&path)
-                .and_then(|bytes| serde_json::from_slice::<EnrolmentRecord>(&bytes).map_err(io::Error::other));
+            let record =
+                fs::read(&path).and_then(|bytes| serde_json::from_slice::<EnrolmentRecord>(&bytes).map_err(io::Error::other));
             match record {
                 Ok(record) if path == self.path(&record.pod.uid) => {
                     records.insert(record.pod.uid.clone(), record);
@@ -113,9 +113,8 @@ impl Enrolments {
 
 /// A uid names a file and a pin.
 pub(super) fn check_uid(uid: &str) -> Result<(), CaptureError> {
-    let safe = !uid.is_empty()
-        && uid.len() <= MAX_UID_LEN
-        && uid.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'));
+    let safe =
+        !uid.is_empty() && uid.len() <= MAX_UID_LEN && uid.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'));
     if safe {
         Ok(())
     } else {
@@ -174,7 +173,10 @@ mod tests {
         assert_eq!(loaded.keys().collect::<Vec<_>>(), ["a-1"]);
         assert_eq!(loaded["a-1"].pod, record("a-1").pod);
         assert_eq!(loaded["a-1"].before, record("a-1").before);
-        let mode = fs::metadata(folder.path().join("pods/a-1.json")).unwrap().permissions().mode();
+        let mode = fs::metadata(folder.path().join("pods/a-1.json"))
+            .unwrap()
+            .permissions()
+            .mode();
         assert_eq!(mode & 0o777, 0o600);
 
         enrolments.remove("a-1").unwrap();

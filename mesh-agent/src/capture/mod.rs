@@ -137,7 +137,7 @@ impl Capture {
     pub fn start(config: CaptureConfig) -> Result<Arc<Self>, CaptureError> {
         let cgroup_root = match &config.kernel.cgroup_root {
             Some(root) => root.clone(),
-            None => probe_child::unified_cgroup_root().step("looking for the cgroup-v2 root")?,
+            None => kernel::detect_cgroup_root()?,
         };
         let enrolments = Enrolments::open(&config.run_dir)?;
         let pods = enrolments
@@ -223,7 +223,10 @@ impl Capture {
         let (pod, network) = {
             let pods = self.inner.pods.lock();
             let enrolment = pods.get(uid).ok_or_else(|| ProofError::NotEnrolled(uid.to_owned()))?;
-            let network = enrolment.active.clone().ok_or_else(|| ProofError::NotEnrolled(uid.to_owned()))?;
+            let network = enrolment
+                .active
+                .clone()
+                .ok_or_else(|| ProofError::NotEnrolled(uid.to_owned()))?;
             (enrolment.record.pod.clone(), network)
         };
         let mut probes: Vec<BoxFuture<'_, Result<(), ProofError>>> = Vec::new();
@@ -308,7 +311,10 @@ impl Inner {
         let cookie = netns.cookie();
         let (known, slot) = {
             let pods = self.pods.lock();
-            if let Some(other) = pods.values().find(|e| e.record.netns_cookie == cookie && e.record.pod.uid != pod.uid) {
+            if let Some(other) = pods
+                .values()
+                .find(|e| e.record.netns_cookie == cookie && e.record.pod.uid != pod.uid)
+            {
                 return Err(CaptureError::Refused(format!(
                     "the network namespace {} is enrolled for Pod {} already",
                     pod.netns_path.display(),
@@ -327,7 +333,10 @@ impl Inner {
             }
             Some((record, true)) => return Err(CaptureError::AlreadyEnrolled(record.pod.uid)),
             // A recovery that failed is tried again, with what was there before the *first* attempt.
-            Some((record, false)) => Some(EnrolmentRecord { pod: pod.clone(), ..record }),
+            Some((record, false)) => Some(EnrolmentRecord {
+                pod: pod.clone(),
+                ..record
+            }),
             None => None,
         };
         let is_new = resumed.is_none();
@@ -429,7 +438,10 @@ impl Inner {
         }
         let records: Vec<_> = {
             let pods = self.pods.lock();
-            pods.values().filter(|e| e.active.is_none()).map(|e| e.record.clone()).collect()
+            pods.values()
+                .filter(|e| e.active.is_none())
+                .map(|e| e.record.clone())
+                .collect()
         };
         let mut recovered = Vec::new();
         for record in records {
@@ -451,7 +463,9 @@ impl Inner {
     fn remove_orphans(&self) -> Result<(), CaptureError> {
         let (cookies, uids): (Vec<u64>, Vec<String>) = {
             let pods = self.pods.lock();
-            pods.values().map(|e| (e.record.netns_cookie, e.record.pod.uid.clone())).unzip()
+            pods.values()
+                .map(|e| (e.record.netns_cookie, e.record.pod.uid.clone()))
+                .unzip()
         };
         for (cookie, value) in self.kernel.pods()? {
             if !cookies.contains(&cookie) {
@@ -548,7 +562,9 @@ fn unready(present: &[(IpAddr, AddressState)], wanted: &[IpAddr]) -> Result<Opti
             Some((_, AddressState::Usable)) => {}
             Some((_, AddressState::Tentative)) => tentative = Some(*address),
             Some((_, AddressState::Duplicate)) => {
-                return Err(CaptureError::Refused(format!("address {address} is in use by another machine")));
+                return Err(CaptureError::Refused(format!(
+                    "address {address} is in use by another machine"
+                )));
             }
             None => {
                 return Err(CaptureError::Refused(format!(

@@ -80,8 +80,7 @@ impl PodNetwork for PodNamespace {
 
     fn upstream_socket(&self, client: IpAddr, towards: IpAddr) -> Result<TcpSocket, CaptureError> {
         let client_is_pod = self.addresses.contains(&client.to_canonical());
-        self.netns.run(|| {
-            sockets::upstream(&self.kernel, self.slot, &self.next_port, client, client_is_pod, towards)
-        })
+        self.netns
+            .run(|| sockets::upstream(&self.kernel, self.slot, &self.next_port, client, client_is_pod, towards))
     }
 }

@@ -153,7 +153,20 @@ impl Netlink {
         const RT_SCOPE_HOST: u8 = 254;
         const RTN_LOCAL: u8 = 2;
         // struct rtmsg
-        let mut body = vec![family.number(), 0, 0, 0, 0, RTPROT_STATIC, RT_SCOPE_HOST, RTN_LOCAL, 0, 0, 0, 0];
+        let mut body = vec![
+            family.number(),
+            0,
+            0,
+            0,
+            0,
+            RTPROT_STATIC,
+            RT_SCOPE_HOST,
+            RTN_LOCAL,
+            0,
+            0,
+            0,
+            0,
+        ];
         push_attribute(&mut body, RTA_TABLE, table);
         push_attribute(&mut body, RTA_OIF, LOOPBACK_INDEX);
         self.change(change, (RTM_NEWROUTE, RTM_DELROUTE), &body)
@@ -192,7 +205,11 @@ impl Netlink {
                     NLMSG_DONE => return Ok(()),
                     NLMSG_ERROR => {
                         let code = u32_at(body, 0).ok_or(io::ErrorKind::InvalidData)?.cast_signed();
-                        return if code == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(-code)) };
+                        return if code == 0 {
+                            Ok(())
+                        } else {
+                            Err(io::Error::from_raw_os_error(-code))
+                        };
                     }
                     _ => each(kind, body),
                 }

@@ -17,8 +17,8 @@ use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::timeout;
 
-use super::probe_child;
 use super::netns::NetNamespace;
+use super::probe_child;
 use crate::addr::OriginalDst;
 
 /// Addresses for documentation (RFC 5737, RFC 3849): nothing real is ever there.
@@ -124,7 +124,10 @@ impl Probes {
         let matches = expected
             .get(nonce)
             .is_some_and(|expected| expected.pod_uid == pod_uid && OriginalDst::new(expected.destination) == destination);
-        matches && expected.remove(nonce).is_some_and(|expected| expected.arrived.send(()).is_ok())
+        matches
+            && expected
+                .remove(nonce)
+                .is_some_and(|expected| expected.arrived.send(()).is_ok())
     }
 
     fn expect(self: &Arc<Self>, pod_uid: &str, destination: SocketAddr) -> Expectation {
@@ -235,7 +238,11 @@ fn child(args: impl IntoIterator<Item = String>) -> io::Result<()> {
     stream.write_all(&nonce)?;
     let mut answer = vec![0; nonce.len()];
     stream.read_exact(&mut answer)?;
-    if answer == nonce { Ok(()) } else { Err(io::Error::other("something else answered")) }
+    if answer == nonce {
+        Ok(())
+    } else {
+        Err(io::Error::other("something else answered"))
+    }
 }
 
 #[cfg(test)]
@@ -248,7 +255,13 @@ mod tests {
 
     #[test]
     fn probe_destinations_are_known() {
-        for probe in ["192.0.2.1:80", "[2001:db8::1]:443", "[::ffff:192.0.2.1]:1", "10.0.0.1:15009", "[fd00::1]:15009"] {
+        for probe in [
+            "192.0.2.1:80",
+            "[2001:db8::1]:443",
+            "[::ffff:192.0.2.1]:1",
+            "10.0.0.1:15009",
+            "[fd00::1]:15009",
+        ] {
             assert!(is_probe(destination(probe)), "{probe}");
         }
         for other in ["192.0.2.2:80", "10.0.0.1:80", "[fd00::1]:15008"] {

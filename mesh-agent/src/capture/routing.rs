@@ -79,7 +79,11 @@ pub(super) fn undo(before: &Before) -> Result<(), CaptureError> {
     };
     for (setting, value) in &before.settings {
         keep(read_setting(setting).and_then(|now| {
-            if now == WANTED { write_setting(setting, value) } else { Ok(()) }
+            if now == WANTED {
+                write_setting(setting, value)
+            } else {
+                Ok(())
+            }
         }));
     }
     match Netlink::open().step("opening a netlink socket in the Pod") {

@@ -53,8 +53,7 @@ fn listener(kernel: &Kernel, slot: u32, port: u16) -> Result<TcpListener, Captur
             (socket, IpAddr::V6(Ipv6Addr::UNSPECIFIED))
         }
         Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
-            let socket =
-                Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).step("making a listener in the Pod")?;
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).step("making a listener in the Pod")?;
             (socket, IpAddr::V4(Ipv4Addr::UNSPECIFIED))
         }
         Err(error) => return Err(error).step("making a listener in the Pod"),
@@ -111,7 +110,9 @@ pub(super) fn upstream(
         setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)
             .map_err(io::Error::from)
             .step("setting IP_BIND_ADDRESS_NO_PORT")?;
-        socket.bind(&SocketAddr::new(client, 0).into()).step("binding to the Pod's address")?;
+        socket
+            .bind(&SocketAddr::new(client, 0).into())
+            .step("binding to the Pod's address")?;
     } else {
         socket.set_mark(RETURN_PATH_MARK).step("setting SO_MARK")?;
         match client {
@@ -149,16 +150,24 @@ fn upstream_port(counter: u32) -> u16 {
 fn check_client(client: IpAddr, towards: IpAddr) -> Result<(), CaptureError> {
     let link_local = matches!(client, IpAddr::V6(v6) if v6.is_unicast_link_local());
     if client.is_ipv4() != towards.is_ipv4() {
-        return Err(CaptureError::Refused(format!("client {client} and application {towards} differ in family")));
+        return Err(CaptureError::Refused(format!(
+            "client {client} and application {towards} differ in family"
+        )));
     }
     if client.is_unspecified() || client.is_multicast() || client.is_loopback() || link_local {
-        return Err(CaptureError::Refused(format!("{client} cannot be shown to the application as its client")));
+        return Err(CaptureError::Refused(format!(
+            "{client} cannot be shown to the application as its client"
+        )));
     }
     Ok(())
 }
 
 fn stream_socket(towards: IpAddr) -> Result<Socket, CaptureError> {
-    let domain = if towards.to_canonical().is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
+    let domain = if towards.to_canonical().is_ipv4() {
+        Domain::IPV4
+    } else {
+        Domain::IPV6
+    };
     let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP)).step("making a socket in the Pod")?;
     socket.set_nonblocking(true).step("making a socket non-blocking")?;
     socket.set_tcp_nodelay(true).step("setting TCP_NODELAY")?;
@@ -191,8 +200,18 @@ mod tests {
         let v6: IpAddr = "fd00::1".parse().unwrap();
         assert!(check_client(v4, v4).is_ok());
         assert!(check_client(v6, v6).is_ok());
-        for (client, towards) in [("10.0.0.1", "fd00::1"), ("127.0.0.1", "10.0.0.1"), ("0.0.0.0", "10.0.0.1"), ("::1", "fd00::1"), ("fe80::1", "fd00::1"), ("ff02::1", "fd00::1")] {
-            assert!(check_client(client.parse().unwrap(), towards.parse().unwrap()).is_err(), "{client}");
+        for (client, towards) in [
+            ("10.0.0.1", "fd00::1"),
+            ("127.0.0.1", "10.0.0.1"),
+            ("0.0.0.0", "10.0.0.1"),
+            ("::1", "fd00::1"),
+            ("fe80::1", "fd00::1"),
+            ("ff02::1", "fd00::1"),
+        ] {
+            assert!(
+                check_client(client.parse().unwrap(), towards.parse().unwrap()).is_err(),
+                "{client}"
+            );
         }
     }
 }

@@ -22,7 +22,10 @@ fn a_missing_address_is_refused_and_a_tentative_one_waited_for() {
         (ip("fd00::2"), AddressState::Duplicate),
     ];
     assert_eq!(unready(&present, &[ip("10.0.0.1")]).unwrap(), None);
-    assert_eq!(unready(&present, &[ip("10.0.0.1"), ip("fd00::1")]).unwrap(), Some(ip("fd00::1")));
+    assert_eq!(
+        unready(&present, &[ip("10.0.0.1"), ip("fd00::1")]).unwrap(),
+        Some(ip("fd00::1"))
+    );
     assert!(unready(&present, &[ip("fd00::2")]).is_err());
     assert!(unready(&present, &[ip("10.0.0.2")]).is_err());
 }

@@ -32,7 +32,11 @@ pub struct Bed {
 
 pub fn run(command: &str) -> String {
     let output = Command::new("sh").args(["-c", command]).output().unwrap();
-    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{command}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     String::from_utf8(output.stdout).unwrap()
 }
 
@@ -59,13 +63,20 @@ impl Bed {
         let unified = run("findmnt -nt cgroup2 -o TARGET | head -1");
         let unified = PathBuf::from(unified.trim());
         let relative = fs::read_to_string("/proc/self/cgroup").unwrap();
-        let relative = relative.lines().find_map(|line| line.strip_prefix("0::/")).unwrap().to_owned();
+        let relative = relative
+            .lines()
+            .find_map(|line| line.strip_prefix("0::/"))
+            .unwrap()
+            .to_owned();
         let cgroup = unified.join(&name);
         fs::create_dir_all(cgroup.join("agent")).unwrap();
         fs::write(cgroup.join("agent/cgroup.procs"), "0").unwrap();
         // An earlier test of this process that failed may have left them.
         let _ = Command::new("sh")
-            .args(["-c", &format!("ip netns del {name}; ip netns del {name}b; ip link del {name}n")])
+            .args([
+                "-c",
+                &format!("ip netns del {name}; ip netns del {name}b; ip link del {name}n"),
+            ])
             .output();
         run(&format!(
             "ip netns add {name} && ip -n {name} link set lo up \
