@@ -52,7 +52,11 @@ fn raw(fd: BorrowedFd<'_>) -> u32 {
 fn bpf(command: libc::c_long, attributes: &mut Attributes) -> io::Result<libc::c_long> {
     // SAFETY: the attributes are as long as is said; every pointer in them is to memory that the caller borrows for the call.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, attributes.as_mut_ptr(), size_of::<Attributes>()) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }
 
 /// The descriptor that a command returned; the kernel sets CLOEXEC on it.
@@ -96,7 +100,14 @@ pub fn link_target(link: BorrowedFd<'_>) -> io::Result<u64> {
     attributes[0] = pair(raw(link), u32::try_from(size_of_val(&info)).map_err(io::Error::other)?);
     attributes[1] = (&raw mut info) as u64;
     bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attributes)?;
-    let first = |word: u64| u32::from_ne_bytes([word.to_ne_bytes()[0], word.to_ne_bytes()[1], word.to_ne_bytes()[2], word.to_ne_bytes()[3]]);
+    let first = |word: u64| {
+        u32::from_ne_bytes([
+            word.to_ne_bytes()[0],
+            word.to_ne_bytes()[1],
+            word.to_ne_bytes()[2],
+            word.to_ne_bytes()[3],
+        ])
+    };
     match first(info[0]) {
         BPF_LINK_TYPE_CGROUP => Ok(info[2]),
         BPF_LINK_TYPE_NETNS => Ok(u64::from(first(info[2]))),

@@ -6,7 +6,7 @@
 use std::fmt;
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -15,7 +15,8 @@ use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, SkStorage, SockMap};
 use aya::programs::{Program, ProgramError};
 use aya::{Ebpf, EbpfLoader};
 use mesh_common::{
-    ABI_VERSION, AgentSocketValue, Counter, LISTENERS_PER_POD, OriginalDestinationValue, PodValue, RedirectedConnectionKey, limits,
+    ABI_VERSION, AgentSocketValue, Counter, LISTENERS_PER_POD, OriginalDestinationValue, PodValue, RedirectedConnectionKey,
+    limits,
 };
 use nix::sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, statfs};
 use nix::time::{ClockId, clock_gettime};
@@ -29,14 +30,30 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/me
 
 /// The node's programs by function name in mesh-ebpf, where each attaches, and the kernel feature that it needs.
 const NODE_PROGRAMS: [(&str, AttachType, &str); 8] = [
-    ("connect4", AttachType::CgroupConnect4, "cgroup/connect4 with bpf_get_netns_cookie and socket storage (5.14)"),
-    ("connect6", AttachType::CgroupConnect6, "cgroup/connect6 with bpf_get_netns_cookie and socket storage (5.14)"),
+    (
+        "connect4",
+        AttachType::CgroupConnect4,
+        "cgroup/connect4 with bpf_get_netns_cookie and socket storage (5.14)",
+    ),
+    (
+        "connect6",
+        AttachType::CgroupConnect6,
+        "cgroup/connect6 with bpf_get_netns_cookie and socket storage (5.14)",
+    ),
     ("getpeername4", AttachType::CgroupGetpeername4, "cgroup/getpeername4 (5.8)"),
     ("getpeername6", AttachType::CgroupGetpeername6, "cgroup/getpeername6 (5.8)"),
     ("getsockname4", AttachType::CgroupGetsockname4, "cgroup/getsockname4 (5.8)"),
     ("getsockname6", AttachType::CgroupGetsockname6, "cgroup/getsockname6 (5.8)"),
-    ("connection_events", AttachType::CgroupSockOps, "sockops with bpf_get_netns_cookie (5.15)"),
-    ("socket_create", AttachType::CgroupSockCreate, "cgroup/sock_create with bpf_get_netns_cookie (5.7)"),
+    (
+        "connection_events",
+        AttachType::CgroupSockOps,
+        "sockops with bpf_get_netns_cookie (5.15)",
+    ),
+    (
+        "socket_create",
+        AttachType::CgroupSockCreate,
+        "cgroup/sock_create with bpf_get_netns_cookie (5.7)",
+    ),
 ];
 const LOOKUP_PROGRAM: (&str, &str) = ("steer", "sk_lookup (5.9)");
 
@@ -68,7 +85,8 @@ pub struct Kernel {
     heartbeat: Mutex<Array<MapData, u64>>,
     agent_sockets: Mutex<SkStorage<MapData, AgentSocketValue>>,
     destinations: Mutex<HashMap<MapData, RedirectedConnectionKey, OriginalDestinationValue>>,
-    destinations_fd: aya::maps::MapFd,
+    /// The same map, for the one operation that aya lacks.
+    destinations_fd: OwnedFd,
     listeners: Mutex<SockMap<MapData>>,
     counters: PerCpuArray<MapData, u64>,
     beats: AtomicU32,
@@ -76,7 +94,9 @@ pub struct Kernel {
 
 impl fmt::Debug for Kernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Kernel").field("directory", &self.directory).finish_non_exhaustive()
+        f.debug_struct("Kernel")
+            .field("directory", &self.directory)
+            .finish_non_exhaustive()
     }
 }
 
@@ -123,13 +143,25 @@ impl Kernel {
         for (name, attach_type, _) in NODE_PROGRAMS {
             let program = programs.program(name).ok_or_else(|| failed(name, "not in the object"))?;
             let fd = program.fd().map_err(|error| failed(name, error))?;
-            attach(fd.as_fd(), cgroup.as_fd(), cgroup_id, attach_type, &directory.join("links").join(name))
-                .map_err(|error| failed(format!("attaching {name} to {}", cgroup_root.display()), error))?;
+            attach(
+                fd.as_fd(),
+                cgroup.as_fd(),
+                cgroup_id,
+                attach_type,
+                &directory.join("links").join(name),
+            )
+            .map_err(|error| failed(format!("attaching {name} to {}", cgroup_root.display()), error))?;
         }
 
         let destinations = take_map(&mut programs, "ORIGINAL_DESTINATIONS")?;
-        let Map::HashMap(data) = &destinations else { return Err(failed("ORIGINAL_DESTINATIONS", "not a hash map")) };
-        let destinations_fd = data.fd().try_clone().map_err(|error| failed("ORIGINAL_DESTINATIONS", error))?;
+        let Map::HashMap(data) = &destinations else {
+            return Err(failed("ORIGINAL_DESTINATIONS", "not a hash map"));
+        };
+        let destinations_fd = data
+            .fd()
+            .as_fd()
+            .try_clone_to_owned()
+            .map_err(|error| failed("ORIGINAL_DESTINATIONS", error))?;
         let kernel = Kernel {
             pods: Mutex::new(typed(take_map(&mut programs, "PODS")?)?),
             heartbeat: Mutex::new(typed(take_map(&mut programs, "HEARTBEAT")?)?),
@@ -151,7 +183,10 @@ impl Kernel {
     /// The map is full, or the slot is out of range.
     pub fn add_pod(&self, netns_cookie: u64, value: &PodValue) -> Result<(), CaptureError> {
         check_slot(value.slot)?;
-        self.pods.lock().insert(netns_cookie, value, 0).map_err(|error| failed("enrolling a network namespace", error))
+        self.pods
+            .lock()
+            .insert(netns_cookie, value, 0)
+            .map_err(|error| failed("enrolling a network namespace", error))
     }
 
     /// Releases a network namespace; `Ok` when it was not enrolled.
@@ -173,7 +208,9 @@ impl Kernel {
     /// The map cannot be read.
     pub fn pods(&self) -> Result<Vec<(u64, PodValue)>, CaptureError> {
         let pods = self.pods.lock();
-        pods.iter().collect::<Result<_, _>>().map_err(|error| failed("reading the enrolled network namespaces", error))
+        pods.iter()
+            .collect::<Result<_, _>>()
+            .map_err(|error| failed("reading the enrolled network namespaces", error))
     }
 
     /// Makes `socket` the listener of a Pod; `which` is `TUNNEL_LISTENER` or `PLAINTEXT_LISTENER`.
@@ -186,7 +223,9 @@ impl Kernel {
             return Err(CaptureError::Other(format!("a Pod has no listener {which}")));
         }
         let mut listeners = self.listeners.lock();
-        listeners.set(slot * LISTENERS_PER_POD + which, &socket, 0).map_err(|error| failed("registering a listener", error))
+        listeners
+            .set(slot * LISTENERS_PER_POD + which, &socket, 0)
+            .map_err(|error| failed("registering a listener", error))
     }
 
     /// Forgets a Pod's listeners; nothing happens where there are none.
@@ -207,13 +246,26 @@ impl Kernel {
     pub fn attach_lookup(&self, slot: u32, pod_uid: &str, netns: BorrowedFd<'_>) -> Result<(), CaptureError> {
         check_slot(slot)?;
         let (name, feature) = LOOKUP_PROGRAM;
-        let mut programs = loader(&self.directory).override_global("SLOT", &slot, true).load(OBJECT).map_err(loading)?;
-        let Some(Program::SkLookup(program)) = programs.program_mut(name) else { return Err(failed(name, "not in the object")) };
+        let mut programs = loader(&self.directory)
+            .override_global("SLOT", &slot, true)
+            .load(OBJECT)
+            .map_err(loading)?;
+        let Some(Program::SkLookup(program)) = programs.program_mut(name) else {
+            return Err(failed(name, "not in the object"));
+        };
         program.load().map_err(|error| program_failed(name, feature, &error))?;
         let fd = program.fd().map_err(|error| failed(name, error))?;
-        let inode = nix::sys::stat::fstat(netns).map_err(|error| failed("the Pod's network namespace", error))?.st_ino;
-        attach(fd.as_fd(), netns, inode, AttachType::SkLookup, &self.directory.join("pods").join(pin_name(pod_uid)))
-            .map_err(|error| failed(format!("attaching {name} to the network namespace of Pod {pod_uid}"), error))
+        let inode = nix::sys::stat::fstat(netns)
+            .map_err(|error| failed("the Pod's network namespace", error))?
+            .st_ino;
+        attach(
+            fd.as_fd(),
+            netns,
+            inode,
+            AttachType::SkLookup,
+            &self.directory.join("pods").join(pin_name(pod_uid)),
+        )
+        .map_err(|error| failed(format!("attaching {name} to the network namespace of Pod {pod_uid}"), error))
     }
 
     /// Detaches a Pod's sk_lookup program. `false`: it had none.
@@ -246,7 +298,10 @@ impl Kernel {
     /// # Errors
     /// Not a socket, or no memory.
     pub fn mark_socket(&self, socket: BorrowedFd<'_>, mark: AgentSocketValue) -> Result<(), CaptureError> {
-        self.agent_sockets.lock().insert(&socket, mark, 0).map_err(|error| failed("marking a socket as the agent's", error))
+        self.agent_sockets
+            .lock()
+            .insert(&socket, mark, 0)
+            .map_err(|error| failed("marking a socket as the agent's", error))
     }
 
     /// Takes where an accepted connection wanted to go.
@@ -257,8 +312,10 @@ impl Kernel {
         &self,
         key: &RedirectedConnectionKey,
     ) -> Result<Option<OriginalDestinationValue>, CaptureError> {
-        bpf_syscalls::map_take(self.destinations_fd.as_fd(), key)
-            .map_err(|source| CaptureError::Io { step: "taking an original destination", source })
+        bpf_syscalls::map_take(self.destinations_fd.as_fd(), key).map_err(|source| CaptureError::Io {
+            step: "taking an original destination",
+            source,
+        })
     }
 
     /// Renews the lease: until it is over the programs take the agent for alive.
@@ -266,7 +323,10 @@ impl Kernel {
     /// # Errors
     /// The map refuses.
     pub fn beat(&self) -> Result<(), CaptureError> {
-        self.heartbeat.lock().set(0, now_ns()?, 0).map_err(|error| failed("beating", error))?;
+        self.heartbeat
+            .lock()
+            .set(0, now_ns()?, 0)
+            .map_err(|error| failed("beating", error))?;
         if self.beats.fetch_add(1, Ordering::Relaxed) % SWEEP_EVERY_BEATS == SWEEP_EVERY_BEATS - 1 {
             self.sweep_destinations(|_, age_ns| age_ns > DESTINATION_AGE_NS);
         }
@@ -316,7 +376,11 @@ impl Kernel {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(report),
             names => names.map_err(|error| failed(pin_path.display(), error))?,
         };
-        for directory in names.iter().filter(|name| abi_version(name).is_some()).map(|name| pin_path.join(name)) {
+        for directory in names
+            .iter()
+            .filter(|name| abi_version(name).is_some())
+            .map(|name| pin_path.join(name))
+        {
             remove_pins(&directory, &mut report).map_err(|error| failed(directory.display(), error))?;
             report.directories.push(directory);
         }
@@ -332,7 +396,10 @@ fn check_slot(slot: u32) -> Result<(), CaptureError> {
     if slot < limits::MAX_PODS {
         return Ok(());
     }
-    Err(CaptureError::Other(format!("slot {slot}: a node holds at most {} enrolled Pods", limits::MAX_PODS)))
+    Err(CaptureError::Other(format!(
+        "slot {slot}: a node holds at most {} enrolled Pods",
+        limits::MAX_PODS
+    )))
 }
 
 fn now_ns() -> Result<u64, CaptureError> {
@@ -352,7 +419,10 @@ fn loader(directory: &Path) -> EbpfLoader<'_> {
 
 fn load_node_programs(directory: &Path, has_set_retval: bool) -> Result<Ebpf, CaptureError> {
     let has_set_retval = u32::from(has_set_retval);
-    let mut programs = loader(directory).override_global("HAS_SET_RETVAL", &has_set_retval, true).load(OBJECT).map_err(loading)?;
+    let mut programs = loader(directory)
+        .override_global("HAS_SET_RETVAL", &has_set_retval, true)
+        .load(OBJECT)
+        .map_err(loading)?;
     for (name, _, feature) in NODE_PROGRAMS {
         let loaded = match programs.program_mut(name) {
             Some(Program::CgroupSockAddr(program)) => program.load(),
@@ -370,7 +440,10 @@ fn loading(error: aya::EbpfError) -> CaptureError {
 }
 
 fn program_failed(name: &str, feature: &str, error: &ProgramError) -> CaptureError {
-    failed(format!("loading the kernel program {name}, which needs {feature} and CAP_BPF, CAP_NET_ADMIN"), chain(error))
+    failed(
+        format!("loading the kernel program {name}, which needs {feature} and CAP_BPF, CAP_NET_ADMIN"),
+        chain(error),
+    )
 }
 
 /// An error with its causes; aya keeps the reason in them.
@@ -430,7 +503,9 @@ fn detach(link: BorrowedFd<'_>, pin: &Path) -> io::Result<()> {
 }
 
 fn names_in(directory: &Path) -> io::Result<Vec<String>> {
-    fs::read_dir(directory)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+    fs::read_dir(directory)?
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+        .collect()
 }
 
 fn remove_pins(directory: &Path, report: &mut CleanupReport) -> io::Result<()> {
@@ -468,7 +543,9 @@ fn prepare_pins(pin_path: &Path) -> Result<PathBuf, CaptureError> {
         )));
     }
     if let Ok(names) = names_in(pin_path)
-        && let Some(other) = names.iter().find(|name| abi_version(name).is_some_and(|version| version != ABI_VERSION))
+        && let Some(other) = names
+            .iter()
+            .find(|name| abi_version(name).is_some_and(|version| version != ABI_VERSION))
     {
         return Err(CaptureError::Other(format!(
             "{} was left by an agent of another version (this one is v{ABI_VERSION}); release it with `mesh-agent cleanup \
@@ -490,7 +567,10 @@ fn prepare_pins(pin_path: &Path) -> Result<PathBuf, CaptureError> {
 fn open_cgroup_root(path: &Path) -> Result<File, CaptureError> {
     let file_system = statfs(path).map_err(|error| failed(path.display(), error))?;
     if file_system.filesystem_type() != CGROUP2_SUPER_MAGIC {
-        return Err(CaptureError::Other(format!("{} is not in a cgroup-v2 hierarchy", path.display())));
+        return Err(CaptureError::Other(format!(
+            "{} is not in a cgroup-v2 hierarchy",
+            path.display()
+        )));
     }
     File::open(path).map_err(|error| failed(path.display(), error))
 }
@@ -528,7 +608,11 @@ fn pod_uid(pin_name: &str) -> String {
     let mut bytes = Vec::with_capacity(pin_name.len());
     let mut rest = pin_name;
     while let Some(first) = rest.bytes().next() {
-        let escaped = if first == b'%' { rest.get(1..3).and_then(|hex| u8::from_str_radix(hex, 16).ok()) } else { None };
+        let escaped = if first == b'%' {
+            rest.get(1..3).and_then(|hex| u8::from_str_radix(hex, 16).ok())
+        } else {
+            None
+        };
         bytes.push(escaped.unwrap_or(first));
         rest = rest.get(if escaped.is_some() { 3 } else { 1 }..).unwrap_or("");
     }

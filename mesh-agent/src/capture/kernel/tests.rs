@@ -9,7 +9,10 @@ fn the_cgroup_root_is_found_on_pure_and_hybrid_machines() {
     assert_eq!(cgroup2_mount(hybrid), Some("/sys/fs/cgroup/unified".into()));
     let bind_of_a_child = "32 24 0:27 /kubepods /mnt rw - cgroup2 cgroup2 rw\n33 24 0:27 / /a\\040b rw - cgroup2 none rw\n";
     assert_eq!(cgroup2_mount(bind_of_a_child), Some("/a b".into()));
-    assert_eq!(cgroup2_mount("30 24 0:26 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n"), None);
+    assert_eq!(
+        cgroup2_mount("30 24 0:26 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n"),
+        None
+    );
 }
 
 #[test]
