@@ -101,7 +101,10 @@ pub async fn start(args: &ServeArgs) -> anyhow::Result<Running> {
         bail!("--admin {}: only loopback addresses are allowed: it is not authenticated", args.admin);
     }
     let now = OffsetDateTime::now_utc();
-    let state = StateDir::open(&args.state_dir).context("state directory")?;
+    let (Some(registry), Some(state_dir)) = (&args.registry, &args.state_dir) else {
+        bail!("--registry DIR and --state-dir DIR are needed");
+    };
+    let state = StateDir::open(state_dir).context("state directory")?;
     let authority = Arc::new(Authority::open(&state, &args.trust_domain, now)?);
     let tokens = Tokens::open(&state).context("state directory")?;
     let metrics = Arc::new(Metrics::new()?);
@@ -122,7 +125,7 @@ pub async fn start(args: &ServeArgs) -> anyhow::Result<Running> {
     let admin_listener = TcpListener::bind(args.admin).await.with_context(|| format!("--admin {}", args.admin))?;
     let (listen, admin_address) = (listener.local_addr()?, admin_listener.local_addr()?);
 
-    let follow = Follow::start(&args.registry, Arc::clone(&control))?;
+    let follow = Follow::start(registry, Arc::clone(&control))?;
     let admin_task = tokio::spawn(admin::serve(admin_listener, Arc::clone(&control)));
     let serving_task = tokio::spawn(keep_serving_certificate(certificate, names, Arc::clone(&metrics)));
 
@@ -150,7 +153,7 @@ pub async fn start(args: &ServeArgs) -> anyhow::Result<Running> {
         let stopped = async { drop(stopped.await) };
         server.serve_with_incoming_shutdown(ReceiverStream::new(incoming), stopped).await
     });
-    tracing::info!(%listen, admin = %admin_address, registry = %args.registry.display(), "mesh-control serves");
+    tracing::info!(%listen, admin = %admin_address, registry = %registry.display(), "mesh-control serves");
     Ok(Running { control, listen, admin: admin_address, stop, server, admin_task, serving_task, follow })
 }
 

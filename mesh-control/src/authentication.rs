@@ -27,7 +27,7 @@ struct FailureLog {
 }
 
 /// An authenticated caller.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Caller {
     pub node: String,
     secret: String,

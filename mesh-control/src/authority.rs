@@ -124,7 +124,7 @@ impl Authority {
         let key = request_key(request_pem)?;
         let lifetime = lifetime.clamp(MIN_CERTIFICATE_LIFETIME, MAX_CERTIFICATE_LIFETIME);
         let mut params = leaf(now, lifetime, self.root_not_after)?;
-        let uri = spiffe_id.try_into().map_err(AuthorityError::signing)?;
+        let uri: rcgen::string::Ia5String = spiffe_id.try_into().map_err(AuthorityError::signing)?;
         params.subject_alt_names = vec![SanType::URI(uri)];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
         let not_after = params.not_after;

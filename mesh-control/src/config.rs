@@ -15,12 +15,12 @@ use crate::limits::{MAX_CERTIFICATE_LIFETIME, MIN_CERTIFICATE_LIFETIME};
 /// On its first start it makes its root of trust in the state directory. A node's agent starts from a token file alone, which
 /// `mesh-control node-token` writes. RUST_LOG sets what is logged (default `info`).
 #[derive(Debug, Parser)]
-#[command(name = "mesh-control", version, args_conflicts_with_subcommands = true)]
+#[command(name = "mesh-control", version, subcommand_negates_reqs = true, args_conflicts_with_subcommands = true)]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Option<Command>,
     #[command(flatten)]
-    pub serve: Option<ServeArgs>,
+    pub serve: ServeArgs,
 }
 
 #[derive(Debug, Subcommand)]
@@ -36,11 +36,12 @@ pub enum Command {
 pub struct ServeArgs {
     /// Folder of Kubernetes manifests (*.yaml, *.yml, *.json; no sub-folders): Namespaces, Nodes, Pods, Services,
     /// ServiceAccounts and AuthorizationPolicies. Changes are followed without a restart.
-    #[arg(long, env = "CULVERT_REGISTRY", value_name = "DIR")]
-    pub registry: PathBuf,
+    // An option for clap's sake: a subcommand goes without it.
+    #[arg(long, env = "CULVERT_REGISTRY", value_name = "DIR", required = true)]
+    pub registry: Option<PathBuf>,
     /// Folder for the root of trust, node tokens and capture states; made with mode 0700 when it is missing.
-    #[arg(long, env = "CULVERT_STATE_DIR", value_name = "DIR")]
-    pub state_dir: PathBuf,
+    #[arg(long, env = "CULVERT_STATE_DIR", value_name = "DIR", required = true)]
+    pub state_dir: Option<PathBuf>,
     /// Where agents connect (gRPC over TLS).
     #[arg(long, env = "CULVERT_LISTEN", value_name = "ADDR:PORT", default_value = "0.0.0.0:15012")]
     pub listen: SocketAddr,
@@ -125,10 +126,11 @@ mod tests {
     #[test]
     fn both_forms_of_the_command_line_are_read() {
         let cli = Cli::try_parse_from(["mesh-control", "--registry", "r", "--state-dir", "s", "--pod-cidr", "10.0.0.0/8"]);
-        let serve = cli.expect("serve").serve.expect("arguments");
+        let serve = cli.expect("serve").serve;
         assert_eq!(serve.admin.port(), 15014);
         assert_eq!(serve.pod_cidr.len(), 1);
         let cli = Cli::try_parse_from(["mesh-control", "node-token", "n", "--state-dir", "s", "--address", "h:1"]);
         assert!(matches!(cli.expect("token").command, Some(Command::NodeToken(_))));
+        assert!(Cli::try_parse_from(["mesh-control", "--registry", "r"]).is_err(), "the state directory is needed");
     }
 }

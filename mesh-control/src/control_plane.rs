@@ -91,10 +91,10 @@ impl ControlPlane {
         self.snapshot.subscribe()
     }
 
-    /// Becomes true when open streams are to end.
-    #[must_use]
-    pub fn closing(&self) -> watch::Receiver<bool> {
-        self.closing.subscribe()
+    /// Done when open streams are to end.
+    pub fn closed(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut closing = self.closing.subscribe();
+        async move { drop(closing.wait_for(|closing| *closing).await) }
     }
 
     pub fn close(&self) {

@@ -1,6 +1,6 @@
 use std::process::ExitCode;
 
-use clap::{CommandFactory as _, Parser as _};
+use clap::Parser as _;
 use mesh_control::app;
 use mesh_control::config::{Cli, Command};
 use tracing_subscriber::EnvFilter;
@@ -9,13 +9,9 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    let done = match (cli.command, cli.serve) {
-        (Some(Command::NodeToken(args)), _) => app::node_token(&args),
-        (None, Some(args)) => serve(&args),
-        (None, None) => {
-            let error = clap::error::ErrorKind::MissingRequiredArgument;
-            Cli::command().error(error, "--registry DIR and --state-dir DIR are needed").exit()
-        }
+    let done = match cli.command {
+        Some(Command::NodeToken(args)) => app::node_token(&args),
+        None => serve(&cli.serve),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -62,7 +62,8 @@ async fn serve(
     let mut recheck = interval(TOKEN_RECHECK);
     recheck.set_missed_tick_behavior(MissedTickBehavior::Delay);
     recheck.reset();
-    let mut closing = control.closing();
+    let closed = control.closed();
+    tokio::pin!(closed);
     loop {
         let report = tokio::select! {
             report = reports.message() => match report {
@@ -70,7 +71,7 @@ async fn serve(
                 // The stream's end withdraws nothing.
                 Ok(None) | Err(_) => return Ok(()),
             },
-            _ = closing.wait_for(|closing| *closing) => return Err(Status::unavailable("the control plane ends")),
+            () = &mut closed => return Err(Status::unavailable("the control plane ends")),
             _ = recheck.tick() => {
                 authenticator.recheck(caller).await?;
                 continue;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 pub enum StateError {
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: std::io::Error },
-    #[error("{}: others than its owner may use it (mode {mode:o}); run `chmod {want:o} {0}`", path.display(), path.display())]
+    #[error("{}: others than its owner may use it (mode {mode:o}); run `chmod {want:o} {}`", path.display(), path.display())]
     TooOpen { path: PathBuf, mode: u32, want: u32 },
     #[error("{}: {problem}", path.display())]
     Content { path: PathBuf, problem: String },
@@ -112,10 +112,14 @@ fn make_private_dir(path: &Path) -> Result<(), StateError> {
     let io = |source| StateError::Io { path: path.to_owned(), source };
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io)?;
     let mode = std::fs::metadata(path).map_err(io)?.mode() & 0o7777;
-    if mode & 0o077 != 0 {
-        return Err(StateError::TooOpen { path: path.to_owned(), mode, want: 0o700 });
+    if mode & 0o077 == 0 {
+        return Ok(());
     }
-    Ok(())
+    // One that was just made for us holds nothing that could have been read.
+    if std::fs::read_dir(path).map_err(io)?.next().is_none() {
+        return std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700)).map_err(io);
+    }
+    Err(StateError::TooOpen { path: path.to_owned(), mode, want: 0o700 })
 }
 
 /// Writes a 0600 file by a temporary one beside it.

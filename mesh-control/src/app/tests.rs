@@ -43,8 +43,8 @@ impl Bench {
         std::fs::create_dir(dir.path().join("registry")).expect("registry");
         std::fs::write(dir.path().join("registry/mesh.yaml"), format!("{NAMESPACE}{pods}")).expect("manifest");
         let args = ServeArgs {
-            registry: dir.path().join("registry"),
-            state_dir: dir.path().join("state"),
+            registry: Some(dir.path().join("registry")),
+            state_dir: Some(dir.path().join("state")),
             listen: "127.0.0.1:0".parse().expect("address"),
             admin: "127.0.0.1:0".parse().expect("address"),
             trust_domain: "cluster.local".into(),
@@ -65,7 +65,7 @@ impl Bench {
         let output: PathBuf = self.dir.path().join(format!("{node}.json"));
         let args = NodeTokenArgs {
             node: node.into(),
-            state_dir: self.args.state_dir.clone(),
+            state_dir: self.dir.path().join("state"),
             address: self.running.listen.to_string(),
             output: Some(output.clone()),
             rotate: false,
@@ -318,7 +318,7 @@ async fn certificates_are_signed_for_members_on_the_callers_node_only() {
 #[tokio::test]
 async fn the_serving_certificate_learns_the_names_of_new_tokens() {
     let bench = Bench::start("").await;
-    let tokens = Tokens::open(&StateDir::open(&bench.args.state_dir).expect("state")).expect("tokens");
+    let tokens = Tokens::open(&StateDir::open(&bench.dir.path().join("state")).expect("state")).expect("tokens");
     tokens.issue("node-z", "mesh.example.test:15012", "00", false).expect("token");
     let root = bench.running.control.parameters.trust_bundle[0].clone();
     let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(root)).domain_name("mesh.example.test");

@@ -210,8 +210,12 @@ impl<'a> Index<'a> {
         let mut index = Self::default();
         for (id, object) in world {
             match object.as_ref() {
-                Object::Namespace { labels } => drop(index.namespaces.insert(&id.name, labels)),
-                Object::Node(node) => drop(index.nodes.insert(&id.name, node)),
+                Object::Namespace { labels } => {
+                    index.namespaces.insert(&id.name, labels);
+                }
+                Object::Node(node) => {
+                    index.nodes.insert(&id.name, node);
+                }
                 Object::Pod(pod) if !pod.finished => index.pods.push((id, pod)),
                 Object::Pod(_) | Object::ServiceAccount => {}
                 Object::Service(service) => {

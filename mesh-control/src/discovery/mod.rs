@@ -103,7 +103,8 @@ impl Stream {
         let mut recheck = interval(TOKEN_RECHECK);
         recheck.set_missed_tick_behavior(MissedTickBehavior::Delay);
         recheck.reset();
-        let mut closing = self.control.closing();
+        let closed = self.control.closed();
+        tokio::pin!(closed);
         loop {
             let deadline = self.types.values().filter_map(|of_type| of_type.acknowledge_by).min();
             tokio::select! {
@@ -113,7 +114,7 @@ impl Stream {
                     Ok(None) | Err(_) => return Ok(()),
                 },
                 _ = self.snapshots.changed() => {}
-                _ = closing.wait_for(|closing| *closing) => {
+                () = &mut closed => {
                     return Err(Cut("shutdown", Status::unavailable("the control plane ends")));
                 }
                 () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {

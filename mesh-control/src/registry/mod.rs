@@ -206,7 +206,9 @@ fn read_file(state: &mut FileState, file: &str, text: &str, scan: u64) {
             }
             Err(error) => {
                 match &error.id {
-                    Some(id) => drop(broken.insert(id.clone())),
+                    Some(id) => {
+                        broken.insert(id.clone());
+                    }
                     None => unknown_broken = true,
                 }
                 reject(error.id, error.reason, error.message);
