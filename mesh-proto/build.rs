@@ -12,6 +12,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     ];
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(files, ["proto"])?;
-    tonic_prost_build::configure().compile_fds(descriptors)?;
+    // Versions of discovery resources are hashes of their encoding: a map's order must not be left to chance.
+    tonic_prost_build::configure()
+        .btree_map(".istio.workload.Workload.services")
+        .compile_fds(descriptors)?;
     Ok(())
 }

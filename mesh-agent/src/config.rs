@@ -1,1 +1,179 @@
-//! (being written)
+//! What a person may set: the command line, the environment (`CULVERT_*`) and the token file. Parsed and checked here, once.
+
+#[cfg(test)]
+mod tests;
+mod token;
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+pub use token::{NodeToken, Secret, TokenError};
+
+/// The node agent of the Culvert mesh: enrols Pods, carries their TCP through mutual TLS, authorizes and measures it.
+#[derive(Debug, Parser)]
+#[command(name = "mesh-agent", version, propagate_version = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Runs the agent of this node until SIGTERM or SIGINT. Needs root.
+    ///
+    /// Enrolled Pods outlive it: while no agent runs, their new connections are refused at once, and the next agent on the same
+    /// --run-dir and --pin-path carries on with them. `mesh-agent cleanup` is what undoes everything.
+    Run(RunArgs),
+    /// Brings a Pod of this node into the mesh; answers when its capture is proven, or says why not. Needs root and a running agent.
+    Enroll(EnrollArgs),
+    /// Takes a Pod out of the mesh and leaves its network namespace as it was before. Needs root and a running agent.
+    Release(ReleaseArgs),
+    /// Lists the enrolled Pods, one JSON object a line. Needs root and a running agent.
+    List(LocalArgs),
+    /// Releases every Pod and removes every program, map and file of any version, without a running agent. Needs root.
+    Cleanup(CleanupArgs),
+    /// Started by the agent itself, inside a Pod, to prove that the Pod's connections are captured.
+    #[command(hide = true)]
+    ProbeConnect(ProbeConnectArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Token file of this node, as `mesh-control node-token` writes it; readable by its owner only.
+    #[arg(long, env = "CULVERT_TOKEN_FILE", value_name = "FILE")]
+    pub token_file: PathBuf,
+    /// Control plane to use instead of the one that the token file names. Its certificate must still chain to the token's root.
+    #[arg(long, env = "CULVERT_CONTROL", value_name = "HOST:PORT", value_parser = host_and_port)]
+    pub control: Option<String>,
+    /// Folder for the local socket and the list of enrolled Pods; made with mode 0700. One agent a folder.
+    #[arg(long, env = "CULVERT_RUN_DIR", value_name = "DIR", default_value = "/run/culvert")]
+    pub run_dir: PathBuf,
+    /// Folder on a bpffs under which programs, maps and links are pinned.
+    #[arg(long, env = "CULVERT_PIN_PATH", value_name = "DIR", default_value = "/sys/fs/bpf/culvert")]
+    pub pin_path: PathBuf,
+    /// Root of the cgroup-v2 hierarchy to attach to [default: where cgroup2 is mounted].
+    #[arg(long, env = "CULVERT_CGROUP_ROOT", value_name = "DIR")]
+    pub cgroup_root: Option<PathBuf>,
+    /// Where to serve /metrics (Prometheus text).
+    #[arg(long, env = "CULVERT_METRICS", value_name = "IP:PORT", default_value = "0.0.0.0:15020")]
+    pub metrics: SocketAddr,
+    /// Where to serve /healthz/ready: 200 once the datapath is attached and discovery has answered.
+    #[arg(long, env = "CULVERT_READY", value_name = "IP:PORT", default_value = "0.0.0.0:15021")]
+    pub ready: SocketAddr,
+    /// Where to serve /config_dump, what the agent knows; a loopback address, since whoever reaches it may read it.
+    #[arg(long, env = "CULVERT_ADMIN", value_name = "IP:PORT", default_value = "127.0.0.1:15000", value_parser = loopback)]
+    pub admin: SocketAddr,
+    /// Where each connection's JSON line goes: a file that is appended to, or `-` for standard output.
+    #[arg(long, env = "CULVERT_ACCESS_LOG", value_name = "PATH", default_value = "-")]
+    pub access_log: PathBuf,
+    /// How long open connections may go on after SIGTERM, in seconds.
+    #[arg(long, env = "CULVERT_DRAIN_SECONDS", value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=3600))]
+    pub drain_seconds: u64,
+    /// Which messages to log to standard error, as `info` or `info,mesh_agent::discovery=debug`.
+    #[arg(long, env = "CULVERT_LOG", value_name = "FILTER", default_value = "info")]
+    pub log: String,
+    #[arg(long, env = "CULVERT_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Args)]
+pub struct LocalArgs {
+    /// The --run-dir of the running agent.
+    #[arg(long, env = "CULVERT_RUN_DIR", value_name = "DIR", default_value = "/run/culvert")]
+    pub run_dir: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct EnrollArgs {
+    #[command(flatten)]
+    pub local: LocalArgs,
+    /// The Pod's metadata.uid.
+    #[arg(long, env = "CULVERT_POD_UID", value_name = "UID")]
+    pub uid: String,
+    /// The Pod's namespace.
+    #[arg(long, env = "CULVERT_POD_NAMESPACE")]
+    pub namespace: String,
+    /// The Pod's name.
+    #[arg(long, env = "CULVERT_POD_NAME")]
+    pub name: String,
+    /// Path to the Pod's network namespace, as /run/netns/x or /proc/1234/ns/net.
+    #[arg(long, env = "CULVERT_POD_NETNS", value_name = "PATH")]
+    pub netns: PathBuf,
+    /// Address of the Pod; once for each.
+    #[arg(long = "address", env = "CULVERT_POD_ADDRESSES", value_name = "IP", required = true, value_delimiter = ',', num_args = 1..)]
+    pub addresses: Vec<IpAddr>,
+    /// The Pod's service account.
+    #[arg(long, env = "CULVERT_POD_SERVICE_ACCOUNT", value_name = "NAME", default_value = "default")]
+    pub service_account: String,
+    /// A cgroup-v2 folder of the Pod's, in which its capture is proven [default: one of the agent's own].
+    #[arg(long, env = "CULVERT_POD_CGROUP", value_name = "PATH")]
+    pub cgroup: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct ReleaseArgs {
+    #[command(flatten)]
+    pub local: LocalArgs,
+    /// The Pod's metadata.uid.
+    #[arg(long, env = "CULVERT_POD_UID", value_name = "UID")]
+    pub uid: String,
+}
+
+#[derive(Debug, Args)]
+pub struct CleanupArgs {
+    /// The --run-dir that the agent had.
+    #[arg(long, env = "CULVERT_RUN_DIR", value_name = "DIR", default_value = "/run/culvert")]
+    pub run_dir: PathBuf,
+    /// The --pin-path that the agent had.
+    #[arg(long, env = "CULVERT_PIN_PATH", value_name = "DIR", default_value = "/sys/fs/bpf/culvert")]
+    pub pin_path: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct ProbeConnectArgs {
+    /// Handed to `capture` as they are.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub arguments: Vec<String>,
+}
+
+fn loopback(text: &str) -> Result<SocketAddr, String> {
+    let address: SocketAddr = text.parse().map_err(|e| format!("{e}, expected IP:PORT"))?;
+    if address.ip().to_canonical().is_loopback() {
+        Ok(address)
+    } else {
+        Err("must be a loopback address (127.0.0.1 or [::1]): whoever reaches it may read what the agent knows".to_owned())
+    }
+}
+
+/// `host:port`, `1.2.3.4:port` or `[v6]:port`.
+fn host_and_port(text: &str) -> Result<String, String> {
+    let (host, port) = text.rsplit_once(':').ok_or("expected HOST:PORT")?;
+    match port.parse::<u16>() {
+        Ok(port) if port != 0 => {}
+        _ => return Err(format!("`{port}` is no port")),
+    }
+    let bracketed = host.starts_with('[') && host.ends_with(']');
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    let valid = if bracketed {
+        bare.parse::<std::net::Ipv6Addr>().is_ok()
+    } else {
+        !host.is_empty()
+            && host.len() <= 253
+            && host
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'))
+    };
+    if valid {
+        Ok(text.to_owned())
+    } else {
+        Err(format!("`{host}` is no host name or address"))
+    }
+}

@@ -1,1 +1,26 @@
-//! The mesh's own Kubernetes types.
+//! The mesh's own Kubernetes types: their fields, schema and validation. They are the same from a folder of manifests and from
+//! an API server, and nothing here knows which it was.
+
+mod authorization_policy;
+mod matcher;
+mod validation;
+
+pub use authorization_policy::{
+    AuthorizationPolicy, AuthorizationPolicySpec, Destination, Mode, PolicyAction, Rule, Selector, Source, limits,
+};
+pub use matcher::StringMatch;
+pub use validation::{FieldError, ValidDestination, ValidPolicy, ValidRule, ValidSource, ValidationErrors};
+
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::CustomResourceExt as _;
+
+/// API group of every type here.
+pub const GROUP: &str = "culvert.dev";
+/// `apiVersion` of every type here.
+pub const API_VERSION: &str = "culvert.dev/v1alpha1";
+
+/// The definitions to install in a cluster.
+#[must_use]
+pub fn custom_resource_definitions() -> Vec<CustomResourceDefinition> {
+    vec![AuthorizationPolicy::crd()]
+}

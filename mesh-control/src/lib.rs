@@ -1,1 +1,25 @@
+//! The control plane: objects from a registry, compiled to discovery resources, served to node agents; and the certificate
+//! authority that signs for them.
+//!
+//! `registry` → `control_plane` (world and capture states) → `compile` → `discovery`. Pure: `registry` but for its folder,
+//! `capture_states`, `compile`, `discovery::subscription`.
 
+pub mod admin;
+pub mod app;
+pub mod authentication;
+pub mod authority;
+pub mod capture_states;
+pub mod certificates;
+pub mod compile;
+pub mod config;
+pub mod control_plane;
+pub mod discovery;
+pub mod limits;
+pub mod metrics;
+pub mod node_reports;
+pub mod objects;
+pub mod proto;
+pub mod registry;
+pub mod serving;
+pub mod state_dir;
+pub mod tokens;

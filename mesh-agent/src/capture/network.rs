@@ -42,8 +42,39 @@ pub struct PodListeners {
 pub enum CaptureError {
     #[error("no original destination is recorded for this connection")]
     NoOriginalDestination,
+    /// Nothing was changed; to a caller that asks again this is success.
+    #[error("Pod {0} is enrolled already")]
+    AlreadyEnrolled(String),
+    /// The request cannot be granted as it stands; the text says what to change.
+    #[error("{0}")]
+    Refused(String),
     #[error("{step}: {source}")]
     Io { step: &'static str, source: io::Error },
     #[error("{0}")]
     Other(String),
+}
+
+impl CaptureError {
+    /// Label in metrics and logs.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::NoOriginalDestination => "no_original_destination",
+            Self::AlreadyEnrolled(_) => "already_enrolled",
+            Self::Refused(_) => "refused",
+            Self::Io { .. } => "io",
+            Self::Other(_) => "capture",
+        }
+    }
+}
+
+/// Names the step that an I/O error broke.
+pub(super) trait IoContext<T> {
+    fn step(self, step: &'static str) -> Result<T, CaptureError>;
+}
+
+impl<T> IoContext<T> for io::Result<T> {
+    fn step(self, step: &'static str) -> Result<T, CaptureError> {
+        self.map_err(|source| CaptureError::Io { step, source })
+    }
 }

@@ -1,1 +1,289 @@
-//! (being written)
+//! Keeps the agent's state as the control plane has it: one stream, three resource types, reconnected for ever. While the control
+//! plane is away the last good state stands.
+
+pub mod backoff;
+pub mod report;
+pub mod subscription;
+#[cfg(test)]
+mod tests;
+pub mod transport;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_proto::discovery::{DeltaDiscoveryResponse, Node};
+use mesh_proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, SETTINGS_TYPE_URL};
+use prost_types::{Struct, Value, value::Kind};
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use crate::proto;
+use crate::state::{Change, SharedState};
+use backoff::Backoff;
+pub use subscription::MAX_REJECTED_NAMED;
+use subscription::{Received, Subscription, refuse_unknown_type};
+use transport::ControlPlane;
+
+/// Waits between streams: doubled from the first up to the longest, jittered.
+const FIRST_RETRY: Duration = Duration::from_millis(200);
+const LONGEST_RETRY: Duration = Duration::from_secs(10);
+/// Opening a stream includes TCP and TLS, which have limits of their own.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(15);
+/// Another maker's control plane never answers for our settings: the defaults count after this long on a stream that answers
+/// for everything else.
+const SETTINGS_PATIENCE: Duration = Duration::from_secs(3);
+/// Requests that wait for the stream; one for each type and one for each response.
+const REQUEST_QUEUE: usize = 16;
+
+/// How discovery stands: for readiness, metrics, and the node's reports.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DiscoveryStatus {
+    pub connected: bool,
+    /// Every type has answered once since the agent started; stays true.
+    pub synced: bool,
+    /// Type URL → system_version_info of what decisions are made by.
+    pub enforced_versions: BTreeMap<&'static str, String>,
+    /// "type name: reason" of what the last response of a type had that cannot be used.
+    pub rejected: Vec<String>,
+    /// Counted since the start.
+    pub connections: u64,
+    pub responses: u64,
+    pub rejected_resources: u64,
+}
+
+/// Who the agent is to the control plane.
+#[derive(Clone, Debug)]
+pub struct NodeName(pub Arc<str>);
+
+impl NodeName {
+    fn wire(&self) -> Node {
+        let text = |text: &str| Value {
+            kind: Some(Kind::StringValue(text.to_owned())),
+        };
+        Node {
+            // The form that ambient control planes parse: kind, address, pod.namespace, domain.
+            id: format!("ztunnel~0.0.0.0~{}.culvert-system~culvert-system.svc.cluster.local", self.0),
+            cluster: "culvert-agent".to_owned(),
+            metadata: Some(Struct {
+                fields: BTreeMap::from([("NODE_NAME".to_owned(), text(&self.0))]),
+            }),
+        }
+    }
+}
+
+/// The three subscriptions, which outlive streams.
+#[derive(Debug)]
+struct Subscriptions {
+    addresses: Subscription,
+    authorizations: Subscription,
+    settings: Subscription,
+    /// By type: what of its last response could not be used.
+    rejected: BTreeMap<&'static str, Vec<String>>,
+}
+
+impl Subscriptions {
+    fn new() -> Self {
+        Self {
+            addresses: Subscription::new(ADDRESS_TYPE_URL),
+            authorizations: Subscription::new(AUTHORIZATION_TYPE_URL),
+            settings: Subscription::new(SETTINGS_TYPE_URL),
+            rejected: BTreeMap::new(),
+        }
+    }
+
+    fn each(&self) -> [&Subscription; 3] {
+        // Settings and policies before those who are subject to them.
+        [&self.settings, &self.authorizations, &self.addresses]
+    }
+
+    fn receive(&mut self, response: DeltaDiscoveryResponse) -> Result<Received<Change>, DeltaDiscoveryResponse> {
+        let received = match response.type_url.as_str() {
+            ADDRESS_TYPE_URL => self.addresses.receive(
+                response,
+                |resource| proto::address(resource).map_err(|e| e.to_string()),
+                |name| Some(Change::RemoveAddress(name)),
+            ),
+            AUTHORIZATION_TYPE_URL => self.authorizations.receive(
+                response,
+                |resource| proto::authorization(resource).map_err(|e| e.to_string()),
+                |name| Some(Change::RemovePolicy(name)),
+            ),
+            // Settings that are gone say nothing of what holds instead: the last ones stay.
+            SETTINGS_TYPE_URL => self.settings.receive(
+                response,
+                |resource| proto::settings(resource).map_err(|e| e.to_string()),
+                |_| None,
+            ),
+            _ => return Err(response),
+        };
+        Ok(received)
+    }
+
+    /// `settings_due`: the settings have been waited for long enough.
+    fn synced(&self, settings_due: bool) -> bool {
+        self.addresses.answered() && self.authorizations.answered() && (settings_due || self.settings.answered())
+    }
+}
+
+/// Runs discovery until `stop`.
+pub async fn run(
+    control: ControlPlane,
+    node: NodeName,
+    state: Arc<SharedState>,
+    status: watch::Sender<DiscoveryStatus>,
+    stop: CancellationToken,
+) {
+    let mut subscriptions = Subscriptions::new();
+    let mut backoff = Backoff::new(FIRST_RETRY, LONGEST_RETRY);
+    loop {
+        let stream = stream(&control, &node, &state, &status, &mut subscriptions, &mut backoff);
+        let ended = tokio::select! {
+            () = stop.cancelled() => return,
+            ended = stream => ended,
+        };
+        status.send_if_modified(|status| std::mem::replace(&mut status.connected, false));
+        let wait = backoff.after_failure();
+        warn!(control = control.address(), reason = %causes(&ended), retry_in = ?wait, "discovery is away; the last good state stands");
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(wait) => {}
+        }
+    }
+}
+
+/// One stream, from its opening to its end.
+async fn stream(
+    control: &ControlPlane,
+    node: &NodeName,
+    state: &SharedState,
+    status: &watch::Sender<DiscoveryStatus>,
+    subscriptions: &mut Subscriptions,
+    backoff: &mut Backoff,
+) -> tonic::Status {
+    let (requests, receiver) = mpsc::channel(REQUEST_QUEUE);
+    for subscription in subscriptions.each() {
+        // The queue has room for the three: this never waits.
+        if requests.send(subscription.open(node.wire())).await.is_err() {
+            return tonic::Status::internal("the request stream is closed");
+        }
+    }
+    let mut discovery = control.discovery();
+    let opening = discovery.delta_aggregated_resources(ReceiverStream::new(receiver));
+    let mut responses = match tokio::time::timeout(OPEN_TIMEOUT, opening).await {
+        Ok(Ok(response)) => response.into_inner(),
+        Ok(Err(status)) => return status,
+        Err(_) => return tonic::Status::deadline_exceeded("the stream did not open"),
+    };
+    info!(control = control.address(), "discovery is connected");
+    status.send_modify(|status| {
+        status.connected = true;
+        status.connections += 1;
+    });
+    let settings_due = Instant::now() + SETTINGS_PATIENCE;
+    loop {
+        let message = tokio::select! {
+            message = responses.message() => message,
+            () = tokio::time::sleep_until(settings_due), if !status.borrow().synced && Instant::now() < settings_due => {
+                mark_synced(subscriptions, status, true);
+                continue;
+            }
+        };
+        let response = match message {
+            Ok(Some(response)) => response,
+            Ok(None) => return tonic::Status::unavailable("ended by the control plane"),
+            Err(status) => return status,
+        };
+        backoff.reset();
+        let reply = match subscriptions.receive(response) {
+            Ok(received) => apply(received, state, subscriptions, status),
+            Err(unknown) => {
+                warn!(type_url = %unknown.type_url.chars().take(100).collect::<String>(), "a response of a type that was not asked for");
+                refuse_unknown_type(&unknown)
+            }
+        };
+        mark_synced(subscriptions, status, Instant::now() >= settings_due);
+        if requests.send(reply).await.is_err() {
+            return tonic::Status::unavailable("the control plane stopped reading");
+        }
+    }
+}
+
+/// Makes the changes those by which decisions are made, and only then gives the answer out.
+fn apply(
+    received: Received<Change>,
+    state: &SharedState,
+    subscriptions: &mut Subscriptions,
+    status: &watch::Sender<DiscoveryStatus>,
+) -> mesh_proto::discovery::DeltaDiscoveryRequest {
+    let Received {
+        changes,
+        reply,
+        rejected,
+    } = received;
+    let count = changes.len();
+    state.apply(changes);
+    let Some(subscription) = subscriptions.each().into_iter().find(|s| s.type_url() == reply.type_url) else {
+        return reply;
+    };
+    let (type_url, version) = (subscription.type_url(), subscription.version().to_owned());
+    debug!(type_url, %version, changes = count, rejected = rejected.len(), "applied");
+    for resource in rejected.iter().take(MAX_REJECTED_NAMED) {
+        warn!(type_url, name = %resource.name, reason = %resource.reason, "a resource cannot be used; what was known of it before stands");
+    }
+    let rejected_count = rejected.len() as u64;
+    let short = type_url.rsplit('.').next().unwrap_or(type_url);
+    let named = rejected
+        .iter()
+        .take(MAX_REJECTED_NAMED)
+        .map(|resource| format!("{short} {}: {}", resource.name, resource.reason))
+        .collect();
+    subscriptions.rejected.insert(type_url, named);
+    status.send_modify(|status| {
+        status.responses += 1;
+        status.rejected_resources += rejected_count;
+        status.enforced_versions.insert(type_url, version);
+        status.rejected = subscriptions
+            .rejected
+            .values()
+            .flatten()
+            .take(MAX_REJECTED_NAMED)
+            .cloned()
+            .collect();
+    });
+    reply
+}
+
+fn mark_synced(subscriptions: &Subscriptions, status: &watch::Sender<DiscoveryStatus>, settings_due: bool) {
+    if subscriptions.synced(settings_due) {
+        let first = status.send_if_modified(|status| !std::mem::replace(&mut status.synced, true));
+        if first {
+            info!(
+                addresses = subscriptions.addresses.held(),
+                policies = subscriptions.authorizations.held(),
+                "discovery is synced"
+            );
+        }
+    }
+}
+
+/// A gRPC status with what caused it: tonic's own message for a failed connection is only "transport error".
+fn causes(status: &tonic::Status) -> String {
+    use std::error::Error as _;
+    let mut text = format!("{:?}: {}", status.code(), status.message());
+    let mut cause = status.source();
+    // Chains are short; the bound is against a cycle.
+    for _ in 0..8 {
+        let Some(error) = cause else { break };
+        let next = error.to_string();
+        if !text.ends_with(&next) {
+            text.push_str(": ");
+            text.push_str(&next);
+        }
+        cause = error.source();
+    }
+    text
+}

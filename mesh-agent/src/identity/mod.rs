@@ -1,6 +1,7 @@
 //! Identities and the certificates that prove them.
 
 pub mod certificate;
+pub mod renewal;
 pub mod rotation;
 pub mod store;
 

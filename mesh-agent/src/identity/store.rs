@@ -39,7 +39,10 @@ impl CertifiedKeyPair {
     /// Of the leaf, in hexadecimal: what may be logged.
     #[must_use]
     pub fn fingerprint(&self) -> String {
-        self.chain.first().map(|leaf| hex::encode(Sha256::digest(leaf))).unwrap_or_default()
+        self.chain
+            .first()
+            .map(|leaf| hex::encode(Sha256::digest(leaf)))
+            .unwrap_or_default()
     }
 }
 

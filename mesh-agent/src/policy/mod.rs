@@ -139,7 +139,11 @@ pub fn evaluate(policies: &[Arc<Policy>], connection: &Connection<'_>) -> Verdic
         .filter(|policy| policy.dry_run && policy.matches(&subject))
         .map(|policy| policy.name.clone())
         .collect();
-    let enforced = |action| policies.iter().filter(move |policy| !policy.dry_run && policy.action == action);
+    let enforced = |action| {
+        policies
+            .iter()
+            .filter(move |policy| !policy.dry_run && policy.action == action)
+    };
 
     let decision = if let Some(policy) = enforced(Action::Deny).find(|policy| policy.matches(&subject)) {
         Decision::Deny {

@@ -1,3 +1,173 @@
-//! Carries the connections of enrolled Pods.
+//! Carries the connections of enrolled Pods. Three listeners a Pod: [`outbound`] takes what its applications open, [`inbound`] the
+//! tunnels of other Pods, [`plaintext`] everything else that arrives. Each is a straight function in phases; [`authorize`]
+//! decides for both ways in, [`copy`] carries the bytes.
 
+mod authorize;
+mod copy;
+mod error;
+mod inbound;
 pub mod limits;
+mod outbound;
+mod plaintext;
+mod pod;
+mod pool;
+mod registry;
+mod socket;
+#[cfg(test)]
+mod tests;
+
+use std::future::Future;
+use std::sync::Arc;
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::{sleep, timeout};
+
+pub use self::error::{Phase, ProxyError, Refusal, ResetBy};
+pub use self::pod::ProxyPod;
+pub use self::registry::{ConnectionInfo, Registered, Registry};
+
+use self::limits::{ACCEPT_RETRY, SHUTDOWN_PATIENCE};
+use self::pod::PodContext;
+use self::pool::Pool;
+use crate::addr::{ClientAddr, ListenerAddr};
+use crate::capture::PodListeners;
+use crate::identity::store::CertificateStore;
+use crate::state::SharedState;
+use crate::telemetry::{AccessLog, Metrics};
+use crate::tls::TlsConfigs;
+
+/// What all Pods of the node share.
+#[derive(Debug)]
+pub struct Proxy {
+    state: Arc<SharedState>,
+    certificates: Arc<CertificateStore>,
+    metrics: Arc<Metrics>,
+    access_log: AccessLog,
+    registry: Arc<Registry>,
+    tls: Arc<TlsConfigs>,
+    pool: Arc<Pool>,
+}
+
+impl Proxy {
+    #[must_use]
+    pub fn new(
+        state: Arc<SharedState>,
+        certificates: Arc<CertificateStore>,
+        metrics: Arc<Metrics>,
+        access_log: AccessLog,
+    ) -> Arc<Self> {
+        let tls = Arc::<TlsConfigs>::default();
+        Arc::new(Self {
+            pool: Pool::new(certificates.clone(), tls.clone(), metrics.clone()),
+            state,
+            certificates,
+            metrics,
+            access_log,
+            registry: Arc::default(),
+            tls,
+        })
+    }
+
+    /// Every connection that is carried.
+    #[must_use]
+    pub fn registry(&self) -> &Arc<Registry> {
+        &self.registry
+    }
+
+    /// Serves a Pod until its handle is shut down.
+    #[must_use]
+    pub fn serve(self: &Arc<Self>, pod: ProxyPod, listeners: PodListeners) -> PodProxyHandle {
+        let context = PodContext::new(pod);
+        let PodListeners {
+            outbound,
+            tunnel,
+            plaintext,
+        } = listeners;
+        self.accept(&context, outbound, "outbound", outbound::serve);
+        self.accept(&context, tunnel, "tunnel", inbound::serve);
+        self.accept(&context, plaintext, "plaintext", plaintext::serve);
+        PodProxyHandle { context }
+    }
+
+    fn accept<F>(
+        self: &Arc<Self>,
+        context: &Arc<PodContext>,
+        listener: TcpListener,
+        name: &'static str,
+        serve: impl Fn(Arc<Proxy>, Arc<PodContext>, Accepted) -> F + Send + 'static,
+    ) where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let (proxy, context) = (self.clone(), context.clone());
+        let tasks = context.tasks.clone();
+        tasks.spawn(async move {
+            loop {
+                let accepted = tokio::select! {
+                    accepted = listener.accept() => accepted,
+                    () = context.shutdown.cancelled() => return,
+                    () = context.stop_accepting.cancelled() => return,
+                };
+                let accepted = accepted.and_then(|(stream, client)| {
+                    Ok(Accepted {
+                        client: ClientAddr::new(client),
+                        listener: ListenerAddr::new(stream.local_addr()?),
+                        stream,
+                    })
+                });
+                match accepted {
+                    Ok(accepted) => {
+                        let connection = serve(proxy.clone(), context.clone(), accepted);
+                        let shutdown = context.shutdown.clone();
+                        context.tasks.spawn(async move {
+                            tokio::select! {
+                                () = connection => {}
+                                // Dropping it resets both of its ends.
+                                () = shutdown.cancelled() => {}
+                            }
+                        });
+                    }
+                    Err(error) => {
+                        proxy.metrics.count_accept_error(name);
+                        tracing::warn!(%error, listener = name, pod = %context.pod.name, "accept");
+                        sleep(ACCEPT_RETRY).await;
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// A connection as a listener took it.
+struct Accepted {
+    stream: TcpStream,
+    client: ClientAddr,
+    listener: ListenerAddr,
+}
+
+/// A Pod that is served. Dropped without [`PodProxyHandle::shutdown`], it is shut down in the background.
+#[derive(Debug)]
+pub struct PodProxyHandle {
+    context: Arc<PodContext>,
+}
+
+impl PodProxyHandle {
+    /// Closes the Pod's listeners, so that new connections are refused; those that it has go on.
+    pub fn stop_accepting(&self) {
+        self.context.stop_accepting.cancel();
+    }
+
+    /// Closes the Pod's listeners and tunnels and resets its connections.
+    pub async fn shutdown(self) {
+        self.context.shutdown.cancel();
+        self.context.tasks.close();
+        if timeout(SHUTDOWN_PATIENCE, self.context.tasks.wait()).await.is_err() {
+            tracing::warn!(pod = %self.context.pod.name, "connections of a released Pod have not ended");
+        }
+    }
+}
+
+impl Drop for PodProxyHandle {
+    fn drop(&mut self) {
+        self.context.shutdown.cancel();
+    }
+}

@@ -109,7 +109,9 @@ impl Default for Metrics {
         let registry = Registry::new();
         let counters = |name: &str, help: &str, labels: &[&str]| {
             let counters = IntCounterVec::new(Opts::new(name, help), labels).expect("constant names and labels are valid");
-            registry.register(Box::new(counters.clone())).expect("each name is registered once");
+            registry
+                .register(Box::new(counters.clone()))
+                .expect("each name is registered once");
             counters
         };
         let counter = |name: &str, help: &str| counters(name, help, &[]).with_label_values::<&str>(&[]);
@@ -120,7 +122,9 @@ impl Default for Metrics {
             &["namespace", "pod"],
         )
         .expect("constant names and labels are valid");
-        registry.register(Box::new(pod_protected.clone())).expect("each name is registered once");
+        registry
+            .register(Box::new(pod_protected.clone()))
+            .expect("each name is registered once");
 
         Self {
             opened: counters(
@@ -270,7 +274,9 @@ impl Metrics {
     }
 
     pub fn set_pod_protected(&self, namespace: &str, pod: &str, protected: bool) {
-        self.pod_protected.with_label_values(&[namespace, pod]).set(i64::from(protected));
+        self.pod_protected
+            .with_label_values(&[namespace, pod])
+            .set(i64::from(protected));
     }
 
     pub fn forget_pod(&self, namespace: &str, pod: &str) {

@@ -1,1 +1,9 @@
-//! (being written)
+//! What connections leave behind: metrics, and a line in the access log.
+
+mod access_log;
+mod metrics;
+mod record;
+
+pub use access_log::AccessLog;
+pub use metrics::{ConnectionCounters, ConnectionLabels, Metrics, Reporter};
+pub use record::{ConnectionPath, ConnectionRecord, Direction, Peer, SecurityPolicy};

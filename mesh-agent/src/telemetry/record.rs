@@ -7,8 +7,8 @@ use serde::Serialize;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::metrics::{ConnectionCounters, ConnectionLabels, Metrics, Reporter};
 use super::AccessLog;
+use super::metrics::{ConnectionCounters, ConnectionLabels, Metrics, Reporter};
 use crate::identity::Identity;
 use crate::workload::Workload;
 
@@ -180,6 +180,12 @@ impl ConnectionRecord {
         if let Some(counters) = &self.counters {
             counters.sent_bytes.inc_by(bytes as u64);
         }
+    }
+
+    /// Both ways together: moves while the connection does.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.received_bytes.load(Ordering::Relaxed) + self.sent_bytes.load(Ordering::Relaxed)
     }
 
     /// `reason`: why it was refused or failed; `None` where it ended as its ends wanted.

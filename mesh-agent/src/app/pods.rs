@@ -1,0 +1,538 @@
+//! The Pods of this node, from their enrolment to their release: captured, served, given a certificate, and proven again and again.
+
+use std::collections::{BTreeMap, HashSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::{Notify, Semaphore, watch};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use super::trust_domain::TrustDomain;
+use crate::capture::{Capture, CaptureError, CapturedPod, PodToEnroll};
+use crate::discovery::report::{PodStatus, Proof};
+use crate::identity::Identity;
+use crate::identity::renewal::Certificates;
+use crate::proxy::{PodProxyHandle, Proxy, ProxyPod};
+use crate::telemetry::Metrics;
+
+/// An enrolment is answered after this, whatever is still missing; the Pod stays enrolled and pending.
+const ENROLMENT_PATIENCE: Duration = Duration::from_secs(10);
+/// How long another change of the same Pod is waited for.
+const BUSY_PATIENCE: Duration = Duration::from_secs(30);
+/// Proven Pods are proven again this often; others are tried as often, after some quick attempts.
+const PROOF_INTERVAL: Duration = Duration::from_secs(5);
+/// Waits before the first attempts.
+const FIRST_PROOFS: [Duration; 4] = [
+    Duration::ZERO,
+    Duration::from_millis(200),
+    Duration::from_millis(500),
+    Duration::from_secs(1),
+];
+/// Proofs at a time on the node; each starts a process for each family of addresses.
+const CONCURRENT_PROOFS: usize = 4;
+/// A proof that fails so often in a row is lost.
+const FAILURES_UNTIL_LOST: u32 = 2;
+
+#[derive(Debug, thiserror::Error)]
+pub enum PodError {
+    #[error("{field}: {why}")]
+    Invalid { field: &'static str, why: String },
+    #[error("another change of this Pod is running")]
+    Busy,
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
+    /// The Pod is enrolled and closed to what cannot be protected; the agent goes on trying.
+    #[error("enrolled, but not in the mesh yet: {0}")]
+    Pending(String),
+}
+
+impl PodError {
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Invalid { .. } => "invalid",
+            Self::Busy => "busy",
+            Self::Capture(error) => error.reason(),
+            Self::Pending(_) => "pending",
+        }
+    }
+}
+
+/// An enrolled Pod.
+struct Enrolled {
+    pod: PodToEnroll,
+    uid: Arc<str>,
+    identity: Identity,
+    netns_cookie: u64,
+    proof: Proof,
+    reason: String,
+    /// Found at the start: an earlier agent may have proven it, so a failed proof is a lost one.
+    recovered: bool,
+    failures: u32,
+    /// `None`: its listeners could not be taken over; its connections are refused until they are.
+    handle: Option<PodProxyHandle>,
+    /// Ends its proofs.
+    stop: CancellationToken,
+}
+
+/// A Pod as the admin dump shows it.
+#[derive(Debug, serde::Serialize)]
+pub struct PodView {
+    pub uid: String,
+    pub namespace: String,
+    pub name: String,
+    pub identity: String,
+    pub addresses: Vec<IpAddr>,
+    pub netns_cookie: u64,
+    pub proof: &'static str,
+    pub reason: String,
+    pub served: bool,
+    pub connections: usize,
+}
+
+pub struct Pods {
+    capture: Arc<Capture>,
+    proxy: Arc<Proxy>,
+    certificates: Arc<Certificates>,
+    metrics: Arc<Metrics>,
+    trust_domain: Arc<TrustDomain>,
+    enrolled: Mutex<BTreeMap<Arc<str>, Enrolled>>,
+    /// uids with a change under way; one at a time each.
+    busy: Mutex<HashSet<Arc<str>>>,
+    no_longer_busy: Notify,
+    proofs: Semaphore,
+    status: watch::Sender<Arc<Vec<PodStatus>>>,
+}
+
+impl Pods {
+    #[must_use]
+    pub fn new(
+        capture: Arc<Capture>,
+        proxy: Arc<Proxy>,
+        certificates: Arc<Certificates>,
+        metrics: Arc<Metrics>,
+        trust_domain: Arc<TrustDomain>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            capture,
+            proxy,
+            certificates,
+            metrics,
+            trust_domain,
+            enrolled: Mutex::default(),
+            busy: Mutex::default(),
+            no_longer_busy: Notify::new(),
+            proofs: Semaphore::new(CONCURRENT_PROOFS),
+            status: watch::Sender::default(),
+        })
+    }
+
+    /// Every enrolled Pod and where it stands, at each change.
+    #[must_use]
+    pub fn status(&self) -> watch::Receiver<Arc<Vec<PodStatus>>> {
+        self.status.subscribe()
+    }
+
+    /// Takes over what an earlier agent enrolled.
+    pub async fn recover(self: &Arc<Self>) {
+        for recovered in self.capture.recover().await {
+            match recovered {
+                Ok(captured) => {
+                    info!(pod = %captured.pod.name, namespace = %captured.pod.namespace, "enrolled Pod found again");
+                    self.serve(captured, true);
+                }
+                Err((pod, error)) => {
+                    error!(pod = %pod.name, namespace = %pod.namespace, %error, "an enrolled Pod cannot be taken over; its connections are refused until it can");
+                    self.insert(pod, 0, None, true, error.to_string());
+                }
+            }
+        }
+        self.publish();
+    }
+
+    /// Enrols a Pod and waits, bounded, for its certificate and its proof. What is already enrolled is only waited for.
+    ///
+    /// # Errors
+    /// Nothing was changed, or ([`PodError::Pending`]) the Pod is enrolled and the agent goes on trying.
+    pub async fn enroll(self: Arc<Self>, pod: PodToEnroll) -> Result<u64, PodError> {
+        validate(&pod)?;
+        let uid: Arc<str> = pod.uid.as_str().into();
+        self.trust_domain.known(ENROLMENT_PATIENCE).await;
+        let started = {
+            let _change = self.exclusively(&uid).await?;
+            match self.capture.enroll(pod).await {
+                Ok(captured) => {
+                    info!(pod = %captured.pod.name, namespace = %captured.pod.namespace, %uid, "Pod enrolled");
+                    self.serve(captured, false);
+                    self.publish();
+                }
+                Err(CaptureError::AlreadyEnrolled(_)) if self.enrolled.lock().contains_key(&uid) => {}
+                Err(error) => return Err(error.into()),
+            }
+            Instant::now()
+        };
+        self.wait_until_proven(&uid, started + ENROLMENT_PATIENCE).await
+    }
+
+    async fn wait_until_proven(&self, uid: &str, until: Instant) -> Result<u64, PodError> {
+        let mut status = self.status.subscribe();
+        let proven = status.wait_for(|pods| {
+            pods.iter()
+                .find(|pod| &*pod.uid == uid)
+                .is_none_or(|pod| pod.proof == Proof::Proven)
+        });
+        let last = match timeout_at(until, proven).await {
+            Ok(Ok(pods)) => pods.iter().find(|pod| &*pod.uid == uid).cloned(),
+            Ok(Err(_)) => None,
+            Err(_) => self.status.borrow().iter().find(|pod| &*pod.uid == uid).cloned(),
+        };
+        match last {
+            Some(pod) if pod.proof == Proof::Proven => Ok(pod.netns_cookie),
+            Some(pod) => Err(PodError::Pending(pod.reason)),
+            None => Err(PodError::Pending("released meanwhile".to_owned())),
+        }
+    }
+
+    /// Undoes everything for a Pod. False: none of that uid was enrolled.
+    ///
+    /// # Errors
+    /// Something could not be undone; releasing again completes it.
+    pub async fn release(self: Arc<Self>, uid: &str) -> Result<bool, PodError> {
+        let uid: Arc<str> = uid.into();
+        let _change = self.exclusively(&uid).await?;
+        let handle = self.enrolled.lock().get_mut(&uid).and_then(|enrolled| {
+            enrolled.stop.cancel();
+            enrolled.handle.take()
+        });
+        if let Some(handle) = handle {
+            handle.shutdown().await;
+        }
+        // A failure leaves the entry, so that it is reported, listed and can be released again.
+        let known = self.capture.release(&uid).await?;
+        let enrolled = self.enrolled.lock().remove(&uid);
+        self.certificates.unwant(&uid);
+        if let Some(enrolled) = &enrolled {
+            self.metrics.forget_pod(&enrolled.pod.namespace, &enrolled.pod.name);
+            info!(pod = %enrolled.pod.name, namespace = %enrolled.pod.namespace, %uid, "Pod released");
+        }
+        self.publish();
+        Ok(known || enrolled.is_some())
+    }
+
+    #[must_use]
+    pub fn list(&self) -> Vec<PodView> {
+        let registry = self.proxy.registry();
+        let enrolled = self.enrolled.lock();
+        enrolled
+            .values()
+            .map(|enrolled| PodView {
+                uid: enrolled.uid.to_string(),
+                namespace: enrolled.pod.namespace.clone(),
+                name: enrolled.pod.name.clone(),
+                identity: enrolled.identity.to_string(),
+                addresses: enrolled.pod.addresses.clone(),
+                netns_cookie: enrolled.netns_cookie,
+                proof: enrolled.proof.as_str(),
+                reason: enrolled.reason.clone(),
+                served: enrolled.handle.is_some(),
+                connections: registry.count(&enrolled.uid),
+            })
+            .collect()
+    }
+
+    /// Connections of all Pods.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        let registry = self.proxy.registry();
+        self.enrolled.lock().keys().map(|uid| registry.count(uid)).sum()
+    }
+
+    /// The agent stops: Pods stay captured, and closed until the next agent. Connections have until `patience` is over.
+    pub async fn stop(&self, patience: Duration) {
+        let handles: Vec<PodProxyHandle> = {
+            let mut enrolled = self.enrolled.lock();
+            enrolled.values_mut().for_each(|enrolled| enrolled.stop.cancel());
+            enrolled.values_mut().filter_map(|enrolled| enrolled.handle.take()).collect()
+        };
+        for handle in &handles {
+            handle.stop_accepting();
+        }
+        let drained = async {
+            while self.connections() > 0 {
+                sleep(Duration::from_millis(50)).await;
+            }
+        };
+        if timeout(patience, drained).await.is_err() {
+            warn!(
+                connections = self.connections(),
+                "the drain is over; remaining connections are reset"
+            );
+        }
+        futures_util::future::join_all(handles.into_iter().map(PodProxyHandle::shutdown)).await;
+    }
+
+    fn serve(self: &Arc<Self>, captured: CapturedPod, recovered: bool) {
+        let CapturedPod {
+            pod,
+            netns_cookie,
+            network,
+            listeners,
+            ..
+        } = captured;
+        let identity = self.identity(&pod);
+        let served = ProxyPod {
+            pod_uid: pod.uid.as_str().into(),
+            namespace: pod.namespace.as_str().into(),
+            name: pod.name.as_str().into(),
+            identity,
+            addresses: pod.addresses.clone(),
+            network,
+            probes: self.capture.probes(),
+        };
+        let handle = self.proxy.serve(served, listeners);
+        self.insert(pod, netns_cookie, Some(handle), recovered, "not proven yet".to_owned());
+    }
+
+    fn insert(
+        self: &Arc<Self>,
+        pod: PodToEnroll,
+        netns_cookie: u64,
+        handle: Option<PodProxyHandle>,
+        recovered: bool,
+        reason: String,
+    ) {
+        let uid: Arc<str> = pod.uid.as_str().into();
+        let identity = self.identity(&pod);
+        self.certificates.want(&identity, &uid);
+        self.metrics.set_pod_protected(&pod.namespace, &pod.name, false);
+        let stop = CancellationToken::new();
+        let enrolled = Enrolled {
+            pod,
+            uid: uid.clone(),
+            identity,
+            netns_cookie,
+            proof: Proof::Pending,
+            reason,
+            recovered,
+            failures: 0,
+            handle,
+            stop: stop.clone(),
+        };
+        if let Some(before) = self.enrolled.lock().insert(uid.clone(), enrolled) {
+            before.stop.cancel();
+        }
+        let pods = self.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = pods.prove_for_ever(&uid) => {}
+            }
+        });
+    }
+
+    fn identity(&self, pod: &PodToEnroll) -> Identity {
+        Identity::new(&self.trust_domain.current(), &pod.namespace, &pod.service_account)
+    }
+
+    async fn prove_for_ever(self: &Arc<Self>, uid: &Arc<str>) {
+        let mut first = FIRST_PROOFS.into_iter();
+        loop {
+            let settled = self
+                .enrolled
+                .lock()
+                .get(uid)
+                .is_none_or(|enrolled| enrolled.proof == Proof::Proven);
+            let wait = if settled {
+                PROOF_INTERVAL
+            } else {
+                first.next().unwrap_or(PROOF_INTERVAL)
+            };
+            // Jittered, so that Pods enrolled together are not proven together for ever.
+            sleep(wait.mul_f64(rand::random_range(0.8..=1.0))).await;
+            let unserved = self
+                .enrolled
+                .lock()
+                .get(uid)
+                .filter(|enrolled| enrolled.handle.is_none())
+                .map(|enrolled| enrolled.pod.clone());
+            if let Some(pod) = unserved {
+                // Succeeds by replacing this entry, and with it this task.
+                self.take_over_again(uid, pod);
+                continue;
+            }
+            let Ok(_permit) = self.proofs.acquire().await else { return };
+            let result = self.prove(uid).await;
+            self.settle(uid, result);
+        }
+    }
+
+    /// A Pod that could not be recovered. In a task of its own: a takeover is awaited to its end, whoever is cancelled meanwhile.
+    fn take_over_again(self: &Arc<Self>, uid: &Arc<str>, pod: PodToEnroll) {
+        let (pods, uid) = (self.clone(), uid.clone());
+        tokio::spawn(async move {
+            let Ok(_change) = pods.exclusively(&uid).await else { return };
+            let still_unserved = pods
+                .enrolled
+                .lock()
+                .get(&uid)
+                .is_some_and(|enrolled| enrolled.handle.is_none() && !enrolled.stop.is_cancelled());
+            if !still_unserved {
+                return;
+            }
+            match pods.capture.enroll(pod).await {
+                Ok(captured) => {
+                    info!(%uid, "an enrolled Pod is taken over after all");
+                    pods.serve(captured, true);
+                }
+                Err(error) => {
+                    if let Some(enrolled) = pods.enrolled.lock().get_mut(&uid) {
+                        enrolled.reason = error.to_string();
+                    }
+                }
+            }
+            pods.publish();
+        });
+    }
+
+    /// A Pod is proven by its capture; for the first time only once it has a certificate to be reached by.
+    async fn prove(&self, uid: &str) -> Result<(), String> {
+        self.capture.prove(uid).await.map_err(|error| error.to_string())?;
+        let identity = self
+            .enrolled
+            .lock()
+            .get(uid)
+            .filter(|enrolled| enrolled.proof != Proof::Proven)
+            .map(|enrolled| enrolled.identity.clone());
+        match identity {
+            Some(identity) => self.certificates.ready(&identity, PROOF_INTERVAL).await.map(|_| ()),
+            None => Ok(()),
+        }
+    }
+
+    fn settle(&self, uid: &str, result: Result<(), String>) {
+        {
+            let mut enrolled = self.enrolled.lock();
+            let Some(enrolled) = enrolled.get_mut(uid) else { return };
+            let (namespace, name) = (&enrolled.pod.namespace, &enrolled.pod.name);
+            match result {
+                Ok(()) => {
+                    enrolled.failures = 0;
+                    if enrolled.proof == Proof::Proven {
+                        return;
+                    }
+                    info!(%namespace, pod = %name, "the Pod's capture is proven");
+                    enrolled.proof = Proof::Proven;
+                    enrolled.reason.clear();
+                    self.metrics.set_pod_protected(namespace, name, true);
+                }
+                Err(reason) => {
+                    enrolled.failures = enrolled.failures.saturating_add(1);
+                    warn!(%namespace, pod = %name, %reason, failures = enrolled.failures, "the Pod cannot be proven to be in the mesh");
+                    let had_proof = enrolled.proof == Proof::Proven || enrolled.recovered;
+                    if had_proof && enrolled.failures >= FAILURES_UNTIL_LOST && enrolled.proof != Proof::Lost {
+                        error!(%namespace, pod = %name, %reason, "the proof of the Pod's capture is LOST: the mesh refuses its connections until it is proven again");
+                        enrolled.proof = Proof::Lost;
+                        self.metrics.set_pod_protected(namespace, name, false);
+                    }
+                    if enrolled.proof != Proof::Proven {
+                        enrolled.reason = reason;
+                    }
+                }
+            }
+        }
+        self.publish();
+    }
+
+    fn publish(&self) {
+        let pods: Vec<PodStatus> = self
+            .enrolled
+            .lock()
+            .values()
+            .map(|enrolled| PodStatus {
+                uid: enrolled.uid.clone(),
+                namespace: enrolled.pod.namespace.as_str().into(),
+                name: enrolled.pod.name.as_str().into(),
+                netns_cookie: enrolled.netns_cookie,
+                proof: enrolled.proof,
+                reason: enrolled.reason.clone(),
+            })
+            .collect();
+        self.status.send_if_modified(|current| {
+            let changed = **current != pods;
+            if changed {
+                *current = Arc::new(pods);
+            }
+            changed
+        });
+    }
+
+    async fn exclusively(self: &Arc<Self>, uid: &Arc<str>) -> Result<Change, PodError> {
+        let turn = async {
+            loop {
+                // Before the look: an end between look and wait is not missed.
+                let mut notified = std::pin::pin!(self.no_longer_busy.notified());
+                notified.as_mut().enable();
+                if self.busy.lock().insert(uid.clone()) {
+                    return;
+                }
+                notified.await;
+            }
+        };
+        timeout(BUSY_PATIENCE, turn).await.map_err(|_| PodError::Busy)?;
+        Ok(Change {
+            pods: self.clone(),
+            uid: uid.clone(),
+        })
+    }
+}
+
+/// The one change of a Pod that is under way.
+struct Change {
+    pods: Arc<Pods>,
+    uid: Arc<str>,
+}
+
+impl Drop for Change {
+    fn drop(&mut self) {
+        self.pods.busy.lock().remove(&self.uid);
+        self.pods.no_longer_busy.notify_waiters();
+    }
+}
+
+fn validate(pod: &PodToEnroll) -> Result<(), PodError> {
+    let invalid = |field, why: &str| PodError::Invalid {
+        field,
+        why: why.to_owned(),
+    };
+    for (field, text) in [
+        ("namespace", &pod.namespace),
+        ("name", &pod.name),
+        ("service_account", &pod.service_account),
+    ] {
+        let valid = !text.is_empty()
+            && text.len() <= 253
+            && text
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'.'));
+        if !valid {
+            return Err(invalid(field, "is not a Kubernetes name"));
+        }
+    }
+    if pod.uid.is_empty() {
+        return Err(invalid("uid", "is empty"));
+    }
+    if !pod.netns_path.is_absolute() {
+        return Err(invalid("netns_path", "must be an absolute path"));
+    }
+    if pod.cgroup_path.as_ref().is_some_and(|path| !path.is_absolute()) {
+        return Err(invalid("cgroup_path", "must be an absolute path"));
+    }
+    if pod.addresses.is_empty() {
+        return Err(invalid("addresses", "has none"));
+    }
+    Ok(())
+}

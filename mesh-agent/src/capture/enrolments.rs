@@ -1,0 +1,194 @@
+//! Records of enrolments: what a later agent needs to take a Pod over, or to release it. One file a Pod,
+//! `<run_dir>/pods/<uid>.json`, 0600, written before anything is changed for the Pod and removed after everything is undone.
+
+use std::collections::HashMap;
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Write};
+use std::net::IpAddr;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::network::{CaptureError, IoContext};
+use super::routing::Before;
+
+/// Kubernetes uids have 36 characters.
+const MAX_UID_LEN: usize = 128;
+
+/// What a caller tells of a Pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodToEnroll {
+    pub uid: String,
+    pub namespace: String,
+    pub name: String,
+    pub service_account: String,
+    pub netns_path: PathBuf,
+    pub addresses: Vec<IpAddr>,
+    /// A container's cgroup, where there is one: the outbound probe runs there.
+    pub cgroup_path: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct EnrolmentRecord {
+    /// Cookies and slots mean nothing after a reboot.
+    pub boot_id: String,
+    pub pod: PodToEnroll,
+    pub netns_cookie: u64,
+    pub slot: u32,
+    pub before: Before,
+}
+
+#[derive(Debug)]
+pub(super) struct Enrolments {
+    directory: PathBuf,
+}
+
+impl Enrolments {
+    pub(super) fn open(run_dir: &Path) -> Result<Self, CaptureError> {
+        let directory = run_dir.join("pods");
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&directory)
+            .step("making the folder of enrolments")?;
+        Ok(Self { directory })
+    }
+
+    /// By uid. A file that is no record is reported and left; it never hinders the others.
+    pub(super) fn load(&self) -> Result<HashMap<String, EnrolmentRecord>, CaptureError> {
+        let mut records = HashMap::new();
+        for entry in fs::read_dir(&self.directory).step("reading the folder of enrolments")? {
+            let path = entry.step("reading the folder of enrolments")?.path();
+            if path.extension().is_none_or(|extension| extension != "json") {
+                continue;
+            }
+            let record =
+                fs::read(&path).and_then(|bytes| serde_json::from_slice::<EnrolmentRecord>(&bytes).map_err(io::Error::other));
+            match record {
+                Ok(record) if path == self.path(&record.pod.uid) => {
+                    records.insert(record.pod.uid.clone(), record);
+                }
+                Ok(record) => {
+                    tracing::error!(path = %path.display(), uid = record.pod.uid, "an enrolment's record has the wrong file name: ignored");
+                }
+                Err(error) => {
+                    tracing::error!(path = %path.display(), %error, "an enrolment's record cannot be read: ignored");
+                }
+            }
+        }
+        Ok(records)
+    }
+
+    pub(super) fn save(&self, record: &EnrolmentRecord) -> Result<(), CaptureError> {
+        const STEP: &str = "writing an enrolment's record";
+        check_uid(&record.pod.uid)?;
+        let path = self.path(&record.pod.uid);
+        let temporary = path.with_extension("json.new");
+        let text = serde_json::to_vec_pretty(record).map_err(io::Error::other).step(STEP)?;
+        let mut file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&temporary)
+            .step(STEP)?;
+        file.write_all(&text)
+            .and_then(|()| file.sync_all())
+            .and_then(|()| fs::rename(&temporary, &path))
+            .step(STEP)
+    }
+
+    pub(super) fn remove(&self, uid: &str) -> Result<(), CaptureError> {
+        match fs::remove_file(self.path(uid)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            result => result.step("removing an enrolment's record"),
+        }
+    }
+
+    fn path(&self, uid: &str) -> PathBuf {
+        self.directory.join(format!("{uid}.json"))
+    }
+}
+
+/// A uid names a file and a pin.
+pub(super) fn check_uid(uid: &str) -> Result<(), CaptureError> {
+    let safe =
+        !uid.is_empty() && uid.len() <= MAX_UID_LEN && uid.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'));
+    if safe {
+        Ok(())
+    } else {
+        Err(CaptureError::Refused(format!(
+            "a Pod's uid has letters, digits, `-` and `_`, at most {MAX_UID_LEN}: not {:?}",
+            uid.chars().take(MAX_UID_LEN).collect::<String>()
+        )))
+    }
+}
+
+pub(super) fn boot_id() -> Result<String, CaptureError> {
+    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").step("reading the boot id")?;
+    Ok(text.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn record(uid: &str) -> EnrolmentRecord {
+        EnrolmentRecord {
+            boot_id: "boot".into(),
+            pod: PodToEnroll {
+                uid: uid.into(),
+                namespace: "shop".into(),
+                name: "web-0".into(),
+                service_account: "web".into(),
+                netns_path: "/run/netns/web-0".into(),
+                addresses: vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()],
+                cgroup_path: None,
+            },
+            netns_cookie: 7,
+            slot: 3,
+            before: Before {
+                ipv6: true,
+                settings: vec![("net/ipv4/fwmark_reflect".into(), "0".into())],
+            },
+        }
+    }
+
+    #[test]
+    fn a_record_is_found_again_private_and_beside_broken_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let enrolments = Enrolments::open(folder.path()).unwrap();
+        enrolments.save(&record("a-1")).unwrap();
+        fs::write(folder.path().join("pods/b.json"), "{").unwrap();
+        fs::write(
+            folder.path().join("pods/c.json"),
+            serde_json::to_vec(&record("other")).unwrap(),
+        )
+        .unwrap();
+
+        let loaded = enrolments.load().unwrap();
+        assert_eq!(loaded.keys().collect::<Vec<_>>(), ["a-1"]);
+        assert_eq!(loaded["a-1"].pod, record("a-1").pod);
+        assert_eq!(loaded["a-1"].before, record("a-1").before);
+        let mode = fs::metadata(folder.path().join("pods/a-1.json"))
+            .unwrap()
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o777, 0o600);
+
+        enrolments.remove("a-1").unwrap();
+        enrolments.remove("a-1").unwrap();
+        assert!(enrolments.load().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_uid_that_is_no_file_name_is_refused() {
+        for uid in ["", ".", "..", "a/b", "../x", "a b", "a\0", &"x".repeat(MAX_UID_LEN + 1)] {
+            assert!(check_uid(uid).is_err(), "{uid:?}");
+        }
+        assert!(check_uid("3f0b6a9e-6f44-4f3a-9a0c-1a2b3c4d5e6f").is_ok());
+    }
+}

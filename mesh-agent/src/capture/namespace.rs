@@ -1,0 +1,86 @@
+//! A Pod's network namespace as the proxy uses it.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+
+use mesh_common::RedirectedConnectionKey;
+use tokio::net::TcpSocket;
+
+use super::kernel::Kernel;
+use super::netns::NetNamespace;
+use super::network::{CaptureError, PodNetwork};
+use super::sockets;
+use crate::addr::{ClientAddr, ListenerAddr, OriginalDst, address_bytes, ip_from_bytes};
+
+/// The kernel's [`PodNetwork`].
+pub struct PodNamespace {
+    kernel: Arc<Kernel>,
+    netns: NetNamespace,
+    slot: u32,
+    addresses: Vec<IpAddr>,
+    /// Counts the upstream sockets; gives each its local port.
+    next_port: AtomicU32,
+}
+
+impl PodNamespace {
+    pub(super) fn new(kernel: Arc<Kernel>, netns: NetNamespace, slot: u32, addresses: Vec<IpAddr>) -> Self {
+        // A restarted agent starts elsewhere in the range: connections of its predecessor may be in TIME_WAIT.
+        let next_port = AtomicU32::new(rand::random());
+        Self {
+            kernel,
+            netns,
+            slot,
+            addresses,
+            next_port,
+        }
+    }
+
+    #[must_use]
+    pub fn netns(&self) -> &NetNamespace {
+        &self.netns
+    }
+
+    #[must_use]
+    pub fn slot(&self) -> u32 {
+        self.slot
+    }
+}
+
+impl std::fmt::Debug for PodNamespace {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PodNamespace")
+            .field("netns_cookie", &self.netns.cookie())
+            .field("slot", &self.slot)
+            .field("addresses", &self.addresses)
+            .finish_non_exhaustive()
+    }
+}
+
+impl PodNetwork for PodNamespace {
+    fn take_original_destination(&self, client: ClientAddr, listener: ListenerAddr) -> Result<OriginalDst, CaptureError> {
+        let key = RedirectedConnectionKey {
+            netns_cookie: self.netns.cookie(),
+            client_address: address_bytes(client.ip()),
+            listener_address: address_bytes(listener.ip()),
+            client_port: client.port(),
+            listener_port: listener.port(),
+            _pad: 0,
+        };
+        let value = self
+            .kernel
+            .take_original_destination(&key)?
+            .ok_or(CaptureError::NoOriginalDestination)?;
+        Ok(OriginalDst::new((ip_from_bytes(value.address), value.port).into()))
+    }
+
+    fn outbound_socket(&self, towards: IpAddr) -> Result<TcpSocket, CaptureError> {
+        self.netns.run(|| sockets::outbound(&self.kernel, self.slot, towards))
+    }
+
+    fn upstream_socket(&self, client: IpAddr, towards: IpAddr) -> Result<TcpSocket, CaptureError> {
+        let client_is_pod = self.addresses.contains(&client.to_canonical());
+        self.netns
+            .run(|| sockets::upstream(&self.kernel, self.slot, &self.next_port, client, client_is_pod, towards))
+    }
+}

@@ -1,0 +1,302 @@
+//! The few rtnetlink requests that a Pod's namespace needs, synchronous: they run between two setns on one thread, where an
+//! asynchronous client (whose socket and task live longer) has no place. Formats: rtnetlink(7), linux/fib_rules.h.
+
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+/// The loopback device has this index in every network namespace.
+const LOOPBACK_INDEX: u32 = 1;
+const HEADER_LEN: usize = 16;
+/// The kernel's dumps come in datagrams of at most 32 KiB.
+const RECEIVE_BUFFER_LEN: usize = 32 * 1024;
+/// Datagrams of one answer. 1,024 × 32 KiB holds far more addresses than a Pod has.
+const MAX_DATAGRAMS: usize = 1024;
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+
+const NLM_F_REQUEST: u16 = 0x1;
+const NLM_F_ACK: u16 = 0x4;
+const NLM_F_EXCL: u16 = 0x200;
+const NLM_F_CREATE: u16 = 0x400;
+const NLM_F_DUMP: u16 = 0x300;
+
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+const RTM_NEWLINK: u16 = 16;
+const RTM_GETLINK: u16 = 18;
+const RTM_NEWADDR: u16 = 20;
+const RTM_GETADDR: u16 = 22;
+const RTM_NEWROUTE: u16 = 24;
+const RTM_DELROUTE: u16 = 25;
+const RTM_NEWRULE: u16 = 32;
+const RTM_DELRULE: u16 = 33;
+
+const IFA_F_OPTIMISTIC: u32 = 0x04;
+const IFA_F_DADFAILED: u32 = 0x08;
+const IFA_F_TENTATIVE: u32 = 0x40;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    fn number(self) -> u8 {
+        match self {
+            Self::V4 => libc::AF_INET as u8,
+            Self::V6 => libc::AF_INET6 as u8,
+        }
+    }
+}
+
+/// Whether an address of the namespace can be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum AddressState {
+    Usable,
+    /// Duplicate address detection is under way.
+    Tentative,
+    Duplicate,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Change {
+    Add,
+    Remove,
+}
+
+#[derive(Debug)]
+pub(super) struct Netlink {
+    socket: Socket,
+}
+
+impl Netlink {
+    /// A socket to the namespace that the calling thread is in.
+    pub(super) fn open() -> io::Result<Self> {
+        let socket = Socket::new(
+            Domain::from(libc::AF_NETLINK),
+            Type::RAW,
+            Some(Protocol::from(libc::NETLINK_ROUTE)),
+        )?;
+        socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+        Ok(Self { socket })
+    }
+
+    pub(super) fn is_loopback_up(&self) -> io::Result<bool> {
+        let mut info = [0_u8; 16]; // struct ifinfomsg
+        info[4..8].copy_from_slice(&LOOPBACK_INDEX.to_ne_bytes());
+        let mut up = false;
+        self.request(RTM_GETLINK, NLM_F_REQUEST | NLM_F_ACK, &info, |kind, body| {
+            if kind == RTM_NEWLINK && u32_at(body, 4) == Some(LOOPBACK_INDEX) {
+                up = u32_at(body, 8).is_some_and(|flags| flags & libc::IFF_UP as u32 != 0);
+            }
+        })?;
+        Ok(up)
+    }
+
+    pub(super) fn addresses(&self) -> io::Result<Vec<(IpAddr, AddressState)>> {
+        let mut addresses = Vec::new();
+        // struct ifaddrmsg; family 0 asks for all.
+        self.request(RTM_GETADDR, NLM_F_REQUEST | NLM_F_DUMP, &[0; 8], |kind, body| {
+            if kind == RTM_NEWADDR {
+                addresses.extend(parse_address(body));
+            }
+        })?;
+        Ok(addresses)
+    }
+
+    /// `ip rule add pref <preference> fwmark <mark> lookup <table>`; one that exists is fine.
+    pub(super) fn add_mark_rule(&self, family: Family, preference: u32, mark: u32, table: u32) -> io::Result<()> {
+        self.change_mark_rule(Change::Add, family, preference, mark, table)
+    }
+
+    /// One that is gone is fine.
+    pub(super) fn remove_mark_rule(&self, family: Family, preference: u32, mark: u32, table: u32) -> io::Result<()> {
+        self.change_mark_rule(Change::Remove, family, preference, mark, table)
+    }
+
+    fn change_mark_rule(&self, change: Change, family: Family, preference: u32, mark: u32, table: u32) -> io::Result<()> {
+        const FR_ACT_TO_TBL: u8 = 1;
+        const FRA_PRIORITY: u16 = 6;
+        const FRA_FWMARK: u16 = 10;
+        const FRA_TABLE: u16 = 15;
+        const FRA_FWMASK: u16 = 16;
+        // struct fib_rule_hdr; the table (more than 8 bits) goes as an attribute.
+        let mut body = vec![family.number(), 0, 0, 0, 0, 0, 0, FR_ACT_TO_TBL, 0, 0, 0, 0];
+        for (kind, value) in [
+            (FRA_PRIORITY, preference),
+            (FRA_FWMARK, mark),
+            (FRA_FWMASK, u32::MAX),
+            (FRA_TABLE, table),
+        ] {
+            push_attribute(&mut body, kind, value);
+        }
+        self.change(change, (RTM_NEWRULE, RTM_DELRULE), &body)
+    }
+
+    /// `ip route add local default dev lo table <table>`; one that exists is fine.
+    pub(super) fn add_local_default(&self, family: Family, table: u32) -> io::Result<()> {
+        self.change_local_default(Change::Add, family, table)
+    }
+
+    /// One that is gone is fine.
+    pub(super) fn remove_local_default(&self, family: Family, table: u32) -> io::Result<()> {
+        self.change_local_default(Change::Remove, family, table)
+    }
+
+    fn change_local_default(&self, change: Change, family: Family, table: u32) -> io::Result<()> {
+        const RTA_OIF: u16 = 4;
+        const RTA_TABLE: u16 = 15;
+        const RTPROT_STATIC: u8 = 4;
+        const RT_SCOPE_HOST: u8 = 254;
+        const RTN_LOCAL: u8 = 2;
+        // struct rtmsg
+        let mut body = vec![
+            family.number(),
+            0,
+            0,
+            0,
+            0,
+            RTPROT_STATIC,
+            RT_SCOPE_HOST,
+            RTN_LOCAL,
+            0,
+            0,
+            0,
+            0,
+        ];
+        push_attribute(&mut body, RTA_TABLE, table);
+        push_attribute(&mut body, RTA_OIF, LOOPBACK_INDEX);
+        self.change(change, (RTM_NEWROUTE, RTM_DELROUTE), &body)
+    }
+
+    fn change(&self, change: Change, (add, remove): (u16, u16), body: &[u8]) -> io::Result<()> {
+        let result = match change {
+            Change::Add => self.request(add, NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, body, |_, _| {}),
+            Change::Remove => self.request(remove, NLM_F_REQUEST | NLM_F_ACK, body, |_, _| {}),
+        };
+        match (change, result.as_ref().err().and_then(io::Error::raw_os_error)) {
+            (Change::Add, Some(libc::EEXIST)) => Ok(()),
+            // No such rule; no such route; no such device; the family is gone with its rules and routes.
+            (Change::Remove, Some(libc::ENOENT | libc::ESRCH | libc::ENODEV | libc::EAFNOSUPPORT)) => Ok(()),
+            _ => result,
+        }
+    }
+
+    fn request(&self, kind: u16, flags: u16, body: &[u8], mut each: impl FnMut(u16, &[u8])) -> io::Result<()> {
+        let length = u32::try_from(HEADER_LEN + body.len()).map_err(io::Error::other)?;
+        let mut message = Vec::with_capacity(HEADER_LEN + body.len());
+        message.extend(length.to_ne_bytes());
+        message.extend(kind.to_ne_bytes());
+        message.extend(flags.to_ne_bytes());
+        message.extend(1_u32.to_ne_bytes()); // sequence: one request at a time
+        message.extend(0_u32.to_ne_bytes()); // to the kernel
+        message.extend(body);
+        (&self.socket).write_all(&message)?;
+        let mut buffer = vec![0; RECEIVE_BUFFER_LEN];
+        for _ in 0..MAX_DATAGRAMS {
+            let received = (&self.socket).read(&mut buffer)?;
+            let mut rest = &buffer[..received];
+            while !rest.is_empty() {
+                let (kind, body, next) = split_message(rest).ok_or(io::ErrorKind::InvalidData)?;
+                match kind {
+                    NLMSG_DONE => return Ok(()),
+                    NLMSG_ERROR => {
+                        let code = u32_at(body, 0).ok_or(io::ErrorKind::InvalidData)?.cast_signed();
+                        return if code == 0 {
+                            Ok(())
+                        } else {
+                            Err(io::Error::from_raw_os_error(-code))
+                        };
+                    }
+                    _ => each(kind, body),
+                }
+                rest = next;
+            }
+        }
+        Err(io::Error::new(io::ErrorKind::InvalidData, "the answer does not end"))
+    }
+}
+
+/// (kind, body, what follows) of the first message.
+fn split_message(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
+    let length = usize::try_from(u32_at(bytes, 0)?).ok()?;
+    let kind = u16::from_ne_bytes(bytes.get(4..6)?.try_into().ok()?);
+    let body = bytes.get(HEADER_LEN..length)?;
+    let next = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+    Some((kind, body, next))
+}
+
+fn parse_address(body: &[u8]) -> Option<(IpAddr, AddressState)> {
+    const IFA_ADDRESS: u16 = 1;
+    const IFA_LOCAL: u16 = 2;
+    const IFA_FLAGS: u16 = 8;
+    let mut flags = u32::from(*body.get(2)?);
+    let (mut address, mut local) = (None, None);
+    let mut rest = body.get(8..)?;
+    while rest.len() >= 4 {
+        let length = usize::from(u16::from_ne_bytes([rest[0], rest[1]]));
+        let value = rest.get(4..length)?;
+        match u16::from_ne_bytes([rest[2], rest[3]]) {
+            IFA_ADDRESS => address = parse_ip(value),
+            IFA_LOCAL => local = parse_ip(value),
+            IFA_FLAGS => flags = u32_at(value, 0)?,
+            _ => {}
+        }
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    let state = if flags & IFA_F_DADFAILED != 0 {
+        AddressState::Duplicate
+    } else if flags & IFA_F_TENTATIVE != 0 && flags & IFA_F_OPTIMISTIC == 0 {
+        AddressState::Tentative
+    } else {
+        AddressState::Usable
+    };
+    // On a point-to-point device IFA_ADDRESS is the peer's.
+    Some((local.or(address)?, state))
+}
+
+fn parse_ip(bytes: &[u8]) -> Option<IpAddr> {
+    if let Ok(v4) = <[u8; 4]>::try_from(bytes) {
+        return Some(IpAddr::V4(Ipv4Addr::from(v4)));
+    }
+    <[u8; 16]>::try_from(bytes).ok().map(|v6| IpAddr::V6(Ipv6Addr::from(v6)))
+}
+
+fn push_attribute(body: &mut Vec<u8>, kind: u16, value: u32) {
+    body.extend(8_u16.to_ne_bytes());
+    body.extend(kind.to_ne_bytes());
+    body.extend(value.to_ne_bytes());
+}
+
+fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(bytes.get(offset..offset + 4)?.try_into().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_parsed_with_its_wide_flags_and_its_local_end() {
+        let mut body = vec![libc::AF_INET as u8, 24, 0, 0, 2, 0, 0, 0];
+        push_attribute(&mut body, 1, u32::from_ne_bytes([10, 0, 0, 254]));
+        push_attribute(&mut body, 2, u32::from_ne_bytes([10, 0, 0, 7]));
+        push_attribute(&mut body, 8, IFA_F_TENTATIVE);
+        assert_eq!(
+            parse_address(&body),
+            Some((IpAddr::V4(Ipv4Addr::new(10, 0, 0, 7)), AddressState::Tentative))
+        );
+    }
+
+    #[test]
+    fn truncated_messages_are_no_messages() {
+        for length in 0..HEADER_LEN {
+            assert!(split_message(&vec![0xff; length]).is_none());
+        }
+        assert!(parse_address(&[2, 24, 0, 0, 2, 0, 0, 0, 200, 0, 1, 0]).is_none());
+        assert!(parse_address(&[2, 24, 0, 0, 2, 0, 0, 0, 1, 0, 1, 0]).is_none());
+    }
+}

@@ -1,0 +1,135 @@
+//! What the Pod's namespace needs so that the application's answers to a transparent client address come back to the agent: a rule,
+//! a route and three settings. Everything here runs inside the namespace (`NetNamespace::run`).
+//!
+//! The upstream socket's SYN carries our mark; `tcp_fwmark_accept` gives it to the application's accepted socket,
+//! `fwmark_reflect` to a reset from a closed port; the rule sends what is marked to our table, which delivers it locally.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::netlink::{Family, Netlink};
+use super::network::{CaptureError, IoContext};
+
+/// "CV". A Pod with NET_ADMIN that sets it on its own packets only delivers them to itself.
+pub(super) const RETURN_PATH_MARK: u32 = 0x4356;
+/// The same number, beyond the 255 tables that have names.
+const TABLE: u32 = RETURN_PATH_MARK;
+/// After `local` (0), before `main` (32766) and what CNI plugins commonly add.
+const RULE_PREFERENCE: u32 = 100;
+
+const SETTINGS_V4: [&str; 2] = ["net/ipv4/tcp_fwmark_accept", "net/ipv4/fwmark_reflect"];
+const SETTINGS_V6: [&str; 1] = ["net/ipv6/fwmark_reflect"];
+const WANTED: &str = "1";
+
+/// What was there before; written to the enrolment's record before anything is changed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Before {
+    pub ipv6: bool,
+    /// Setting and its value, of those that were not as wanted.
+    pub settings: Vec<(String, String)>,
+}
+
+/// Looks at the namespace. `loopback` must be up: the redirected connects go there, and so does the return path.
+pub(super) fn observe() -> Result<Before, CaptureError> {
+    let netlink = Netlink::open().step("opening a netlink socket in the Pod")?;
+    if !netlink.is_loopback_up().step("looking at the Pod's lo")? {
+        return Err(CaptureError::Refused(
+            "lo is down in the Pod's network namespace: set it up first (`ip link set lo up`)".into(),
+        ));
+    }
+    let ipv6 = has_ipv6();
+    let mut settings = Vec::new();
+    for setting in wanted_settings(ipv6) {
+        let value = read_setting(setting)?;
+        if value != WANTED {
+            settings.push((setting.to_owned(), value));
+        }
+    }
+    Ok(Before { ipv6, settings })
+}
+
+/// What is there already is left as it is: a half-done attempt is completed.
+pub(super) fn set_up(before: &Before) -> Result<(), CaptureError> {
+    let netlink = Netlink::open().step("opening a netlink socket in the Pod")?;
+    for family in families(before.ipv6) {
+        netlink
+            .add_local_default(family, TABLE)
+            .step("adding the return route in the Pod")?;
+        netlink
+            .add_mark_rule(family, RULE_PREFERENCE, RETURN_PATH_MARK, TABLE)
+            .step("adding the return rule in the Pod")?;
+    }
+    for setting in wanted_settings(before.ipv6) {
+        write_setting(setting, WANTED)?;
+    }
+    Ok(())
+}
+
+/// What is gone already is fine. A setting that somebody changed since is left to them. Goes on after an error, and returns the
+/// first.
+pub(super) fn undo(before: &Before) -> Result<(), CaptureError> {
+    let mut first = Ok(());
+    let mut keep = |result: Result<(), CaptureError>| {
+        if first.is_ok() {
+            first = result;
+        }
+    };
+    for (setting, value) in &before.settings {
+        keep(read_setting(setting).and_then(|now| {
+            if now == WANTED {
+                write_setting(setting, value)
+            } else {
+                Ok(())
+            }
+        }));
+    }
+    match Netlink::open().step("opening a netlink socket in the Pod") {
+        Ok(netlink) => {
+            for family in families(before.ipv6) {
+                keep(
+                    netlink
+                        .remove_mark_rule(family, RULE_PREFERENCE, RETURN_PATH_MARK, TABLE)
+                        .step("removing the return rule in the Pod"),
+                );
+                keep(
+                    netlink
+                        .remove_local_default(family, TABLE)
+                        .step("removing the return route in the Pod"),
+                );
+            }
+        }
+        Err(error) => keep(Err(error)),
+    }
+    first
+}
+
+fn families(ipv6: bool) -> impl Iterator<Item = Family> {
+    std::iter::once(Family::V4).chain(ipv6.then_some(Family::V6))
+}
+
+fn wanted_settings(ipv6: bool) -> impl Iterator<Item = &'static str> {
+    let v6: &[&str] = if ipv6 { &SETTINGS_V6 } else { &[] };
+    SETTINGS_V4.iter().chain(v6).copied()
+}
+
+fn has_ipv6() -> bool {
+    read_setting("net/ipv6/conf/lo/disable_ipv6").is_ok_and(|value| value == "0")
+}
+
+/// /proc/sys/net shows the namespace of the reading thread.
+fn read_setting(setting: &str) -> Result<String, CaptureError> {
+    let text = fs::read_to_string(Path::new("/proc/sys").join(setting)).step("reading a sysctl in the Pod")?;
+    Ok(text.trim().to_owned())
+}
+
+fn write_setting(setting: &str, value: &str) -> Result<(), CaptureError> {
+    match fs::write(Path::new("/proc/sys").join(setting), value) {
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => Err(CaptureError::Refused(format!(
+            "/proc/sys is read-only for the agent, which must set {setting} in the Pod: give its container a writable /proc/sys"
+        ))),
+        result => result.step("writing a sysctl in the Pod"),
+    }
+}

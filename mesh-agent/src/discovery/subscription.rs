@@ -1,0 +1,361 @@
+//! One resource type of the delta protocol, without I/O: what is held, and what to answer to a response.
+
+use std::collections::HashMap;
+
+use mesh_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status};
+
+/// Names held of one type: a bound against a control plane gone mad. 500,000 × about 200 B = 100 MB.
+pub const MAX_RESOURCES: usize = 500_000;
+/// uids and "namespace/hostname" are at most some 600 bytes long.
+const MAX_NAME_BYTES: usize = 1024;
+/// Resources named in a NACK, and in the node's report.
+pub const MAX_REJECTED_NAMED: usize = 64;
+const MAX_REASON_BYTES: usize = 200;
+/// google.rpc.Code.INVALID_ARGUMENT.
+const INVALID_ARGUMENT: i32 = 3;
+
+/// A resource that could not be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rejected {
+    pub name: String,
+    pub reason: String,
+}
+
+/// What a response means: to be applied first, and only then answered.
+#[derive(Debug)]
+pub struct Received<C> {
+    pub changes: Vec<C>,
+    /// The ACK or the NACK.
+    pub reply: DeltaDiscoveryRequest,
+    pub rejected: Vec<Rejected>,
+}
+
+/// The wildcard subscription of one type. Outlives streams: what it holds is told to the next server.
+#[derive(Debug)]
+pub struct Subscription {
+    type_url: &'static str,
+    /// name → version of what the agent's state holds.
+    held: HashMap<String, String>,
+    /// system_version_info of the last response.
+    version: String,
+    answered: bool,
+}
+
+impl Subscription {
+    #[must_use]
+    pub fn new(type_url: &'static str) -> Self {
+        Self {
+            type_url,
+            held: HashMap::new(),
+            version: String::new(),
+            answered: false,
+        }
+    }
+
+    #[must_use]
+    pub fn type_url(&self) -> &'static str {
+        self.type_url
+    }
+
+    /// Whether a response has ever come.
+    #[must_use]
+    pub fn answered(&self) -> bool {
+        self.answered
+    }
+
+    #[must_use]
+    pub fn version(&self) -> &str {
+        &self.version
+    }
+
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.held.len()
+    }
+
+    /// The first request on a new stream: the wildcard, with what is held from streams before.
+    #[must_use]
+    pub fn open(&self, node: Node) -> DeltaDiscoveryRequest {
+        DeltaDiscoveryRequest {
+            node: Some(node),
+            type_url: self.type_url.to_owned(),
+            initial_resource_versions: self.held.clone(),
+            ..DeltaDiscoveryRequest::default()
+        }
+    }
+
+    /// Takes a response apart. `decode` turns a resource into a change, or says why it cannot; `remove` names one that is gone.
+    ///
+    /// A rejected resource leaves what was held of that name in place, here as in the state.
+    pub fn receive<C>(
+        &mut self,
+        response: DeltaDiscoveryResponse,
+        mut decode: impl FnMut(&Resource) -> Result<C, String>,
+        mut remove: impl FnMut(String) -> Option<C>,
+    ) -> Received<C> {
+        let mut changes = Vec::with_capacity(response.resources.len() + response.removed_resources.len());
+        let mut rejected = Vec::new();
+        // Removals first: a name that is both gone and there is there.
+        for name in response.removed_resources {
+            self.held.remove(&name);
+            changes.extend(remove(name));
+        }
+        for resource in &response.resources {
+            match self.checked(resource).and_then(|()| decode(resource)) {
+                Ok(change) => {
+                    self.held.insert(resource.name.clone(), resource.version.clone());
+                    changes.push(change);
+                }
+                Err(reason) => rejected.push(Rejected {
+                    name: shortened(&resource.name, MAX_NAME_BYTES),
+                    reason: shortened(&reason, MAX_REASON_BYTES),
+                }),
+            }
+        }
+        self.answered = true;
+        self.version = shortened(&response.system_version_info, MAX_NAME_BYTES);
+        let reply = DeltaDiscoveryRequest {
+            type_url: self.type_url.to_owned(),
+            response_nonce: response.nonce,
+            error_detail: error_detail(&rejected),
+            ..DeltaDiscoveryRequest::default()
+        };
+        Received {
+            changes,
+            reply,
+            rejected,
+        }
+    }
+
+    fn checked(&self, resource: &Resource) -> Result<(), String> {
+        if resource.name.is_empty() || resource.name.len() > MAX_NAME_BYTES {
+            return Err("has no name of at most 1024 bytes".to_owned());
+        }
+        if self.held.len() >= MAX_RESOURCES && !self.held.contains_key(&resource.name) {
+            return Err(format!("more than {MAX_RESOURCES} resources of this type"));
+        }
+        let url = resource.resource.as_ref().map(|any| any.type_url.as_str());
+        match url {
+            Some(url) if url == self.type_url => Ok(()),
+            Some(url) => Err(format!("is a `{}`", shortened(url, 100))),
+            None => Err("is empty".to_owned()),
+        }
+    }
+}
+
+/// The NACK of a response whose type was never asked for.
+#[must_use]
+pub fn refuse_unknown_type(response: &DeltaDiscoveryResponse) -> DeltaDiscoveryRequest {
+    DeltaDiscoveryRequest {
+        type_url: response.type_url.clone(),
+        response_nonce: response.nonce.clone(),
+        error_detail: Some(Status {
+            code: INVALID_ARGUMENT,
+            message: "this type was not subscribed to".to_owned(),
+            details: Vec::new(),
+        }),
+        ..DeltaDiscoveryRequest::default()
+    }
+}
+
+fn error_detail(rejected: &[Rejected]) -> Option<Status> {
+    if rejected.is_empty() {
+        return None;
+    }
+    let mut message = String::new();
+    for Rejected { name, reason } in rejected.iter().take(MAX_REJECTED_NAMED) {
+        if !message.is_empty() {
+            message.push_str("; ");
+        }
+        message.push_str(&format!("{name}: {reason}"));
+    }
+    if rejected.len() > MAX_REJECTED_NAMED {
+        message.push_str(&format!("; and {} more", rejected.len() - MAX_REJECTED_NAMED));
+    }
+    Some(Status {
+        code: INVALID_ARGUMENT,
+        message,
+        details: Vec::new(),
+    })
+}
+
+fn shortened(text: &str, bytes: usize) -> String {
+    let mut end = text.len().min(bytes);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text[..end].to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use prost_types::Any;
+    use std::collections::BTreeMap;
+
+    const TYPE: &str = "type.googleapis.com/test.Thing";
+
+    #[derive(Debug, PartialEq)]
+    enum Change {
+        Set(String),
+        Remove(String),
+    }
+
+    fn resource(name: &str, version: &str) -> Resource {
+        Resource {
+            name: name.to_owned(),
+            version: version.to_owned(),
+            resource: Some(Any {
+                type_url: TYPE.to_owned(),
+                value: Vec::new(),
+            }),
+            ..Resource::default()
+        }
+    }
+
+    fn response(nonce: &str, resources: Vec<Resource>, removed: &[&str]) -> DeltaDiscoveryResponse {
+        DeltaDiscoveryResponse {
+            nonce: nonce.to_owned(),
+            type_url: TYPE.to_owned(),
+            system_version_info: format!("v-{nonce}"),
+            resources,
+            removed_resources: removed.iter().map(|&r| r.to_owned()).collect(),
+        }
+    }
+
+    /// Resources whose name holds "bad" cannot be used.
+    fn receive(subscription: &mut Subscription, response: DeltaDiscoveryResponse) -> Received<Change> {
+        subscription.receive(
+            response,
+            |r| {
+                if r.name.contains("bad") {
+                    Err("is bad".to_owned())
+                } else {
+                    Ok(Change::Set(r.name.clone()))
+                }
+            },
+            |name| Some(Change::Remove(name)),
+        )
+    }
+
+    fn held(subscription: &Subscription) -> BTreeMap<String, String> {
+        subscription
+            .open(Node::default())
+            .initial_resource_versions
+            .into_iter()
+            .collect()
+    }
+
+    fn versions(of: &[(&str, &str)]) -> BTreeMap<String, String> {
+        of.iter().map(|&(n, v)| (n.to_owned(), v.to_owned())).collect()
+    }
+
+    #[test]
+    fn the_first_request_is_the_wildcard() {
+        let request = Subscription::new(TYPE).open(Node {
+            id: "me".to_owned(),
+            ..Node::default()
+        });
+        assert_eq!(request.type_url, TYPE);
+        assert!(request.resource_names_subscribe.is_empty() && request.resource_names_unsubscribe.is_empty());
+        assert!(request.initial_resource_versions.is_empty() && request.response_nonce.is_empty());
+        assert_eq!(request.node.unwrap().id, "me");
+    }
+
+    #[test]
+    fn a_usable_response_is_acknowledged_and_held_for_the_next_stream() {
+        let mut subscription = Subscription::new(TYPE);
+        assert!(!subscription.answered());
+        let received = receive(
+            &mut subscription,
+            response("1", vec![resource("a", "1"), resource("b", "7")], &[]),
+        );
+        assert_eq!(received.changes, [Change::Set("a".into()), Change::Set("b".into())]);
+        assert_eq!(
+            (received.reply.response_nonce.as_str(), received.reply.error_detail),
+            ("1", None)
+        );
+        assert!(received.reply.resource_names_subscribe.is_empty());
+        let received = receive(
+            &mut subscription,
+            response("2", vec![resource("a", "2")], &["b", "never-known"]),
+        );
+        assert_eq!(
+            received.changes,
+            [
+                Change::Remove("b".into()),
+                Change::Remove("never-known".into()),
+                Change::Set("a".into())
+            ]
+        );
+        assert_eq!(held(&subscription), versions(&[("a", "2")]));
+        assert_eq!(subscription.version(), "v-2");
+    }
+
+    #[test]
+    fn an_empty_response_answers() {
+        let mut subscription = Subscription::new(TYPE);
+        let received = receive(&mut subscription, response("1", vec![], &[]));
+        assert!(subscription.answered() && received.changes.is_empty() && received.reply.error_detail.is_none());
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_named_and_the_rest_applies() {
+        let mut subscription = Subscription::new(TYPE);
+        let mut foreign = resource("foreign", "1");
+        foreign.resource = Some(Any {
+            type_url: "other".to_owned(),
+            value: vec![0xff],
+        });
+        let mut empty = resource("empty", "1");
+        empty.resource = None;
+        let all = vec![
+            resource("bad-1", "1"),
+            resource("good", "1"),
+            foreign,
+            empty,
+            resource("", "1"),
+        ];
+        let received = receive(&mut subscription, response("1", all, &[]));
+        assert_eq!(received.changes, [Change::Set("good".into())]);
+        let detail = received.reply.error_detail.unwrap();
+        assert_eq!((received.reply.response_nonce.as_str(), detail.code), ("1", 3));
+        for named in ["bad-1: is bad", "foreign: is a `other`", "empty: is empty"] {
+            assert!(detail.message.contains(named), "{}", detail.message);
+        }
+        assert_eq!(received.rejected.len(), 4);
+        assert_eq!(held(&subscription), versions(&[("good", "1")]));
+    }
+
+    #[test]
+    fn a_rejected_update_leaves_the_version_that_is_still_in_force() {
+        let mut subscription = Subscription::new(TYPE);
+        receive(&mut subscription, response("1", vec![resource("x", "1")], &[]));
+        let received = subscription.receive(
+            response("2", vec![resource("x", "2")], &[]),
+            |_| Err::<Change, _>("broken".to_owned()),
+            |_| None,
+        );
+        assert!(received.changes.is_empty() && received.reply.error_detail.is_some());
+        assert_eq!(held(&subscription), versions(&[("x", "1")]));
+    }
+
+    #[test]
+    fn a_nack_stays_small_whatever_is_rejected() {
+        let mut subscription = Subscription::new(TYPE);
+        let all = (0..10_000)
+            .map(|i| resource(&format!("bad-{i}-{}", "é".repeat(2000)), "1"))
+            .collect();
+        let received = receive(&mut subscription, response("1", all, &[]));
+        let detail = received.reply.error_detail.unwrap();
+        assert!(detail.message.len() < MAX_REJECTED_NAMED * 1300, "{}", detail.message.len());
+        assert!(detail.message.ends_with("and 9936 more"));
+        assert_eq!(subscription.held(), 0);
+    }
+
+    #[test]
+    fn a_type_that_was_not_asked_for_is_refused() {
+        let reply = refuse_unknown_type(&response("9", vec![], &[]));
+        assert!(reply.error_detail.is_some() && reply.response_nonce == "9" && reply.type_url == TYPE);
+    }
+}

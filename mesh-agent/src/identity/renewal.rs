@@ -1,0 +1,202 @@
+//! The task that keeps a current certificate for every identity of the node's Pods, as [`Rotation`] decides.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use mesh_proto::ca::IstioCertificateRequest;
+use parking_lot::Mutex;
+use prost_types::{Struct, Value, value::Kind};
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::Identity;
+use super::certificate::{CertificateError, KeyAndRequest};
+use super::rotation::Rotation;
+use super::store::{CertificateStore, CertifiedKeyPair};
+use crate::discovery::transport::ControlPlane;
+
+/// Requests to the authority at a time.
+const CONCURRENT_REQUESTS: usize = 8;
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// What is asked for; the authority decides.
+const WANTED_LIFETIME: Duration = Duration::from_secs(24 * 3600);
+/// Longest sleep, so that a step of the wall clock is noticed.
+const LONGEST_SLEEP: Duration = Duration::from_secs(30);
+
+/// Signs requests: the control plane, or a test's authority.
+pub trait Authority: Clone + Send + Sync + 'static {
+    fn sign(&self, identity: &Identity, csr_pem: String) -> impl Future<Output = Result<Vec<String>, CertificateError>> + Send;
+}
+
+impl Authority for ControlPlane {
+    async fn sign(&self, identity: &Identity, csr_pem: String) -> Result<Vec<String>, CertificateError> {
+        let identity = Value {
+            kind: Some(Kind::StringValue(identity.to_string())),
+        };
+        let request = IstioCertificateRequest {
+            csr: csr_pem,
+            validity_duration: WANTED_LIFETIME.as_secs().cast_signed(),
+            metadata: Some(Struct {
+                fields: BTreeMap::from([("ImpersonatedIdentity".to_owned(), identity)]),
+            }),
+        };
+        let answer = self.certificates().create_certificate(request).await.map_err(Box::new)?;
+        Ok(answer.into_inner().cert_chain)
+    }
+}
+
+/// What Pods ask of certificates, and what the task does for them.
+#[derive(Debug)]
+pub struct Certificates {
+    store: Arc<CertificateStore>,
+    rotation: Mutex<Rotation>,
+    /// Wakes the task: something became due.
+    due: Notify,
+    /// Raised after each attempt, with the last failure of each identity beside it.
+    attempts: watch::Sender<u64>,
+    failures: Mutex<BTreeMap<Identity, String>>,
+    pub fetched_total: AtomicU64,
+    pub failed_total: AtomicU64,
+}
+
+impl Certificates {
+    #[must_use]
+    pub fn new(store: Arc<CertificateStore>) -> Arc<Self> {
+        Arc::new(Self {
+            store,
+            rotation: Mutex::default(),
+            due: Notify::new(),
+            attempts: watch::Sender::new(0),
+            failures: Mutex::default(),
+            fetched_total: AtomicU64::new(0),
+            failed_total: AtomicU64::new(0),
+        })
+    }
+
+    /// A Pod has this identity from now on.
+    pub fn want(&self, identity: &Identity, pod_uid: &Arc<str>) {
+        self.rotation.lock().want(identity, pod_uid, SystemTime::now());
+        self.due.notify_one();
+    }
+
+    /// The Pod is gone; a certificate that no other Pod needs is dropped.
+    pub fn unwant(&self, pod_uid: &str) {
+        let mut rotation = self.rotation.lock();
+        for identity in rotation.unwant(pod_uid) {
+            self.failures.lock().remove(&identity);
+            self.store.remove(&identity);
+            info!(%identity, "certificate dropped: its last Pod is gone");
+        }
+    }
+
+    /// The control plane is back: what failed is tried at once.
+    pub fn retry_failed(&self) {
+        self.rotation.lock().retry_failed(SystemTime::now());
+        self.due.notify_one();
+    }
+
+    /// Waits, up to `patience`, for a certificate that holds now.
+    ///
+    /// # Errors
+    /// Why there is none yet; it goes on being asked for.
+    pub async fn ready(&self, identity: &Identity, patience: Duration) -> Result<Arc<CertifiedKeyPair>, String> {
+        let mut attempts = self.attempts.subscribe();
+        let held = async {
+            loop {
+                if let Some(pair) = self.store.current(identity)
+                    && !pair.is_expired(SystemTime::now())
+                {
+                    return pair;
+                }
+                if attempts.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            }
+        };
+        let waited = tokio::time::timeout(patience, held).await;
+        waited.map_err(|_| {
+            self.failures
+                .lock()
+                .get(identity)
+                .cloned()
+                .unwrap_or_else(|| "no certificate yet".to_owned())
+        })
+    }
+
+    /// Why an identity has no fresh certificate; for the admin dump.
+    #[must_use]
+    pub fn failures(&self) -> BTreeMap<Identity, String> {
+        self.failures.lock().clone()
+    }
+
+    /// Fetches and renews until `stop`.
+    pub async fn run(self: Arc<Self>, authority: impl Authority, stop: CancellationToken) {
+        let mut running = JoinSet::new();
+        loop {
+            let room = CONCURRENT_REQUESTS.saturating_sub(running.len());
+            let due = self.rotation.lock().take_due(SystemTime::now(), room);
+            for identity in due {
+                let authority = authority.clone();
+                running.spawn(async move {
+                    let result = fetch(&authority, &identity).await;
+                    (identity, result)
+                });
+            }
+            // With no room only the end of a request makes anything happen.
+            let sleep = match self.rotation.lock().next_due() {
+                Some(at) if running.len() < CONCURRENT_REQUESTS => {
+                    at.duration_since(SystemTime::now()).unwrap_or_default().min(LONGEST_SLEEP)
+                }
+                _ => LONGEST_SLEEP,
+            };
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = self.due.notified() => {}
+                () = tokio::time::sleep(sleep) => {}
+                Some(ended) = running.join_next() => {
+                    if let Ok((identity, result)) = ended {
+                        self.settle(&identity, result);
+                    }
+                }
+            }
+        }
+    }
+
+    fn settle(&self, identity: &Identity, result: Result<CertifiedKeyPair, CertificateError>) {
+        let now = SystemTime::now();
+        let random = rand::random::<f64>();
+        // Held while the store is written, so that an identity dropped meanwhile is not put back.
+        let mut rotation = self.rotation.lock();
+        match result {
+            Ok(pair) => {
+                self.fetched_total.fetch_add(1, Ordering::Relaxed);
+                if rotation.fetched(identity, pair.not_before, pair.not_after, now, random) {
+                    info!(%identity, fingerprint = %pair.fingerprint(), lifetime = ?pair.remaining(now), "certificate in use");
+                    self.failures.lock().remove(identity);
+                    self.store.insert(Arc::new(pair));
+                }
+            }
+            Err(error) => {
+                self.failed_total.fetch_add(1, Ordering::Relaxed);
+                if let Some(retry_in) = rotation.failed(identity, now, random) {
+                    warn!(%identity, %error, reason = error.reason(), ?retry_in, "no fresh certificate; the one held stays in use");
+                    self.failures.lock().insert(identity.clone(), error.to_string());
+                }
+            }
+        }
+        drop(rotation);
+        self.attempts.send_modify(|attempts| *attempts += 1);
+    }
+}
+
+async fn fetch(authority: &impl Authority, identity: &Identity) -> Result<CertifiedKeyPair, CertificateError> {
+    let request = KeyAndRequest::new(identity)?;
+    let answer = tokio::time::timeout(REQUEST_TIMEOUT, authority.sign(identity, request.csr_pem.clone()))
+        .await
+        .map_err(|_| CertificateError::Timeout)??;
+    request.certify(identity, &answer, SystemTime::now())
+}

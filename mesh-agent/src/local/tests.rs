@@ -1,0 +1,64 @@
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+
+use super::socket::{is_allowed, socket_path};
+use super::*;
+
+#[tokio::test]
+async fn the_socket_is_its_owners_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let run_dir = dir.path().join("a/run");
+    let socket = LocalSocket::listen(&run_dir).unwrap();
+    assert_eq!(std::fs::metadata(&run_dir).unwrap().mode() & 0o777, 0o700);
+    assert_eq!(std::fs::metadata(socket_path(&run_dir)).unwrap().mode() & 0o777, 0o600);
+    drop(socket);
+    assert!(!socket_path(&run_dir).exists());
+}
+
+#[tokio::test]
+async fn one_agent_a_folder_and_a_dead_ones_socket_is_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = LocalSocket::listen(dir.path()).unwrap();
+    assert!(matches!(LocalSocket::listen(dir.path()), Err(SocketError::InUse(_))));
+    drop(first);
+    // What a killed agent leaves: a file on which nobody listens.
+    drop(std::os::unix::net::UnixListener::bind(socket_path(dir.path())).unwrap());
+    assert!(socket_path(dir.path()).exists());
+    LocalSocket::listen(dir.path()).unwrap();
+}
+
+#[tokio::test]
+async fn a_living_listener_is_never_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let _other = std::os::unix::net::UnixListener::bind(socket_path(dir.path())).unwrap();
+    assert!(matches!(LocalSocket::listen(dir.path()), Err(SocketError::InUse(_))));
+}
+
+#[test]
+fn only_root_is_allowed() {
+    assert!(is_allowed(0));
+    for uid in [1, 1000, 65534, u32::MAX] {
+        assert!(!is_allowed(uid));
+    }
+}
+
+#[tokio::test]
+async fn connections_pass_by_the_credentials_that_the_kernel_tells() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = Arc::new(LocalSocket::listen(dir.path()).unwrap());
+    // So that the mode alone does not decide here.
+    std::fs::set_permissions(socket_path(dir.path()), std::fs::Permissions::from_mode(0o666)).unwrap();
+    let (sender, mut accepted) = mpsc::channel(1);
+    let accepting = socket.clone();
+    let task = tokio::spawn(async move { accepting.accept_root(sender).await });
+    let mut client = UnixStream::connect(socket_path(dir.path())).await.unwrap();
+    if nix::unistd::geteuid().is_root() {
+        assert!(accepted.recv().await.unwrap().is_ok());
+        assert_eq!(socket.refused(), 0);
+    } else {
+        // Closed without a byte.
+        let mut byte = [0];
+        assert_eq!(tokio::io::AsyncReadExt::read(&mut client, &mut byte).await.unwrap(), 0);
+        assert_eq!(socket.refused(), 1);
+    }
+    task.abort();
+}

@@ -1,0 +1,151 @@
+use std::sync::Arc;
+
+use crate::capture::CaptureError;
+use crate::tls::TlsError;
+
+/// Why a connection is refused, or failed. Cloned to all that waited for the same tunnel.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ProxyError {
+    /// A decision, not a failure: named by its reason.
+    #[error("{}", .0.reason())]
+    Refused(Refusal),
+    #[error("capture: {0}")]
+    Capture(Arc<CaptureError>),
+    #[error("{what}: {source}")]
+    Connect {
+        what: &'static str,
+        source: Arc<std::io::Error>,
+    },
+    #[error("{0} timed out")]
+    Timeout(Phase),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error("tunnel: {0}")]
+    Tunnel(Arc<h2::Error>),
+    /// The far side's answer to our CONNECT.
+    #[error("the far side answered {0}")]
+    Answer(http::StatusCode),
+    #[error("reset while open: {0}")]
+    Reset(ResetBy),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    NoOriginalDestination,
+    AgentPort,
+    DeniedByPolicy,
+    PolicyMissing,
+    IdentityMismatch,
+    ServiceVipNotSupported,
+    DestinationUnknown,
+    DestinationLost,
+    CertificateMissing,
+    CertificateExpired,
+    Limit,
+    BadRequest,
+}
+
+/// What took too long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    Connect,
+    Handshake,
+    Response,
+}
+
+/// Who ended an open connection with a reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResetBy {
+    Source,
+    Destination,
+    /// The connection's bounds: half-closed and silent for too long.
+    Idle,
+    /// Cut by the agent.
+    Cut,
+}
+
+impl From<Refusal> for ProxyError {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+impl From<CaptureError> for ProxyError {
+    fn from(error: CaptureError) -> Self {
+        match error {
+            CaptureError::NoOriginalDestination => Self::Refused(Refusal::NoOriginalDestination),
+            error => Self::Capture(error.into()),
+        }
+    }
+}
+
+impl From<h2::Error> for ProxyError {
+    fn from(error: h2::Error) -> Self {
+        Self::Tunnel(error.into())
+    }
+}
+
+impl ProxyError {
+    /// The label in metrics and the field in logs.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Refused(refusal) => refusal.reason(),
+            Self::Capture(_) => "capture",
+            Self::Connect { .. } => "connect_failed",
+            Self::Timeout(Phase::Connect) => "connect_timeout",
+            Self::Timeout(Phase::Handshake) => "handshake_timeout",
+            Self::Timeout(Phase::Response) => "response_timeout",
+            Self::Tls(_) => "handshake_failed",
+            Self::Tunnel(_) => "tunnel_failed",
+            Self::Answer(http::StatusCode::UNAUTHORIZED) => "denied_by_destination",
+            Self::Answer(http::StatusCode::SERVICE_UNAVAILABLE) => "connect_failed_at_destination",
+            Self::Answer(_) => "rejected_by_destination",
+            Self::Reset(ResetBy::Source) => "reset_by_source",
+            Self::Reset(ResetBy::Destination) => "reset_by_destination",
+            Self::Reset(ResetBy::Idle) => "half_closed_idle",
+            Self::Reset(ResetBy::Cut) => "cut",
+        }
+    }
+}
+
+impl Refusal {
+    #[must_use]
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::NoOriginalDestination => "no_original_destination",
+            Self::AgentPort => "agent_port",
+            Self::DeniedByPolicy => "denied_by_policy",
+            Self::PolicyMissing => "policy_missing",
+            Self::IdentityMismatch => "identity_mismatch",
+            Self::ServiceVipNotSupported => "service_vip_not_supported",
+            Self::DestinationUnknown => "destination_unknown",
+            Self::DestinationLost => "destination_lost",
+            Self::CertificateMissing => "certificate_missing",
+            Self::CertificateExpired => "certificate_expired",
+            Self::Limit => "limit",
+            Self::BadRequest => "bad_request",
+        }
+    }
+}
+
+impl std::fmt::Display for Phase {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Connect => "connect",
+            Self::Handshake => "handshake",
+            Self::Response => "the far side's answer",
+        })
+    }
+}
+
+impl std::fmt::Display for ResetBy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Source => "by the source",
+            Self::Destination => "by the destination",
+            Self::Idle => "half-closed and silent",
+            Self::Cut => "cut",
+        })
+    }
+}

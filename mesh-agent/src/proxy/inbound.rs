@@ -1,0 +1,276 @@
+//! The tunnels of other Pods to this one: mutual TLS, then for each CONNECT its own check, authorization and connect to the
+//! application, which sees the true client's address.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use bytes::Bytes;
+use h2::server::{Connection, SendResponse};
+use h2::{Reason, RecvStream};
+use http::{Method, Request, Response, StatusCode};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::{Instant, interval, sleep};
+
+use super::authorize::{authorize, confirm_source};
+use super::copy::{self, End};
+use super::error::{Phase, ProxyError, Refusal};
+use super::limits::{
+    CONNECTION_WINDOW_BYTES, FRAME_BYTES, HANDSHAKE_TIMEOUT, HEADER_LIST_BYTES, IDLE_INBOUND_TUNNEL, SEND_BUFFER_BYTES,
+    STREAM_WINDOW_BYTES, STREAMS_PER_INBOUND_TUNNEL,
+};
+use super::pod::PodContext;
+use super::pool::keep_alive;
+use super::registry::ConnectionInfo;
+use super::socket::{Carried, within};
+use super::{Accepted, Proxy};
+use crate::identity::Identity;
+use crate::telemetry::{ConnectionPath, ConnectionRecord, Direction, Peer, SecurityPolicy};
+
+/// A tunnel after its handshake.
+struct Tunnel {
+    identity: Identity,
+    /// The true client's address: never what a header claims.
+    peer: SocketAddr,
+    /// The address that it was opened to, which is one of the Pod's.
+    local: IpAddr,
+    /// When the first of both certificates ends.
+    usable_until: SystemTime,
+}
+
+pub(super) async fn serve(proxy: Arc<Proxy>, context: Arc<PodContext>, accepted: Accepted) {
+    let (peer, local) = (accepted.client.socket_addr(), accepted.listener.socket_addr());
+    if let Err(error) = serve_tunnel(&proxy, &context, accepted).await {
+        tracing::debug!(%error, %peer, pod = %context.pod.name, "tunnel refused");
+        proxy.metrics.count_tunnel(error.reason());
+        let record = proxy.state.read(|state| {
+            let source = state.by_address(peer.ip());
+            ConnectionRecord::new(
+                Direction::Inbound,
+                ConnectionPath::Tunnel,
+                Peer::at(peer).workload(source.as_deref()),
+                context.peer(Peer::at(local), state),
+                proxy.access_log.clone(),
+            )
+        });
+        record.finish(Some(error.reason()));
+    }
+}
+
+/// An error only before the first stream.
+async fn serve_tunnel(proxy: &Arc<Proxy>, context: &Arc<PodContext>, accepted: Accepted) -> Result<(), ProxyError> {
+    let stream = Carried::new(accepted.stream);
+    let limit = |_| ProxyError::Refused(Refusal::Limit);
+    let _tunnel_permit = context.inbound_tunnels.try_acquire().map_err(limit)?;
+    let handshake_permit = context.handshakes.try_acquire().map_err(limit)?;
+    let pair = proxy
+        .certificates
+        .current(&context.pod.identity)
+        .ok_or(ProxyError::Refused(Refusal::CertificateMissing))?;
+    if pair.is_expired(SystemTime::now()) {
+        return Err(Refusal::CertificateExpired.into());
+    }
+    let handshake = async {
+        let (tls, peer) = proxy.tls.accept(&pair, stream.into_inner()).await?;
+        let connection = h2::server::Builder::new()
+            .initial_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .max_frame_size(FRAME_BYTES)
+            .max_header_list_size(HEADER_LIST_BYTES)
+            .max_concurrent_streams(STREAMS_PER_INBOUND_TUNNEL)
+            .max_send_buffer_size(SEND_BUFFER_BYTES)
+            .handshake::<_, Bytes>(tls)
+            .await?;
+        Ok::<_, ProxyError>((connection, peer))
+    };
+    let (connection, peer) = within(HANDSHAKE_TIMEOUT, Phase::Handshake, handshake).await?;
+    drop(handshake_permit);
+    proxy.metrics.count_tunnel("accepted");
+    let tunnel = Arc::new(Tunnel {
+        identity: peer.identity,
+        peer: accepted.client.socket_addr(),
+        local: accepted.listener.ip(),
+        usable_until: peer.not_after.min(pair.not_after),
+    });
+    serve_streams(proxy, context, connection, tunnel).await;
+    Ok(())
+}
+
+async fn serve_streams<T: AsyncRead + AsyncWrite + Unpin>(
+    proxy: &Arc<Proxy>,
+    context: &Arc<PodContext>,
+    mut connection: Connection<T, Bytes>,
+    tunnel: Arc<Tunnel>,
+) {
+    let lost = keep_alive(connection.ping_pong());
+    let expired = sleep(tunnel.usable_until.duration_since(SystemTime::now()).unwrap_or_default());
+    tokio::pin!(lost, expired);
+    let mut idle_check = interval(IDLE_INBOUND_TUNNEL / 4);
+    let mut last_used = Instant::now();
+    let mut closing = false;
+    loop {
+        tokio::select! {
+            accepted = connection.accept() => match accepted {
+                Some(Ok((request, respond))) => {
+                    last_used = Instant::now();
+                    serve_or_refuse(proxy, context, &tunnel, request, respond);
+                }
+                Some(Err(error)) => {
+                    tracing::debug!(%error, peer = %tunnel.peer, "tunnel ended");
+                    return;
+                }
+                None => return,
+            },
+            () = &mut lost => {
+                tracing::debug!(peer = %tunnel.peer, "the tunnel's peer no longer answers");
+                return;
+            }
+            // The peer opens another one; streams that are open go on.
+            () = &mut expired, if !closing => {
+                closing = true;
+                connection.graceful_shutdown();
+            }
+            _ = idle_check.tick(), if !closing => {
+                // Each stream's task holds the tunnel.
+                if Arc::strong_count(&tunnel) > 1 {
+                    last_used = Instant::now();
+                } else if last_used.elapsed() >= IDLE_INBOUND_TUNNEL {
+                    closing = true;
+                    connection.graceful_shutdown();
+                }
+            }
+        }
+    }
+}
+
+fn serve_or_refuse(
+    proxy: &Arc<Proxy>,
+    context: &Arc<PodContext>,
+    tunnel: &Arc<Tunnel>,
+    request: Request<RecvStream>,
+    mut respond: SendResponse<Bytes>,
+) {
+    if SystemTime::now() >= tunnel.usable_until {
+        proxy.metrics.count_tunnel(Refusal::CertificateExpired.reason());
+        respond.send_reset(Reason::REFUSED_STREAM);
+        return;
+    }
+    let stream = serve_stream(proxy.clone(), context.clone(), tunnel.clone(), request, respond);
+    let shutdown = context.shutdown.clone();
+    context.tasks.spawn(async move {
+        tokio::select! {
+            () = stream => {}
+            () = shutdown.cancelled() => {}
+        }
+    });
+}
+
+async fn serve_stream(
+    proxy: Arc<Proxy>,
+    context: Arc<PodContext>,
+    tunnel: Arc<Tunnel>,
+    request: Request<RecvStream>,
+    respond: SendResponse<Bytes>,
+) {
+    let destination = requested_destination(&request, tunnel.local);
+    let mut record = proxy.state.read(|state| {
+        let own = Peer::at(destination.unwrap_or(SocketAddr::new(tunnel.local, 0))).principal(Some(&context.pod.identity));
+        ConnectionRecord::new(
+            Direction::Inbound,
+            ConnectionPath::Tunnel,
+            Peer::at(tunnel.peer).principal(Some(&tunnel.identity)),
+            context.peer(own, state),
+            proxy.access_log.clone(),
+        )
+    });
+    record.path(ConnectionPath::Tunnel, SecurityPolicy::MutualTls);
+    let result = carry(
+        &proxy,
+        &context,
+        &tunnel,
+        destination,
+        request.into_body(),
+        respond,
+        &mut record,
+    )
+    .await;
+    if let Err(error) = &result {
+        tracing::debug!(%error, peer = %tunnel.peer, source = %tunnel.identity, "inbound connection");
+    }
+    record.finish(result.err().map(|error| error.reason()));
+}
+
+/// Method CONNECT, and an authority whose address is the one that the tunnel was opened to.
+fn requested_destination(request: &Request<RecvStream>, local: IpAddr) -> Option<SocketAddr> {
+    let authority = request.uri().authority()?.as_str();
+    let destination: SocketAddr = authority.parse().ok()?;
+    let destination = crate::addr::canonical(destination);
+    (request.method() == Method::CONNECT && destination.ip() == local && !mesh_common::is_agent_port(destination.port()))
+        .then_some(destination)
+}
+
+async fn carry(
+    proxy: &Arc<Proxy>,
+    context: &PodContext,
+    tunnel: &Tunnel,
+    destination: Option<SocketAddr>,
+    receive: RecvStream,
+    mut respond: SendResponse<Bytes>,
+    record: &mut ConnectionRecord,
+) -> Result<(), ProxyError> {
+    let Some(destination) = destination else {
+        let refusal = Refusal::BadRequest.into();
+        answer(&mut respond, status(&refusal), true)?;
+        return Err(refusal);
+    };
+    let registered = proxy.registry.register(
+        &context.pod.pod_uid,
+        ConnectionInfo {
+            direction: Direction::Inbound,
+            path: ConnectionPath::Tunnel,
+            source: Some(tunnel.identity.clone()),
+            source_address: tunnel.peer,
+            destination,
+        },
+    );
+    let connected = async {
+        let registered = registered?;
+        let source = confirm_source(proxy, tunnel.peer.ip(), &tunnel.identity).await?;
+        let peer = Peer::at(tunnel.peer).principal(Some(&tunnel.identity));
+        record.source(peer.workload(source.as_deref()));
+        authorize(proxy, context, Some(&tunnel.identity), tunnel.peer.ip(), destination, record).await?;
+        let socket = context.pod.network.upstream_socket(tunnel.peer.ip(), destination.ip())?;
+        let application = Carried::connect(socket, destination, "application").await?;
+        Ok((registered, application))
+    };
+    let (registered, application) = match connected.await {
+        Ok(connected) => connected,
+        Err(error) => {
+            answer(&mut respond, status(&error), true)?;
+            return Err(error);
+        }
+    };
+    let send = answer(&mut respond, StatusCode::OK, false)?;
+    record.opened();
+    copy::tunnel(application, End::Destination, send, receive, record, registered.cut()).await
+}
+
+fn answer(
+    respond: &mut SendResponse<Bytes>,
+    status: StatusCode,
+    end_of_stream: bool,
+) -> Result<h2::SendStream<Bytes>, ProxyError> {
+    let mut response = Response::new(());
+    *response.status_mut() = status;
+    Ok(respond.send_response(response, end_of_stream)?)
+}
+
+fn status(error: &ProxyError) -> StatusCode {
+    match error {
+        ProxyError::Refused(Refusal::BadRequest) => StatusCode::BAD_REQUEST,
+        ProxyError::Refused(
+            Refusal::DeniedByPolicy | Refusal::PolicyMissing | Refusal::IdentityMismatch | Refusal::DestinationUnknown,
+        ) => StatusCode::UNAUTHORIZED,
+        _ => StatusCode::SERVICE_UNAVAILABLE,
+    }
+}

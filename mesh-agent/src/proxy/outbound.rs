@@ -1,0 +1,215 @@
+//! What an application of the Pod opens: into a tunnel when its destination is in the mesh, passed on when it is a known outsider,
+//! refused otherwise.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use http::{Method, Request, Uri};
+
+use super::copy::{self, End};
+use super::error::{ProxyError, Refusal};
+use super::limits::DISCOVERY_PATIENCE;
+use super::pod::PodContext;
+use super::pool::PoolKey;
+use super::registry::ConnectionInfo;
+use super::socket::Carried;
+use super::{Accepted, Proxy};
+use crate::addr::{ClientAddr, OriginalDst};
+use crate::capture::is_probe;
+use crate::state::{Destination, State};
+use crate::telemetry::{ConnectionPath, ConnectionRecord, Direction, Peer, SecurityPolicy};
+use crate::workload::Workload;
+
+pub(super) async fn serve(proxy: Arc<Proxy>, context: Arc<PodContext>, accepted: Accepted) {
+    let Accepted {
+        stream,
+        client,
+        listener,
+    } = accepted;
+    let destination = context.pod.network.take_original_destination(client, listener);
+    if let Ok(destination) = destination
+        && is_probe(destination)
+    {
+        return context.pod.probes.answer(&context.pod.pod_uid, destination, stream).await;
+    }
+    let application = Carried::new(stream);
+    let (source, known) = proxy.state.read(|state| {
+        let source = context.peer(Peer::at(client.socket_addr()), state);
+        let known = destination
+            .as_ref()
+            .ok()
+            .and_then(|destination| state.by_address(destination.ip()));
+        (source, known)
+    });
+    let peer = match &destination {
+        Ok(destination) => Peer::at(destination.socket_addr()).workload(known.as_deref()),
+        Err(_) => Peer::default(),
+    };
+    let (direction, path) = (Direction::Outbound, ConnectionPath::Passthrough);
+    let mut record = ConnectionRecord::new(direction, path, source, peer, proxy.access_log.clone());
+    let result = match destination {
+        Ok(destination) => carry(&proxy, &context, application, client, destination, &mut record).await,
+        // Not redirected by our programs, or their map was full: never guessed.
+        Err(error) => Err(error.into()),
+    };
+    if let Err(error) = &result {
+        tracing::debug!(%error, pod = %context.pod.name, "outbound connection");
+    }
+    record.finish(result.err().map(|error| error.reason()));
+}
+
+async fn carry(
+    proxy: &Arc<Proxy>,
+    context: &PodContext,
+    application: Carried,
+    client: ClientAddr,
+    destination: OriginalDst,
+    record: &mut ConnectionRecord,
+) -> Result<(), ProxyError> {
+    let registered = proxy.registry.register(
+        &context.pod.pod_uid,
+        ConnectionInfo {
+            direction: Direction::Outbound,
+            path: ConnectionPath::Passthrough,
+            source: None,
+            source_address: client.socket_addr(),
+            destination: destination.socket_addr(),
+        },
+    )?;
+    let unprotected = match resolve(proxy, destination).await? {
+        Destination::Mesh(workload) => {
+            if mesh_common::is_agent_port(destination.port()) {
+                return Err(Refusal::AgentPort.into());
+            }
+            let ends = Ends {
+                client,
+                destination,
+                workload,
+            };
+            return tunnel(proxy, context, application, &ends, &registered, record).await;
+        }
+        Destination::Lost(_) => return Err(Refusal::DestinationLost.into()),
+        Destination::UnknownInPodRange => return Err(Refusal::DestinationUnknown.into()),
+        Destination::ServiceVip(_) => return Err(Refusal::ServiceVipNotSupported.into()),
+        Destination::Pending(_) => "pending",
+        Destination::Outside(_) => "outside",
+    };
+    proxy.metrics.count_passthrough(unprotected);
+    let socket = context.pod.network.outbound_socket(destination.ip())?;
+    let outside = Carried::connect(socket, destination.socket_addr(), "passthrough").await?;
+    record.opened();
+    copy::plain(application, outside, record, registered.cut()).await
+}
+
+/// What stands at the destination, after waiting for discovery where it may soon say something better.
+async fn resolve(proxy: &Proxy, destination: OriginalDst) -> Result<Destination, ProxyError> {
+    let settled = |state: &State| match state.destination(destination) {
+        Destination::Lost(_) | Destination::UnknownInPodRange => None,
+        destination => Some(destination),
+    };
+    match proxy.state.wait_for(DISCOVERY_PATIENCE, settled).await {
+        Some(destination) => Ok(destination),
+        None => Ok(proxy.state.read(|state| state.destination(destination))),
+    }
+}
+
+/// Between whom a tunnelled connection is.
+struct Ends {
+    client: ClientAddr,
+    destination: OriginalDst,
+    workload: Arc<Workload>,
+}
+
+async fn tunnel(
+    proxy: &Arc<Proxy>,
+    context: &PodContext,
+    application: Carried,
+    ends: &Ends,
+    registered: &super::Registered,
+    record: &mut ConnectionRecord,
+) -> Result<(), ProxyError> {
+    let pod = &context.pod;
+    record.path(ConnectionPath::Tunnel, SecurityPolicy::MutualTls);
+    let source = proxy
+        .state
+        .read(|state| context.peer(Peer::at(ends.client.socket_addr()), state));
+    record.source(source.principal(Some(&pod.identity)));
+    record.destination(
+        Peer::at(ends.destination.socket_addr())
+            .workload(Some(&ends.workload))
+            .principal(Some(&ends.workload.identity)),
+    );
+    let key = PoolKey {
+        pod_uid: pod.pod_uid.clone(),
+        source: pod.identity.clone(),
+        destination: ends.destination.ip(),
+        expected: ends.workload.identity.clone(),
+    };
+    let own = proxy.state.read(|state| context.workload(state));
+    let request = connect_request(ends, own.as_deref())?;
+    let stream = tokio::select! {
+        stream = proxy.pool.open(context, &key, &request) => stream?,
+        () = registered.cut().cancelled() => return Err(ProxyError::Reset(super::ResetBy::Cut)),
+    };
+    record.opened();
+    let result = copy::tunnel(
+        application,
+        End::Source,
+        stream.send,
+        stream.receive,
+        record,
+        registered.cut(),
+    )
+    .await;
+    drop(stream.guard);
+    result
+}
+
+fn connect_request(ends: &Ends, source: Option<&Workload>) -> Result<Request<()>, ProxyError> {
+    let bad = |_| ProxyError::Refused(Refusal::BadRequest);
+    let authority = Uri::builder().authority(ends.destination.to_string()).build().map_err(bad)?;
+    let mut request = Request::builder()
+        .method(Method::CONNECT)
+        .uri(authority)
+        .header("forwarded", forwarded(ends.client.socket_addr()));
+    if let Some(source) = source {
+        request = request.header("baggage", baggage(source));
+    }
+    request.body(()).map_err(bad)
+}
+
+/// RFC 7239: an address with a port stands in quotes.
+fn forwarded(client: SocketAddr) -> String {
+    format!("for=\"{client}\"")
+}
+
+/// Who the source is, for the far side's telemetry (W3C baggage). Claimed, never used for a decision.
+fn baggage(source: &Workload) -> String {
+    let owner = format!("k8s.{}.name", source.workload_type.as_str());
+    [
+        ("k8s.cluster.name", &source.cluster),
+        ("k8s.namespace.name", &source.namespace),
+        (owner.as_str(), &source.workload_name),
+        ("service.name", &source.canonical_name),
+        ("service.version", &source.canonical_revision),
+        ("cloud.region", &source.region),
+        ("cloud.availability_zone", &source.zone),
+    ]
+    .into_iter()
+    .filter(|(_, value)| !value.is_empty())
+    .map(|(key, value)| format!("{key}={}", percent_encoded(value)))
+    .collect::<Vec<_>>()
+    .join(",")
+}
+
+fn percent_encoded(value: &str) -> String {
+    let mut text = String::with_capacity(value.len());
+    for byte in value.bytes() {
+        if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~' | b'/' | b':') {
+            text.push(char::from(byte));
+        } else {
+            text.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    text
+}

@@ -1,0 +1,69 @@
+//! What arrives at a Pod outside of a tunnel: authorized like everything else, without a principal.
+
+use std::sync::Arc;
+
+use super::authorize::authorize;
+use super::copy;
+use super::error::{ProxyError, Refusal};
+use super::pod::PodContext;
+use super::registry::ConnectionInfo;
+use super::socket::Carried;
+use super::{Accepted, Proxy};
+use crate::addr::{ClientAddr, OriginalDst};
+use crate::capture::is_probe;
+use crate::telemetry::{ConnectionPath, ConnectionRecord, Direction, Peer};
+
+pub(super) async fn serve(proxy: Arc<Proxy>, context: Arc<PodContext>, accepted: Accepted) {
+    let Accepted {
+        stream,
+        client,
+        listener,
+    } = accepted;
+    // sk_lookup steers without rewriting: the local address is where the client wanted to go.
+    let destination = OriginalDst::new(listener.socket_addr());
+    if is_probe(destination) {
+        return context.pod.probes.answer(&context.pod.pod_uid, destination, stream).await;
+    }
+    let client_side = Carried::new(stream);
+    let mut record = proxy.state.read(|state| {
+        let source = state.by_address(client.ip());
+        ConnectionRecord::new(
+            Direction::Inbound,
+            ConnectionPath::Plaintext,
+            Peer::at(client.socket_addr()).workload(source.as_deref()),
+            context.peer(Peer::at(destination.socket_addr()), state),
+            proxy.access_log.clone(),
+        )
+    });
+    let result = carry(&proxy, &context, client_side, client, destination, &mut record).await;
+    record.finish(result.err().map(|error| error.reason()));
+}
+
+async fn carry(
+    proxy: &Arc<Proxy>,
+    context: &PodContext,
+    client_side: Carried,
+    client: ClientAddr,
+    destination: OriginalDst,
+    record: &mut ConnectionRecord,
+) -> Result<(), ProxyError> {
+    let (client, destination) = (client.socket_addr(), destination.socket_addr());
+    if mesh_common::is_agent_port(destination.port()) {
+        return Err(Refusal::AgentPort.into());
+    }
+    let registered = proxy.registry.register(
+        &context.pod.pod_uid,
+        ConnectionInfo {
+            direction: Direction::Inbound,
+            path: ConnectionPath::Plaintext,
+            source: None,
+            source_address: client,
+            destination,
+        },
+    )?;
+    authorize(proxy, context, None, client.ip(), destination, record).await?;
+    let socket = context.pod.network.upstream_socket(client.ip(), destination.ip())?;
+    let application = Carried::connect(socket, destination, "application").await?;
+    record.opened();
+    copy::plain(client_side, application, record, registered.cut()).await
+}

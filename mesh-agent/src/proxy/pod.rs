@@ -1,0 +1,71 @@
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::limits::{HANDSHAKES_PER_POD, INBOUND_TUNNELS_PER_POD, OUTBOUND_TUNNELS_PER_POD};
+use crate::capture::{PodNetwork, Probes};
+use crate::identity::Identity;
+use crate::state::State;
+use crate::telemetry::Peer;
+use crate::workload::Workload;
+
+/// An enrolled Pod, as the proxy serves it.
+#[derive(Clone, Debug)]
+pub struct ProxyPod {
+    /// The Pod's metadata.uid: stands for its network namespace.
+    pub pod_uid: Arc<str>,
+    pub namespace: Arc<str>,
+    pub name: Arc<str>,
+    pub identity: Identity,
+    pub addresses: Vec<IpAddr>,
+    pub network: Arc<dyn PodNetwork>,
+    pub probes: Arc<Probes>,
+}
+
+/// What a Pod's connections share: its bounds, so that one Pod cannot starve the others, and its end.
+#[derive(Debug)]
+pub(super) struct PodContext {
+    pub pod: ProxyPod,
+    pub shutdown: CancellationToken,
+    /// Its listeners close; its connections go on.
+    pub stop_accepting: CancellationToken,
+    pub tasks: TaskTracker,
+    pub outbound_tunnels: Arc<Semaphore>,
+    pub inbound_tunnels: Arc<Semaphore>,
+    pub handshakes: Arc<Semaphore>,
+}
+
+impl PodContext {
+    pub(super) fn new(pod: ProxyPod) -> Arc<Self> {
+        Arc::new(Self {
+            pod,
+            shutdown: CancellationToken::new(),
+            stop_accepting: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+            outbound_tunnels: Arc::new(Semaphore::new(OUTBOUND_TUNNELS_PER_POD)),
+            inbound_tunnels: Arc::new(Semaphore::new(INBOUND_TUNNELS_PER_POD)),
+            handshakes: Arc::new(Semaphore::new(HANDSHAKES_PER_POD)),
+        })
+    }
+
+    /// What discovery knows of this Pod, and not of another that has, or had, one of its addresses.
+    pub(super) fn workload(&self, state: &State) -> Option<Arc<Workload>> {
+        let ProxyPod { namespace, name, .. } = &self.pod;
+        self.pod.addresses.iter().find_map(|ip| state.pod_at(*ip, namespace, name))
+    }
+
+    /// This Pod as one end of a connection; by its own name while discovery doesn't know it.
+    pub(super) fn peer(&self, end: Peer, state: &State) -> Peer {
+        match self.workload(state) {
+            Some(workload) => end.workload(Some(&workload)),
+            None => Peer {
+                workload: self.pod.name.clone(),
+                namespace: self.pod.namespace.clone(),
+                ..end
+            },
+        }
+    }
+}

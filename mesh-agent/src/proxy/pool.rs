@@ -1,0 +1,353 @@
+//! Tunnels to other Pods, shared by the connections that have the very same source Pod, source identity, destination and expected
+//! identity. A handshake costs two to four plain connections; whoever needs the same tunnel meanwhile waits for the one under way.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::SystemTime;
+
+use bytes::Bytes;
+use h2::client::SendRequest;
+use h2::{Ping, PingPong, RecvStream, SendStream};
+use http::{Request, StatusCode};
+use mesh_common::TUNNEL_PORT;
+use parking_lot::Mutex;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::{Instant, sleep, timeout};
+
+use super::error::{Phase, ProxyError, Refusal};
+use super::limits::{
+    CONNECTION_WINDOW_BYTES, FRAME_BYTES, HANDSHAKE_TIMEOUT, HEADER_LIST_BYTES, IDLE_TUNNEL, PING_INTERVAL, PING_TIMEOUT,
+    RESPONSE_TIMEOUT, SEND_BUFFER_BYTES, STREAM_WINDOW_BYTES, STREAMS_PER_OUTBOUND_TUNNEL,
+};
+use super::pod::PodContext;
+use super::socket::{Carried, connect, within};
+use crate::identity::Identity;
+use crate::identity::store::{CertificateStore, CertifiedKeyPair};
+use crate::telemetry::Metrics;
+use crate::tls::TlsConfigs;
+
+/// Tunnels that broke under us before the far side answered: another is tried, as nothing was carried yet.
+const ATTEMPTS: usize = 3;
+
+/// All four, or one Pod's tunnel would carry another's traffic.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct PoolKey {
+    /// Stands for the source's network namespace.
+    pub pod_uid: Arc<str>,
+    pub source: Identity,
+    pub destination: IpAddr,
+    pub expected: Identity,
+}
+
+#[derive(Debug)]
+pub(super) struct Pool {
+    certificates: Arc<CertificateStore>,
+    tls: Arc<TlsConfigs>,
+    metrics: Arc<Metrics>,
+    /// Bounded by the tunnels of each Pod.
+    slots: Mutex<HashMap<PoolKey, Arc<Slot>>>,
+}
+
+/// The tunnels of one key.
+#[derive(Debug, Default)]
+struct Slot {
+    tunnels: Mutex<Vec<Arc<Tunnel>>>,
+    /// Held during a handshake; the last failure goes to those that waited for it.
+    connecting: tokio::sync::Mutex<Option<(Instant, ProxyError)>>,
+}
+
+#[derive(Debug)]
+struct Tunnel {
+    send: SendRequest<Bytes>,
+    /// The certificate that it was made with; a newer one wants a new tunnel.
+    pair: Arc<CertifiedKeyPair>,
+    peer_not_after: SystemTime,
+    streams: AtomicUsize,
+    closed: AtomicBool,
+    last_used: Mutex<Instant>,
+}
+
+/// An open stream; counts against its tunnel, and keeps it, until dropped.
+#[derive(Debug)]
+pub(super) struct StreamGuard(Arc<Tunnel>);
+
+pub(super) struct OpenStream {
+    pub send: SendStream<Bytes>,
+    pub receive: RecvStream,
+    pub guard: StreamGuard,
+}
+
+impl Pool {
+    pub(super) fn new(certificates: Arc<CertificateStore>, tls: Arc<TlsConfigs>, metrics: Arc<Metrics>) -> Arc<Self> {
+        Arc::new(Self {
+            certificates,
+            tls,
+            metrics,
+            slots: Mutex::default(),
+        })
+    }
+
+    /// A stream to where `request` says, accepted by the far side.
+    pub(super) async fn open(
+        self: &Arc<Self>,
+        pod: &PodContext,
+        key: &PoolKey,
+        request: &Request<()>,
+    ) -> Result<OpenStream, ProxyError> {
+        let mut attempt = 1;
+        loop {
+            let guard = self.tunnel(pod, key).await?;
+            match guard.request(request.clone()).await {
+                Err(ProxyError::Tunnel(error)) if attempt < ATTEMPTS => {
+                    tracing::debug!(%error, destination = %key.destination, "tunnel broke before its answer; another is tried");
+                    guard.0.closed.store(true, Ordering::Relaxed);
+                    attempt += 1;
+                }
+                result => {
+                    let (send, receive) = result?;
+                    return Ok(OpenStream { send, receive, guard });
+                }
+            }
+        }
+    }
+
+    async fn tunnel(self: &Arc<Self>, pod: &PodContext, key: &PoolKey) -> Result<StreamGuard, ProxyError> {
+        let slot = self.slots.lock().entry(key.clone()).or_default().clone();
+        let result = self.tunnel_of_slot(pod, key, &slot).await;
+        drop(slot);
+        if result.is_err() {
+            self.forget_if_empty(key);
+        }
+        result
+    }
+
+    async fn tunnel_of_slot(
+        self: &Arc<Self>,
+        pod: &PodContext,
+        key: &PoolKey,
+        slot: &Arc<Slot>,
+    ) -> Result<StreamGuard, ProxyError> {
+        let pair = self
+            .certificates
+            .current(&key.source)
+            .ok_or(ProxyError::Refused(Refusal::CertificateMissing))?;
+        if pair.is_expired(SystemTime::now()) {
+            return Err(Refusal::CertificateExpired.into());
+        }
+        if let Some(guard) = slot.claim(&pair) {
+            return Ok(guard);
+        }
+        let since = Instant::now();
+        // As long as one handshake may take; then this one has waited enough.
+        let mut last_failure = timeout(HANDSHAKE_TIMEOUT, slot.connecting.lock())
+            .await
+            .map_err(|_| ProxyError::Timeout(Phase::Handshake))?;
+        if let Some(guard) = slot.claim(&pair) {
+            return Ok(guard);
+        }
+        if let Some((at, error)) = &*last_failure
+            && *at >= since
+        {
+            return Err(error.clone());
+        }
+        match self.establish(pod, key, slot, pair.clone()).await {
+            Ok(tunnel) => {
+                self.metrics.count_tunnel("opened");
+                slot.tunnels.lock().push(tunnel);
+                slot.claim(&pair).ok_or(ProxyError::Refused(Refusal::CertificateExpired))
+            }
+            Err(error) => {
+                self.metrics.count_tunnel(error.reason());
+                *last_failure = Some((Instant::now(), error.clone()));
+                Err(error)
+            }
+        }
+    }
+
+    async fn establish(
+        self: &Arc<Self>,
+        pod: &PodContext,
+        key: &PoolKey,
+        slot: &Arc<Slot>,
+        pair: Arc<CertifiedKeyPair>,
+    ) -> Result<Arc<Tunnel>, ProxyError> {
+        let permit = pod
+            .outbound_tunnels
+            .clone()
+            .try_acquire_owned()
+            .map_err(|_| ProxyError::Refused(Refusal::Limit))?;
+        let socket = pod.pod.network.outbound_socket(key.destination)?;
+        let stream = connect(socket, SocketAddr::new(key.destination, TUNNEL_PORT), "tunnel").await?;
+        let stream = Carried::new(stream).into_inner();
+        let handshake = self.tls.connect(&pair, &key.expected, key.destination, stream);
+        let (tls, peer) = within(HANDSHAKE_TIMEOUT, Phase::Handshake, handshake).await?;
+        let (send, connection) = h2::client::Builder::new()
+            .enable_push(false)
+            .initial_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .max_frame_size(FRAME_BYTES)
+            .max_header_list_size(HEADER_LIST_BYTES)
+            .max_send_buffer_size(SEND_BUFFER_BYTES)
+            .handshake::<_, Bytes>(tls)
+            .await?;
+        let tunnel = Arc::new(Tunnel {
+            send,
+            pair,
+            peer_not_after: peer.not_after,
+            streams: AtomicUsize::new(0),
+            closed: AtomicBool::new(false),
+            last_used: Mutex::new(Instant::now()),
+        });
+        let driver = Driver {
+            pool: self.clone(),
+            key: key.clone(),
+            slot: Arc::downgrade(slot),
+            tunnel: Arc::downgrade(&tunnel),
+            _permit: permit,
+        };
+        let shutdown = pod.shutdown.clone();
+        pod.tasks.spawn(async move {
+            tokio::select! {
+                () = driver.run(connection) => {}
+                () = shutdown.cancelled() => {}
+            }
+        });
+        Ok(tunnel)
+    }
+
+    fn forget_if_empty(&self, key: &PoolKey) {
+        let mut slots = self.slots.lock();
+        // Openers take their slot under this lock: a count of one means that nobody is about to use it.
+        if let Some(slot) = slots.get(key)
+            && Arc::strong_count(slot) == 1
+            && slot.tunnels.lock().is_empty()
+        {
+            slots.remove(key);
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn tunnel_count(&self) -> usize {
+        self.slots.lock().values().map(|slot| slot.tunnels.lock().len()).sum()
+    }
+}
+
+impl Slot {
+    /// A stream on the fullest tunnel that has room, so that the others can become idle.
+    fn claim(&self, pair: &Arc<CertifiedKeyPair>) -> Option<StreamGuard> {
+        let now = SystemTime::now();
+        let mut tunnels = self.tunnels.lock();
+        // Its streams keep a tunnel that is no longer here; it closes with the last of them.
+        tunnels.retain(|tunnel| tunnel.takes_new_streams(pair, now));
+        let tunnel = tunnels
+            .iter()
+            .filter(|tunnel| tunnel.streams.load(Ordering::Relaxed) < tunnel.max_streams())
+            .max_by_key(|tunnel| tunnel.streams.load(Ordering::Relaxed))?;
+        tunnel.streams.fetch_add(1, Ordering::Relaxed);
+        *tunnel.last_used.lock() = Instant::now();
+        Some(StreamGuard(tunnel.clone()))
+    }
+}
+
+impl Tunnel {
+    fn takes_new_streams(&self, current: &Arc<CertifiedKeyPair>, now: SystemTime) -> bool {
+        !self.closed.load(Ordering::Relaxed)
+            && Arc::ptr_eq(&self.pair, current)
+            && !self.pair.is_expired(now)
+            && now < self.peer_not_after
+    }
+
+    fn max_streams(&self) -> usize {
+        self.send.current_max_send_streams().clamp(1, STREAMS_PER_OUTBOUND_TUNNEL)
+    }
+}
+
+impl StreamGuard {
+    async fn request(&self, request: Request<()>) -> Result<(SendStream<Bytes>, RecvStream), ProxyError> {
+        within(RESPONSE_TIMEOUT, Phase::Response, async {
+            let mut send = self.0.send.clone().ready().await?;
+            let (response, stream) = send.send_request(request, false)?;
+            let response = response.await?;
+            match response.status() {
+                StatusCode::OK => Ok((stream, response.into_body())),
+                status => Err(ProxyError::Answer(status)),
+            }
+        })
+        .await
+    }
+}
+
+impl Drop for StreamGuard {
+    fn drop(&mut self) {
+        *self.0.last_used.lock() = Instant::now();
+        self.0.streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Keeps a tunnel going, and takes it out of its slot when it ends or is idle.
+struct Driver {
+    pool: Arc<Pool>,
+    key: PoolKey,
+    slot: Weak<Slot>,
+    tunnel: Weak<Tunnel>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Driver {
+    async fn run<T: AsyncRead + AsyncWrite + Unpin>(self, mut connection: h2::client::Connection<T, Bytes>) {
+        let pings = connection.ping_pong();
+        let result = tokio::select! {
+            result = &mut connection => result.map_err(ProxyError::from),
+            () = keep_alive(pings) => Err(ProxyError::Timeout(Phase::Response)),
+            // Retired, nobody holds it but its last streams, whose end closes it.
+            () = self.retire_when_idle() => Ok(()),
+        };
+        if let Err(error) = result {
+            tracing::debug!(%error, destination = %self.key.destination, "tunnel ended");
+        }
+    }
+
+    /// Never resolves: an idle tunnel is only let go of.
+    async fn retire_when_idle(&self) {
+        loop {
+            sleep(IDLE_TUNNEL / 4).await;
+            let (Some(slot), Some(tunnel)) = (self.slot.upgrade(), self.tunnel.upgrade()) else {
+                continue;
+            };
+            // Claims happen under this lock.
+            let mut tunnels = slot.tunnels.lock();
+            if tunnel.streams.load(Ordering::Relaxed) == 0 && tunnel.last_used.lock().elapsed() >= IDLE_TUNNEL {
+                tunnels.retain(|other| !Arc::ptr_eq(other, &tunnel));
+            }
+        }
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        if let Some(tunnel) = self.tunnel.upgrade() {
+            tunnel.closed.store(true, Ordering::Relaxed);
+            if let Some(slot) = self.slot.upgrade() {
+                slot.tunnels.lock().retain(|other| !Arc::ptr_eq(other, &tunnel));
+            }
+        }
+        self.pool.forget_if_empty(&self.key);
+    }
+}
+
+/// Resolves when the peer no longer answers.
+pub(super) async fn keep_alive(pings: Option<PingPong>) {
+    let Some(mut pings) = pings else {
+        return std::future::pending().await;
+    };
+    loop {
+        sleep(PING_INTERVAL).await;
+        match timeout(PING_TIMEOUT, pings.ping(Ping::opaque())).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(_)) | Err(_) => return,
+        }
+    }
+}

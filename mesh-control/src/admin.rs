@@ -1,0 +1,75 @@
+//! `/metrics`, `/healthz/ready` and `/status`, over HTTP.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::header::CONTENT_TYPE;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
+
+use crate::control_plane::ControlPlane;
+use crate::limits::{ACCEPT_PAUSE, ADMIN_TIMEOUT, MAX_ADMIN_CONNECTIONS};
+
+/// Serves until it is dropped.
+pub async fn serve(listener: TcpListener, control: Arc<ControlPlane>) {
+    let places = Arc::new(Semaphore::new(MAX_ADMIN_CONNECTIONS));
+    loop {
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "admin accept");
+                sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+            control.metrics.connections_refused.with_label_values(&["admin_too_many"]).inc();
+            continue;
+        };
+        let control = Arc::clone(&control);
+        tokio::spawn(async move {
+            let _place = place;
+            let service = service_fn(|request| {
+                let response = answer(&request, &control);
+                async move { Ok::<_, Infallible>(response) }
+            });
+            let connection = hyper::server::conn::http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(ADMIN_TIMEOUT)
+                .keep_alive(false)
+                .serve_connection(TokioIo::new(stream), service);
+            // A client that does not read its answer is let go of, too.
+            drop(timeout(ADMIN_TIMEOUT * 2, connection).await);
+        });
+    }
+}
+
+fn answer(request: &Request<Incoming>, control: &ControlPlane) -> Response<Full<Bytes>> {
+    if request.method() != Method::GET {
+        return text(StatusCode::METHOD_NOT_ALLOWED, "text/plain", "only GET\n".to_owned());
+    }
+    match request.uri().path() {
+        "/metrics" => match control.metrics.text() {
+            Ok(metrics) => text(StatusCode::OK, "text/plain; version=0.0.4", metrics),
+            Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, "text/plain", format!("{error}\n")),
+        },
+        "/healthz/ready" if control.is_ready() => text(StatusCode::OK, "text/plain", "ready\n".to_owned()),
+        "/healthz/ready" => text(StatusCode::SERVICE_UNAVAILABLE, "text/plain", "the registry is not read yet\n".to_owned()),
+        "/status" => text(StatusCode::OK, "application/json", format!("{:#}\n", control.status())),
+        _ => text(StatusCode::NOT_FOUND, "text/plain", "/metrics, /healthz/ready, /status\n".to_owned()),
+    }
+}
+
+fn text(status: StatusCode, content_type: &'static str, body: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(content_type));
+    response
+}

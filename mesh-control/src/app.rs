@@ -1,0 +1,263 @@
+//! Puts the parts together and runs them until a signal.
+
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context as _, bail};
+use mesh_proto::ca::istio_certificate_service_server::IstioCertificateServiceServer;
+use mesh_proto::discovery::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
+use mesh_proto::node::node_reports_server::NodeReportsServer;
+use time::OffsetDateTime;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Server;
+
+use crate::authentication::Authenticator;
+use crate::authority::Authority;
+use crate::certificates::Certificates;
+use crate::compile::Parameters;
+use crate::config::{NodeTokenArgs, ServeArgs};
+use crate::control_plane::ControlPlane;
+use crate::discovery::Discovery;
+use crate::limits::{
+    HTTP2_KEEPALIVE, HTTP2_KEEPALIVE_TIMEOUT, MAX_REPORT_BYTES, MAX_REQUEST_BYTES, MAX_STREAMS_PER_CONNECTION, SERVING_CHECK,
+    SHUTDOWN_GRACE,
+};
+use crate::metrics::Metrics;
+use crate::node_reports::Reports;
+use crate::registry::{Folder, Registry};
+use crate::serving::{self, ServingCertificate};
+use crate::state_dir::{StateDir, write_private};
+use crate::tokens::Tokens;
+use crate::{admin, limits};
+
+#[cfg(test)]
+mod tests;
+
+/// Names that the serving certificate always has.
+const OWN_NAMES: [&str; 4] = ["localhost", "127.0.0.1", "::1", "mesh-control.culvert-system.svc"];
+
+/// A running control plane.
+pub struct Running {
+    pub control: Arc<ControlPlane>,
+    /// Where agents connect.
+    pub listen: SocketAddr,
+    pub admin: SocketAddr,
+    stop: oneshot::Sender<()>,
+    server: JoinHandle<Result<(), tonic::transport::Error>>,
+    admin_task: JoinHandle<()>,
+    serving_task: JoinHandle<()>,
+    follow: Follow,
+}
+
+impl Running {
+    /// Ends everything; open streams get a moment to close.
+    pub async fn stop(mut self) {
+        self.follow.stop();
+        self.serving_task.abort();
+        self.control.close();
+        drop(self.stop.send(()));
+        if timeout(SHUTDOWN_GRACE, &mut self.server).await.is_err() {
+            tracing::info!("connections were still open after {SHUTDOWN_GRACE:?}");
+            self.server.abort();
+        }
+        self.admin_task.abort();
+    }
+
+    /// Waits for SIGTERM or SIGINT; an error when the server ends by itself.
+    ///
+    /// # Errors
+    /// The server has ended.
+    pub async fn until_signal(mut self) -> anyhow::Result<()> {
+        use tokio::signal::unix::{SignalKind, signal};
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            ended = &mut self.server => {
+                ended??;
+                bail!("the server has ended");
+            }
+        }
+        tracing::info!("ending");
+        self.stop().await;
+        Ok(())
+    }
+}
+
+/// Starts everything and returns once agents can connect.
+///
+/// # Errors
+/// The state directory or a socket cannot be used.
+pub async fn start(args: &ServeArgs) -> anyhow::Result<Running> {
+    if !args.admin.ip().is_loopback() {
+        bail!("--admin {}: only loopback addresses are allowed: it is not authenticated", args.admin);
+    }
+    let now = OffsetDateTime::now_utc();
+    let (Some(registry), Some(state_dir)) = (&args.registry, &args.state_dir) else {
+        bail!("--registry DIR and --state-dir DIR are needed");
+    };
+    let state = StateDir::open(state_dir).context("state directory")?;
+    let authority = Arc::new(Authority::open(&state, &args.trust_domain, now)?);
+    let tokens = Tokens::open(&state).context("state directory")?;
+    let metrics = Arc::new(Metrics::new()?);
+    let parameters = Parameters {
+        trust_domain: args.trust_domain.clone(),
+        cluster: args.cluster.clone(),
+        pod_ranges: args.pod_cidr.clone(),
+        trust_bundle: vec![authority.root_pem().to_owned()],
+    };
+    let control = Arc::new(ControlPlane::new(parameters, state, Arc::clone(&metrics)).context("state directory")?);
+
+    let certificate = Arc::new(ServingCertificate::new(Arc::clone(&authority)));
+    let names = ServerNames { tokens: tokens.clone(), extra: args.server_name.clone() };
+    certificate.refresh(names.current()?, now)?;
+    let tls = Arc::new(serving::tls_config(Arc::clone(&certificate))?);
+
+    let listener = TcpListener::bind(args.listen).await.with_context(|| format!("--listen {}", args.listen))?;
+    let admin_listener = TcpListener::bind(args.admin).await.with_context(|| format!("--admin {}", args.admin))?;
+    let (listen, admin_address) = (listener.local_addr()?, admin_listener.local_addr()?);
+
+    let follow = Follow::start(registry, Arc::clone(&control))?;
+    let admin_task = tokio::spawn(admin::serve(admin_listener, Arc::clone(&control)));
+    let serving_task = tokio::spawn(keep_serving_certificate(certificate, names, Arc::clone(&metrics)));
+
+    let authenticator = Authenticator::new(tokens, Arc::clone(&metrics));
+    let discovery = Discovery { control: Arc::clone(&control), authenticator: authenticator.clone() };
+    let certificates = Certificates {
+        control: Arc::clone(&control),
+        authenticator: authenticator.clone(),
+        authority,
+        lifetime: args.certificate_lifetime,
+    };
+    let reports = Reports { control: Arc::clone(&control), authenticator };
+    // Finished handshakes that wait for the server to take them.
+    let (connections, incoming) = mpsc::channel(16);
+    tokio::spawn(serving::accept(listener, tls, metrics, connections));
+    let (stop, stopped) = oneshot::channel();
+    let server = Server::builder()
+        .http2_keepalive_interval(Some(HTTP2_KEEPALIVE))
+        .http2_keepalive_timeout(Some(HTTP2_KEEPALIVE_TIMEOUT))
+        .max_concurrent_streams(Some(MAX_STREAMS_PER_CONNECTION))
+        .add_service(AggregatedDiscoveryServiceServer::new(discovery).max_decoding_message_size(MAX_REQUEST_BYTES))
+        .add_service(IstioCertificateServiceServer::new(certificates).max_decoding_message_size(2 * limits::MAX_CSR_BYTES))
+        .add_service(NodeReportsServer::new(reports).max_decoding_message_size(MAX_REPORT_BYTES));
+    let server = tokio::spawn(async move {
+        let stopped = async { drop(stopped.await) };
+        server.serve_with_incoming_shutdown(ReceiverStream::new(incoming), stopped).await
+    });
+    tracing::info!(%listen, admin = %admin_address, registry = %registry.display(), "mesh-control serves");
+    Ok(Running { control, listen, admin: admin_address, stop, server, admin_task, serving_task, follow })
+}
+
+struct ServerNames {
+    tokens: Tokens,
+    extra: Vec<String>,
+}
+
+impl ServerNames {
+    fn current(&self) -> Result<Vec<String>, crate::state_dir::StateError> {
+        let own = OWN_NAMES.iter().map(ToString::to_string);
+        Ok(own.chain(self.extra.iter().cloned()).chain(self.tokens.hosts()?).collect())
+    }
+}
+
+async fn keep_serving_certificate(certificate: Arc<ServingCertificate>, names: ServerNames, metrics: Arc<Metrics>) {
+    let names = Arc::new(names);
+    let mut ticks = interval(SERVING_CHECK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let (certificate, names) = (Arc::clone(&certificate), Arc::clone(&names));
+        let refreshed = tokio::task::spawn_blocking(move || -> anyhow::Result<bool> {
+            Ok(certificate.refresh(names.current()?, OffsetDateTime::now_utc())?)
+        });
+        if let Ok(Err(error)) = refreshed.await {
+            metrics.serving_certificate_failed.inc();
+            tracing::error!("the serving certificate cannot be made anew, the old one stays: {error:#}");
+        }
+    }
+}
+
+/// The thread that follows the registry folder.
+struct Follow {
+    stop: Arc<AtomicBool>,
+    wake: Box<dyn Fn() + Send + Sync>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Follow {
+    /// The folder must be readable at start: a wrong path is said at once. Later it may vanish and come back.
+    fn start(path: &Path, control: Arc<ControlPlane>) -> anyhow::Result<Self> {
+        let folder = Folder::new(path);
+        let mut watch = folder.watch();
+        let mut registry = Registry::default();
+        registry.apply(&folder.scan()?);
+        control.set_world(registry.world(), registry.rejections());
+        let wake = Box::new(watch.waker());
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let follow = move || {
+            let mut was_readable = true;
+            loop {
+                watch.wait();
+                if stopped.load(Ordering::Acquire) {
+                    return;
+                }
+                match folder.scan() {
+                    Ok(scan) => {
+                        if !was_readable {
+                            // Another directory may be there now; the old watch sees nothing of it.
+                            watch = watch.renewed(&folder);
+                            tracing::info!("the registry folder can be read again");
+                        }
+                        was_readable = true;
+                        if registry.apply(&scan) {
+                            control.set_world(registry.world(), registry.rejections());
+                        }
+                    }
+                    Err(error) => {
+                        control.metrics.registry_reads_failed.inc();
+                        if was_readable {
+                            tracing::error!("{error}; everything that was read stays in force");
+                        }
+                        was_readable = false;
+                    }
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("registry".to_owned()).spawn(follow)?;
+        Ok(Self { stop, wake, thread: Some(thread) })
+    }
+
+    fn stop(mut self) {
+        self.stop.store(true, Ordering::Release);
+        (self.wake)();
+        if let Some(thread) = self.thread.take() {
+            drop(thread.join());
+        }
+    }
+}
+
+/// `mesh-control node-token`.
+///
+/// # Errors
+/// As [`Tokens::issue`]; the file cannot be written.
+pub fn node_token(args: &NodeTokenArgs) -> anyhow::Result<()> {
+    let state = StateDir::open(&args.state_dir).context("state directory")?;
+    // Where no control plane ever ran, the root is made here: the token needs its fingerprint.
+    let authority = Authority::open(&state, "cluster.local", OffsetDateTime::now_utc())?;
+    let output = args.output.clone().unwrap_or_else(|| format!("{}.token.json", args.node).into());
+    let token = Tokens::open(&state)?.issue(&args.node, &args.address, &authority.root_sha256(), args.rotate)?;
+    let written = write_private(&output, &serde_json::to_vec_pretty(&token)?, true);
+    written.context("the token was made but its file could not be written; mend that and use --rotate")?;
+    writeln!(std::io::stdout().lock(), "wrote {}", output.display())?;
+    Ok(())
+}

@@ -1,0 +1,86 @@
+//! Who calls: the node that the bearer token names.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use tonic::Status;
+use tonic::metadata::MetadataMap;
+
+use crate::metrics::Metrics;
+use crate::tokens::{Refusal, Tokens};
+
+/// Failures are logged at most this often; the metric counts them all.
+const LOG_INTERVAL: Duration = Duration::from_secs(5);
+
+#[derive(Clone)]
+pub struct Authenticator {
+    tokens: Tokens,
+    metrics: Arc<Metrics>,
+    log: Arc<Mutex<FailureLog>>,
+}
+
+#[derive(Default)]
+struct FailureLog {
+    last: Option<Instant>,
+    unlogged: u64,
+}
+
+/// An authenticated caller.
+#[derive(Clone)]
+pub struct Caller {
+    pub node: String,
+    secret: String,
+}
+
+impl Authenticator {
+    #[must_use]
+    pub fn new(tokens: Tokens, metrics: Arc<Metrics>) -> Self {
+        Self { tokens, metrics, log: Arc::default() }
+    }
+
+    /// # Errors
+    /// `UNAUTHENTICATED`, without saying why.
+    pub async fn authenticate(&self, metadata: &MetadataMap) -> Result<Caller, Status> {
+        let header = metadata.get("authorization").and_then(|value| value.to_str().ok());
+        let Some(secret) = header.and_then(|value| value.strip_prefix("Bearer ")).map(str::to_owned) else {
+            return Err(self.refuse(Refusal::Missing));
+        };
+        match self.check(&secret).await {
+            Ok(node) => Ok(Caller { node, secret }),
+            Err(refusal) => Err(self.refuse(refusal)),
+        }
+    }
+
+    /// Whether a caller's token still stands.
+    ///
+    /// # Errors
+    /// `UNAUTHENTICATED` once it was replaced or removed.
+    pub async fn recheck(&self, caller: &Caller) -> Result<(), Status> {
+        match self.check(&caller.secret).await {
+            // A disk that fails for a while cuts nobody off.
+            Ok(_) | Err(Refusal::Unreadable) => Ok(()),
+            Err(refusal) => Err(self.refuse(refusal)),
+        }
+    }
+
+    /// Reads a small file.
+    async fn check(&self, secret: &str) -> Result<String, Refusal> {
+        let (tokens, secret) = (self.tokens.clone(), secret.to_owned());
+        tokio::task::spawn_blocking(move || tokens.authenticate(&secret)).await.unwrap_or(Err(Refusal::Unreadable))
+    }
+
+    /// Counts a failure and makes the answer.
+    #[must_use]
+    pub fn refuse(&self, refusal: Refusal) -> Status {
+        self.metrics.authentication_failed.with_label_values(&[refusal.reason()]).inc();
+        let mut log = self.log.lock();
+        if log.last.is_none_or(|last| last.elapsed() >= LOG_INTERVAL) {
+            tracing::warn!(reason = refusal.reason(), more = log.unlogged, "a caller was not authenticated: {refusal}");
+            *log = FailureLog { last: Some(Instant::now()), unlogged: 0 };
+        } else {
+            log.unlogged += 1;
+        }
+        Status::unauthenticated("not authenticated")
+    }
+}

@@ -1,0 +1,226 @@
+//! The certificate authority: its root, and the signing of workload and serving certificates.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use base64::Engine as _;
+use rand::TryRngCore as _;
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData as _, SanType, SerialNumber, SubjectPublicKeyInfo,
+};
+use rustls_pki_types::pem::PemObject as _;
+use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyDer};
+use sha2::{Digest as _, Sha256};
+use time::OffsetDateTime;
+use x509_parser::certification_request::X509CertificationRequest;
+use x509_parser::oid_registry::{OID_EC_P256, OID_KEY_TYPE_EC_PUBLIC_KEY};
+use x509_parser::prelude::FromDer as _;
+
+use crate::limits::{CLOCK_SKEW, MAX_CSR_BYTES, MAX_CERTIFICATE_LIFETIME, MIN_CERTIFICATE_LIFETIME, ROOT_LIFETIME, SERVING_LIFETIME};
+use crate::state_dir::{StateDir, StateError};
+
+#[cfg(test)]
+mod tests;
+
+/// Key and certificate in one file, so that there is never half a root.
+const ROOT: &str = "root.pem";
+const MAX_PEM_BYTES: u64 = 64 << 10;
+
+#[derive(Debug, thiserror::Error)]
+pub enum AuthorityError {
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error("{0}")]
+    Root(String),
+    #[error("the certificate request is none that can be signed: {0}")]
+    Request(String),
+    #[error("signing: {0}")]
+    Signing(String),
+}
+
+impl AuthorityError {
+    fn signing(error: impl ToString) -> Self {
+        Self::Signing(error.to_string())
+    }
+}
+
+/// A signed certificate, PEM.
+pub struct Signed {
+    pub leaf_pem: String,
+    pub not_after: OffsetDateTime,
+}
+
+pub struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    root_pem: String,
+    root_der: CertificateDer<'static>,
+    root_not_after: OffsetDateTime,
+}
+
+impl Authority {
+    /// Reads the root from the state folder, and makes it where there is none at all. A root that is there and cannot be read
+    /// is an error: a new one would cut off every node.
+    ///
+    /// # Errors
+    /// The disk's; key and certificate that do not belong together; an expired root.
+    pub fn open(state: &StateDir, trust_domain: &str, now: OffsetDateTime) -> Result<Self, AuthorityError> {
+        let path = state.path().join(ROOT).display().to_string();
+        if state.read(ROOT, MAX_PEM_BYTES)?.is_none() && state.write_new(ROOT, new_root(trust_domain, now)?.as_bytes())? {
+            tracing::info!(file = %path, "made a new root");
+        }
+        // Read back: of two processes that start at once, both go on with what the first wrote.
+        let pem = state.read(ROOT, MAX_PEM_BYTES)?.ok_or_else(|| AuthorityError::Root(format!("{path}: vanished")))?;
+        Self::from_pem(&pem, now).map_err(|problem| AuthorityError::Root(format!("{path}: {problem}")))
+    }
+
+    fn from_pem(pem: &[u8], now: OffsetDateTime) -> Result<Self, String> {
+        let key = PrivateKeyDer::from_pem_slice(pem).map_err(|error| format!("the key: {error}"))?;
+        let key = KeyPair::try_from(&key).map_err(|error| format!("the key: {error}"))?;
+        let root_der = CertificateDer::from_pem_slice(pem).map_err(|error| format!("the certificate: {error}"))?.into_owned();
+        let (_, parsed) = x509_parser::parse_x509_certificate(&root_der).map_err(|error| format!("the certificate: {error}"))?;
+        if parsed.public_key().raw != key.subject_public_key_info() {
+            return Err("key and certificate do not belong together".to_owned());
+        }
+        if !parsed.is_ca() {
+            return Err("the certificate is no authority's".to_owned());
+        }
+        let root_not_after = parsed.validity().not_after.to_datetime();
+        if root_not_after <= now {
+            return Err(format!("the root has expired at {root_not_after}"));
+        }
+        let root_pem = certificate_pem(&root_der);
+        let issuer = Issuer::from_ca_cert_der(&root_der, key).map_err(|error| format!("the certificate: {error}"))?;
+        Ok(Self { issuer, root_pem, root_der, root_not_after })
+    }
+
+    #[must_use]
+    pub fn root_pem(&self) -> &str {
+        &self.root_pem
+    }
+
+    #[must_use]
+    pub fn root_der(&self) -> &CertificateDer<'static> {
+        &self.root_der
+    }
+
+    /// Hex of the SHA-256 of the root's DER.
+    #[must_use]
+    pub fn root_sha256(&self) -> String {
+        hex::encode(Sha256::digest(&self.root_der))
+    }
+
+    /// Signs a workload's certificate. Of the request only the public key is used.
+    ///
+    /// # Errors
+    /// The request is no ECDSA P-256 request, or its signature is wrong.
+    pub fn sign_workload(
+        &self,
+        request_pem: &str,
+        spiffe_id: &str,
+        lifetime: Duration,
+        now: OffsetDateTime,
+    ) -> Result<Signed, AuthorityError> {
+        let key = request_key(request_pem)?;
+        let lifetime = lifetime.clamp(MIN_CERTIFICATE_LIFETIME, MAX_CERTIFICATE_LIFETIME);
+        let mut params = leaf(now, lifetime, self.root_not_after)?;
+        let uri: rcgen::string::Ia5String = spiffe_id.try_into().map_err(AuthorityError::signing)?;
+        params.subject_alt_names = vec![SanType::URI(uri)];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
+        let not_after = params.not_after;
+        let certificate = params.signed_by(&key, &self.issuer).map_err(AuthorityError::signing)?;
+        Ok(Signed { leaf_pem: certificate.pem(), not_after })
+    }
+
+    /// A serving certificate of this control plane and its key (PKCS#8 DER). Its names are what tells it from a workload's.
+    ///
+    /// # Errors
+    /// A name that no certificate can carry.
+    pub fn sign_serving(
+        &self,
+        names: &[String],
+        now: OffsetDateTime,
+    ) -> Result<(CertificateDer<'static>, Vec<u8>, OffsetDateTime), AuthorityError> {
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(AuthorityError::signing)?;
+        let mut params = leaf(now, SERVING_LIFETIME, self.root_not_after)?;
+        params.subject_alt_names = names
+            .iter()
+            .map(|name| match name.parse::<IpAddr>() {
+                Ok(ip) => Ok(SanType::IpAddress(ip)),
+                Err(_) => Ok(SanType::DnsName(name.as_str().try_into()?)),
+            })
+            .collect::<Result<_, rcgen::Error>>()
+            .map_err(AuthorityError::signing)?;
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        let not_after = params.not_after;
+        let certificate = params.signed_by(&key, &self.issuer).map_err(AuthorityError::signing)?;
+        Ok((certificate.der().clone(), key.serialize_der(), not_after))
+    }
+}
+
+fn random_serial() -> Result<SerialNumber, AuthorityError> {
+    let mut bytes = [0; 16];
+    rand::rngs::OsRng.try_fill_bytes(&mut bytes).map_err(AuthorityError::signing)?;
+    // Positive and not zero (RFC 5280, 4.1.2.2).
+    bytes[0] = (bytes[0] & 0x7f) | 0x01;
+    Ok(SerialNumber::from_slice(&bytes))
+}
+
+fn leaf(now: OffsetDateTime, lifetime: Duration, at_most: OffsetDateTime) -> Result<CertificateParams, AuthorityError> {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.not_before = now - CLOCK_SKEW;
+    params.not_after = (now + lifetime).min(at_most);
+    params.serial_number = Some(random_serial()?);
+    params.is_ca = IsCa::ExplicitNoCa;
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.use_authority_key_identifier_extension = true;
+    Ok(params)
+}
+
+fn new_root(trust_domain: &str, now: OffsetDateTime) -> Result<String, AuthorityError> {
+    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(AuthorityError::signing)?;
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::OrganizationName, trust_domain);
+    params.distinguished_name.push(DnType::CommonName, "culvert root");
+    params.not_before = now - CLOCK_SKEW;
+    params.not_after = now + ROOT_LIFETIME;
+    params.serial_number = Some(random_serial()?);
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    let certificate = params.self_signed(&key).map_err(AuthorityError::signing)?;
+    Ok(key.serialize_pem() + &certificate.pem())
+}
+
+fn certificate_pem(der: &CertificateDer<'_>) -> String {
+    let base64 = base64::engine::general_purpose::STANDARD.encode(der);
+    let mut pem = String::from("-----BEGIN CERTIFICATE-----\n");
+    for (index, character) in base64.chars().enumerate() {
+        if index > 0 && index % 64 == 0 {
+            pem.push('\n');
+        }
+        pem.push(character);
+    }
+    pem + "\n-----END CERTIFICATE-----\n"
+}
+
+/// The key of a request, which its signature proves to be the caller's.
+fn request_key(pem: &str) -> Result<SubjectPublicKeyInfo, AuthorityError> {
+    let bad = |problem: &str| AuthorityError::Request(problem.to_owned());
+    if pem.len() > MAX_CSR_BYTES {
+        return Err(bad("it is too large"));
+    }
+    let der = CertificateSigningRequestDer::from_pem_slice(pem.as_bytes()).map_err(|_| bad("it is no PEM of a certificate request"))?;
+    let (rest, request) = X509CertificationRequest::from_der(&der).map_err(|_| bad("it is no certificate request"))?;
+    if !rest.is_empty() {
+        return Err(bad("something follows it"));
+    }
+    let key = &request.certification_request_info.subject_pki;
+    let curve = key.algorithm.parameters.as_ref().and_then(|parameters| parameters.as_oid().ok());
+    if key.algorithm.algorithm != OID_KEY_TYPE_EC_PUBLIC_KEY || curve.is_none_or(|curve| curve != OID_EC_P256) {
+        return Err(bad("its key is not ECDSA P-256"));
+    }
+    request.verify_signature().map_err(|_| bad("its signature is not by its key"))?;
+    SubjectPublicKeyInfo::from_der(key.raw).map_err(|error| bad(&error.to_string()))
+}

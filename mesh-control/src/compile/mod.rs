@@ -1,0 +1,334 @@
+//! Objects → discovery resources. Pure: the same objects in any order give the same bytes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use mesh_proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, SETTINGS_NAME, SETTINGS_TYPE_URL};
+use sha2::{Digest as _, Sha256};
+
+use crate::capture_states::{CaptureState, CaptureStates, PodKey, pod_key};
+use crate::objects::{Kind, Labels, Node, Object, ObjectId, Pod, Service, TargetPort, World};
+use crate::proto;
+
+mod workload_names;
+
+#[cfg(test)]
+mod tests;
+
+/// Policies in it without a selector apply to the whole mesh.
+pub const ROOT_NAMESPACE: &str = "culvert-system";
+/// `enabled` on a Namespace opts in; `disabled` on a Pod opts out.
+pub const MESH_LABEL: &str = "culvert.dev/mesh";
+/// DNS domain of Services.
+const SERVICE_DOMAIN: &str = "svc.cluster.local";
+const REGION_LABEL: &str = "topology.kubernetes.io/region";
+const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+
+/// What an operator sets.
+#[derive(Clone, Debug)]
+pub struct Parameters {
+    pub trust_domain: String,
+    pub cluster: String,
+    /// Beside the ranges of the Nodes.
+    pub pod_ranges: Vec<IpNet>,
+    /// PEM of the roots.
+    pub trust_bundle: Vec<String>,
+}
+
+/// Everything that agents are told, and what they may ask for.
+#[derive(Debug, Default)]
+pub struct Snapshot {
+    pub types: BTreeMap<&'static str, Arc<TypeSnapshot>>,
+    /// SPIFFE ids that each node may have certificates for.
+    pub identities: BTreeMap<String, BTreeSet<String>>,
+    pub pods: BTreeMap<PodKey, PodPlace>,
+}
+
+/// Where a Pod is: for checking what agents say of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodPlace {
+    pub namespace: String,
+    pub name: String,
+    pub node: String,
+    pub is_member: bool,
+}
+
+/// The resources of one type.
+#[derive(Debug, Default)]
+pub struct TypeSnapshot {
+    /// Hash of all names and versions.
+    pub version: String,
+    pub resources: BTreeMap<String, Arc<CompiledResource>>,
+    /// `<network>/<ip>` → resource name.
+    pub aliases: BTreeMap<String, String>,
+    /// Service → its workloads: who asks for a service needs them, too.
+    pub endpoints: BTreeMap<String, Vec<String>>,
+}
+
+impl TypeSnapshot {
+    /// All resources that a subscribed name stands for.
+    pub fn resolve<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a Arc<CompiledResource>> {
+        let name = self.aliases.get(name).map_or(name, String::as_str);
+        let endpoints = self.endpoints.get(name).into_iter().flatten().map(String::as_str);
+        std::iter::once(name).chain(endpoints).filter_map(|name| self.resources.get(name))
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub struct CompiledResource {
+    pub name: String,
+    /// Hash of the encoding.
+    pub version: String,
+    pub aliases: Vec<String>,
+    /// The encoded message.
+    pub value: Vec<u8>,
+}
+
+/// A Pod with everything that its resource is made of.
+pub struct WorkloadView<'a> {
+    pub id: &'a ObjectId,
+    pub pod: &'a Pod,
+    pub uid: String,
+    pub parameters: &'a Parameters,
+    /// `None`: outside the mesh.
+    pub capture: Option<Capture>,
+    pub policies: Vec<String>,
+    /// `namespace/hostname` → (service port, target port).
+    pub services: BTreeMap<String, Vec<(u16, u16)>>,
+    pub owner: workload_names::Owner,
+    pub canonical_name: String,
+    pub canonical_revision: String,
+    pub region: String,
+    pub zone: String,
+    pub healthy: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Capture {
+    Pending,
+    Proven,
+    Lost,
+}
+
+pub use workload_names::OwnerKind;
+
+#[must_use]
+pub fn hostname(id: &ObjectId) -> String {
+    format!("{}.{}.{SERVICE_DOMAIN}", id.name, id.namespace)
+}
+
+#[must_use]
+pub fn spiffe_id(trust_domain: &str, namespace: &str, service_account: &str) -> String {
+    format!("spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}")
+}
+
+/// One network for now: its name is empty.
+fn network_alias(ip: IpAddr) -> String {
+    format!("/{ip}")
+}
+
+#[must_use]
+pub fn compile(world: &World, captures: &CaptureStates, parameters: &Parameters) -> Snapshot {
+    let index = Index::new(world);
+    let mut addresses = Resources::default();
+    let mut identities: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    let mut pods = BTreeMap::new();
+
+    for (id, pod) in &index.pods {
+        let key = pod_key(&pod.uid, &id.namespace, &id.name);
+        let is_member = index.is_member(id, pod);
+        let place = PodPlace { namespace: id.namespace.clone(), name: id.name.clone(), node: pod.node.clone(), is_member };
+        pods.insert(key.clone(), place);
+        if is_member && !pod.node.is_empty() {
+            let identity = spiffe_id(&parameters.trust_domain, &id.namespace, &pod.service_account);
+            identities.entry(pod.node.clone()).or_default().insert(identity);
+        }
+        // Without an address nobody can reach it, and peers could not tell it by one.
+        if pod.addresses.is_empty() {
+            continue;
+        }
+        let capture = is_member.then(|| match captures.of(&key) {
+            None => Capture::Pending,
+            Some(CaptureState::Proven) => Capture::Proven,
+            Some(CaptureState::Lost) => Capture::Lost,
+        });
+        let view = index.workload(id, pod, capture, parameters);
+        for service in view.services.keys() {
+            addresses.endpoints.entry(service.clone()).or_default().push(view.uid.clone());
+        }
+        // Pods on the host's network share its address: an alias would stand for several.
+        let aliases = if pod.host_network { Vec::new() } else { pod.addresses.iter().map(|ip| network_alias(*ip)).collect() };
+        addresses.insert(view.uid.clone(), aliases, proto::encode_workload(&view));
+    }
+    for (id, service) in &index.services {
+        let hostname = hostname(id);
+        let aliases = service.addresses.iter().map(|ip| network_alias(*ip)).collect();
+        let name = format!("{}/{hostname}", id.namespace);
+        addresses.insert(name, aliases, proto::encode_service(id, &hostname, service));
+    }
+
+    let mut authorizations = Resources::default();
+    for (id, policy) in &index.policies {
+        let scope = match (&policy.selector, id.namespace.as_str()) {
+            (Some(_), _) => proto::Scope::WorkloadSelector,
+            (None, ROOT_NAMESPACE) => proto::Scope::Global,
+            (None, _) => proto::Scope::Namespace,
+        };
+        let name = format!("{}/{}", id.namespace, id.name);
+        authorizations.insert(name, Vec::new(), proto::encode_authorization(id, policy, scope));
+    }
+
+    let ranges: BTreeSet<IpNet> =
+        index.nodes.values().flat_map(|node| &node.pod_ranges).chain(&parameters.pod_ranges).map(IpNet::trunc).collect();
+    let mut settings = Resources::default();
+    let encoded = proto::encode_settings(&parameters.trust_domain, &ranges, &parameters.trust_bundle);
+    settings.insert(SETTINGS_NAME.to_owned(), Vec::new(), encoded);
+
+    let types = [(ADDRESS_TYPE_URL, addresses), (AUTHORIZATION_TYPE_URL, authorizations), (SETTINGS_TYPE_URL, settings)];
+    Snapshot {
+        types: types.into_iter().map(|(url, resources)| (url, Arc::new(resources.finish()))).collect(),
+        identities,
+        pods,
+    }
+}
+
+/// The world by kind.
+#[derive(Default)]
+struct Index<'a> {
+    namespaces: BTreeMap<&'a str, &'a Labels>,
+    nodes: BTreeMap<&'a str, &'a Node>,
+    pods: Vec<(&'a ObjectId, &'a Pod)>,
+    services: Vec<(&'a ObjectId, &'a Service)>,
+    services_of_namespace: BTreeMap<&'a str, Vec<(&'a ObjectId, &'a Service)>>,
+    policies: Vec<(&'a ObjectId, &'a mesh_api::ValidPolicy)>,
+}
+
+impl<'a> Index<'a> {
+    fn new(world: &'a World) -> Self {
+        let mut index = Self::default();
+        for (id, object) in world {
+            match object.as_ref() {
+                Object::Namespace { labels } => {
+                    index.namespaces.insert(&id.name, labels);
+                }
+                Object::Node(node) => {
+                    index.nodes.insert(&id.name, node);
+                }
+                Object::Pod(pod) if !pod.finished => index.pods.push((id, pod)),
+                Object::Pod(_) | Object::ServiceAccount => {}
+                Object::Service(service) => {
+                    index.services.push((id, service));
+                    index.services_of_namespace.entry(&id.namespace).or_default().push((id, service));
+                }
+                Object::AuthorizationPolicy(policy) => index.policies.push((id, policy)),
+            }
+        }
+        index
+    }
+
+    fn is_member(&self, id: &ObjectId, pod: &Pod) -> bool {
+        let opted_in = self
+            .namespaces
+            .get(id.namespace.as_str())
+            .is_some_and(|labels| labels.get(MESH_LABEL).is_some_and(|value| value == "enabled"));
+        let opted_out = pod.labels.get(MESH_LABEL).is_some_and(|value| value == "disabled");
+        opted_in && !opted_out && !pod.host_network
+    }
+
+    fn workload(
+        &self,
+        id: &'a ObjectId,
+        pod: &'a Pod,
+        capture: Option<Capture>,
+        parameters: &'a Parameters,
+    ) -> WorkloadView<'a> {
+        debug_assert_eq!(id.kind, Kind::Pod);
+        let policies = self
+            .policies
+            .iter()
+            .filter(|(policy_id, policy)| {
+                let in_reach = policy_id.namespace == id.namespace || policy_id.namespace == ROOT_NAMESPACE;
+                in_reach && policy.selector.as_ref().is_some_and(|selector| selects(selector, &pod.labels))
+            })
+            .map(|(policy_id, _)| format!("{}/{}", policy_id.namespace, policy_id.name))
+            .collect();
+        let mut services = BTreeMap::new();
+        for (service_id, service) in self.services_of_namespace.get(id.namespace.as_str()).into_iter().flatten() {
+            if service.selector.is_empty() || !selects(&service.selector, &pod.labels) {
+                continue;
+            }
+            let ports: Vec<(u16, u16)> = service
+                .ports
+                .iter()
+                .filter_map(|port| {
+                    let target = match &port.target {
+                        TargetPort::Number(number) => *number,
+                        TargetPort::Name(name) => *pod.named_ports.get(name)?,
+                    };
+                    Some((port.port, target))
+                })
+                .collect();
+            services.insert(format!("{}/{}", service_id.namespace, hostname(service_id)), ports);
+        }
+        let owner = workload_names::owner(&id.name, pod);
+        let label = |node: Option<&&Node>, label: &str| {
+            node.and_then(|node| node.labels.get(label)).cloned().unwrap_or_default()
+        };
+        let node = self.nodes.get(pod.node.as_str());
+        WorkloadView {
+            id,
+            pod,
+            uid: format!("{}//Pod/{}/{}", parameters.cluster, id.namespace, id.name),
+            parameters,
+            capture,
+            policies,
+            services,
+            canonical_name: workload_names::canonical_name(&pod.labels, &owner.name),
+            canonical_revision: workload_names::canonical_revision(&pod.labels),
+            owner,
+            region: label(node, REGION_LABEL),
+            zone: label(node, ZONE_LABEL),
+            healthy: pod.ready && !pod.terminating,
+        }
+    }
+}
+
+fn selects(selector: &Labels, labels: &Labels) -> bool {
+    selector.iter().all(|(key, value)| labels.get(key) == Some(value))
+}
+
+#[derive(Default)]
+struct Resources {
+    resources: BTreeMap<String, Arc<CompiledResource>>,
+    aliases: BTreeMap<String, String>,
+    endpoints: BTreeMap<String, Vec<String>>,
+}
+
+impl Resources {
+    fn insert(&mut self, name: String, aliases: Vec<String>, value: Vec<u8>) {
+        for alias in &aliases {
+            self.aliases.insert(alias.clone(), name.clone());
+        }
+        let version = short_hash(&[&value]);
+        self.resources.insert(name.clone(), Arc::new(CompiledResource { name, version, aliases, value }));
+    }
+
+    fn finish(self) -> TypeSnapshot {
+        let parts: Vec<&[u8]> =
+            self.resources.values().flat_map(|resource| [resource.name.as_bytes(), resource.version.as_bytes()]).collect();
+        let version = short_hash(&parts);
+        TypeSnapshot { version, resources: self.resources, aliases: self.aliases, endpoints: self.endpoints }
+    }
+}
+
+/// 128 bits of SHA-256: clients send all versions back on each reconnect.
+fn short_hash<T: AsRef<[u8]>>(parts: &[T]) -> String {
+    let mut hash = Sha256::new();
+    for part in parts {
+        hash.update((part.as_ref().len() as u64).to_be_bytes());
+        hash.update(part.as_ref());
+    }
+    hex::encode(&hash.finalize()[..16])
+}

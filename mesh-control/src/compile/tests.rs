@@ -1,0 +1,260 @@
+use mesh_proto::{mesh, security, workload};
+use prost::Message as _;
+
+use super::*;
+use crate::capture_states::Proof;
+use crate::registry::{Registry, Scan};
+
+const CLUSTER: &str = r#"
+apiVersion: v1
+kind: Namespace
+metadata: {name: shop, labels: {culvert.dev/mesh: enabled}}
+---
+apiVersion: v1
+kind: Namespace
+metadata: {name: outside}
+---
+apiVersion: v1
+kind: Node
+metadata: {name: node-a, labels: {topology.kubernetes.io/region: r, topology.kubernetes.io/zone: z}}
+spec: {podCIDRs: [10.1.0.0/24, "fd00:1::/64"]}
+---
+apiVersion: v1
+kind: Pod
+metadata:
+  name: web-abc-1
+  namespace: shop
+  uid: uid-web
+  labels: {app: web, pod-template-hash: abc, version: v2}
+  ownerReferences: [{apiVersion: apps/v1, kind: ReplicaSet, name: web-abc, uid: u, controller: true}]
+spec:
+  nodeName: node-a
+  serviceAccountName: web
+  containers: [{name: c, ports: [{name: http, containerPort: 8080}]}]
+status: {podIPs: [{ip: 10.1.0.5}, {ip: "fd00:1::5"}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: opted-out, namespace: shop, uid: uid-out, labels: {culvert.dev/mesh: disabled}}
+spec: {nodeName: node-b}
+status: {podIPs: [{ip: 10.1.1.6}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: host, namespace: shop, uid: uid-host}
+spec: {nodeName: node-a, hostNetwork: true}
+status: {podIPs: [{ip: 192.168.0.1}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: stranger, namespace: outside, uid: uid-stranger, labels: {app: web}}
+spec: {nodeName: node-a, serviceAccountName: stranger}
+status: {podIPs: [{ip: 10.1.0.7}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: done, namespace: shop, uid: uid-done}
+spec: {nodeName: node-a}
+status: {phase: Succeeded, podIPs: [{ip: 10.1.0.9}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec:
+  clusterIPs: [10.96.0.10]
+  selector: {app: web}
+  ports: [{port: 80, targetPort: http}, {port: 81, targetPort: missing}, {port: 9000}]
+---
+apiVersion: culvert.dev/v1alpha1
+kind: AuthorizationPolicy
+metadata: {name: everywhere, namespace: culvert-system}
+spec: {action: Deny, rules: [{from: [{ipBlocks: [203.0.113.0/24]}]}]}
+---
+apiVersion: culvert.dev/v1alpha1
+kind: AuthorizationPolicy
+metadata: {name: all, namespace: shop}
+spec: {action: Allow, mode: DryRun, rules: [{}]}
+---
+apiVersion: culvert.dev/v1alpha1
+kind: AuthorizationPolicy
+metadata: {name: web, namespace: shop}
+spec:
+  selector: {matchLabels: {app: web}}
+  action: Allow
+  rules:
+  - from: [{principals: [cluster.local/ns/a/sa/b], notNamespaces: ["*"]}, {namespaces: [c-*]}]
+    to: [{ports: [8080]}]
+"#;
+
+fn world(texts: &[&str]) -> Arc<World> {
+    let mut registry = Registry::default();
+    let scan: Scan = texts.iter().enumerate().map(|(i, text)| (format!("{i}.yaml"), Ok(Arc::from(*text)))).collect();
+    registry.apply(&scan);
+    assert!(registry.rejections().is_empty(), "{:?}", registry.rejections());
+    registry.world()
+}
+
+fn parameters() -> Parameters {
+    Parameters {
+        trust_domain: "cluster.local".into(),
+        cluster: "Kubernetes".into(),
+        pod_ranges: vec!["10.2.0.0/16".parse().expect("range")],
+        trust_bundle: vec!["PEM".into()],
+    }
+}
+
+fn workload(snapshot: &Snapshot, name: &str) -> workload::Workload {
+    let resource = &snapshot.types[ADDRESS_TYPE_URL].resources[name];
+    match workload::Address::decode(resource.value.as_slice()).expect("address").r#type {
+        Some(workload::address::Type::Workload(workload)) => workload,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn capture(workload: &workload::Workload) -> Option<mesh::Capture> {
+    let extension = workload.extensions.iter().find(|extension| extension.name == mesh_proto::CAPTURE_EXTENSION)?;
+    let config = extension.config.as_ref().expect("config");
+    assert_eq!(config.type_url, mesh_proto::CAPTURE_TYPE_URL);
+    Some(mesh::Capture::decode(config.value.as_slice()).expect("capture"))
+}
+
+#[test]
+fn pods_become_workloads() {
+    let snapshot = compile(&world(&[CLUSTER]), &CaptureStates::default(), &parameters());
+    let web = workload(&snapshot, "Kubernetes//Pod/shop/web-abc-1");
+    assert_eq!(web.uid, "Kubernetes//Pod/shop/web-abc-1");
+    assert_eq!(web.addresses[0], [10, 1, 0, 5]);
+    assert_eq!(web.addresses[1].len(), 16);
+    assert_eq!((web.node.as_str(), web.service_account.as_str(), web.trust_domain.as_str()), ("node-a", "web", "cluster.local"));
+    assert_eq!((web.workload_name.as_str(), web.workload_type()), ("web", workload::WorkloadType::Deployment));
+    assert_eq!((web.canonical_name.as_str(), web.canonical_revision.as_str()), ("web", "v2"));
+    assert_eq!(web.locality.as_ref().map(|at| (at.region.as_str(), at.zone.as_str())), Some(("r", "z")));
+    assert_eq!(web.authorization_policies, ["shop/web"]);
+    let ports = &web.services["shop/web.shop.svc.cluster.local"].ports;
+    let ports: Vec<_> = ports.iter().map(|port| (port.service_port, port.target_port)).collect();
+    assert_eq!(ports, [(80, 8080), (9000, 9000)], "a port that the Pod does not name is left out");
+    assert_eq!(web.tunnel_protocol(), workload::TunnelProtocol::None);
+    let state = capture(&web).expect("belongs in the mesh");
+    assert_eq!((state.state(), state.pod_uid.as_str()), (mesh::capture::State::Pending, "uid-web"));
+
+    for outsider in ["shop/opted-out", "shop/host", "outside/stranger"] {
+        let outsider = workload(&snapshot, &format!("Kubernetes//Pod/{outsider}"));
+        assert_eq!(capture(&outsider), None, "{}", outsider.name);
+        assert!(outsider.services.is_empty(), "a Service selects in its own namespace");
+    }
+    let addresses = &snapshot.types[ADDRESS_TYPE_URL];
+    assert!(!addresses.resources.contains_key("Kubernetes//Pod/shop/done"));
+    assert_eq!(addresses.aliases["/10.1.0.5"], "Kubernetes//Pod/shop/web-abc-1");
+    assert_eq!(addresses.aliases["/fd00:1::5"], "Kubernetes//Pod/shop/web-abc-1");
+    assert_eq!(addresses.aliases["/10.96.0.10"], "shop/web.shop.svc.cluster.local");
+    assert!(!addresses.aliases.contains_key("/192.168.0.1"), "several Pods share a host's address");
+}
+
+#[test]
+fn only_proven_pods_are_tunnelled_to() {
+    let world = world(&[CLUSTER]);
+    let mut captures = CaptureStates::default();
+    for (proof, state, tunnel) in [
+        (Proof::Proven, mesh::capture::State::Proven, workload::TunnelProtocol::Hbone),
+        (Proof::Lost, mesh::capture::State::Lost, workload::TunnelProtocol::None),
+    ] {
+        captures.apply("uid-web", proof);
+        captures.apply("uid-stranger", proof);
+        let snapshot = compile(&world, &captures, &parameters());
+        let web = workload(&snapshot, "Kubernetes//Pod/shop/web-abc-1");
+        assert_eq!((capture(&web).expect("member").state(), web.tunnel_protocol()), (state, tunnel));
+        let stranger = workload(&snapshot, "Kubernetes//Pod/outside/stranger");
+        assert_eq!((capture(&stranger), stranger.tunnel_protocol()), (None, workload::TunnelProtocol::None));
+    }
+}
+
+#[test]
+fn nodes_get_the_identities_of_their_members_only() {
+    let snapshot = compile(&world(&[CLUSTER]), &CaptureStates::default(), &parameters());
+    let of = |node: &str| snapshot.identities.get(node).map(|set| set.iter().cloned().collect::<Vec<_>>());
+    assert_eq!(of("node-a").expect("node-a"), ["spiffe://cluster.local/ns/shop/sa/web"]);
+    assert_eq!(of("node-b"), None);
+}
+
+#[test]
+fn policies_become_authorizations() {
+    let snapshot = compile(&world(&[CLUSTER]), &CaptureStates::default(), &parameters());
+    let of = |name: &str| {
+        let resource = &snapshot.types[AUTHORIZATION_TYPE_URL].resources[name];
+        security::Authorization::decode(resource.value.as_slice()).expect("authorization")
+    };
+    let everywhere = of("culvert-system/everywhere");
+    assert_eq!((everywhere.scope(), everywhere.action()), (security::Scope::Global, security::Action::Deny));
+    let block = &everywhere.rules[0].clauses[0].matches[0].source_ips[0];
+    assert_eq!((block.address.as_slice(), block.length), ([203, 0, 113, 0].as_slice(), 24));
+    let all = of("shop/all");
+    assert_eq!((all.scope(), all.dry_run), (security::Scope::Namespace, true));
+    assert_eq!(all.rules[0].clauses, [security::Clause { matches: vec![] }], "an empty clause is true");
+    let web = of("shop/web");
+    assert_eq!(web.scope(), security::Scope::WorkloadSelector);
+    let [from, to] = web.rules[0].clauses.as_slice() else { panic!("{web:?}") };
+    assert_eq!(from.matches.len(), 2);
+    use security::string_match::MatchType;
+    let kind = |values: &[security::StringMatch]| values[0].match_type.clone();
+    assert_eq!(kind(&from.matches[0].principals), Some(MatchType::Exact("cluster.local/ns/a/sa/b".into())));
+    assert_eq!(kind(&from.matches[0].not_namespaces), Some(MatchType::Presence(security::Empty {})));
+    assert_eq!(kind(&from.matches[1].namespaces), Some(MatchType::Prefix("c-".into())));
+    assert_eq!(to.matches[0].destination_ports, [8080]);
+}
+
+#[test]
+fn settings_carry_ranges_and_roots() {
+    let snapshot = compile(&world(&[CLUSTER]), &CaptureStates::default(), &parameters());
+    let resource = &snapshot.types[SETTINGS_TYPE_URL].resources[SETTINGS_NAME];
+    let settings = mesh::Settings::decode(resource.value.as_slice()).expect("settings");
+    let ranges: Vec<_> = settings.pod_ranges.iter().map(|range| (range.address.len(), range.length)).collect();
+    assert_eq!(ranges, [(4, 24), (4, 16), (16, 64)]);
+    assert_eq!((settings.trust_domain.as_str(), settings.trust_bundle), ("cluster.local", vec!["PEM".to_owned()]));
+}
+
+#[test]
+fn the_order_of_documents_changes_nothing() {
+    let mut documents: Vec<&str> = CLUSTER.split("---\n").collect();
+    let reference = compile(&world(&[CLUSTER]), &CaptureStates::default(), &parameters());
+    for turn in 0..documents.len() {
+        documents.rotate_left(1);
+        if turn % 2 == 0 {
+            documents.reverse();
+        }
+        let other = compile(&world(&documents), &CaptureStates::default(), &parameters());
+        for (url, of_type) in &reference.types {
+            assert_eq!(of_type.version, other.types[url].version, "{url}");
+            assert_eq!(of_type.resources, other.types[url].resources, "{url}");
+        }
+    }
+}
+
+#[test]
+fn a_version_changes_only_with_its_resource() {
+    let before = compile(&world(&[CLUSTER]), &CaptureStates::default(), &parameters());
+    let after = compile(&world(&[&CLUSTER.replace("ports: [8080]", "ports: [8081]")]), &CaptureStates::default(), &parameters());
+    let version = |snapshot: &Snapshot, name: &str| snapshot.types[AUTHORIZATION_TYPE_URL].resources[name].version.clone();
+    assert_ne!(version(&before, "shop/web"), version(&after, "shop/web"));
+    assert_eq!(version(&before, "shop/all"), version(&after, "shop/all"));
+    assert_eq!(before.types[ADDRESS_TYPE_URL].version, after.types[ADDRESS_TYPE_URL].version);
+}
+
+#[test]
+fn names_of_owners() {
+    let pod = |kind: &str, name: &str, hash: Option<&str>| Pod {
+        owner: Some((kind.into(), name.into())),
+        labels: hash.map(|hash| ("pod-template-hash".to_owned(), hash.to_owned())).into_iter().collect(),
+        ..Pod::default()
+    };
+    for (kind, name, hash, expected) in [
+        ("ReplicaSet", "web-abc", Some("abc"), (OwnerKind::Deployment, "web")),
+        ("ReplicaSet", "web-abc", None, (OwnerKind::Deployment, "web-abc")),
+        ("Job", "backup-29876543", None, (OwnerKind::CronJob, "backup")),
+        ("Job", "import-1", None, (OwnerKind::Job, "import-1")),
+        ("StatefulSet", "db", None, (OwnerKind::Pod, "db")),
+    ] {
+        let owner = workload_names::owner("pod", &pod(kind, name, hash));
+        assert_eq!((owner.kind, owner.name.as_str()), expected);
+    }
+    assert_eq!(workload_names::owner("pod", &Pod::default()).name, "pod");
+}

@@ -1,0 +1,273 @@
+//! Keeps the world and the capture states, and publishes what they compile to.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::Mutex;
+use serde::Serialize;
+use tokio::sync::watch;
+
+use crate::capture_states::{CaptureState, CaptureStates, PodKey, Proof, pod_key};
+use crate::compile::{Parameters, Snapshot, compile};
+use crate::limits::{MAX_CAPTURE_FILE_BYTES, MAX_REJECTIONS, MAX_REPORTED_PODS};
+use crate::metrics::Metrics;
+use crate::objects::{Kind, World};
+use crate::proto::PodWord;
+use crate::registry::Rejection;
+use crate::state_dir::{StateDir, StateError};
+
+const CAPTURE_STATES: &str = "capture-states.json";
+
+pub struct ControlPlane {
+    pub parameters: Parameters,
+    pub metrics: Arc<Metrics>,
+    state_dir: StateDir,
+    inner: Mutex<Inner>,
+    snapshot: watch::Sender<Arc<Snapshot>>,
+    /// Set once the folder was read: before, every resource would seem to be gone.
+    ready: AtomicBool,
+    nodes: Mutex<BTreeMap<String, NodeStatus>>,
+    closing: watch::Sender<bool>,
+}
+
+struct Inner {
+    world: Arc<World>,
+    captures: CaptureStates,
+    /// The last report of each node: a Pod may be proven before its manifest is read.
+    reports: BTreeMap<String, Vec<PodWord>>,
+    rejections: Vec<Rejection>,
+    /// The states differ from those on disk.
+    unsaved: bool,
+}
+
+/// What a node last said of itself.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct NodeStatus {
+    pub discovery_streams: usize,
+    pub report_streams: usize,
+    /// Type URL → version in force there.
+    pub enforced: BTreeMap<String, String>,
+    pub rejected_by_agent: Vec<String>,
+    /// Type URL → the last response that the agent refused, with its reason.
+    pub refused_responses: BTreeMap<String, String>,
+}
+
+impl ControlPlane {
+    /// # Errors
+    /// The capture states on disk cannot be read: to go on without them would send proven Pods cleartext.
+    pub fn new(parameters: Parameters, state_dir: StateDir, metrics: Arc<Metrics>) -> Result<Self, StateError> {
+        let captures = match state_dir.read(CAPTURE_STATES, MAX_CAPTURE_FILE_BYTES)? {
+            None => CaptureStates::default(),
+            Some(bytes) => serde_json::from_slice(&bytes)
+                .map_err(|error| StateError::content(&state_dir.path().join(CAPTURE_STATES), error))?,
+        };
+        let inner = Inner {
+            world: Arc::default(),
+            captures,
+            reports: BTreeMap::new(),
+            rejections: Vec::new(),
+            unsaved: false,
+        };
+        Ok(Self {
+            parameters,
+            metrics,
+            state_dir,
+            inner: Mutex::new(inner),
+            snapshot: watch::Sender::new(Arc::default()),
+            ready: AtomicBool::new(false),
+            nodes: Mutex::default(),
+            closing: watch::Sender::new(false),
+        })
+    }
+
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Acquire)
+    }
+
+    #[must_use]
+    pub fn subscribe(&self) -> watch::Receiver<Arc<Snapshot>> {
+        self.snapshot.subscribe()
+    }
+
+    /// Done when open streams are to end.
+    pub fn closed(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut closing = self.closing.subscribe();
+        async move { drop(closing.wait_for(|closing| *closing).await) }
+    }
+
+    pub fn close(&self) {
+        self.closing.send_replace(true);
+    }
+
+    #[must_use]
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        Arc::clone(&self.snapshot.borrow())
+    }
+
+    /// Takes over what the registry says is in force. Blocking.
+    pub fn set_world(&self, world: Arc<World>, rejections: &[Rejection]) {
+        let mut inner = self.inner.lock();
+        for rejection in rejections.iter().filter(|new| !inner.rejections.contains(new)) {
+            self.metrics.manifests_rejected_total.with_label_values(&[rejection.reason.as_str()]).inc();
+            tracing::warn!(
+                file = %rejection.file,
+                document = rejection.document,
+                object = rejection.object.as_ref().map(ToString::to_string),
+                reason = rejection.reason.as_str(),
+                last_good_in_force = rejection.last_good_in_force,
+                "manifest rejected: {}",
+                rejection.message
+            );
+        }
+        for mended in inner.rejections.iter().filter(|old| !rejections.contains(old)) {
+            tracing::info!(file = %mended.file, document = mended.document, "a rejected manifest was mended or removed");
+        }
+        self.metrics.set_rejections(rejections);
+        inner.rejections = rejections.iter().take(MAX_REJECTIONS).cloned().collect();
+        for kind in [Kind::Namespace, Kind::Node, Kind::ServiceAccount, Kind::Service, Kind::Pod, Kind::AuthorizationPolicy] {
+            let count = world.keys().filter(|id| id.kind == kind).count();
+            self.metrics.objects.with_label_values(&[kind.as_str()]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+        inner.world = world;
+        self.publish(&mut inner);
+        self.ready.store(true, Ordering::Release);
+    }
+
+    /// Takes a node's report of its Pods. Blocking.
+    pub fn set_report(&self, node: &str, mut words: Vec<PodWord>) {
+        words.truncate(MAX_REPORTED_PODS);
+        let mut inner = self.inner.lock();
+        let snapshot = self.snapshot();
+        let ignored = words.iter().filter(|word| !is_of_node(&snapshot, node, word)).count();
+        self.metrics.report_pods_ignored.inc_by(ignored as u64);
+        if ignored > 0 {
+            tracing::debug!(node, ignored, "reported Pods that are not of this node's mesh");
+        }
+        let changed = inner.take_words(&snapshot, node, &words);
+        inner.reports.insert(node.to_owned(), words);
+        if changed || inner.unsaved {
+            self.publish(&mut inner);
+        }
+    }
+
+    fn publish(&self, inner: &mut Inner) {
+        let mut snapshot = compile(&inner.world, &inner.captures, &self.parameters);
+        // A Pod that its agent proved before it was in the world, or that moved.
+        let reports = std::mem::take(&mut inner.reports);
+        let mut changed = false;
+        for (node, words) in &reports {
+            changed |= inner.take_words(&snapshot, node, words);
+        }
+        inner.reports = reports;
+        if inner.captures.prune(|key| snapshot.pods.get(key).map(|place| place.is_member)) {
+            inner.unsaved = true;
+        }
+        if changed {
+            snapshot = compile(&inner.world, &inner.captures, &self.parameters);
+        }
+        // On disk before any agent hears of it: after a crash nobody may have believed more than we know.
+        if inner.unsaved {
+            let saved = serde_json::to_vec(&inner.captures)
+                .map_err(|error| StateError::content(self.state_dir.path(), error))
+                .and_then(|content| self.state_dir.write(CAPTURE_STATES, &content));
+            match saved {
+                Ok(()) => inner.unsaved = false,
+                Err(error) => {
+                    self.metrics.state_writes_failed.inc();
+                    tracing::error!(%error, "the capture states cannot be kept; after a restart Pods would be pending");
+                }
+            }
+        }
+        let count = |wanted: Option<CaptureState>| {
+            snapshot.pods.iter().filter(|(key, place)| place.is_member && inner.captures.of(key) == wanted).count()
+        };
+        let states = [("pending", None), ("proven", Some(CaptureState::Proven)), ("lost", Some(CaptureState::Lost))];
+        for (label, state) in states {
+            self.metrics.capture_states.with_label_values(&[label]).set(i64::try_from(count(state)).unwrap_or(i64::MAX));
+        }
+        self.snapshot.send_replace(Arc::new(snapshot));
+    }
+
+    /// Changes what is known of a node. Only authenticated nodes get here, so that their number is bounded by the tokens'.
+    pub fn with_node(&self, node: &str, change: impl FnOnce(&mut NodeStatus)) {
+        change(self.nodes.lock().entry(node.to_owned()).or_default());
+    }
+
+    /// For `/status`.
+    #[must_use]
+    pub fn status(&self) -> serde_json::Value {
+        let inner = self.inner.lock();
+        let rejections: Vec<_> = inner
+            .rejections
+            .iter()
+            .map(|rejection| {
+                serde_json::json!({
+                    "file": rejection.file,
+                    "document": rejection.document,
+                    "object": rejection.object.as_ref().map(ToString::to_string),
+                    "reason": rejection.reason.as_str(),
+                    "message": rejection.message,
+                    "last_good_in_force": rejection.last_good_in_force,
+                })
+            })
+            .collect();
+        let snapshot = self.snapshot();
+        let pods: BTreeMap<String, &str> = snapshot
+            .pods
+            .iter()
+            .filter(|(_, place)| place.is_member)
+            .map(|(key, place)| {
+                let state = match inner.captures.of(key) {
+                    None => "pending",
+                    Some(CaptureState::Proven) => "proven",
+                    Some(CaptureState::Lost) => "lost",
+                };
+                (format!("{}/{}", place.namespace, place.name), state)
+            })
+            .collect();
+        let versions: BTreeMap<_, _> = snapshot.types.iter().map(|(url, of_type)| (*url, of_type.version.as_str())).collect();
+        serde_json::json!({
+            "ready": self.is_ready(),
+            "versions": versions,
+            "nodes": *self.nodes.lock(),
+            "pods": pods,
+            "rejected_manifests": rejections,
+        })
+    }
+}
+
+impl Inner {
+    fn take_words(&mut self, snapshot: &Snapshot, node: &str, words: &[PodWord]) -> bool {
+        let mut changed = false;
+        for word in words.iter().filter(|word| is_of_node(snapshot, node, word)) {
+            if let Some(key) = key_of(snapshot, word) {
+                let before = self.captures.of(&key);
+                if self.captures.apply(&key, word.proof) {
+                    changed = true;
+                    let pod = format!("{}/{}", word.namespace, word.name);
+                    match word.proof {
+                        Proof::Lost => tracing::warn!(node, pod, ?before, "the Pod's capture is lost"),
+                        Proof::Proven | Proof::Pending => tracing::info!(node, pod, ?before, "the Pod's capture is proven"),
+                    }
+                }
+            }
+        }
+        self.unsaved |= changed;
+        changed
+    }
+}
+
+/// By uid, and by name where the manifest has no uid.
+fn key_of(snapshot: &Snapshot, word: &PodWord) -> Option<PodKey> {
+    [pod_key(&word.uid, "", ""), pod_key("", &word.namespace, &word.name)].into_iter().find(|key| {
+        snapshot.pods.get(key).is_some_and(|place| place.namespace == word.namespace && place.name == word.name)
+    })
+}
+
+fn is_of_node(snapshot: &Snapshot, node: &str, word: &PodWord) -> bool {
+    key_of(snapshot, word)
+        .and_then(|key| snapshot.pods.get(&key))
+        .is_some_and(|place| place.is_member && place.node == node)
+}

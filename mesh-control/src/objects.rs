@@ -1,0 +1,144 @@
+//! The objects that the mesh is compiled from, whichever registry they came from.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use mesh_api::ValidPolicy;
+
+/// What makes two documents the same object. Cluster-wide kinds have an empty namespace.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ObjectId {
+    pub kind: Kind,
+    pub namespace: String,
+    pub name: String,
+}
+
+impl fmt::Display for ObjectId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.namespace.is_empty() {
+            write!(f, "{} {}", self.kind.as_str(), self.name)
+        } else {
+            write!(f, "{} {}/{}", self.kind.as_str(), self.namespace, self.name)
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    Namespace,
+    Node,
+    ServiceAccount,
+    Service,
+    Pod,
+    AuthorizationPolicy,
+}
+
+impl Kind {
+    /// `None`: a kind that the mesh does not read.
+    #[must_use]
+    pub fn of(api_version: &str, kind: &str) -> Option<Self> {
+        match (api_version, kind) {
+            ("v1", "Namespace") => Some(Self::Namespace),
+            ("v1", "Node") => Some(Self::Node),
+            ("v1", "ServiceAccount") => Some(Self::ServiceAccount),
+            ("v1", "Service") => Some(Self::Service),
+            ("v1", "Pod") => Some(Self::Pod),
+            (mesh_api::API_VERSION, "AuthorizationPolicy") => Some(Self::AuthorizationPolicy),
+            _ => None,
+        }
+    }
+
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Namespace => "Namespace",
+            Self::Node => "Node",
+            Self::ServiceAccount => "ServiceAccount",
+            Self::Service => "Service",
+            Self::Pod => "Pod",
+            Self::AuthorizationPolicy => "AuthorizationPolicy",
+        }
+    }
+
+    #[must_use]
+    pub fn is_namespaced(self) -> bool {
+        !matches!(self, Self::Namespace | Self::Node)
+    }
+}
+
+pub type Labels = BTreeMap<String, String>;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Object {
+    Namespace { labels: Labels },
+    Node(Node),
+    ServiceAccount,
+    Service(Service),
+    Pod(Box<Pod>),
+    AuthorizationPolicy(Box<ValidPolicy>),
+}
+
+impl Object {
+    /// Addresses that no other object may have.
+    #[must_use]
+    pub fn exclusive_addresses(&self) -> &[IpAddr] {
+        match self {
+            Self::Service(service) => &service.addresses,
+            Self::Pod(pod) if !pod.host_network && !pod.finished => &pod.addresses,
+            _ => &[],
+        }
+    }
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Node {
+    pub labels: Labels,
+    pub pod_ranges: Vec<IpNet>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pod {
+    /// Empty where the manifest has none.
+    pub uid: String,
+    pub labels: Labels,
+    pub addresses: Vec<IpAddr>,
+    /// Empty until it is scheduled.
+    pub node: String,
+    pub service_account: String,
+    pub host_network: bool,
+    /// Phase `Succeeded` or `Failed`: its address belongs to it no more.
+    pub finished: bool,
+    /// It has a deletion timestamp: it still runs, and gets no new work.
+    pub terminating: bool,
+    pub ready: bool,
+    /// Kind and name of the controlling owner.
+    pub owner: Option<(String, String)>,
+    /// TCP ports of its containers by name.
+    pub named_ports: BTreeMap<String, u16>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Service {
+    pub addresses: Vec<IpAddr>,
+    pub ports: Vec<ServicePort>,
+    /// Empty selects nothing.
+    pub selector: Labels,
+    pub publish_not_ready: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePort {
+    pub port: u16,
+    pub target: TargetPort,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TargetPort {
+    Number(u16),
+    Name(String),
+}
+
+/// Everything that is in force, by its identity.
+pub type World = BTreeMap<ObjectId, std::sync::Arc<Object>>;

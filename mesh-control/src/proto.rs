@@ -1,0 +1,266 @@
+//! Between the wire and the rest of the control plane.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use mesh_api::{Mode, PolicyAction, StringMatch, ValidDestination, ValidPolicy, ValidRule, ValidSource};
+use mesh_proto::{CAPTURE_EXTENSION, CAPTURE_TYPE_URL, discovery, mesh, node, security, workload};
+use prost::Message as _;
+use prost_types::{Any, Struct, value::Kind as ValueKind};
+
+use crate::capture_states::Proof;
+use crate::compile::{Capture, OwnerKind, WorkloadView};
+use crate::discovery::subscription::{Request, Response};
+use crate::objects::{ObjectId, Service, TargetPort};
+
+/// Which workloads a policy applies to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    Global,
+    Namespace,
+    WorkloadSelector,
+}
+
+fn octets(ip: IpAddr) -> Vec<u8> {
+    match ip {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    }
+}
+
+#[must_use]
+pub fn encode_workload(view: &WorkloadView<'_>) -> Vec<u8> {
+    let capture_extension = view.capture.map(|state| {
+        let state = match state {
+            Capture::Pending => mesh::capture::State::Pending,
+            Capture::Proven => mesh::capture::State::Proven,
+            Capture::Lost => mesh::capture::State::Lost,
+        };
+        let capture = mesh::Capture { state: state.into(), pod_uid: view.pod.uid.clone() };
+        let config = Any { type_url: CAPTURE_TYPE_URL.to_owned(), value: capture.encode_to_vec() };
+        workload::Extension { name: CAPTURE_EXTENSION.to_owned(), config: Some(config) }
+    });
+    let tunnel = if view.capture == Some(Capture::Proven) { workload::TunnelProtocol::Hbone } else { workload::TunnelProtocol::None };
+    let kind = match view.owner.kind {
+        OwnerKind::Deployment => workload::WorkloadType::Deployment,
+        OwnerKind::CronJob => workload::WorkloadType::Cronjob,
+        OwnerKind::Job => workload::WorkloadType::Job,
+        OwnerKind::Pod => workload::WorkloadType::Pod,
+    };
+    let status = if view.healthy { workload::WorkloadStatus::Healthy } else { workload::WorkloadStatus::Unhealthy };
+    let mode = if view.pod.host_network { workload::NetworkMode::HostNetwork } else { workload::NetworkMode::Standard };
+    let ports = |ports: &Vec<(u16, u16)>| workload::PortList {
+        ports: ports.iter().map(|(service, target)| port(*service, *target)).collect(),
+    };
+    let has_locality = !view.region.is_empty() || !view.zone.is_empty();
+    let message = workload::Workload {
+        name: view.id.name.clone(),
+        namespace: view.id.namespace.clone(),
+        addresses: view.pod.addresses.iter().map(|ip| octets(*ip)).collect(),
+        tunnel_protocol: tunnel.into(),
+        trust_domain: view.parameters.trust_domain.clone(),
+        service_account: view.pod.service_account.clone(),
+        node: view.pod.node.clone(),
+        canonical_name: view.canonical_name.clone(),
+        canonical_revision: view.canonical_revision.clone(),
+        workload_type: kind.into(),
+        workload_name: view.owner.name.clone(),
+        authorization_policies: view.policies.clone(),
+        status: status.into(),
+        cluster_id: view.parameters.cluster.clone(),
+        uid: view.uid.clone(),
+        services: view.services.iter().map(|(name, list)| (name.clone(), ports(list))).collect::<BTreeMap<_, _>>(),
+        locality: has_locality.then(|| workload::Locality {
+            region: view.region.clone(),
+            zone: view.zone.clone(),
+            subzone: String::new(),
+        }),
+        network_mode: mode.into(),
+        extensions: capture_extension.into_iter().collect(),
+        ..Default::default()
+    };
+    workload::Address { r#type: Some(workload::address::Type::Workload(message)) }.encode_to_vec()
+}
+
+fn port(service: u16, target: u16) -> workload::Port {
+    workload::Port { service_port: service.into(), target_port: target.into(), app_protocol: 0 }
+}
+
+#[must_use]
+pub fn encode_service(id: &ObjectId, hostname: &str, service: &Service) -> Vec<u8> {
+    let addresses = service.addresses.iter();
+    let message = workload::Service {
+        name: id.name.clone(),
+        namespace: id.namespace.clone(),
+        hostname: hostname.to_owned(),
+        addresses: addresses
+            .map(|ip| workload::NetworkAddress { network: String::new(), address: octets(*ip), length: None })
+            .collect(),
+        ports: service
+            .ports
+            .iter()
+            // A named target port may differ from Pod to Pod: each workload says its own, the service says 0.
+            .map(|p| match p.target {
+                TargetPort::Number(target) => port(p.port, target),
+                TargetPort::Name(_) => port(p.port, 0),
+            })
+            .collect(),
+        load_balancing: service.publish_not_ready.then(|| workload::LoadBalancing {
+            health_policy: workload::load_balancing::HealthPolicy::AllowAll.into(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    workload::Address { r#type: Some(workload::address::Type::Service(message)) }.encode_to_vec()
+}
+
+#[must_use]
+pub fn encode_authorization(id: &ObjectId, policy: &ValidPolicy, scope: Scope) -> Vec<u8> {
+    let scope = match scope {
+        Scope::Global => security::Scope::Global,
+        Scope::Namespace => security::Scope::Namespace,
+        Scope::WorkloadSelector => security::Scope::WorkloadSelector,
+    };
+    let action = match policy.action {
+        PolicyAction::Allow => security::Action::Allow,
+        PolicyAction::Deny => security::Action::Deny,
+    };
+    let message = security::Authorization {
+        name: id.name.clone(),
+        namespace: id.namespace.clone(),
+        scope: scope.into(),
+        action: action.into(),
+        rules: policy.rules.iter().map(rule).collect(),
+        dry_run: policy.mode == Mode::DryRun,
+        extensions: Vec::new(),
+    };
+    message.encode_to_vec()
+}
+
+/// The sources are one clause and the destinations another: both must hold.
+fn rule(rule: &ValidRule) -> security::Rule {
+    let mut clauses = Vec::new();
+    if !rule.from.is_empty() {
+        clauses.push(security::Clause { matches: rule.from.iter().map(source).collect() });
+    }
+    if !rule.to.is_empty() {
+        clauses.push(security::Clause { matches: rule.to.iter().map(destination).collect() });
+    }
+    if clauses.is_empty() {
+        // An empty clause is true; what a rule without clauses means is nowhere said.
+        clauses.push(security::Clause { matches: Vec::new() });
+    }
+    security::Rule { clauses }
+}
+
+fn source(source: &ValidSource) -> security::Match {
+    security::Match {
+        principals: source.principals.iter().map(string_match).collect(),
+        not_principals: source.not_principals.iter().map(string_match).collect(),
+        namespaces: source.namespaces.iter().map(string_match).collect(),
+        not_namespaces: source.not_namespaces.iter().map(string_match).collect(),
+        source_ips: source.ip_blocks.iter().map(block).collect(),
+        not_source_ips: source.not_ip_blocks.iter().map(block).collect(),
+        ..Default::default()
+    }
+}
+
+fn destination(destination: &ValidDestination) -> security::Match {
+    security::Match {
+        destination_ports: destination.ports.iter().map(|port| u32::from(*port)).collect(),
+        not_destination_ports: destination.not_ports.iter().map(|port| u32::from(*port)).collect(),
+        ..Default::default()
+    }
+}
+
+fn string_match(value: &StringMatch) -> security::StringMatch {
+    use security::string_match::MatchType;
+    let kind = match value {
+        StringMatch::Exact(text) => MatchType::Exact(text.clone()),
+        StringMatch::Prefix(text) => MatchType::Prefix(text.clone()),
+        StringMatch::Suffix(text) => MatchType::Suffix(text.clone()),
+        StringMatch::Present => MatchType::Presence(security::Empty {}),
+    };
+    security::StringMatch { match_type: Some(kind) }
+}
+
+fn block(block: &IpNet) -> security::Address {
+    security::Address { address: octets(block.network()), length: block.prefix_len().into() }
+}
+
+#[must_use]
+pub fn encode_settings(trust_domain: &str, ranges: &BTreeSet<IpNet>, trust_bundle: &[String]) -> Vec<u8> {
+    let message = mesh::Settings {
+        trust_domain: trust_domain.to_owned(),
+        pod_ranges: ranges
+            .iter()
+            .map(|range| mesh::Cidr { address: octets(range.network()), length: range.prefix_len().into() })
+            .collect(),
+        trust_bundle: trust_bundle.to_vec(),
+    };
+    message.encode_to_vec()
+}
+
+#[must_use]
+pub fn request_from_wire(request: discovery::DeltaDiscoveryRequest) -> Request {
+    Request {
+        subscribe: request.resource_names_subscribe,
+        unsubscribe: request.resource_names_unsubscribe,
+        initial_versions: request.initial_resource_versions.into_iter().collect(),
+        nonce: request.response_nonce,
+        error: request.error_detail.map(|detail| detail.message),
+    }
+}
+
+#[must_use]
+pub fn response_to_wire(type_url: &str, response: Response) -> discovery::DeltaDiscoveryResponse {
+    let resource = |resource: &crate::compile::CompiledResource| discovery::Resource {
+        version: resource.version.clone(),
+        resource: Some(Any { type_url: type_url.to_owned(), value: resource.value.clone() }),
+        name: resource.name.clone(),
+        aliases: resource.aliases.clone(),
+        ttl: None,
+    };
+    discovery::DeltaDiscoveryResponse {
+        system_version_info: response.version,
+        resources: response.resources.iter().map(|compiled| resource(compiled)).collect(),
+        type_url: type_url.to_owned(),
+        nonce: response.nonce,
+        removed_resources: response.removed,
+    }
+}
+
+/// A text in a request's metadata.
+#[must_use]
+pub fn text_field<'a>(fields: Option<&'a Struct>, name: &str) -> Option<&'a str> {
+    match fields?.fields.get(name)?.kind.as_ref()? {
+        ValueKind::StringValue(text) => Some(text),
+        _ => None,
+    }
+}
+
+/// What an agent says of one Pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodWord {
+    pub uid: String,
+    pub namespace: String,
+    pub name: String,
+    pub proof: Proof,
+}
+
+#[must_use]
+pub fn pod_words(pods: &[node::PodReport]) -> Vec<PodWord> {
+    pods.iter()
+        .map(|pod| PodWord {
+            uid: pod.uid.clone(),
+            namespace: pod.namespace.clone(),
+            name: pod.name.clone(),
+            proof: match pod.proof() {
+                node::Proof::Proven => Proof::Proven,
+                node::Proof::Lost => Proof::Lost,
+                node::Proof::Pending | node::Proof::Unspecified => Proof::Pending,
+            },
+        })
+        .collect()
+}

@@ -1,0 +1,224 @@
+//! What is in force, from the files of a folder. A broken document takes nothing out of force: its last good form stays, and a
+//! contradiction is decided for what was there first.
+
+mod folder;
+mod manifest;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use sha2::{Digest as _, Sha256};
+
+pub use folder::{Folder, FolderError, Watch};
+pub use manifest::Reason;
+pub(crate) use manifest::is_name;
+
+use crate::objects::{Object, ObjectId, World};
+use manifest::parse_file;
+
+#[cfg(test)]
+mod tests;
+
+/// A read of the folder: file name → its text, or why it cannot be read.
+pub type Scan = BTreeMap<String, Result<Arc<str>, String>>;
+
+/// Something that was not taken.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Rejection {
+    pub file: String,
+    /// Counted from 1; 0 means the whole file.
+    pub document: usize,
+    pub object: Option<ObjectId>,
+    pub reason: Reason,
+    pub message: String,
+    /// An earlier form of it is still in force.
+    pub last_good_in_force: bool,
+}
+
+/// A good form of an object in a file.
+#[derive(Clone, Debug)]
+struct Held {
+    object: Arc<Object>,
+    document: usize,
+    /// Number of the scan in which this file first had this object: who was there first.
+    since: u64,
+}
+
+#[derive(Default)]
+struct FileState {
+    hash: [u8; 32],
+    held: BTreeMap<ObjectId, Held>,
+    rejected: Vec<Rejection>,
+}
+
+/// What is in force of an object, and from where.
+#[derive(Clone)]
+struct InForce {
+    object: Arc<Object>,
+    file: String,
+}
+
+/// The pure part of the registry.
+#[derive(Default)]
+pub struct Registry {
+    scans: u64,
+    files: BTreeMap<String, FileState>,
+    in_force: BTreeMap<ObjectId, InForce>,
+    world: Arc<World>,
+    rejections: Vec<Rejection>,
+}
+
+impl Registry {
+    #[must_use]
+    pub fn world(&self) -> Arc<World> {
+        Arc::clone(&self.world)
+    }
+
+    /// Everything that is not taken at present.
+    #[must_use]
+    pub fn rejections(&self) -> &[Rejection] {
+        &self.rejections
+    }
+
+    /// Takes over a read of the folder. True when what is in force, or what is rejected, has changed.
+    pub fn apply(&mut self, scan: &Scan) -> bool {
+        self.scans += 1;
+        self.files.retain(|file, _| scan.contains_key(file));
+        for (file, content) in scan {
+            let state = self.files.entry(file.clone()).or_default();
+            match content {
+                Ok(text) => read_file(state, file, text, self.scans),
+                Err(message) => {
+                    state.hash = [0; 32];
+                    state.rejected = vec![Rejection {
+                        file: file.clone(),
+                        document: 0,
+                        object: None,
+                        reason: Reason::File,
+                        message: message.clone(),
+                        last_good_in_force: !state.held.is_empty(),
+                    }];
+                }
+            }
+        }
+        let mut rejections: Vec<Rejection> = self.files.values().flat_map(|file| file.rejected.clone()).collect();
+        let in_force = self.decide(&mut rejections);
+        rejections.sort();
+        let world: World = in_force.iter().map(|(id, held)| (id.clone(), Arc::clone(&held.object))).collect();
+        let changed = world != *self.world || rejections != self.rejections;
+        if world != *self.world {
+            self.world = Arc::new(world);
+        }
+        self.in_force = in_force;
+        self.rejections = rejections;
+        changed
+    }
+
+    /// Of several claims to one object the oldest wins, and of several objects with one address likewise.
+    fn decide(&self, rejections: &mut Vec<Rejection>) -> BTreeMap<ObjectId, InForce> {
+        let mut claims: BTreeMap<&ObjectId, Vec<(u64, &str, &Held)>> = BTreeMap::new();
+        for (file, state) in &self.files {
+            for (id, held) in &state.held {
+                claims.entry(id).or_default().push((held.since, file, held));
+            }
+        }
+        let mut candidates = Vec::with_capacity(claims.len());
+        for (id, mut of_object) in claims {
+            // What is in force keeps its place; then age; then the file's name.
+            let current = self.in_force.get(id).map(|held| held.file.as_str());
+            of_object.sort_by_key(|(since, file, _)| (Some(*file) != current, *since, *file));
+            let (since, file, held) = of_object[0];
+            for (_, other, loser) in &of_object[1..] {
+                rejections.push(Rejection {
+                    file: (*other).to_owned(),
+                    document: loser.document,
+                    object: Some(id.clone()),
+                    reason: Reason::Conflict,
+                    message: format!("{id} is defined in {file} already; remove one of them"),
+                    last_good_in_force: false,
+                });
+            }
+            let unchanged = self.in_force.get(id).is_some_and(|before| before.object == held.object);
+            candidates.push((!unchanged, !self.in_force.contains_key(id), since, file, held, id));
+        }
+        // First what is in force unchanged (it cannot contradict itself), then changed objects, then new ones by age.
+        candidates.sort_by_key(|(changed, new, since, file, held, _)| (*changed, *new, *since, *file, held.document));
+        let mut owners: HashMap<IpAddr, &ObjectId> = HashMap::new();
+        let mut in_force = BTreeMap::new();
+        for (_, _, _, file, held, id) in candidates {
+            let taken = |object: &Object, owners: &HashMap<IpAddr, &ObjectId>| {
+                object.exclusive_addresses().iter().find_map(|ip| owners.get(ip).map(|owner| (*ip, (*owner).clone())))
+            };
+            let mut object = &held.object;
+            if let Some((ip, owner)) = taken(object, &owners) {
+                let last = self.in_force.get(id).filter(|before| taken(&before.object, &owners).is_none());
+                rejections.push(Rejection {
+                    file: file.to_owned(),
+                    document: held.document,
+                    object: Some(id.clone()),
+                    reason: Reason::Conflict,
+                    message: format!("{} {ip} belongs to {owner} already", address_field(&held.object)),
+                    last_good_in_force: last.is_some(),
+                });
+                let Some(last) = last else { continue };
+                object = &last.object;
+            }
+            owners.extend(object.exclusive_addresses().iter().map(|ip| (*ip, id)));
+            in_force.insert(id.clone(), InForce { object: Arc::clone(object), file: file.to_owned() });
+        }
+        in_force
+    }
+}
+
+fn address_field(object: &Object) -> &'static str {
+    match object {
+        Object::Service(_) => "spec.clusterIPs:",
+        _ => "status.podIPs:",
+    }
+}
+
+fn read_file(state: &mut FileState, file: &str, text: &str, scan: u64) {
+    let hash: [u8; 32] = Sha256::digest(text.as_bytes()).into();
+    if state.hash == hash {
+        return;
+    }
+    state.hash = hash;
+    let before = std::mem::take(&mut state.held);
+    let mut rejected = Vec::new();
+    let mut broken: BTreeSet<ObjectId> = BTreeSet::new();
+    // A document too broken to say which object it is may be any of those that are missing now.
+    let mut unknown_broken = false;
+    for document in parse_file(text) {
+        let mut reject = |object: Option<ObjectId>, reason, message| {
+            let last_good_in_force = object.as_ref().map_or(!before.is_empty(), |id| before.contains_key(id));
+            rejected.push(Rejection { file: file.to_owned(), document: document.number, object, reason, message, last_good_in_force });
+        };
+        match document.content {
+            Ok((id, object)) => {
+                if let Some(first) = state.held.get(&id) {
+                    let message = format!("{id} is defined in document {} already; remove one of them", first.document);
+                    reject(Some(id), Reason::Conflict, message);
+                    continue;
+                }
+                let since = before.get(&id).map_or(scan, |held| held.since);
+                state.held.insert(id, Held { object: Arc::new(object), document: document.number, since });
+            }
+            Err(error) => {
+                match &error.id {
+                    Some(id) => {
+                        broken.insert(id.clone());
+                    }
+                    None => unknown_broken = true,
+                }
+                reject(error.id, error.reason, error.message);
+            }
+        }
+    }
+    for (id, held) in before {
+        if unknown_broken || broken.contains(&id) {
+            state.held.entry(id).or_insert(held);
+        }
+    }
+    state.rejected = rejected;
+}

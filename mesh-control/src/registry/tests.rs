@@ -1,0 +1,138 @@
+use super::*;
+use crate::objects::Kind;
+
+fn scan(files: &[(&str, &str)]) -> Scan {
+    files.iter().map(|(name, text)| ((*name).to_owned(), Ok(Arc::from(*text)))).collect()
+}
+
+fn pod(name: &str, ip: &str) -> String {
+    format!("---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, uid: u-{name}}}\nstatus: {{podIPs: [{{ip: {ip}}}]}}\n")
+}
+
+fn id(name: &str) -> ObjectId {
+    ObjectId { kind: Kind::Pod, namespace: "default".into(), name: name.into() }
+}
+
+fn address(registry: &Registry, name: &str) -> Option<String> {
+    let world = registry.world();
+    world.get(&id(name)).map(|object| object.exclusive_addresses()[0].to_string())
+}
+
+#[test]
+fn changes_and_removals_are_followed() {
+    let mut registry = Registry::default();
+    assert!(registry.apply(&scan(&[("a.yaml", &pod("a", "10.0.0.1")), ("b.yaml", &pod("b", "10.0.0.2"))])));
+    assert_eq!(registry.world().len(), 2);
+    assert!(!registry.apply(&scan(&[("a.yaml", &pod("a", "10.0.0.1")), ("b.yaml", &pod("b", "10.0.0.2"))])), "nothing new");
+    assert!(registry.apply(&scan(&[("a.yaml", &pod("a", "10.0.0.9"))])));
+    assert_eq!(address(&registry, "a").as_deref(), Some("10.0.0.9"));
+    assert_eq!(address(&registry, "b"), None);
+}
+
+#[test]
+fn what_breaks_keeps_its_last_good_form_and_the_rest_moves_on() {
+    let mut registry = Registry::default();
+    registry.apply(&scan(&[("a.yaml", &(pod("a", "10.0.0.1") + &pod("b", "10.0.0.2")))]));
+    // A field that cannot stand: only that object stays as it was.
+    registry.apply(&scan(&[("a.yaml", &(pod("a", "nonsense") + &pod("b", "10.0.0.3")))]));
+    assert_eq!(address(&registry, "a").as_deref(), Some("10.0.0.1"));
+    assert_eq!(address(&registry, "b").as_deref(), Some("10.0.0.3"));
+    let rejection = &registry.rejections()[0];
+    assert_eq!((rejection.file.as_str(), rejection.document, rejection.reason), ("a.yaml", 1, Reason::Field));
+    assert!(rejection.last_good_in_force && rejection.message.starts_with("status.podIPs[0].ip"));
+    // A document that cannot be read at all: all that the file held stays.
+    registry.apply(&scan(&[("a.yaml", &(pod("a", "10.0.0.4").replace("metadata: {", "metadata: [") + &pod("b", "10.0.0.5")))]));
+    assert_eq!(address(&registry, "a").as_deref(), Some("10.0.0.1"));
+    assert_eq!(address(&registry, "b").as_deref(), Some("10.0.0.5"));
+    // A file that cannot be read.
+    let mut unreadable = Scan::new();
+    unreadable.insert("a.yaml".into(), Err("is not UTF-8".into()));
+    registry.apply(&unreadable);
+    assert_eq!(registry.world().len(), 2);
+    assert_eq!(registry.rejections()[0].reason, Reason::File);
+    // Mended.
+    registry.apply(&scan(&[("a.yaml", &pod("a", "10.0.0.6"))]));
+    assert_eq!(address(&registry, "a").as_deref(), Some("10.0.0.6"));
+    assert_eq!(address(&registry, "b"), None);
+    assert!(registry.rejections().is_empty());
+}
+
+#[test]
+fn a_broken_file_at_first_stops_no_other() {
+    let mut registry = Registry::default();
+    registry.apply(&scan(&[("a.yaml", "{{{"), ("b.yaml", &pod("b", "10.0.0.2"))]));
+    assert_eq!(registry.world().len(), 1);
+    assert!(!registry.rejections()[0].last_good_in_force);
+}
+
+#[test]
+fn of_two_definitions_the_first_stays() {
+    let mut registry = Registry::default();
+    registry.apply(&scan(&[("z.yaml", &pod("a", "10.0.0.1"))]));
+    registry.apply(&scan(&[("b.yaml", &pod("a", "10.0.0.2")), ("z.yaml", &pod("a", "10.0.0.1"))]));
+    assert_eq!(address(&registry, "a").as_deref(), Some("10.0.0.1"), "there first, though its file sorts last");
+    assert_eq!(registry.rejections().len(), 1);
+    assert_eq!((registry.rejections()[0].file.as_str(), registry.rejections()[0].reason), ("b.yaml", Reason::Conflict));
+    // Within one file the first document is the object.
+    let mut registry = Registry::default();
+    registry.apply(&scan(&[("a.yaml", &(pod("a", "10.0.0.1") + &pod("a", "10.0.0.2")))]));
+    assert_eq!(address(&registry, "a").as_deref(), Some("10.0.0.1"));
+    assert_eq!(registry.rejections()[0].document, 2);
+    // The loser takes over when the winner goes.
+    let mut registry = Registry::default();
+    registry.apply(&scan(&[("a.yaml", &pod("a", "10.0.0.1")), ("b.yaml", &pod("a", "10.0.0.2"))]));
+    registry.apply(&scan(&[("b.yaml", &pod("a", "10.0.0.2"))]));
+    assert_eq!(address(&registry, "a").as_deref(), Some("10.0.0.2"));
+    assert!(registry.rejections().is_empty());
+}
+
+#[test]
+fn an_address_belongs_to_whom_had_it_first() {
+    let mut registry = Registry::default();
+    registry.apply(&scan(&[("b.yaml", &pod("b", "10.0.0.1"))]));
+    registry.apply(&scan(&[("a.yaml", &pod("a", "10.0.0.1")), ("b.yaml", &pod("b", "10.0.0.1"))]));
+    assert_eq!(address(&registry, "a"), None);
+    assert_eq!(registry.rejections()[0].message, "status.podIPs: 10.0.0.1 belongs to Pod default/b already");
+    // One that is in force and turns into a contradiction keeps its last good form.
+    registry.apply(&scan(&[("a.yaml", &pod("a", "10.0.0.2")), ("b.yaml", &pod("b", "10.0.0.1"))]));
+    registry.apply(&scan(&[("a.yaml", &pod("a", "10.0.0.1")), ("b.yaml", &pod("b", "10.0.0.1"))]));
+    assert_eq!(address(&registry, "a").as_deref(), Some("10.0.0.2"));
+    assert!(registry.rejections()[0].last_good_in_force);
+    // Two that swap in one change contradict nothing.
+    registry.apply(&scan(&[("a.yaml", &pod("a", "10.0.0.2")), ("b.yaml", &pod("b", "10.0.0.1"))]));
+    registry.apply(&scan(&[("a.yaml", &pod("a", "10.0.0.1")), ("b.yaml", &pod("b", "10.0.0.2"))]));
+    assert_eq!(address(&registry, "a").as_deref(), Some("10.0.0.1"));
+    assert!(registry.rejections().is_empty());
+    // Services and Pods exclude each other, Pods on the host's network do not.
+    let service = "apiVersion: v1\nkind: Service\nmetadata: {name: s}\nspec: {clusterIP: 10.0.0.1}\n";
+    let host = "apiVersion: v1\nkind: Pod\nmetadata: {name: h}\nspec: {hostNetwork: true}\nstatus: {podIP: 10.0.0.1}\n";
+    registry.apply(&scan(&[("a.yaml", &pod("a", "10.0.0.1")), ("s.yaml", service), ("h.yaml", host)]));
+    assert_eq!(registry.rejections().len(), 1);
+    assert_eq!(registry.rejections()[0].file, "s.yaml");
+    assert_eq!(registry.world().len(), 2);
+}
+
+#[test]
+fn a_folder_is_read_one_level_deep_and_links_stay_inside() {
+    let dir = tempfile::tempdir().expect("directory");
+    let folder = dir.path().join("registry");
+    std::fs::create_dir_all(folder.join("..data")).expect("sub-folder");
+    std::fs::create_dir(folder.join("sub.yaml")).expect("a folder with a manifest's name");
+    std::fs::write(folder.join("a.yaml"), "a").expect("file");
+    std::fs::write(folder.join("notes.txt"), "no manifest").expect("file");
+    std::fs::write(folder.join(".a.yaml.swp.yaml"), "an editor's").expect("file");
+    std::fs::write(folder.join("..data/b.json"), "b").expect("file");
+    std::fs::write(dir.path().join("outside.yaml"), "secret").expect("file");
+    std::os::unix::fs::symlink("..data/b.json", folder.join("b.json")).expect("link");
+    std::os::unix::fs::symlink("../outside.yaml", folder.join("c.yml")).expect("link");
+    std::fs::write(folder.join("d.yaml"), [0xff, 0xfe]).expect("file");
+    std::fs::write(folder.join("e.yaml"), vec![b' '; crate::limits::MAX_FILE_BYTES as usize + 1]).expect("file");
+    let scan = Folder::new(&folder).scan().expect("scan");
+    assert_eq!(scan.keys().collect::<Vec<_>>(), ["a.yaml", "b.json", "c.yml", "d.yaml", "e.yaml"]);
+    assert_eq!(scan["b.json"].as_deref(), Ok("b"));
+    for (file, problem) in [("c.yml", "outside the registry folder"), ("d.yaml", "is not UTF-8"), ("e.yaml", "is larger than 1024 KiB")] {
+        assert!(scan[file].as_ref().expect_err("refused").contains(problem), "{file}");
+    }
+    let missing = Folder::new(&dir.path().join("missing")).scan().expect_err("missing");
+    assert!(missing.to_string().contains("missing"));
+}
