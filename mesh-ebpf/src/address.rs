@@ -1,5 +1,8 @@
 //! Addresses in the programs: four words in network order, IPv4 as v4-mapped, the same 16 bytes as mesh-common's normal form.
 
+use core::arch::asm;
+use core::ffi::c_void;
+
 use mesh_common::AddressBytes;
 
 pub const AF_INET: u32 = 2;
@@ -74,16 +77,36 @@ macro_rules! field {
     };
 }
 
-/// Reads an IPv6 address of a context word by word.
+/// Reads a word of a context at a fixed offset.
+///
+/// # Safety
+/// `ctx` must be the program's context and have a readable word there; the verifier checks both.
+#[inline(always)]
+pub unsafe fn word<const OFFSET: usize>(ctx: *const c_void) -> u32 {
+    let word: u64;
+    // SAFETY: one load, by the contract. Written out, because the compiler merges the loads of two branches into one with a
+    // computed address, which the verifier refuses for a context.
+    unsafe {
+        asm!("{word} = *(u32 *)({ctx} + {offset})", word = out(reg) word, ctx = in(reg) ctx, offset = const OFFSET, options(nostack, readonly));
+    }
+    word as u32
+}
+
+/// Reads an IPv6 address of a context of type `$type` word by word.
 macro_rules! address_field {
-    ($ctx:expr, $field:ident) => {
-        $crate::address::Address([
-            $crate::address::field!($ctx, $field[0]),
-            $crate::address::field!($ctx, $field[1]),
-            $crate::address::field!($ctx, $field[2]),
-            $crate::address::field!($ctx, $field[3]),
-        ])
-    };
+    ($type:ty, $ctx:expr, $field:ident) => {{
+        const OFFSET: usize = core::mem::offset_of!($type, $field);
+        let ctx: *mut $type = $ctx;
+        // SAFETY: the pointer is the program's context, and its type says where the field is.
+        unsafe {
+            $crate::address::Address([
+                $crate::address::word::<OFFSET>(ctx.cast()),
+                $crate::address::word::<{ OFFSET + 4 }>(ctx.cast()),
+                $crate::address::word::<{ OFFSET + 8 }>(ctx.cast()),
+                $crate::address::word::<{ OFFSET + 12 }>(ctx.cast()),
+            ])
+        }
+    }};
 }
 
 /// Writes one field of a context.

@@ -35,7 +35,7 @@ pub fn connect4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(connect6)]
 pub fn connect6(ctx: SockAddrContext) -> i32 {
     let addr = ctx.sock_addr;
-    let destination = address_field!(addr, user_ip6);
+    let destination = address_field!(bpf_sock_addr, addr, user_ip6);
     match decide(&ctx, destination) {
         Decision::LeaveAlone => PASS,
         Decision::Refuse => refuse(ECONNREFUSED),

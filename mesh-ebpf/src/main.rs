@@ -4,9 +4,9 @@
 //! Built for `bpfel-unknown-none` by `cargo xtask build-ebpf`; for any other target this is an empty program, so that the
 //! workspace's ordinary commands treat it like any other crate.
 //!
-//! Contexts are read field by field, volatile: the verifier refuses a context pointer that was moved, which is what a copy of
-//! an array out of it compiles to.
-#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+//! Contexts are read field by field: the verifier refuses a context pointer that was moved, which is what a copy of an array
+//! out of it compiles to. (Inline assembly is unstable for this target; its compiler runs with RUSTC_BOOTSTRAP.)
+#![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 #![cfg_attr(
     target_arch = "bpf",
     allow(

@@ -100,7 +100,7 @@ impl<V, const FLAGS: usize> SocketStorage<V, FLAGS> {
 pub fn count(counter: Counter) {
     if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
         // SAFETY: the entry is this CPU's own.
-        unsafe { *value += 1 };
+        unsafe { *value = (*value).wrapping_add(1) };
     }
 }
 

@@ -3,6 +3,7 @@
 use core::ffi::c_void;
 
 use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::bpf_sock_addr;
 use aya_ebpf::helpers::generated::bpf_get_netns_cookie;
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
@@ -49,7 +50,7 @@ pub fn getsockname4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(getsockname6)]
 pub fn getsockname6(ctx: SockAddrContext) -> i32 {
     let addr = ctx.sock_addr;
-    if let Some(own) = own_address(&ctx, address_field!(addr, user_ip6)) {
+    if let Some(own) = own_address(&ctx, address_field!(bpf_sock_addr, addr, user_ip6)) {
         set_address_field!(addr, own, user_ip6);
     }
     PASS

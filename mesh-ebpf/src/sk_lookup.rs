@@ -2,8 +2,8 @@
 
 use core::ptr;
 
-use aya_ebpf::bindings::BPF_SK_LOOKUP_F_NO_REUSEPORT;
 use aya_ebpf::bindings::sk_action::{SK_DROP, SK_PASS};
+use aya_ebpf::bindings::{BPF_SK_LOOKUP_F_NO_REUSEPORT, bpf_sk_lookup};
 use aya_ebpf::macros::sk_lookup;
 use aya_ebpf::programs::SkLookupContext;
 use mesh_common::{Counter, LISTENERS_PER_POD, PLAINTEXT_LISTENER, TUNNEL_LISTENER, TUNNEL_PORT, UpstreamConnectionKey};
@@ -28,7 +28,10 @@ pub fn steer(ctx: SkLookupContext) -> u32 {
             Address::from_v4(field!(lookup, local_ip4)),
         )
     } else {
-        (address_field!(lookup, remote_ip6), address_field!(lookup, local_ip6))
+        (
+            address_field!(bpf_sk_lookup, lookup, remote_ip6),
+            address_field!(bpf_sk_lookup, lookup, local_ip6),
+        )
     };
     // Traffic within the Pod. The interface would not tell: a connection to the Pod's own address shows another one than lo.
     if remote.is_loopback() || local.is_loopback() || remote == local {

@@ -129,10 +129,10 @@ impl Ends {
         // Big-endian in 32 bits, unlike the local port.
         let remote_port = u32::from_be(field!(ops, remote_port)) as u16;
         if family == AF_INET6 {
-            let remote = address_field!(ops, remote_ip6);
+            let remote = address_field!(bpf_sock_ops, ops, remote_ip6);
             if !remote.is_v4() {
                 return Some(Ends {
-                    local: address_field!(ops, local_ip6),
+                    local: address_field!(bpf_sock_ops, ops, local_ip6),
                     remote,
                     local_port,
                     remote_port,

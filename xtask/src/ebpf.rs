@@ -52,6 +52,8 @@ pub fn object(workspace: &Workspace) -> Result<PathBuf> {
         .env("RUSTC", &compiler)
         // Cargo and rustc are of different makes; BPF is a target without a stable promise.
         .env("RUSTC_BOOTSTRAP", "1")
+        // A panic is an endless loop, which no kernel loads.
+        .env("CARGO_PROFILE_RELEASE_OVERFLOW_CHECKS", "false")
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join(FLAG_SEPARATOR))
         // Of its own: the outer cargo holds the lock of the usual one.
         .env("CARGO_TARGET_DIR", folder.join("build"));

@@ -575,7 +575,7 @@ fn open_cgroup_root(path: &Path) -> Result<File, CaptureError> {
     File::open(path).map_err(|error| failed(path.display(), error))
 }
 
-fn detect_cgroup_root() -> Result<PathBuf, CaptureError> {
+pub(super) fn detect_cgroup_root() -> Result<PathBuf, CaptureError> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(|error| failed("/proc/self/mountinfo", error))?;
     cgroup2_mount(&mounts).ok_or_else(|| {
         CaptureError::Other("no cgroup-v2 hierarchy is mounted; mount one (`mount -t cgroup2 none DIR`) or give its root".into())

@@ -137,7 +137,7 @@ impl Capture {
     pub fn start(config: CaptureConfig) -> Result<Arc<Self>, CaptureError> {
         let cgroup_root = match &config.kernel.cgroup_root {
             Some(root) => root.clone(),
-            None => probe_child::unified_cgroup_root().step("looking for the cgroup-v2 root")?,
+            None => kernel::detect_cgroup_root()?,
         };
         let enrolments = Enrolments::open(&config.run_dir)?;
         let pods = enrolments

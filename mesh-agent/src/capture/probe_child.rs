@@ -55,22 +55,6 @@ fn become_nobody_in(netns: libc::c_int) -> io::Result<()> {
     }
 }
 
-/// Where the unified cgroup hierarchy is mounted.
-pub(super) fn unified_cgroup_root() -> io::Result<PathBuf> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-    unified_mount(&mounts).ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no cgroup2 file system is mounted"))
-}
-
-/// mountinfo(5): fields before ` - ` are of the mount (the fifth is the mount point), after it of the file system.
-fn unified_mount(mountinfo: &str) -> Option<PathBuf> {
-    mountinfo.lines().find_map(|line| {
-        let (mount, file_system) = line.split_once(" - ")?;
-        let is_unified = file_system.split(' ').next()? == "cgroup2";
-        let mount_point = mount.split(' ').nth(4)?;
-        is_unified.then(|| PathBuf::from(mount_point.replace("\\040", " ")))
-    })
-}
-
 const PROBE_CGROUP_PREFIX: &str = "culvert-probe-";
 
 /// A cgroup of the probe's own, for Pods without a container yet; removed when this is dropped.
@@ -106,18 +90,5 @@ pub(super) fn sweep_probe_cgroups(root: &Path) {
         if entry.file_name().to_string_lossy().starts_with(PROBE_CGROUP_PREFIX) {
             let _ = fs::remove_dir(entry.path());
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_unified_hierarchy_is_found_among_the_others() {
-        let mountinfo = "30 29 0:26 / /sys/fs/cgroup/cpu rw,nosuid shared:9 - cgroup cgroup rw,cpu\n\
-                         31 29 0:27 / /sys/fs/cgroup/unified rw,nosuid shared:10 - cgroup2 cgroup2 rw\n";
-        assert_eq!(unified_mount(mountinfo), Some("/sys/fs/cgroup/unified".into()));
-        assert_eq!(unified_mount("30 29 0:26 / /a rw - tmpfs cgroup2 rw\n"), None);
     }
 }

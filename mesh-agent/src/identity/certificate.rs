@@ -89,7 +89,7 @@ impl KeyAndRequest {
         let (not_before, not_after) = self.check_leaf(leaf, identity, now)?;
         let chain_error = |error: webpki::Error| CertificateError::Answer(format!("the chain: {error}"));
         // A certificate of a clock slightly ahead of ours is taken.
-        let valid_at = (now + CLOCK_SKEW).duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let valid_at = now.max(not_before).duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let end_entity = webpki::EndEntityCert::try_from(leaf).map_err(chain_error)?;
         end_entity
             .verify_for_usage(

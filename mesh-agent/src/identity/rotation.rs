@@ -129,11 +129,13 @@ impl Rotation {
     }
 }
 
-/// Half of the life that the certificate has, less jitter.
+/// Half of the life that the certificate still has, less jitter. Authorities backdate certificates for skewed clocks: of a short
+/// life that part would leave nothing.
 fn renewal(not_before: SystemTime, not_after: SystemTime, now: SystemTime, random: f64) -> SystemTime {
-    let life = not_after.duration_since(not_before).unwrap_or_default();
+    let start = not_before.max(now);
+    let life = not_after.duration_since(start).unwrap_or_default();
     let part = 0.5 - RENEWAL_JITTER * random.clamp(0.0, 1.0);
-    (not_before + life.mul_f64(part)).max(now + SHORTEST_RENEWAL)
+    (start + life.mul_f64(part)).max(now + SHORTEST_RENEWAL)
 }
 
 #[cfg(test)]

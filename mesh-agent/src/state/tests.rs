@@ -1,1 +1,139 @@
+use std::time::Duration;
 
+use super::*;
+use crate::identity::Identity;
+use crate::policy::{Action, Rule};
+use crate::workload::WorkloadType;
+
+fn workload(name: &str, ip: &str, membership: Membership) -> Workload {
+    Workload {
+        uid: format!("Kubernetes//Pod/shop/{name}").into(),
+        pod_uid: name.into(),
+        name: name.into(),
+        namespace: "shop".into(),
+        identity: Identity::new("cluster.local", "shop", name),
+        addresses: vec![ip.parse().unwrap()],
+        node: "node-a".into(),
+        workload_type: WorkloadType::Pod,
+        workload_name: name.into(),
+        canonical_name: name.into(),
+        canonical_revision: "".into(),
+        cluster: "Kubernetes".into(),
+        region: "".into(),
+        zone: "".into(),
+        membership,
+        policies: vec![],
+    }
+}
+
+fn policy(name: &str, namespace: &str, scope: Scope) -> Change {
+    Change::Policy(Arc::new(Policy {
+        name: name.into(),
+        namespace: namespace.into(),
+        scope,
+        action: Action::Allow,
+        rules: vec![Rule::default()],
+        dry_run: false,
+    }))
+}
+
+fn to(text: &str) -> OriginalDst {
+    OriginalDst::new(text.parse().unwrap())
+}
+
+#[test]
+fn what_stands_at_a_destination() {
+    let mut state = State::default();
+    state.apply(vec![
+        Change::Settings(Settings {
+            pod_ranges: vec!["10.0.0.0/16".parse().unwrap(), "fd00::/64".parse().unwrap()],
+            ..Settings::default()
+        }),
+        Change::Workload(workload("proven", "10.0.0.1", Membership::Proven)),
+        Change::Workload(workload("pending", "10.0.0.2", Membership::Pending)),
+        Change::Workload(workload("lost", "fd00::3", Membership::Lost)),
+        Change::Workload(workload("outside", "10.0.0.4", Membership::Outside)),
+        Change::Service(Service {
+            name: "web".into(),
+            namespace: "shop".into(),
+            hostname: "web.shop.svc.cluster.local".into(),
+            addresses: vec!["10.96.0.1".parse().unwrap()],
+            ports: vec![(80, 8080)],
+        }),
+    ]);
+    assert!(matches!(state.destination(to("10.0.0.1:80")), Destination::Mesh(w) if &*w.name == "proven"));
+    assert!(matches!(state.destination(to("[::ffff:10.0.0.1]:80")), Destination::Mesh(_)), "v4-mapped");
+    assert!(matches!(state.destination(to("10.0.0.2:80")), Destination::Pending(_)));
+    assert!(matches!(state.destination(to("[fd00::3]:80")), Destination::Lost(_)));
+    assert!(matches!(state.destination(to("10.0.0.4:80")), Destination::Outside(Some(_))));
+    assert!(matches!(state.destination(to("10.96.0.1:80")), Destination::ServiceVip(_)));
+    assert_eq!(state.destination(to("10.0.7.7:80")), Destination::UnknownInPodRange);
+    assert_eq!(state.destination(to("[fd00::9]:80")), Destination::UnknownInPodRange);
+    assert_eq!(state.destination(to("8.8.8.8:53")), Destination::Outside(None));
+
+    state.apply(vec![
+        Change::RemoveAddress("shop/web.shop.svc.cluster.local".into()),
+        Change::RemoveAddress("Kubernetes//Pod/shop/proven".into()),
+    ]);
+    assert_eq!(state.destination(to("10.96.0.1:80")), Destination::Outside(None));
+    assert_eq!(state.destination(to("10.0.0.1:80")), Destination::UnknownInPodRange);
+}
+
+#[test]
+fn an_address_that_is_given_to_the_next_pod() {
+    let ip: IpAddr = "10.0.0.1".parse().unwrap();
+    let mut state = State::default();
+    state.apply(vec![
+        Change::Workload(workload("old", "10.0.0.1", Membership::Proven)),
+        Change::Workload(workload("new", "10.0.0.1", Membership::Pending)),
+    ]);
+    assert_eq!(&*state.by_address(ip).unwrap().name, "new");
+    assert_eq!(&*state.pod_at(ip, "shop", "old").unwrap().name, "old");
+    state.apply(vec![Change::RemoveAddress("Kubernetes//Pod/shop/old".into())]);
+    assert_eq!(&*state.by_address(ip).unwrap().name, "new");
+    assert!(state.pod_at(ip, "shop", "old").is_none());
+    // A Pod that moves leaves its address.
+    state.apply(vec![Change::Workload(workload("new", "10.0.0.2", Membership::Proven))]);
+    assert!(state.by_address(ip).is_none());
+}
+
+#[test]
+fn policies_by_scope() {
+    let mut web = workload("web", "10.0.0.1", Membership::Proven);
+    web.policies = vec!["shop/selected".into()];
+    let mut state = State::default();
+    state.apply(vec![
+        policy("root/all", "root", Scope::Global),
+        policy("shop/here", "shop", Scope::Namespace),
+        policy("bank/there", "bank", Scope::Namespace),
+        policy("shop/others", "shop", Scope::WorkloadSelector),
+    ]);
+    let names = |applicable: &ApplicablePolicies| applicable.policies.iter().map(|p| p.name.to_string()).collect::<Vec<_>>();
+    let applicable = state.policies_for(&web);
+    assert_eq!(names(&applicable), ["root/all", "shop/here"]);
+    assert_eq!(applicable.missing.as_deref(), Some("shop/selected"));
+
+    state.apply(vec![policy("shop/selected", "shop", Scope::WorkloadSelector)]);
+    let applicable = state.policies_for(&web);
+    assert_eq!(names(&applicable), ["root/all", "shop/here", "shop/selected"]);
+    assert!(applicable.missing.is_none());
+
+    state.apply(vec![Change::RemovePolicy("root/all".into())]);
+    assert_eq!(names(&state.policies_for(&web)), ["shop/here", "shop/selected"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiting_sees_what_arrives_and_is_bounded() {
+    let shared = SharedState::new();
+    let ip: IpAddr = "10.0.0.1".parse().unwrap();
+    let find = |state: &State| state.by_address(ip);
+    assert!(shared.wait_for(Duration::from_secs(5), find).await.is_none());
+
+    let waiting = tokio::spawn({
+        let shared = shared.clone();
+        async move { shared.wait_for(Duration::from_secs(5), find).await }
+    });
+    tokio::task::yield_now().await;
+    shared.apply(vec![Change::Workload(workload("web", "10.0.0.1", Membership::Proven))]);
+    assert_eq!(&*waiting.await.unwrap().unwrap().name, "web");
+}

@@ -1,0 +1,250 @@
+//! One Pod in a network namespace of its own, joined to this one by a veth pair; a cgroup and a bpffs of the test's own. A stand-in
+//! for the proxy serves its listeners.
+
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use mesh_agent::addr::{ClientAddr, ListenerAddr, OriginalDst};
+use mesh_agent::capture::kernel::{self, KernelConfig};
+use mesh_agent::capture::netns::NetNamespace;
+use mesh_agent::capture::{Capture, CaptureConfig, CapturedPod, PodNamespace, PodNetwork, PodToEnroll, Probes, is_probe};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+
+pub const POD_V4: &str = "10.213.77.2";
+pub const POD_V6: &str = "fd13:77::2";
+pub const NODE_V4: &str = "10.213.77.1";
+pub const NODE_V6: &str = "fd13:77::1";
+
+/// The tests share this machine's addresses and this process's cgroup.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+pub struct Bed {
+    pub folder: tempfile::TempDir,
+    pub name: String,
+    cgroup: PathBuf,
+    cgroup_before: PathBuf,
+    _turn: MutexGuard<'static, ()>,
+}
+
+pub fn run(command: &str) -> String {
+    let output = Command::new("sh").args(["-c", command]).output().unwrap();
+    assert!(
+        output.status.success(),
+        "{command}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}
+
+impl Bed {
+    /// `None`: skipped, and said so.
+    pub fn new(test: &str) -> Option<Self> {
+        let missing = if !nix_is_root() {
+            "root"
+        } else if !kernel::has_programs() {
+            "EBPF_OBJECT at build time"
+        } else {
+            ""
+        };
+        if !missing.is_empty() {
+            println!("SKIPPED: capture::{test}: missing {missing}");
+            return None;
+        }
+        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let name = format!("cvcap{}", std::process::id());
+        let folder = tempfile::tempdir().unwrap();
+        let bpf = folder.path().join("bpf");
+        fs::create_dir(&bpf).unwrap();
+        run(&format!("mount -t bpf bpf {}", bpf.display()));
+        let unified = run("findmnt -nt cgroup2 -o TARGET | head -1");
+        let unified = PathBuf::from(unified.trim());
+        let relative = fs::read_to_string("/proc/self/cgroup").unwrap();
+        let relative = relative
+            .lines()
+            .find_map(|line| line.strip_prefix("0::/"))
+            .unwrap()
+            .to_owned();
+        let cgroup = unified.join(&name);
+        fs::create_dir_all(cgroup.join("agent")).unwrap();
+        fs::write(cgroup.join("agent/cgroup.procs"), "0").unwrap();
+        // An earlier test of this process that failed may have left them.
+        let _ = Command::new("sh")
+            .args([
+                "-c",
+                &format!("ip netns del {name}; ip netns del {name}b; ip link del {name}n"),
+            ])
+            .output();
+        run(&format!(
+            "ip netns add {name} && ip -n {name} link set lo up \
+             && ip link add {name}n type veth peer name eth0 netns {name} \
+             && ip addr add {NODE_V4}/24 dev {name}n && ip -6 addr add {NODE_V6}/64 dev {name}n nodad && ip link set {name}n up \
+             && ip -n {name} addr add {POD_V4}/24 dev eth0 && ip -n {name} -6 addr add {POD_V6}/64 dev eth0 nodad \
+             && ip -n {name} link set eth0 up && ip -n {name} route add default via {NODE_V4} \
+             && ip -n {name} -6 route add default via {NODE_V6}"
+        ));
+        // The kernel's own addresses (link-local, after duplicate address detection) are part of the snapshots.
+        for _ in 0..100 {
+            let addresses = run(&format!("ip -n {name} addr; ip addr show dev {name}n"));
+            if !addresses.contains("tentative") && addresses.matches("fe80::").count() == 2 {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
+        Some(Self {
+            folder,
+            name,
+            cgroup,
+            cgroup_before: unified.join(relative),
+            _turn: turn,
+        })
+    }
+
+    pub fn netns_path(&self) -> PathBuf {
+        Path::new("/run/netns").join(&self.name)
+    }
+
+    pub fn kernel_config(&self) -> KernelConfig {
+        KernelConfig {
+            pin_path: self.folder.path().join("bpf/culvert"),
+            cgroup_root: Some(self.cgroup.clone()),
+        }
+    }
+
+    pub fn config(&self) -> CaptureConfig {
+        let mut config = CaptureConfig::new(self.kernel_config(), self.folder.path().join("run"));
+        config.probe_program = env!("CARGO_BIN_EXE_mesh-agent").into();
+        config
+    }
+
+    pub fn start(&self) -> Arc<Capture> {
+        Capture::start(self.config()).unwrap()
+    }
+
+    pub fn pod(&self, uid: &str) -> PodToEnroll {
+        PodToEnroll {
+            uid: uid.into(),
+            namespace: "shop".into(),
+            name: "web-0".into(),
+            service_account: "web".into(),
+            netns_path: self.netns_path(),
+            addresses: vec![POD_V4.parse().unwrap(), POD_V6.parse().unwrap()],
+            cgroup_path: None,
+        }
+    }
+
+    pub fn netns(&self) -> NetNamespace {
+        NetNamespace::open(&self.netns_path()).unwrap()
+    }
+
+    /// All that an enrolment may touch.
+    pub fn snapshot(&self) -> String {
+        run(&format!(
+            "ip netns exec {} sh -c '
+                ip -d addr; ip -d link
+                ip -d rule; ip -6 -d rule
+                ip -d route show table all; ip -6 -d route show table all
+                ss -Htan state listening
+                sysctl -a 2>/dev/null | grep -E \"^net\\.\" | grep -vE \"nf_conntrack_count|dev_snmp|stats\"'",
+            self.name
+        ))
+    }
+
+    /// A listener of the application in the Pod.
+    pub fn application(&self, address: &str) -> TcpListener {
+        let address: SocketAddr = address.parse().unwrap();
+        let listener = self
+            .netns()
+            .run(|| Ok(std::net::TcpListener::bind(address).unwrap()))
+            .unwrap();
+        listener.set_nonblocking(true).unwrap();
+        TcpListener::from_std(listener).unwrap()
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        let _ = fs::write(self.cgroup_before.join("cgroup.procs"), "0");
+        let _ = Command::new("sh")
+            .args([
+                "-c",
+                &format!(
+                    "rm -rf {bpf}/culvert; umount {bpf}; ip netns del {name}; ip link del {name}n; \
+                     rmdir {cgroup}/* {cgroup}",
+                    bpf = self.folder.path().join("bpf").display(),
+                    name = self.name,
+                    cgroup = self.cgroup.display()
+                ),
+            ])
+            .output();
+    }
+}
+
+fn nix_is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
+/// Serves the listeners as the proxy does: probes are answered, plaintext is carried to the application as its client, and an
+/// outbound connection to where it wanted. Stops when dropped.
+pub fn serve(capture: &Capture, pod: CapturedPod) -> JoinSet<()> {
+    let mut tasks = JoinSet::new();
+    let uid: Arc<str> = pod.pod.uid.into();
+    let (outbound, plaintext) = (pod.listeners.outbound, pod.listeners.plaintext);
+    let (probes, network) = (capture.probes(), Arc::clone(&pod.network));
+    let uid_outbound = Arc::clone(&uid);
+    tasks.spawn(async move {
+        loop {
+            let (stream, peer) = outbound.accept().await.unwrap();
+            let local = stream.local_addr().unwrap();
+            match network.take_original_destination(ClientAddr::new(peer), ListenerAddr::new(local)) {
+                Ok(destination) => hand(&probes, &network, &uid_outbound, destination, stream, None),
+                Err(error) => println!("outbound refused: {error}"),
+            }
+        }
+    });
+    let (probes, network) = (capture.probes(), pod.network);
+    tasks.spawn(async move {
+        loop {
+            let (stream, peer) = plaintext.accept().await.unwrap();
+            let destination = OriginalDst::new(stream.local_addr().unwrap());
+            hand(&probes, &network, &uid, destination, stream, Some(ClientAddr::new(peer).ip()));
+        }
+    });
+    // Kept open: closing it would take it out of the map.
+    let tunnel = pod.listeners.tunnel;
+    tasks.spawn(async move {
+        loop {
+            let _ = tunnel.accept().await;
+        }
+    });
+    tasks
+}
+
+fn hand(
+    probes: &Arc<Probes>,
+    network: &Arc<PodNamespace>,
+    uid: &Arc<str>,
+    destination: OriginalDst,
+    mut stream: TcpStream,
+    client: Option<IpAddr>,
+) {
+    let (probes, network, uid) = (Arc::clone(probes), Arc::clone(network), Arc::clone(uid));
+    tokio::spawn(async move {
+        if is_probe(destination) {
+            return probes.answer(&uid, destination, stream).await;
+        }
+        let socket = match client {
+            Some(client) => network.upstream_socket(client, destination.ip()),
+            None => network.outbound_socket(destination.ip()),
+        };
+        match socket.unwrap().connect(destination.socket_addr()).await {
+            Ok(mut upstream) => {
+                let _ = tokio::io::copy_bidirectional(&mut stream, &mut upstream).await;
+            }
+            Err(error) => println!("upstream {destination}: {error}"),
+        }
+    });
+}

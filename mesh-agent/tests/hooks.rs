@@ -1,0 +1,372 @@
+//! Each hook with real sockets in network namespaces: IPv4, IPv6 and v4-mapped. Needs root and the kernel programs.
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test file")]
+
+#[path = "hooks/testbed.rs"]
+mod testbed;
+
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::os::fd::AsFd;
+use std::time::Duration;
+use std::{fs, io, thread};
+
+use mesh_agent::addr::ip_from_bytes;
+use mesh_agent::capture::kernel::{CleanupReport, Kernel};
+use mesh_common::{
+    AgentSocketValue, HEARTBEAT_LEASE_NS, OUTBOUND_PORT, PLAINTEXT_INBOUND_PORT, PLAINTEXT_LISTENER, TUNNEL_LISTENER,
+    TUNNEL_PORT, socket_kind,
+};
+use socket2::SockAddr;
+use testbed::*;
+
+/// A test that says so loudly where it cannot run.
+macro_rules! hook_test {
+    (fn $name:ident($testbed:ident) $body:block) => {
+        #[test]
+        fn $name() {
+            if let Some(why) = obstacle() {
+                println!("SKIPPED: hooks::{}: {why}", stringify!($name));
+                return;
+            }
+            let $testbed = Testbed::new();
+            $body
+        }
+    };
+}
+
+/// What an application's socket family and address look like, and the addresses that they stand for.
+const FAMILIES: [(&str, &str, &str, &str); 3] = [
+    ("4", "203.0.113.9", "203.0.113.9", POD_V4),
+    ("6", "2001:db8:9::9", "2001:db8:9::9", POD_V6),
+    ("6", "::ffff:203.0.113.9", "203.0.113.9", "::ffff:10.99.0.2"),
+];
+
+hook_test! {
+    fn a_connect_is_redirected_and_the_application_sees_what_it_asked_for(testbed) {
+        let kernel = testbed.enrolled();
+        let cookie = testbed.cookie();
+        let listener = listen(&testbed.pod(), OUTBOUND_PORT);
+        for (family, address, meant, own) in FAMILIES {
+            let client = testbed.connect(family, address, 8080);
+            assert_eq!(client.said(), format!("{address} 8080 from {own}"));
+            let (_stream, key) = accept(&listener, cookie);
+            let taken = kernel.take_original_destination(&key).unwrap().unwrap();
+            assert_eq!((ip_from_bytes(taken.address).to_string().as_str(), taken.port), (meant, 8080));
+            assert_eq!(kernel.take_original_destination(&key).unwrap(), None, "taken twice");
+        }
+        assert_eq!(counter(&kernel, "redirected"), 3);
+    }
+}
+
+hook_test! {
+    fn a_connection_that_closed_before_it_was_accepted_keeps_its_destination(testbed) {
+        let kernel = testbed.enrolled();
+        let cookie = testbed.cookie();
+        let listener = listen(&testbed.pod(), OUTBOUND_PORT);
+        testbed.connect("4", "203.0.113.9", 80).end();
+        let (_stream, key) = accept(&listener, cookie);
+        assert_eq!(kernel.take_original_destination(&key).unwrap().unwrap().port, 80);
+    }
+}
+
+hook_test! {
+    fn nothing_stays_of_a_connect_that_failed(testbed) {
+        let kernel = testbed.enrolled();
+        // No listener: the kernel refuses at once.
+        for (family, address, _, _) in FAMILIES {
+            assert_eq!(testbed.connect(family, address, 80).said(), "ECONNREFUSED");
+        }
+        let map = testbed.pin_path.join("v1/ORIGINAL_DESTINATIONS");
+        let map = aya::maps::MapData::from_pin(map).unwrap();
+        let map: aya::maps::HashMap<_, mesh_common::RedirectedConnectionKey, mesh_common::OriginalDestinationValue> =
+            aya::maps::Map::HashMap(map).try_into().unwrap();
+        assert_eq!(map.iter().count(), 0);
+        drop(kernel);
+    }
+}
+
+hook_test! {
+    fn traffic_within_the_pod_is_left_alone(testbed) {
+        let kernel = testbed.enrolled();
+        let _server = listen(&testbed.pod(), 8080);
+        for (family, address, own) in [
+            ("4", "127.0.0.1", "127.0.0.1"),
+            ("4", "127.0.0.9", "127.0.0.1"),
+            ("6", "::1", "::1"),
+            ("6", "::ffff:127.0.0.1", "::ffff:127.0.0.1"),
+            ("4", POD_V4, POD_V4),
+            ("6", POD_V6, POD_V6),
+            ("6", "::ffff:10.99.0.2", "::ffff:10.99.0.2"),
+        ] {
+            assert_eq!(testbed.connect(family, address, 8080).said(), format!("{address} 8080 from {own}"));
+        }
+        for (family, address) in [("4", "0.0.0.0"), ("6", "::")] {
+            assert!(testbed.connect(family, address, 8080).said().contains(" 8080 from "));
+        }
+        assert_eq!(counter(&kernel, "redirected"), 0);
+    }
+}
+
+hook_test! {
+    fn the_ports_of_the_agent_are_refused_everywhere(testbed) {
+        let kernel = testbed.enrolled();
+        let _listener = listen(&testbed.pod(), OUTBOUND_PORT);
+        let mut refused = 0;
+        for port in [OUTBOUND_PORT, PLAINTEXT_INBOUND_PORT, TUNNEL_PORT, mesh_common::PROBE_PORT] {
+            for (family, address) in [
+                ("4", "127.0.0.1"), ("6", "::1"), ("6", "::ffff:127.0.0.1"), ("4", POD_V4), ("6", POD_V6),
+                ("4", OUTSIDER_V4), ("6", OUTSIDER_V6), ("6", "::ffff:10.99.0.1"),
+            ] {
+                assert_eq!(testbed.connect(family, address, port).said(), "ECONNREFUSED", "{address} {port}");
+                refused += 1;
+                assert_eq!(counter(&kernel, "refused_agent_port"), refused);
+            }
+        }
+    }
+}
+
+hook_test! {
+    fn link_local_is_left_alone_and_counted(testbed) {
+        let kernel = testbed.enrolled();
+        // No such neighbour on lo: the error is the network's own.
+        let said = testbed.connect("6", "fe80::1%lo", 8080).said().to_owned();
+        assert!(!said.contains("from"), "{said}");
+        assert_eq!((counter(&kernel, "link_local_left_alone"), counter(&kernel, "redirected")), (1, 0));
+    }
+}
+
+hook_test! {
+    fn a_silent_agent_means_refusal(testbed) {
+        let kernel = testbed.loaded();
+        kernel.add_pod(testbed.cookie(), &pod_value()).unwrap();
+        let _listener = listen(&testbed.pod(), OUTBOUND_PORT);
+        let all_refused = || FAMILIES.iter().all(|(family, address, _, _)| testbed.connect(family, address, 80).said() == "ECONNREFUSED");
+        assert!(all_refused(), "before the first beat");
+        kernel.beat().unwrap();
+        assert!(testbed.connect("4", "203.0.113.9", 80).said().contains("from"));
+        thread::sleep(Duration::from_nanos(HEARTBEAT_LEASE_NS) + Duration::from_millis(100));
+        assert!(all_refused(), "after the lease");
+        assert_eq!(counter(&kernel, "refused_agent_silent"), 6);
+    }
+}
+
+hook_test! {
+    fn mptcp_is_refused_in_the_pod_only(testbed) {
+        let kernel = testbed.enrolled();
+        let outside = testbed.client(&testbed.outsider(), &["mptcp"]).said().to_owned();
+        assert_eq!(testbed.client(&testbed.pod(), &["mptcp"]).said(), "EPROTONOSUPPORT");
+        assert_ne!(outside, "EPERM");
+        // Where the kernel has no MPTCP the socket fails by itself, after our program.
+        assert_eq!(counter(&kernel, "refused_mptcp"), 1);
+    }
+}
+
+hook_test! {
+    fn a_namespace_that_is_not_enrolled_is_untouched(testbed) {
+        let kernel = testbed.enrolled();
+        let _server = listen(&testbed.pod(), 8080);
+        for (family, address, own) in
+            [("4", POD_V4, OUTSIDER_V4), ("6", POD_V6, OUTSIDER_V6), ("6", "::ffff:10.99.0.2", "::ffff:10.99.0.1")]
+        {
+            let client = testbed.client(&testbed.outsider(), &["connect", family, &format!("{address}|8080")]);
+            assert_eq!(client.said(), format!("{address} 8080 from {own}"));
+        }
+        assert!(kernel.counters().iter().all(|(_, count)| *count == 0), "{:?}", kernel.counters());
+        kernel.remove_pod(testbed.cookie()).unwrap();
+        kernel.remove_pod(testbed.cookie()).unwrap();
+        let _server = listen(&testbed.outsider(), 8080);
+        assert_eq!(testbed.connect("4", OUTSIDER_V4, 8080).said(), format!("{OUTSIDER_V4} 8080 from {POD_V4}"));
+    }
+}
+
+hook_test! {
+    fn the_agents_own_sockets_pass(testbed) {
+        let kernel = testbed.enrolled();
+        let server = listen(&testbed.outsider(), 8080);
+        for address in [OUTSIDER_V4, OUTSIDER_V6, "::ffff:10.99.0.1"] {
+            let destination: IpAddr = address.parse().unwrap();
+            let socket = socket_in(&testbed.pod(), destination);
+            kernel.mark_socket(socket.as_fd(), AgentSocketValue { kind: socket_kind::OUTBOUND, slot: SLOT }).unwrap();
+            socket.connect(&SocketAddr::new(destination, 8080).into()).unwrap();
+            server.accept().unwrap();
+        }
+        assert_eq!(counter(&kernel, "redirected"), 0);
+    }
+}
+
+/// The Pod with its sk_lookup program and the agent's listeners.
+fn steered(testbed: &Testbed) -> (Kernel, TcpListener, TcpListener) {
+    let kernel = testbed.enrolled();
+    let (tunnel, plaintext) = (
+        listen(&testbed.pod(), TUNNEL_PORT),
+        listen(&testbed.pod(), PLAINTEXT_INBOUND_PORT),
+    );
+    kernel.set_listener(SLOT, TUNNEL_LISTENER, tunnel.as_fd()).unwrap();
+    kernel.set_listener(SLOT, PLAINTEXT_LISTENER, plaintext.as_fd()).unwrap();
+    kernel
+        .attach_lookup(SLOT, "pod.uid", netns_file(&testbed.pod()).as_fd())
+        .unwrap();
+    (kernel, tunnel, plaintext)
+}
+
+hook_test! {
+    fn inbound_connections_go_to_the_agents_listeners_with_their_destination(testbed) {
+        let (kernel, tunnel, plaintext) = steered(&testbed);
+        // The application's listener is there and must not be reached.
+        let application = listen(&testbed.pod(), 8080);
+        application.set_nonblocking(true).unwrap();
+        for address in [POD_V4, POD_V6] {
+            let family = if address.contains(':') { "6" } else { "4" };
+            for (port, listener) in [(8080, &plaintext), (4711, &plaintext), (TUNNEL_PORT, &tunnel)] {
+                let client = testbed.client(&testbed.outsider(), &["connect", family, &format!("{address}|{port}")]);
+                assert!(client.said().contains("from"), "{address} {port}: {}", client.said());
+                let (stream, _) = listener.accept().unwrap();
+                let local = stream.local_addr().unwrap();
+                assert_eq!((local.ip().to_canonical().to_string().as_str(), local.port()), (address, port));
+            }
+        }
+        assert_eq!(application.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        assert_eq!((counter(&kernel, "steered_plaintext"), counter(&kernel, "steered_tunnel")), (4, 2));
+        // Within the Pod nothing is steered.
+        assert!(testbed.connect("4", POD_V4, 8080).said().contains("from"));
+        application.accept().unwrap();
+    }
+}
+
+/// A connect from outside the Pod by the agent, from a port of choice.
+fn agent_connects(
+    testbed: &Testbed,
+    kernel: &Kernel,
+    mark: Option<AgentSocketValue>,
+    from_port: u16,
+    to: &str,
+) -> socket2::Socket {
+    let destination: IpAddr = to.parse().unwrap();
+    let socket = socket_in(&testbed.outsider(), destination);
+    socket.set_reuse_address(true).unwrap();
+    let any = if destination.is_ipv4() { "0.0.0.0" } else { "::" };
+    socket
+        .bind(&SockAddr::from(SocketAddr::new(any.parse().unwrap(), from_port)))
+        .unwrap();
+    if let Some(mark) = mark {
+        kernel.mark_socket(socket.as_fd(), mark).unwrap();
+    }
+    socket.connect(&SocketAddr::new(destination, 8080).into()).unwrap();
+    socket
+}
+
+hook_test! {
+    fn only_upstream_connects_to_this_pod_pass_while_they_live(testbed) {
+        let (kernel, _tunnel, plaintext) = steered(&testbed);
+        let application = listen(&testbed.pod(), 8080);
+        let mark = |kind, slot| Some(AgentSocketValue { kind, slot });
+        for (i, address) in [POD_V4, POD_V6, "::ffff:10.99.0.2"].into_iter().enumerate() {
+            let port = 20_000 + 10 * i as u16;
+            let upstream = agent_connects(&testbed, &kernel, mark(socket_kind::INBOUND_UPSTREAM, SLOT), port, address);
+            application.accept().unwrap();
+            assert_eq!(counter(&kernel, "passed_upstream"), 1 + i as u64);
+            // Another kind of mark, another Pod's slot, no mark: to the agent.
+            let _others = [
+                agent_connects(&testbed, &kernel, mark(socket_kind::OUTBOUND, SLOT), port + 1, address),
+                agent_connects(&testbed, &kernel, mark(socket_kind::INBOUND_UPSTREAM, SLOT + 1), port + 2, address),
+                agent_connects(&testbed, &kernel, None, port + 3, address),
+            ];
+            (0..3).for_each(|_| drop(plaintext.accept().unwrap()));
+            // Closed by reset, so that the port is free at once: its mark is gone.
+            upstream.set_linger(Some(Duration::ZERO)).unwrap();
+            drop(upstream);
+            let _again = agent_connects(&testbed, &kernel, None, port, address);
+            plaintext.accept().unwrap();
+        }
+        assert_eq!(counter(&kernel, "passed_upstream"), 3);
+    }
+}
+
+hook_test! {
+    fn without_listeners_or_beats_inbound_connections_are_refused(testbed) {
+        let (kernel, _tunnel, _plaintext) = steered(&testbed);
+        let _application = listen(&testbed.pod(), 8080);
+        let refused = |port: u16| {
+            [("4", POD_V4), ("6", POD_V6)].iter().all(|(family, address)| {
+                testbed.client(&testbed.outsider(), &["connect", family, &format!("{address}|{port}")]).said() == "ECONNREFUSED"
+            })
+        };
+        kernel.clear_listeners(SLOT);
+        kernel.clear_listeners(SLOT);
+        assert!(refused(8080) && refused(TUNNEL_PORT));
+        assert_eq!(counter(&kernel, "dropped_no_listener"), 4);
+        thread::sleep(Duration::from_nanos(HEARTBEAT_LEASE_NS) + Duration::from_millis(100));
+        assert!(refused(8080));
+        assert_eq!(counter(&kernel, "dropped_agent_silent"), 2);
+        // Detached, the Pod is as it was.
+        assert_eq!(kernel.attached_pods().unwrap(), ["pod.uid"]);
+        assert!(kernel.detach_lookup("pod.uid").unwrap());
+        assert!(!kernel.detach_lookup("pod.uid").unwrap());
+        let client = testbed.client(&testbed.outsider(), &["connect", "4", &format!("{POD_V4}|8080")]);
+        assert!(client.said().contains("from"));
+    }
+}
+
+hook_test! {
+    fn pins_outlive_the_agent_and_a_new_one_takes_over(testbed) {
+        let (first, tunnel, plaintext) = steered(&testbed);
+        let cookie = testbed.cookie();
+        let outbound = listen(&testbed.pod(), OUTBOUND_PORT);
+        drop(first);
+        // Nobody is there: still redirected, to the listener that lives.
+        let between = testbed.connect("4", "203.0.113.9", 80);
+        assert!(between.said().contains("from"));
+        let second = testbed.loaded();
+        let (_stream, key) = accept(&outbound, cookie);
+        assert_eq!(second.take_original_destination(&key).unwrap().unwrap().port, 80);
+        // What was recorded for live sockets is not lost, and only one program redirects.
+        second.beat().unwrap();
+        let redirected = counter(&second, "redirected");
+        let after = testbed.connect("6", "2001:db8:9::9", 81);
+        assert_eq!(after.said(), format!("2001:db8:9::9 81 from {POD_V6}"));
+        assert_eq!(counter(&second, "redirected"), redirected + 1);
+        assert_eq!(second.pods().unwrap(), [(cookie, pod_value())]);
+        assert_eq!(second.attached_pods().unwrap(), ["pod.uid"]);
+        second.attach_lookup(SLOT, "pod.uid", netns_file(&testbed.pod()).as_fd()).unwrap();
+        let client = testbed.client(&testbed.outsider(), &["connect", "4", &format!("{POD_V4}|8080")]);
+        assert!(client.said().contains("from"));
+        plaintext.accept().unwrap();
+        // The same uid in another namespace: the old one is let go.
+        second.attach_lookup(SLOT, "pod.uid", netns_file(&testbed.outsider()).as_fd()).unwrap();
+        let refused = testbed.client(&testbed.outsider(), &["connect", "4", &format!("{POD_V4}|8080")]);
+        assert_eq!(refused.said(), "ECONNREFUSED");
+        drop(tunnel);
+    }
+}
+
+hook_test! {
+    fn another_version_is_refused_and_cleanup_leaves_nothing(testbed) {
+        let kernel = testbed.enrolled();
+        kernel.attach_lookup(SLOT, "pod.uid", netns_file(&testbed.pod()).as_fd()).unwrap();
+        drop(kernel);
+        fs::rename(testbed.pin_path.join("v1"), testbed.pin_path.join("v999")).unwrap();
+        let error = Kernel::load(&testbed.config()).unwrap_err().to_string();
+        assert!(error.contains("v999") && error.contains("mesh-agent cleanup"), "{error}");
+        let report = Kernel::cleanup(&testbed.pin_path).unwrap();
+        assert_eq!((report.links_detached, report.maps_removed), (9, 8));
+        assert!(!testbed.pin_path.exists());
+        assert_eq!(Kernel::cleanup(&testbed.pin_path).unwrap(), CleanupReport::default());
+        // The Pod is as it was: its connects go where they are sent.
+        let _server = listen(&testbed.outsider(), 8080);
+        assert_eq!(testbed.connect("4", OUTSIDER_V4, 8080).said(), format!("{OUTSIDER_V4} 8080 from {POD_V4}"));
+    }
+}
+
+hook_test! {
+    fn a_socket_that_connects_again_is_decided_anew(testbed) {
+        let kernel = testbed.enrolled();
+        // The first connect is refused by the kernel (no agent listener), the second goes within the Pod.
+        let _server = listen(&testbed.pod(), 8080);
+        let socket = socket_in(&testbed.pod(), POD_V4.parse().unwrap());
+        let refused = socket.connect(&SocketAddr::new("203.0.113.9".parse().unwrap(), 80).into()).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+        let own = SocketAddr::new(POD_V4.parse().unwrap(), 8080);
+        socket.connect(&own.into()).unwrap();
+        assert_eq!(socket.peer_addr().unwrap().as_socket(), Some(own));
+        assert_eq!(counter(&kernel, "redirected"), 1);
+    }
+}

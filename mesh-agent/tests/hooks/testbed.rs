@@ -1,0 +1,292 @@
+//! A Pod and an outsider as network namespaces that are joined by a veth pair, an unprivileged client in a cgroup of its own,
+//! and a bpffs for the pins. Everything has a unique name and is removed on drop, also by a panic.
+
+use std::io::{BufRead, BufReader};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+use std::{env, fs, thread};
+
+use mesh_agent::addr::address_bytes;
+use mesh_agent::capture::kernel::{Kernel, KernelConfig, has_programs};
+use mesh_common::{PodValue, RedirectedConnectionKey, limits};
+use nix::sched::{CloneFlags, setns};
+use socket2::{Domain, Socket, Type};
+
+pub const POD_V4: &str = "10.99.0.2";
+pub const POD_V6: &str = "fd99::2";
+pub const OUTSIDER_V4: &str = "10.99.0.1";
+pub const OUTSIDER_V6: &str = "fd99::1";
+pub const SLOT: u32 = 7;
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// An application in Python: `connect <4|6> <address> <port>` prints both its ends as it sees them, or the error's name, and
+/// stays until its standard input ends.
+const CLIENT: &str = r#"
+import errno, socket, sys
+family = {"4": socket.AF_INET, "6": socket.AF_INET6}
+def show(name): return "%s %d" % (name[0], name[1])
+try:
+    if sys.argv[1] == "cookie":
+        print(int.from_bytes(socket.socket().getsockopt(socket.SOL_SOCKET, 71, 8), sys.byteorder))
+    elif sys.argv[1] == "mptcp":
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+        print("ok")
+    else:
+        s = socket.socket(family[sys.argv[2]], socket.SOCK_STREAM)
+        s.settimeout(10)
+        for target in sys.argv[3:]:
+            address, port = target.split("|")
+            s.connect((address, int(port)))
+            s.sendall(b"x")
+            print("%s from %s" % (show(s.getpeername()), s.getsockname()[0]))
+except OSError as e:
+    print(errno.errorcode.get(e.errno, "timeout"))
+sys.stdout.flush()
+sys.stdin.read()
+"#;
+
+/// Why the hooks cannot be tested here, if they cannot.
+pub fn obstacle() -> Option<&'static str> {
+    if !nix::unistd::geteuid().is_root() {
+        return Some("needs root (network namespaces, eBPF)");
+    }
+    if !has_programs() {
+        return Some("built without EBPF_OBJECT (`cargo xtask build-ebpf`)");
+    }
+    None
+}
+
+fn run(command: &str) {
+    let output = Command::new("sh").args(["-ec", command]).output().unwrap();
+    assert!(
+        output.status.success(),
+        "{command}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+pub struct Testbed {
+    name: String,
+    pub pin_path: PathBuf,
+    bpffs: PathBuf,
+    cgroup: PathBuf,
+}
+
+impl Testbed {
+    pub fn new() -> Testbed {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("cvh{}x{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let bpffs = env::temp_dir().join(&name);
+        let cgroup = cgroup_root().join(&name);
+        let testbed = Testbed {
+            pin_path: bpffs.join("culvert"),
+            bpffs,
+            cgroup,
+            name,
+        };
+        let (pod, outsider) = (testbed.pod(), testbed.outsider());
+        fs::create_dir_all(&testbed.bpffs).unwrap();
+        fs::create_dir(&testbed.cgroup).unwrap();
+        run(&format!("mount -t bpf bpf {}", testbed.bpffs.display()));
+        run(&format!(
+            "ip netns add {pod}; ip netns add {outsider}
+             ip -n {pod} link set lo up; ip -n {outsider} link set lo up
+             ip -n {pod} link add eth0 type veth peer name eth0 netns {outsider}
+             ip -n {pod} addr add {POD_V4}/24 dev eth0; ip -n {pod} addr add {POD_V6}/64 dev eth0 nodad
+             ip -n {outsider} addr add {OUTSIDER_V4}/24 dev eth0; ip -n {outsider} addr add {OUTSIDER_V6}/64 dev eth0 nodad
+             ip -n {pod} link set eth0 up; ip -n {outsider} link set eth0 up"
+        ));
+        testbed
+    }
+
+    pub fn pod(&self) -> String {
+        format!("{}p", self.name)
+    }
+
+    pub fn outsider(&self) -> String {
+        format!("{}o", self.name)
+    }
+
+    pub fn config(&self) -> KernelConfig {
+        KernelConfig {
+            pin_path: self.pin_path.clone(),
+            cgroup_root: None,
+        }
+    }
+
+    /// The programs loaded, the Pod enrolled, the agent alive.
+    pub fn enrolled(&self) -> Kernel {
+        let kernel = self.loaded();
+        kernel.add_pod(self.cookie(), &pod_value()).unwrap();
+        kernel.beat().unwrap();
+        kernel
+    }
+
+    pub fn loaded(&self) -> Kernel {
+        Kernel::load(&self.config()).unwrap()
+    }
+
+    pub fn cookie(&self) -> u64 {
+        self.client(&self.pod(), &["cookie"]).lines[0].parse().unwrap()
+    }
+
+    /// Starts an unprivileged client in a namespace and in a cgroup of its own, and waits for what it prints.
+    pub fn client(&self, netns: &str, arguments: &[&str]) -> Client {
+        let lines = if arguments[0] == "connect" { arguments.len() - 2 } else { 1 };
+        let mut child = Command::new("sh")
+            .args(["-ec", "echo $$ > \"$1/cgroup.procs\"; shift; exec \"$@\"", "sh"])
+            .arg(&self.cgroup)
+            .args(["ip", "netns", "exec", netns])
+            .args([
+                "setpriv",
+                "--reuid=65534",
+                "--regid=65534",
+                "--clear-groups",
+                "--no-new-privs",
+            ])
+            .args(["/usr/bin/python3", "-c", CLIENT])
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        let mut read = Vec::new();
+        for _ in 0..lines {
+            let mut line = String::new();
+            output.read_line(&mut line).unwrap();
+            read.push(line.trim().to_owned());
+            // The error of one connect is the client's last word.
+            if line.starts_with('E') || line.starts_with("timeout") {
+                break;
+            }
+        }
+        Client { child, lines: read }
+    }
+
+    /// What a connect of the Pod's application comes to: its peer and its own address, or an error.
+    pub fn connect(&self, family: &str, address: &str, port: u16) -> Client {
+        self.client(&self.pod(), &["connect", family, &format!("{address}|{port}")])
+    }
+}
+
+impl Drop for Testbed {
+    fn drop(&mut self) {
+        let _ = Kernel::cleanup(&self.pin_path);
+        let (pod, outsider) = (self.pod(), self.outsider());
+        let (bpffs, cgroup) = (self.bpffs.display(), self.cgroup.display());
+        let _ = Command::new("sh")
+            .args([
+                "-c",
+                &format!("ip netns del {pod}; ip netns del {outsider}; umount {bpffs}; rmdir {bpffs} {cgroup}"),
+            ])
+            .status();
+    }
+}
+
+pub struct Client {
+    child: Child,
+    pub lines: Vec<String>,
+}
+
+impl Client {
+    pub fn said(&self) -> &str {
+        &self.lines[0]
+    }
+
+    /// Lets the application end, and with it its connection.
+    pub fn end(mut self) {
+        drop(self.child.stdin.take());
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        drop(self.child.stdin.take());
+        let _ = self.child.wait();
+    }
+}
+
+fn cgroup_root() -> PathBuf {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    mounts
+        .lines()
+        .find(|line| line.split(' ').nth(2) == Some("cgroup2"))
+        .unwrap()
+        .split(' ')
+        .nth(1)
+        .unwrap()
+        .into()
+}
+
+pub fn pod_value() -> PodValue {
+    let mut addresses = [[0; 16]; limits::MAX_POD_ADDRESSES];
+    addresses[0] = address_bytes(POD_V4.parse().unwrap());
+    addresses[1] = address_bytes(POD_V6.parse().unwrap());
+    PodValue {
+        slot: SLOT,
+        address_count: 2,
+        addresses,
+    }
+}
+
+pub fn netns_file(netns: &str) -> fs::File {
+    fs::File::open(Path::new("/run/netns").join(netns)).unwrap()
+}
+
+/// Runs something on a thread of its own inside a network namespace.
+pub fn within<T: Send>(netns: &str, work: impl FnOnce() -> T + Send) -> T {
+    let netns = netns_file(netns);
+    let enter = move || {
+        setns(netns, CloneFlags::CLONE_NEWNET).unwrap();
+        work()
+    };
+    thread::scope(|scope| scope.spawn(enter).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// A dual-stack listener; accepts give up after a while instead of hanging a test.
+pub fn listen(netns: &str, port: u16) -> TcpListener {
+    within(netns, || {
+        let socket = Socket::new(Domain::IPV6, Type::STREAM, None).unwrap();
+        socket.set_only_v6(false).unwrap();
+        socket.set_reuse_address(true).unwrap();
+        socket
+            .bind(&SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port).into())
+            .unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.listen(128).unwrap();
+        socket.into()
+    })
+}
+
+/// A stream socket of a namespace that gives up after a while.
+pub fn socket_in(netns: &str, towards: IpAddr) -> Socket {
+    within(netns, || {
+        let socket = Socket::new(Domain::for_address(SocketAddr::new(towards, 0)), Type::STREAM, None).unwrap();
+        socket.set_write_timeout(Some(PATIENCE)).unwrap();
+        socket
+    })
+}
+
+/// Accepts, and says how the kernel programs know the connection.
+pub fn accept(listener: &TcpListener, netns_cookie: u64) -> (std::net::TcpStream, RedirectedConnectionKey) {
+    let (stream, client) = listener.accept().unwrap();
+    let local = stream.local_addr().unwrap();
+    let key = RedirectedConnectionKey {
+        netns_cookie,
+        client_address: address_bytes(client.ip()),
+        listener_address: address_bytes(local.ip()),
+        client_port: client.port(),
+        listener_port: local.port(),
+        _pad: 0,
+    };
+    (stream, key)
+}
+
+pub fn counter(kernel: &Kernel, name: &str) -> u64 {
+    kernel.counters().into_iter().find(|(counter, _)| *counter == name).unwrap().1
+}
