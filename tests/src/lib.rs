@@ -17,6 +17,7 @@ pub mod poll;
 pub mod process;
 pub mod requirements;
 pub mod run_id;
+pub mod snapshot;
 pub mod suite;
 pub mod topology;
 pub mod wire;

@@ -320,6 +320,11 @@ impl Drop for RunFolder {
 pub struct BpfMount(PathBuf);
 
 impl BpfMount {
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
     fn create(path: PathBuf) -> Result<Self> {
         use nix::mount::{MsFlags, mount};
         std::fs::create_dir(&path)?;

@@ -1,0 +1,402 @@
+//! The whole mesh on two nodes: what an application may rely on, every case over IPv4, IPv6 and v4-mapped addresses, with
+//! applications that are unprivileged and in cgroups of their own.
+
+use std::net::{IpAddr, SocketAddr};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use mesh_tests::access_log::text;
+use mesh_tests::app::{CLOSED_PORT, ECHO_PORT};
+use mesh_tests::demo::PODS;
+use mesh_tests::manifests::{MESHED, policy, spiffe_id};
+use mesh_tests::mesh::{Mesh, PodSpec};
+use mesh_tests::poll::{self, SOON};
+use mesh_tests::snapshot;
+use mesh_tests::suite;
+use mesh_tests::topology::{NodeName, WORLD_V4, WORLD_V6};
+
+/// What a refusal may take on a machine with two busy cores; it takes about a millisecond.
+const QUICKLY: Duration = Duration::from_secs(1);
+/// EPROTONOSUPPORT: on it, applications fall back to TCP.
+const PROTOCOL_NOT_SUPPORTED: i64 = 93;
+
+fn main() -> ExitCode {
+    suite::run(
+        "mesh",
+        || Mesh::start(&PODS, &mut |_| {}),
+        Mesh::with_logs,
+        &[
+            ("every_family_reaches_both_nodes_by_tunnel", every_family),
+            ("a_pod_reaches_itself_by_its_own_address", own_address),
+            ("servers_see_the_true_client", true_client),
+            ("two_hundred_connections_at_once", concurrent),
+            ("bytes_arrive_unchanged_both_ways", bulk),
+            ("a_closed_port_refuses_quickly", closed_port),
+            ("agent_ports_are_refused", agent_ports),
+            ("multipath_tcp_is_refused", multipath),
+            ("datagrams_are_left_alone", datagrams),
+            ("a_service_address_is_refused_with_a_reason", service_address),
+            ("outside_destinations_pass_and_are_counted", outside),
+            ("the_access_log_tells_the_whole_connection", access_log),
+            ("metrics_and_readiness", metrics),
+            ("a_denied_connection_names_its_policy", denied),
+            ("a_broken_manifest_leaves_the_last_good_policy", broken_manifest),
+            ("release_leaves_the_pod_as_it_was", release),
+        ],
+    )
+}
+
+fn every_family(mesh: &mut Mesh) -> Result<()> {
+    let client = mesh.pod("client").place();
+    for server in ["server", "local"] {
+        let pod = mesh.pod(server);
+        for (written, peer) in [
+            (SocketAddr::new(pod.v4.into(), ECHO_PORT).to_string(), None),
+            (SocketAddr::new(pod.v6.into(), ECHO_PORT).to_string(), None),
+            (format!("[::ffff:{}]:{ECHO_PORT}", pod.v4), None::<String>),
+        ] {
+            let log = mesh.access_log(NodeName::One);
+            let position = log.position();
+            let attempt = mesh.app.connect_to(&client, &written)?;
+            let seen = attempt.expect_ok()?.report["peer"].as_str().unwrap_or_default().to_owned();
+            ensure!(
+                seen == peer.unwrap_or_else(|| written.clone()),
+                "{written}: getpeername said {seen}"
+            );
+            log.wait_for(
+                position,
+                &[("direction", "outbound"), ("path", "tunnel"), ("result", "ok")],
+                SOON,
+            )
+            .with_context(|| format!("client → {written}"))?;
+        }
+    }
+    Ok(())
+}
+
+fn own_address(mesh: &mut Mesh) -> Result<()> {
+    let client = mesh.pod("client");
+    for address in client.addresses() {
+        // It has a server of its own, and a connection to oneself never leaves the Pod.
+        let body = mesh.app.get(&client.place(), address, "/")?;
+        ensure!(body.contains(&format!("server=client client={address} ")), "{body}");
+    }
+    for loopback in ["127.0.0.1", "::1"] {
+        mesh.app.get(&client.place(), loopback.parse()?, "/")?;
+    }
+    Ok(())
+}
+
+fn true_client(mesh: &mut Mesh) -> Result<()> {
+    for from in ["client", "local", "outsider"] {
+        let client = mesh.pod(from);
+        for (address, own) in mesh.pod("server").addresses().into_iter().zip(client.addresses()) {
+            let body = mesh.app.get(&client.place(), address, "/")?;
+            ensure!(
+                body.contains(&format!("client={own} ")),
+                "expected {from} as {own}, the server saw {body}"
+            );
+        }
+    }
+    Ok(())
+}
+
+fn concurrent(mesh: &mut Mesh) -> Result<()> {
+    for server in ["server", "local"] {
+        for address in mesh.pod(server).addresses() {
+            let report = mesh.app.swarm(&mesh.pod("client").place(), address, 200)?;
+            ensure!(report["ok"] == 200, "client → {address}: {report}");
+        }
+    }
+    Ok(())
+}
+
+fn bulk(mesh: &mut Mesh) -> Result<()> {
+    for address in mesh.pod("server").addresses() {
+        let report = mesh.app.bulk(&mesh.pod("client").place(), address, 16 << 20)?;
+        ensure!(
+            report["received"] == 16 << 20 && report["sent_sha256"] == report["received_sha256"],
+            "{address}: {report}"
+        );
+    }
+    Ok(())
+}
+
+fn closed_port(mesh: &mut Mesh) -> Result<()> {
+    for server in ["server", "local"] {
+        for address in mesh.pod(server).addresses() {
+            for from in ["client", "outsider"] {
+                let attempt = mesh.app.connect(&mesh.pod(from).place(), address, CLOSED_PORT)?;
+                attempt
+                    .expect_refused(QUICKLY)
+                    .with_context(|| format!("{from} → {address}"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn agent_ports(mesh: &mut Mesh) -> Result<()> {
+    let client = mesh.pod("client").place();
+    for address in mesh.pod("server").addresses() {
+        for port in [15001, 15006] {
+            let attempt = mesh.app.connect(&client, address, port)?;
+            attempt
+                .expect_refused(QUICKLY)
+                .with_context(|| format!("{address} port {port}"))?;
+        }
+    }
+    // Straight to the listeners inside the Pod: no destination is recorded, and none is guessed.
+    for port in [15001, 15006] {
+        let attempt = mesh.app.connect(&client, "127.0.0.1".parse()?, port)?;
+        attempt
+            .expect_refused(QUICKLY)
+            .with_context(|| format!("loopback port {port}"))?;
+    }
+    Ok(())
+}
+
+fn multipath(mesh: &mut Mesh) -> Result<()> {
+    for address in mesh.pod("server").addresses() {
+        let report = mesh.app.mptcp(&mesh.pod("client").place(), address)?;
+        let unsupported = report["errno"] == PROTOCOL_NOT_SUPPORTED;
+        ensure!(
+            report["socket"] == false && unsupported,
+            "expected EPROTONOSUPPORT, saw {report}"
+        );
+    }
+    Ok(())
+}
+
+fn datagrams(mesh: &mut Mesh) -> Result<()> {
+    for address in mesh.pod("server").addresses() {
+        let report = mesh.app.udp(&mesh.pod("client").place(), address)?;
+        ensure!(report["ok"] == true, "{address}: {report}");
+    }
+    Ok(())
+}
+
+fn service_address(mesh: &mut Mesh) -> Result<()> {
+    let address: IpAddr = "10.96.7.7".parse()?;
+    mesh.registry.write(
+        "service.yaml",
+        &format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{ name: shop, namespace: {MESHED} }}\n\
+             spec:\n  clusterIP: {address}\n  clusterIPs: [{address}]\n  selector: {{ app: server }}\n\
+             \x20 ports: [{{ port: {ECHO_PORT}, targetPort: {ECHO_PORT} }}]\n"
+        ),
+    )?;
+    let log = mesh.access_log(NodeName::One);
+    let line = poll::until("the service's address is refused as such", SOON, || {
+        let position = log.position();
+        let attempt = mesh.app.connect(&mesh.pod("client").place(), address, ECHO_PORT)?;
+        ensure!(!attempt.ok(), "nothing answers at {address}, yet the connection worked");
+        let fields = [("direction", "outbound"), ("result", "refused")];
+        let line = log.wait_for(position, &fields, Duration::from_millis(500))?;
+        Ok(text(&line, "reason").contains("service").then_some(line))
+    })?;
+    ensure!(text(&line, "destination_address").starts_with(&address.to_string()), "{line}");
+    mesh.app
+        .connect(&mesh.pod("client").place(), address, ECHO_PORT)?
+        .expect_refused(QUICKLY)?;
+    mesh.registry.remove("service.yaml")
+}
+
+fn outside(mesh: &mut Mesh) -> Result<()> {
+    let log_file = mesh.topology.folder().join("world.log");
+    let _server = mesh.app.serve("world", &mesh.topology.world_place(), log_file)?;
+    let client = mesh.pod("client");
+    for (address, own) in [IpAddr::from(WORLD_V4), WORLD_V6.into()].into_iter().zip(client.addresses()) {
+        let log = mesh.access_log(NodeName::One);
+        let position = log.position();
+        let body = mesh.app.get(&client.place(), address, "/")?;
+        ensure!(body.contains(&format!("client={own} ")), "{body}");
+        log.wait_for(
+            position,
+            &[("direction", "outbound"), ("path", "passthrough"), ("result", "ok")],
+            SOON,
+        )?;
+    }
+    let labels = [("source_workload", "client"), ("connection_security_policy", "none")];
+    let opened = mesh.metric(NodeName::One, "mesh_tcp_connections_opened_total", &labels)?;
+    ensure!(
+        opened >= 2.0,
+        "expected at least 2 connections outside to be counted, saw {opened}"
+    );
+    Ok(())
+}
+
+fn access_log(mesh: &mut Mesh) -> Result<()> {
+    let (client, server) = (mesh.pod("client"), mesh.pod("server"));
+    let (source, destination) = (mesh.access_log(NodeName::One), mesh.access_log(NodeName::Two));
+    let positions = (source.position(), destination.position());
+    let bytes = (1 << 20).to_string();
+    mesh.app.bulk(&client.place(), server.v6.into(), 1 << 20)?;
+    let address = SocketAddr::new(server.v6.into(), ECHO_PORT).to_string();
+    let (client_id, server_id) = (spiffe_id("client"), spiffe_id("server"));
+    let common: &[(&str, &str)] = &[
+        ("path", "tunnel"),
+        ("result", "ok"),
+        ("source_principal", &client_id),
+        ("source_workload", "client"),
+        ("source_workload_namespace", MESHED),
+        ("destination_principal", &server_id),
+        ("destination_address", &address),
+        ("destination_workload", "server"),
+        ("destination_workload_namespace", MESHED),
+        ("bytes_sent", &bytes),
+        ("bytes_received", &bytes),
+        ("connection_security_policy", "mutual_tls"),
+    ];
+    source.wait_for(positions.0, &[common, &[("direction", "outbound")]].concat(), SOON)?;
+    let line = destination.wait_for(positions.1, &[common, &[("direction", "inbound")]].concat(), SOON)?;
+    let from = text(&line, "source_address");
+    ensure!(
+        from.contains(&client.v6.to_string()),
+        "expected the source {}, saw {from}",
+        client.v6
+    );
+    for field in ["time", "duration_ms"] {
+        ensure!(!text(&line, field).is_empty(), "no {field} in {line}");
+    }
+    Ok(())
+}
+
+fn metrics(mesh: &mut Mesh) -> Result<()> {
+    mesh.app
+        .connect(&mesh.pod("client").place(), mesh.pod("server").v4.into(), ECHO_PORT)?
+        .expect_ok()?;
+    for (node, reporter) in [(NodeName::One, "source"), (NodeName::Two, "destination")] {
+        let labels = [
+            ("reporter", reporter),
+            ("source_workload", "client"),
+            ("destination_workload", "server"),
+            ("connection_security_policy", "mutual_tls"),
+        ];
+        for name in [
+            "mesh_tcp_connections_opened_total",
+            "mesh_tcp_connections_closed_total",
+            "mesh_tcp_sent_bytes_total",
+            "mesh_tcp_received_bytes_total",
+        ] {
+            poll::until_true(&format!("{name} counts at the {reporter}"), SOON, || {
+                Ok(mesh.metric(node, name, &labels)? > 0.0)
+            })?;
+        }
+        ensure!(
+            mesh.agent_page(node, 15021, "/healthz/ready")?.status == 200,
+            "{node:?} is not ready"
+        );
+    }
+    let redirected = mesh.metric(NodeName::One, "mesh_capture_events_total", &[("event", "redirected")])?;
+    ensure!(redirected > 0.0, "the kernel counted no redirected connection");
+    let protected = mesh.metric(
+        NodeName::One,
+        "mesh_pod_protected",
+        &[("namespace", MESHED), ("pod", "client")],
+    )?;
+    ensure!(protected == 1.0, "mesh_pod_protected of the client is {protected}");
+    ensure!(
+        mesh.control_page("/metrics")?.body.contains("# TYPE"),
+        "mesh-control serves no metrics"
+    );
+    Ok(())
+}
+
+fn denied(mesh: &mut Mesh) -> Result<()> {
+    mesh.registry.write(
+        "deny.yaml",
+        &policy(
+            "deny-port",
+            "server",
+            "Deny",
+            &format!("[{{ to: [{{ ports: [{ECHO_PORT}] }}] }}]"),
+        ),
+    )?;
+    for address in mesh.pod("server").addresses() {
+        for from in ["client", "outsider"] {
+            mesh.wait_for_outcome(from, address, ECHO_PORT, false)?;
+            let log = mesh.access_log(NodeName::Two);
+            let position = log.position();
+            let attempt = mesh.app.connect(&mesh.pod(from).place(), address, ECHO_PORT)?;
+            attempt
+                .expect_refused(QUICKLY)
+                .with_context(|| format!("{from} → {address}"))?;
+            let policy = format!("{MESHED}/deny-port");
+            let fields = [("direction", "inbound"), ("result", "refused"), ("policy", policy.as_str())];
+            log.wait_for(position, &fields, SOON)?;
+            // Another port is none of the policy's business.
+            mesh.app.get(&mesh.pod(from).place(), address, "/")?;
+        }
+    }
+    mesh.registry.remove("deny.yaml")?;
+    mesh.wait_for_outcome("client", mesh.pod("server").v4.into(), ECHO_PORT, true)
+}
+
+fn broken_manifest(mesh: &mut Mesh) -> Result<()> {
+    let server: IpAddr = mesh.pod("server").v4.into();
+    mesh.registry.write(
+        "mine.yaml",
+        &policy("mine", "server", "Deny", &format!("[{{ to: [{{ ports: [{ECHO_PORT}] }}] }}]")),
+    )?;
+    mesh.wait_for_outcome("client", server, ECHO_PORT, false)?;
+    for broken in [
+        "apiVersion: [",
+        &policy("mine", "server", "Deny", "[{ to: [{ ports: [99999] }] }]"),
+        &policy("mine", "server", "Maybe", "[]"),
+    ] {
+        mesh.registry.write("mine.yaml", broken)?;
+        // A change elsewhere arrives, so the broken file was read, and is still without effect.
+        let other = format!("[{{ to: [{{ ports: [{ECHO_PORT}] }}] }}]");
+        mesh.registry.write("other.yaml", &policy("other", "local", "Deny", &other))?;
+        mesh.wait_for_outcome("client", mesh.pod("local").v4.into(), ECHO_PORT, false)?;
+        mesh.app
+            .connect(&mesh.pod("client").place(), server, ECHO_PORT)?
+            .expect_refused(QUICKLY)?;
+        mesh.registry.remove("other.yaml")?;
+        mesh.wait_for_outcome("client", mesh.pod("local").v4.into(), ECHO_PORT, true)?;
+        mesh.app
+            .connect(&mesh.pod("client").place(), server, ECHO_PORT)?
+            .expect_refused(QUICKLY)?;
+    }
+    let log = std::fs::read_to_string(mesh.topology.folder().join("mesh-control.log"))?;
+    ensure!(log.contains("mine.yaml"), "mesh-control's log does not name the broken file");
+    mesh.registry.remove("mine.yaml")?;
+    mesh.wait_for_outcome("client", server, ECHO_PORT, true)
+}
+
+fn release(mesh: &mut Mesh) -> Result<()> {
+    let guest = PodSpec {
+        name: "guest",
+        node: NodeName::Two,
+        host: 30,
+        meshed: true,
+    };
+    mesh.topology.add_pod(guest.name, guest.node, guest.host)?;
+    mesh.start_server(guest.name)?;
+    let before = snapshot::of(&mesh.pod("guest").netns)?;
+    mesh.write_pod(&guest)?;
+    mesh.enroll("guest")?;
+    mesh.wait_for_tunnel("client", "guest")?;
+    mesh.wait_for_tunnel("guest", "client")?;
+    ensure!(
+        snapshot::of(&mesh.pod("guest").netns)? != before,
+        "the enrolled Pod looks untouched: the snapshot is blind"
+    );
+    mesh.release("guest")?;
+    poll::until_true("the released Pod is as it was", SOON, || {
+        Ok(snapshot::of(&mesh.pod("guest").netns)? == before)
+    })
+    .or_else(|error| {
+        let after = snapshot::of(&mesh.pod("guest").netns)?;
+        Err(error.context(format!("before:\n{before}\nafter:\n{after}")))
+    })?;
+    // Outside the mesh it is on its own again.
+    let world = mesh.pod("guest").place();
+    mesh.app.get(&world, "127.0.0.1".parse()?, "/")?;
+    mesh.registry.remove("pod-guest.yaml")?;
+    mesh.stop_server("guest");
+    mesh.topology.remove_pod("guest");
+    Ok(())
+}
