@@ -41,7 +41,7 @@ use crate::{admin, limits};
 mod tests;
 
 /// Names that the serving certificate always has.
-const OWN_NAMES: [&str; 5] = ["culvert-control", "localhost", "127.0.0.1", "::1", "mesh-control.culvert-system.svc"];
+const OWN_NAMES: [&str; 4] = ["localhost", "127.0.0.1", "::1", "mesh-control.culvert-system.svc"];
 
 /// A running control plane.
 pub struct Running {
