@@ -82,12 +82,25 @@ impl AuthorizationPolicySpec {
         let mut check = Check::default();
         let selector = self.selector.as_ref().map(|selector| check.selector(selector));
         if self.action == PolicyAction::Deny && self.rules.is_empty() {
-            check.fail("spec.rules", "a Deny policy without rules denies nothing; write `- {}` to deny everything");
+            check.fail(
+                "spec.rules",
+                "a Deny policy without rules denies nothing; write `- {}` to deny everything",
+            );
         }
         check.at_most("spec.rules", self.rules.len(), limits::MAX_RULES);
-        let rules = self.rules.iter().enumerate().map(|(i, rule)| check.rule(&format!("spec.rules[{i}]"), rule)).collect();
+        let rules = self
+            .rules
+            .iter()
+            .enumerate()
+            .map(|(i, rule)| check.rule(&format!("spec.rules[{i}]"), rule))
+            .collect();
         if check.errors.is_empty() {
-            Ok(ValidPolicy { selector, action: self.action, rules, mode: self.mode })
+            Ok(ValidPolicy {
+                selector,
+                action: self.action,
+                rules,
+                mode: self.mode,
+            })
         } else {
             Err(ValidationErrors(check.errors))
         }
@@ -102,26 +115,38 @@ struct Check {
 impl Check {
     fn fail(&mut self, path: &str, problem: impl Into<String>) {
         if self.errors.len() < limits::MAX_ERRORS {
-            self.errors.push(FieldError { path: path.to_owned(), problem: problem.into() });
+            self.errors.push(FieldError {
+                path: path.to_owned(),
+                problem: problem.into(),
+            });
         }
     }
 
     fn at_most(&mut self, path: &str, count: usize, most: usize) {
         if count > most {
-            self.fail(path, format!("{count} entries, at most {most} are allowed; split it over several"));
+            self.fail(
+                path,
+                format!("{count} entries, at most {most} are allowed; split it over several"),
+            );
         }
     }
 
     fn selector(&mut self, selector: &Selector) -> BTreeMap<String, String> {
         let path = "spec.selector.matchLabels";
         if selector.match_labels.is_empty() {
-            self.fail(path, "is empty; name a label, or leave `selector` out to mean every Pod of the namespace");
+            self.fail(
+                path,
+                "is empty; name a label, or leave `selector` out to mean every Pod of the namespace",
+            );
         }
         self.at_most(path, selector.match_labels.len(), limits::MAX_LABELS);
         for (key, value) in &selector.match_labels {
             let name = key.rsplit_once('/').map_or(key.as_str(), |(_, name)| name);
             if key.len() > 317 || !label_text(name, false) {
-                self.fail(&format!("{path}[{key:?}]"), "is no label name; give [prefix/]name as on the Pods");
+                self.fail(
+                    &format!("{path}[{key:?}]"),
+                    "is no label name; give [prefix/]name as on the Pods",
+                );
             } else if !label_text(value, true) {
                 self.fail(
                     &format!("{path}[{key:?}]"),
@@ -140,20 +165,24 @@ impl Check {
             for (i, source) in sources.iter().enumerate() {
                 let path = format!("{path}[{i}]");
                 let valid = ValidSource {
-                    principals: self.values(&format!("{path}.principals"), source.principals.as_deref(), Self::principal),
-                    not_principals: self.values(
-                        &format!("{path}.notPrincipals"),
-                        source.not_principals.as_deref(),
-                        Self::principal,
-                    ),
-                    namespaces: self.values(&format!("{path}.namespaces"), source.namespaces.as_deref(), Self::namespace),
-                    not_namespaces: self.values(
-                        &format!("{path}.notNamespaces"),
-                        source.not_namespaces.as_deref(),
-                        Self::namespace,
-                    ),
-                    ip_blocks: self.values(&format!("{path}.ipBlocks"), source.ip_blocks.as_deref(), Self::ip_block),
-                    not_ip_blocks: self.values(&format!("{path}.notIpBlocks"), source.not_ip_blocks.as_deref(), Self::ip_block),
+                    principals: self.values(&format!("{path}.principals"), source.principals.as_deref(), |text| {
+                        Self::principal(text)
+                    }),
+                    not_principals: self.values(&format!("{path}.notPrincipals"), source.not_principals.as_deref(), |text| {
+                        Self::principal(text)
+                    }),
+                    namespaces: self.values(&format!("{path}.namespaces"), source.namespaces.as_deref(), |text| {
+                        Self::namespace(text)
+                    }),
+                    not_namespaces: self.values(&format!("{path}.notNamespaces"), source.not_namespaces.as_deref(), |text| {
+                        Self::namespace(text)
+                    }),
+                    ip_blocks: self.values(&format!("{path}.ipBlocks"), source.ip_blocks.as_deref(), |text| {
+                        Self::ip_block(text)
+                    }),
+                    not_ip_blocks: self.values(&format!("{path}.notIpBlocks"), source.not_ip_blocks.as_deref(), |text| {
+                        Self::ip_block(text)
+                    }),
                 };
                 if *source == crate::Source::default() {
                     self.fail(&path, "is empty; name a source, or leave `from` out to mean any");
@@ -186,12 +215,7 @@ impl Check {
         self.at_most(path, count, limits::MAX_ALTERNATIVES);
     }
 
-    fn values<In, Out>(
-        &mut self,
-        path: &str,
-        values: Option<&[In]>,
-        parse: impl Fn(&In) -> Result<Out, String>,
-    ) -> Vec<Out> {
+    fn values<In, Out>(&mut self, path: &str, values: Option<&[In]>, parse: impl Fn(&In) -> Result<Out, String>) -> Vec<Out> {
         let Some(values) = values else { return Vec::new() };
         if values.is_empty() {
             self.fail(path, "is empty; give a value, or leave the field out");
@@ -207,11 +231,15 @@ impl Check {
         valid
     }
 
-    fn principal(text: &String) -> Result<StringMatch, String> {
+    fn principal(text: &str) -> Result<StringMatch, String> {
         if let Some(rest) = text.strip_prefix("spiffe://") {
             return Err(format!("{text:?} has a scheme; write {rest:?}"));
         }
-        let matched = wildcard(text, limits::MAX_PRINCIPAL, "a principal, <trust domain>/ns/<namespace>/sa/<service account>")?;
+        let matched = wildcard(
+            text,
+            limits::MAX_PRINCIPAL,
+            "a principal, <trust domain>/ns/<namespace>/sa/<service account>",
+        )?;
         if let StringMatch::Exact(exact) = &matched {
             let parts: Vec<&str> = exact.split('/').collect();
             let well_formed = matches!(parts[..], [domain, "ns", ns, "sa", sa]
@@ -225,29 +253,32 @@ impl Check {
         Ok(matched)
     }
 
-    fn namespace(text: &String) -> Result<StringMatch, String> {
+    fn namespace(text: &str) -> Result<StringMatch, String> {
         let matched = wildcard(text, limits::MAX_NAMESPACE, "a namespace's name")?;
         match &matched {
-            StringMatch::Exact(name) if !namespace_name(name) => {
-                Err(format!("{name:?} is no namespace's name; give lower-case letters, digits and '-'"))
-            }
+            StringMatch::Exact(name) if !namespace_name(name) => Err(format!(
+                "{name:?} is no namespace's name; give lower-case letters, digits and '-'"
+            )),
             _ => Ok(matched),
         }
     }
 
-    fn ip_block(text: &String) -> Result<IpNet, String> {
+    fn ip_block(text: &str) -> Result<IpNet, String> {
         let block = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
         match block {
-            Err(_) => Err(format!("{text:?} is no address range; give one like 10.1.0.0/16, 2001:db8::/64 or a single address")),
-            Ok(block) if block.trunc() != block => {
-                Err(format!("{text:?} has bits beyond its prefix; write {}", block.trunc()))
-            }
+            Err(_) => Err(format!(
+                "{text:?} is no address range; give one like 10.1.0.0/16, 2001:db8::/64 or a single address"
+            )),
+            Ok(block) if block.trunc() != block => Err(format!("{text:?} has bits beyond its prefix; write {}", block.trunc())),
             Ok(block) => Ok(block),
         }
     }
 
     fn port(port: &i64) -> Result<u16, String> {
-        u16::try_from(*port).ok().filter(|port| *port != 0).ok_or_else(|| format!("{port} is no port; give 1-65535"))
+        u16::try_from(*port)
+            .ok()
+            .filter(|port| *port != 0)
+            .ok_or_else(|| format!("{port} is no port; give 1-65535"))
     }
 }
 
@@ -273,7 +304,9 @@ fn namespace_name(name: &str) -> bool {
 fn dns_name(name: &str) -> bool {
     !name.is_empty()
         && name.len() <= 253
-        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.')
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.')
         && name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric())
         && name.bytes().next_back().is_some_and(|b| b.is_ascii_alphanumeric())
 }

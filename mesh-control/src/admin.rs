@@ -30,7 +30,11 @@ pub async fn serve(listener: TcpListener, control: Arc<ControlPlane>) {
             }
         };
         let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
-            control.metrics.connections_refused.with_label_values(&["admin_too_many"]).inc();
+            control
+                .metrics
+                .connections_refused
+                .with_label_values(&["admin_too_many"])
+                .inc();
             continue;
         };
         let control = Arc::clone(&control);
@@ -61,15 +65,25 @@ fn answer(request: &Request<Incoming>, control: &ControlPlane) -> Response<Full<
             Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, "text/plain", format!("{error}\n")),
         },
         "/healthz/ready" if control.is_ready() => text(StatusCode::OK, "text/plain", "ready\n".to_owned()),
-        "/healthz/ready" => text(StatusCode::SERVICE_UNAVAILABLE, "text/plain", "the registry is not read yet\n".to_owned()),
+        "/healthz/ready" => text(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "text/plain",
+            "the registry is not read yet\n".to_owned(),
+        ),
         "/status" => text(StatusCode::OK, "application/json", format!("{:#}\n", control.status())),
-        _ => text(StatusCode::NOT_FOUND, "text/plain", "/metrics, /healthz/ready, /status\n".to_owned()),
+        _ => text(
+            StatusCode::NOT_FOUND,
+            "text/plain",
+            "/metrics, /healthz/ready, /status\n".to_owned(),
+        ),
     }
 }
 
 fn text(status: StatusCode, content_type: &'static str, body: String) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;
-    response.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(content_type));
+    response
+        .headers_mut()
+        .insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(content_type));
     response
 }

@@ -62,7 +62,8 @@ impl Running {
         self.follow.stop();
         self.serving_task.abort();
         self.control.close();
-        drop(self.stop.send(()));
+        // The server may have ended by itself.
+        let _ = self.stop.send(());
         if timeout(SHUTDOWN_GRACE, &mut self.server).await.is_err() {
             tracing::info!("connections were still open after {SHUTDOWN_GRACE:?}");
             self.server.abort();
@@ -98,7 +99,10 @@ impl Running {
 /// The state directory or a socket cannot be used.
 pub async fn start(args: &ServeArgs) -> anyhow::Result<Running> {
     if !args.admin.ip().is_loopback() {
-        bail!("--admin {}: only loopback addresses are allowed: it is not authenticated", args.admin);
+        bail!(
+            "--admin {}: only loopback addresses are allowed: it is not authenticated",
+            args.admin
+        );
     }
     let now = OffsetDateTime::now_utc();
     let (Some(registry), Some(state_dir)) = (&args.registry, &args.state_dir) else {
@@ -117,12 +121,19 @@ pub async fn start(args: &ServeArgs) -> anyhow::Result<Running> {
     let control = Arc::new(ControlPlane::new(parameters, state, Arc::clone(&metrics)).context("state directory")?);
 
     let certificate = Arc::new(ServingCertificate::new(Arc::clone(&authority)));
-    let names = ServerNames { tokens: tokens.clone(), extra: args.server_name.clone() };
+    let names = ServerNames {
+        tokens: tokens.clone(),
+        extra: args.server_name.clone(),
+    };
     certificate.refresh(names.current()?, now)?;
     let tls = Arc::new(serving::tls_config(Arc::clone(&certificate))?);
 
-    let listener = TcpListener::bind(args.listen).await.with_context(|| format!("--listen {}", args.listen))?;
-    let admin_listener = TcpListener::bind(args.admin).await.with_context(|| format!("--admin {}", args.admin))?;
+    let listener = TcpListener::bind(args.listen)
+        .await
+        .with_context(|| format!("--listen {}", args.listen))?;
+    let admin_listener = TcpListener::bind(args.admin)
+        .await
+        .with_context(|| format!("--admin {}", args.admin))?;
     let (listen, admin_address) = (listener.local_addr()?, admin_listener.local_addr()?);
 
     let follow = Follow::start(registry, Arc::clone(&control))?;
@@ -130,14 +141,20 @@ pub async fn start(args: &ServeArgs) -> anyhow::Result<Running> {
     let serving_task = tokio::spawn(keep_serving_certificate(certificate, names, Arc::clone(&metrics)));
 
     let authenticator = Authenticator::new(tokens, Arc::clone(&metrics));
-    let discovery = Discovery { control: Arc::clone(&control), authenticator: authenticator.clone() };
+    let discovery = Discovery {
+        control: Arc::clone(&control),
+        authenticator: authenticator.clone(),
+    };
     let certificates = Certificates {
         control: Arc::clone(&control),
         authenticator: authenticator.clone(),
         authority,
         lifetime: args.certificate_lifetime,
     };
-    let reports = Reports { control: Arc::clone(&control), authenticator };
+    let reports = Reports {
+        control: Arc::clone(&control),
+        authenticator,
+    };
     // Finished handshakes that wait for the server to take them.
     let (connections, incoming) = mpsc::channel(16);
     tokio::spawn(serving::accept(listener, tls, metrics, connections));
@@ -151,10 +168,21 @@ pub async fn start(args: &ServeArgs) -> anyhow::Result<Running> {
         .add_service(NodeReportsServer::new(reports).max_decoding_message_size(MAX_REPORT_BYTES));
     let server = tokio::spawn(async move {
         let stopped = async { drop(stopped.await) };
-        server.serve_with_incoming_shutdown(ReceiverStream::new(incoming), stopped).await
+        server
+            .serve_with_incoming_shutdown(ReceiverStream::new(incoming), stopped)
+            .await
     });
     tracing::info!(%listen, admin = %admin_address, registry = %registry.display(), "mesh-control serves");
-    Ok(Running { control, listen, admin: admin_address, stop, server, admin_task, serving_task, follow })
+    Ok(Running {
+        control,
+        listen,
+        admin: admin_address,
+        stop,
+        server,
+        admin_task,
+        serving_task,
+        follow,
+    })
 }
 
 struct ServerNames {
@@ -234,7 +262,11 @@ impl Follow {
             }
         };
         let thread = std::thread::Builder::new().name("registry".to_owned()).spawn(follow)?;
-        Ok(Self { stop, wake, thread: Some(thread) })
+        Ok(Self {
+            stop,
+            wake,
+            thread: Some(thread),
+        })
     }
 
     fn stop(mut self) {
@@ -254,7 +286,10 @@ pub fn node_token(args: &NodeTokenArgs) -> anyhow::Result<()> {
     let state = StateDir::open(&args.state_dir).context("state directory")?;
     // Where no control plane ever ran, the root is made here: the token needs its fingerprint.
     let authority = Authority::open(&state, "cluster.local", OffsetDateTime::now_utc())?;
-    let output = args.output.clone().unwrap_or_else(|| format!("{}.token.json", args.node).into());
+    let output = args
+        .output
+        .clone()
+        .unwrap_or_else(|| format!("{}.token.json", args.node).into());
     let token = Tokens::open(&state)?.issue(&args.node, &args.address, &authority.root_sha256(), args.rotate)?;
     let written = write_private(&output, &serde_json::to_vec_pretty(&token)?, true);
     written.context("the token was made but its file could not be written; mend that and use --rotate")?;

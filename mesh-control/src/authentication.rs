@@ -36,7 +36,11 @@ pub struct Caller {
 impl Authenticator {
     #[must_use]
     pub fn new(tokens: Tokens, metrics: Arc<Metrics>) -> Self {
-        Self { tokens, metrics, log: Arc::default() }
+        Self {
+            tokens,
+            metrics,
+            log: Arc::default(),
+        }
     }
 
     /// # Errors
@@ -67,17 +71,29 @@ impl Authenticator {
     /// Reads a small file.
     async fn check(&self, secret: &str) -> Result<String, Refusal> {
         let (tokens, secret) = (self.tokens.clone(), secret.to_owned());
-        tokio::task::spawn_blocking(move || tokens.authenticate(&secret)).await.unwrap_or(Err(Refusal::Unreadable))
+        tokio::task::spawn_blocking(move || tokens.authenticate(&secret))
+            .await
+            .unwrap_or(Err(Refusal::Unreadable))
     }
 
     /// Counts a failure and makes the answer.
     #[must_use]
     pub fn refuse(&self, refusal: Refusal) -> Status {
-        self.metrics.authentication_failed.with_label_values(&[refusal.reason()]).inc();
+        self.metrics
+            .authentication_failed
+            .with_label_values(&[refusal.reason()])
+            .inc();
         let mut log = self.log.lock();
         if log.last.is_none_or(|last| last.elapsed() >= LOG_INTERVAL) {
-            tracing::warn!(reason = refusal.reason(), more = log.unlogged, "a caller was not authenticated: {refusal}");
-            *log = FailureLog { last: Some(Instant::now()), unlogged: 0 };
+            tracing::warn!(
+                reason = refusal.reason(),
+                more = log.unlogged,
+                "a caller was not authenticated: {refusal}"
+            );
+            *log = FailureLog {
+                last: Some(Instant::now()),
+                unlogged: 0,
+            };
         } else {
             log.unlogged += 1;
         }

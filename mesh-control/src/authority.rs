@@ -17,7 +17,9 @@ use x509_parser::certification_request::X509CertificationRequest;
 use x509_parser::oid_registry::{OID_EC_P256, OID_KEY_TYPE_EC_PUBLIC_KEY};
 use x509_parser::prelude::FromDer as _;
 
-use crate::limits::{CLOCK_SKEW, MAX_CSR_BYTES, MAX_CERTIFICATE_LIFETIME, MIN_CERTIFICATE_LIFETIME, ROOT_LIFETIME, SERVING_LIFETIME};
+use crate::limits::{
+    CLOCK_SKEW, MAX_CERTIFICATE_LIFETIME, MAX_CSR_BYTES, MIN_CERTIFICATE_LIFETIME, ROOT_LIFETIME, SERVING_LIFETIME,
+};
 use crate::state_dir::{StateDir, StateError};
 
 #[cfg(test)]
@@ -70,14 +72,18 @@ impl Authority {
             tracing::info!(file = %path, "made a new root");
         }
         // Read back: of two processes that start at once, both go on with what the first wrote.
-        let pem = state.read(ROOT, MAX_PEM_BYTES)?.ok_or_else(|| AuthorityError::Root(format!("{path}: vanished")))?;
+        let pem = state
+            .read(ROOT, MAX_PEM_BYTES)?
+            .ok_or_else(|| AuthorityError::Root(format!("{path}: vanished")))?;
         Self::from_pem(&pem, now).map_err(|problem| AuthorityError::Root(format!("{path}: {problem}")))
     }
 
     fn from_pem(pem: &[u8], now: OffsetDateTime) -> Result<Self, String> {
         let key = PrivateKeyDer::from_pem_slice(pem).map_err(|error| format!("the key: {error}"))?;
         let key = KeyPair::try_from(&key).map_err(|error| format!("the key: {error}"))?;
-        let root_der = CertificateDer::from_pem_slice(pem).map_err(|error| format!("the certificate: {error}"))?.into_owned();
+        let root_der = CertificateDer::from_pem_slice(pem)
+            .map_err(|error| format!("the certificate: {error}"))?
+            .into_owned();
         let (_, parsed) = x509_parser::parse_x509_certificate(&root_der).map_err(|error| format!("the certificate: {error}"))?;
         if parsed.public_key().raw != key.subject_public_key_info() {
             return Err("key and certificate do not belong together".to_owned());
@@ -91,7 +97,12 @@ impl Authority {
         }
         let root_pem = certificate_pem(&root_der);
         let issuer = Issuer::from_ca_cert_der(&root_der, key).map_err(|error| format!("the certificate: {error}"))?;
-        Ok(Self { issuer, root_pem, root_der, root_not_after })
+        Ok(Self {
+            issuer,
+            root_pem,
+            root_der,
+            root_not_after,
+        })
     }
 
     #[must_use]
@@ -129,7 +140,10 @@ impl Authority {
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
         let not_after = params.not_after;
         let certificate = params.signed_by(&key, &self.issuer).map_err(AuthorityError::signing)?;
-        Ok(Signed { leaf_pem: certificate.pem(), not_after })
+        Ok(Signed {
+            leaf_pem: certificate.pem(),
+            not_after,
+        })
     }
 
     /// A serving certificate of this control plane and its key (PKCS#8 DER). Its names are what tells it from a workload's.
@@ -160,7 +174,9 @@ impl Authority {
 
 fn random_serial() -> Result<SerialNumber, AuthorityError> {
     let mut bytes = [0; 16];
-    rand::rngs::OsRng.try_fill_bytes(&mut bytes).map_err(AuthorityError::signing)?;
+    rand::rngs::OsRng
+        .try_fill_bytes(&mut bytes)
+        .map_err(AuthorityError::signing)?;
     // Positive and not zero (RFC 5280, 4.1.2.2).
     bytes[0] = (bytes[0] & 0x7f) | 0x01;
     Ok(SerialNumber::from_slice(&bytes))
@@ -211,16 +227,23 @@ fn request_key(pem: &str) -> Result<SubjectPublicKeyInfo, AuthorityError> {
     if pem.len() > MAX_CSR_BYTES {
         return Err(bad("it is too large"));
     }
-    let der = CertificateSigningRequestDer::from_pem_slice(pem.as_bytes()).map_err(|_| bad("it is no PEM of a certificate request"))?;
+    let der =
+        CertificateSigningRequestDer::from_pem_slice(pem.as_bytes()).map_err(|_| bad("it is no PEM of a certificate request"))?;
     let (rest, request) = X509CertificationRequest::from_der(&der).map_err(|_| bad("it is no certificate request"))?;
     if !rest.is_empty() {
         return Err(bad("something follows it"));
     }
     let key = &request.certification_request_info.subject_pki;
-    let curve = key.algorithm.parameters.as_ref().and_then(|parameters| parameters.as_oid().ok());
+    let curve = key
+        .algorithm
+        .parameters
+        .as_ref()
+        .and_then(|parameters| parameters.as_oid().ok());
     if key.algorithm.algorithm != OID_KEY_TYPE_EC_PUBLIC_KEY || curve.is_none_or(|curve| curve != OID_EC_P256) {
         return Err(bad("its key is not ECDSA P-256"));
     }
-    request.verify_signature().map_err(|_| bad("its signature is not by its key"))?;
+    request
+        .verify_signature()
+        .map_err(|_| bad("its signature is not by its key"))?;
     SubjectPublicKeyInfo::from_der(key.raw).map_err(|error| bad(&error.to_string()))
 }

@@ -17,7 +17,11 @@ pub type PodKey = String;
 
 #[must_use]
 pub fn pod_key(uid: &str, namespace: &str, name: &str) -> PodKey {
-    if uid.is_empty() { format!("{namespace}/{name}") } else { uid.to_owned() }
+    if uid.is_empty() {
+        format!("{namespace}/{name}")
+    } else {
+        uid.to_owned()
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

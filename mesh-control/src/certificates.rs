@@ -43,10 +43,18 @@ impl IstioCertificateService for Certificates {
             return Err(self.refuse("malformed", node, status));
         };
         if !self.control.is_ready() {
-            return Err(self.refuse("not_ready", node, Status::unavailable("the registry is not read yet; try again")));
+            return Err(self.refuse(
+                "not_ready",
+                node,
+                Status::unavailable("the registry is not read yet; try again"),
+            ));
         }
         let snapshot = self.control.snapshot();
-        if !snapshot.identities.get(node).is_some_and(|identities| identities.contains(identity)) {
+        if !snapshot
+            .identities
+            .get(node)
+            .is_some_and(|identities| identities.contains(identity))
+        {
             let shown: String = identity.chars().take(512).collect();
             let status = Status::permission_denied(format!("no Pod of the mesh with identity {shown:?} runs on node {node}"));
             return Err(self.refuse("foreign_identity", node, status));
@@ -59,15 +67,20 @@ impl IstioCertificateService for Certificates {
                 return Err(self.refuse("malformed", node, status));
             }
         };
-        let signed = self.authority.sign_workload(&request.csr, identity, lifetime, OffsetDateTime::now_utc()).map_err(|error| {
-            let (reason, status) = match &error {
-                AuthorityError::Request(_) => ("malformed", Status::invalid_argument(format!("csr: {error}"))),
-                _ => ("failed", Status::internal(error.to_string())),
-            };
-            self.refuse(reason, node, status)
-        })?;
+        let signed = self
+            .authority
+            .sign_workload(&request.csr, identity, lifetime, OffsetDateTime::now_utc())
+            .map_err(|error| {
+                let (reason, status) = match &error {
+                    AuthorityError::Request(_) => ("malformed", Status::invalid_argument(format!("csr: {error}"))),
+                    _ => ("failed", Status::internal(error.to_string())),
+                };
+                self.refuse(reason, node, status)
+            })?;
         self.control.metrics.certificates_signed.inc();
         tracing::info!(node, identity, not_after = %signed.not_after, "certificate signed");
-        Ok(Response::new(IstioCertificateResponse { cert_chain: vec![signed.leaf_pem, self.authority.root_pem().to_owned()] }))
+        Ok(Response::new(IstioCertificateResponse {
+            cert_chain: vec![signed.leaf_pem, self.authority.root_pem().to_owned()],
+        }))
     }
 }

@@ -15,7 +15,12 @@ use crate::limits::{MAX_CERTIFICATE_LIFETIME, MIN_CERTIFICATE_LIFETIME};
 /// On its first start it makes its root of trust in the state directory. A node's agent starts from a token file alone, which
 /// `mesh-control node-token` writes. RUST_LOG sets what is logged (default `info`).
 #[derive(Debug, Parser)]
-#[command(name = "mesh-control", version, subcommand_negates_reqs = true, args_conflicts_with_subcommands = true)]
+#[command(
+    name = "mesh-control",
+    version,
+    subcommand_negates_reqs = true,
+    args_conflicts_with_subcommands = true
+)]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Option<Command>,
@@ -88,8 +93,14 @@ fn trust_domain(text: &str) -> Result<String, String> {
     // SPIFFE ID, 2.1.
     let good = !text.is_empty()
         && text.len() <= 255
-        && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-._".contains(&b));
-    if good { Ok(text.to_owned()) } else { Err("give lower-case letters, digits, '-', '_' and '.'".to_owned()) }
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-._".contains(&b));
+    if good {
+        Ok(text.to_owned())
+    } else {
+        Err("give lower-case letters, digits, '-', '_' and '.'".to_owned())
+    }
 }
 
 fn lifetime(text: &str) -> Result<Duration, String> {
@@ -101,7 +112,9 @@ fn lifetime(text: &str) -> Result<Duration, String> {
         "d" => 24 * 3600,
         _ => return Err("give a number and s, m, h or d, such as 24h".to_owned()),
     };
-    let number: u64 = number.parse().map_err(|_| "give a number and s, m, h or d, such as 24h".to_owned())?;
+    let number: u64 = number
+        .parse()
+        .map_err(|_| "give a number and s, m, h or d, such as 24h".to_owned())?;
     let lifetime = Duration::from_secs(number.saturating_mul(seconds));
     if (MIN_CERTIFICATE_LIFETIME..=MAX_CERTIFICATE_LIFETIME).contains(&lifetime) {
         Ok(lifetime)
@@ -125,12 +138,23 @@ mod tests {
 
     #[test]
     fn both_forms_of_the_command_line_are_read() {
-        let cli = Cli::try_parse_from(["mesh-control", "--registry", "r", "--state-dir", "s", "--pod-cidr", "10.0.0.0/8"]);
+        let cli = Cli::try_parse_from([
+            "mesh-control",
+            "--registry",
+            "r",
+            "--state-dir",
+            "s",
+            "--pod-cidr",
+            "10.0.0.0/8",
+        ]);
         let serve = cli.expect("serve").serve;
         assert_eq!(serve.admin.port(), 15014);
         assert_eq!(serve.pod_cidr.len(), 1);
         let cli = Cli::try_parse_from(["mesh-control", "node-token", "n", "--state-dir", "s", "--address", "h:1"]);
         assert!(matches!(cli.expect("token").command, Some(Command::NodeToken(_))));
-        assert!(Cli::try_parse_from(["mesh-control", "--registry", "r"]).is_err(), "the state directory is needed");
+        assert!(
+            Cli::try_parse_from(["mesh-control", "--registry", "r"]).is_err(),
+            "the state directory is needed"
+        );
     }
 }

@@ -110,7 +110,10 @@ impl ControlPlane {
     pub fn set_world(&self, world: Arc<World>, rejections: &[Rejection]) {
         let mut inner = self.inner.lock();
         for rejection in rejections.iter().filter(|new| !inner.rejections.contains(new)) {
-            self.metrics.manifests_rejected_total.with_label_values(&[rejection.reason.as_str()]).inc();
+            self.metrics
+                .manifests_rejected_total
+                .with_label_values(&[rejection.reason.as_str()])
+                .inc();
             tracing::warn!(
                 file = %rejection.file,
                 document = rejection.document,
@@ -126,9 +129,19 @@ impl ControlPlane {
         }
         self.metrics.set_rejections(rejections);
         inner.rejections = rejections.iter().take(MAX_REJECTIONS).cloned().collect();
-        for kind in [Kind::Namespace, Kind::Node, Kind::ServiceAccount, Kind::Service, Kind::Pod, Kind::AuthorizationPolicy] {
+        for kind in [
+            Kind::Namespace,
+            Kind::Node,
+            Kind::ServiceAccount,
+            Kind::Service,
+            Kind::Pod,
+            Kind::AuthorizationPolicy,
+        ] {
             let count = world.keys().filter(|id| id.kind == kind).count();
-            self.metrics.objects.with_label_values(&[kind.as_str()]).set(i64::try_from(count).unwrap_or(i64::MAX));
+            self.metrics
+                .objects
+                .with_label_values(&[kind.as_str()])
+                .set(i64::try_from(count).unwrap_or(i64::MAX));
         }
         inner.world = world;
         self.publish(&mut inner);
@@ -161,7 +174,10 @@ impl ControlPlane {
             changed |= inner.take_words(&snapshot, node, words);
         }
         inner.reports = reports;
-        if inner.captures.prune(|key| snapshot.pods.get(key).map(|place| place.is_member)) {
+        if inner
+            .captures
+            .prune(|key| snapshot.pods.get(key).map(|place| place.is_member))
+        {
             inner.unsaved = true;
         }
         if changed {
@@ -181,11 +197,22 @@ impl ControlPlane {
             }
         }
         let count = |wanted: Option<CaptureState>| {
-            snapshot.pods.iter().filter(|(key, place)| place.is_member && inner.captures.of(key) == wanted).count()
+            snapshot
+                .pods
+                .iter()
+                .filter(|(key, place)| place.is_member && inner.captures.of(key) == wanted)
+                .count()
         };
-        let states = [("pending", None), ("proven", Some(CaptureState::Proven)), ("lost", Some(CaptureState::Lost))];
+        let states = [
+            ("pending", None),
+            ("proven", Some(CaptureState::Proven)),
+            ("lost", Some(CaptureState::Lost)),
+        ];
         for (label, state) in states {
-            self.metrics.capture_states.with_label_values(&[label]).set(i64::try_from(count(state)).unwrap_or(i64::MAX));
+            self.metrics
+                .capture_states
+                .with_label_values(&[label])
+                .set(i64::try_from(count(state)).unwrap_or(i64::MAX));
         }
         self.snapshot.send_replace(Arc::new(snapshot));
     }
@@ -227,7 +254,11 @@ impl ControlPlane {
                 (format!("{}/{}", place.namespace, place.name), state)
             })
             .collect();
-        let versions: BTreeMap<_, _> = snapshot.types.iter().map(|(url, of_type)| (*url, of_type.version.as_str())).collect();
+        let versions: BTreeMap<_, _> = snapshot
+            .types
+            .iter()
+            .map(|(url, of_type)| (*url, of_type.version.as_str()))
+            .collect();
         serde_json::json!({
             "ready": self.is_ready(),
             "versions": versions,
@@ -261,9 +292,14 @@ impl Inner {
 
 /// By uid, and by name where the manifest has no uid.
 fn key_of(snapshot: &Snapshot, word: &PodWord) -> Option<PodKey> {
-    [pod_key(&word.uid, "", ""), pod_key("", &word.namespace, &word.name)].into_iter().find(|key| {
-        snapshot.pods.get(key).is_some_and(|place| place.namespace == word.namespace && place.name == word.name)
-    })
+    [pod_key(&word.uid, "", ""), pod_key("", &word.namespace, &word.name)]
+        .into_iter()
+        .find(|key| {
+            snapshot
+                .pods
+                .get(key)
+                .is_some_and(|place| place.namespace == word.namespace && place.name == word.name)
+        })
 }
 
 fn is_of_node(snapshot: &Snapshot, node: &str, word: &PodWord) -> bool {

@@ -56,24 +56,46 @@ impl Metrics {
             manifests_rejected: gauges("mesh_control_manifests_rejected", "Documents not taken at present", "reason")?,
             manifests_rejected_total: counters("mesh_control_manifests_rejected_total", "Documents rejected so far", "reason")?,
             objects: gauges("mesh_control_objects", "Objects in force", "kind")?,
-            registry_reads_failed: counter("mesh_control_registry_reads_failed_total", "Reads of the whole folder that failed")?,
+            registry_reads_failed: counter(
+                "mesh_control_registry_reads_failed_total",
+                "Reads of the whole folder that failed",
+            )?,
             connections: gauge("mesh_control_connections", "Open connections of agents")?,
             connections_refused: counters("mesh_control_connections_refused_total", "Connections not taken", "reason")?,
             streams: gauge("mesh_control_discovery_streams", "Open discovery streams")?,
-            streams_cut: counters("mesh_control_discovery_streams_cut_total", "Discovery streams ended by the server", "reason")?,
+            streams_cut: counters(
+                "mesh_control_discovery_streams_cut_total",
+                "Discovery streams ended by the server",
+                "reason",
+            )?,
             responses: counters("mesh_control_discovery_responses_total", "Discovery responses sent", "type")?,
             acknowledged: counters("mesh_control_discovery_acknowledged_total", "Responses acknowledged", "type")?,
-            rejected: counters("mesh_control_discovery_rejected_total", "Responses rejected by an agent", "type")?,
-            authentication_failed: counters("mesh_control_authentication_failed_total", "Calls not authenticated", "reason")?,
+            rejected: counters(
+                "mesh_control_discovery_rejected_total",
+                "Responses rejected by an agent",
+                "type",
+            )?,
+            authentication_failed: counters(
+                "mesh_control_authentication_failed_total",
+                "Calls not authenticated",
+                "reason",
+            )?,
             certificates_signed: counter("mesh_control_certificates_signed_total", "Workload certificates signed")?,
-            certificates_refused: counters("mesh_control_certificates_refused_total", "Certificate requests refused", "reason")?,
+            certificates_refused: counters(
+                "mesh_control_certificates_refused_total",
+                "Certificate requests refused",
+                "reason",
+            )?,
             report_pods_ignored: counter(
                 "mesh_control_report_pods_ignored_total",
                 "Pods in reports that are not of the reporting node's mesh",
             )?,
             capture_states: gauges("mesh_control_pods", "Pods of the mesh by capture state", "state")?,
             state_writes_failed: counter("mesh_control_state_writes_failed_total", "Capture states not written to disk")?,
-            serving_certificate_failed: counter("mesh_control_serving_certificate_failed_total", "Serving certificates not made")?,
+            serving_certificate_failed: counter(
+                "mesh_control_serving_certificate_failed_total",
+                "Serving certificates not made",
+            )?,
             registry,
         };
         // Shown from the start: an absent series and a zero are not the same to an alert.
@@ -90,7 +112,9 @@ impl Metrics {
     pub fn set_rejections(&self, rejections: &[Rejection]) {
         for reason in Reason::ALL {
             let count = rejections.iter().filter(|rejection| rejection.reason == reason).count();
-            self.manifests_rejected.with_label_values(&[reason.as_str()]).set(i64::try_from(count).unwrap_or(i64::MAX));
+            self.manifests_rejected
+                .with_label_values(&[reason.as_str()])
+                .set(i64::try_from(count).unwrap_or(i64::MAX));
         }
     }
 

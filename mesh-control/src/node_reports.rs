@@ -48,7 +48,8 @@ struct Counted(Arc<ControlPlane>, String);
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.0.with_node(&self.1, |node| node.report_streams = node.report_streams.saturating_sub(1));
+        self.0
+            .with_node(&self.1, |node| node.report_streams = node.report_streams.saturating_sub(1));
     }
 }
 
@@ -78,7 +79,9 @@ async fn serve(
             }
         };
         if report.pods.len() > MAX_REPORTED_PODS {
-            return Err(Status::resource_exhausted(format!("more than {MAX_REPORTED_PODS} Pods in a report")));
+            return Err(Status::resource_exhausted(format!(
+                "more than {MAX_REPORTED_PODS} Pods in a report"
+            )));
         }
         let sequence = report.sequence;
         take(control, &caller.node, report).await?;
@@ -95,7 +98,12 @@ async fn take(control: &Arc<ControlPlane>, node: &str, report: NodeReport) -> Re
     let words = proto::pod_words(&report.pods);
     let cut = |text: String| text.chars().take(MAX_NACK_BYTES).collect::<String>();
     control.with_node(node, |status| {
-        status.enforced = report.enforced_versions.into_iter().take(MAX_TYPES).map(|(url, version)| (cut(url), cut(version))).collect();
+        status.enforced = report
+            .enforced_versions
+            .into_iter()
+            .take(MAX_TYPES)
+            .map(|(url, version)| (cut(url), cut(version)))
+            .collect();
         let rejected: Vec<String> = report.rejected.into_iter().take(MAX_REJECTED).map(cut).collect();
         if !rejected.is_empty() && rejected != status.rejected_by_agent {
             tracing::warn!(node, rejected = ?rejected, "the agent cannot use some resources");

@@ -37,19 +37,40 @@ pub fn encode_workload(view: &WorkloadView<'_>) -> Vec<u8> {
             Capture::Proven => mesh::capture::State::Proven,
             Capture::Lost => mesh::capture::State::Lost,
         };
-        let capture = mesh::Capture { state: state.into(), pod_uid: view.pod.uid.clone() };
-        let config = Any { type_url: CAPTURE_TYPE_URL.to_owned(), value: capture.encode_to_vec() };
-        workload::Extension { name: CAPTURE_EXTENSION.to_owned(), config: Some(config) }
+        let capture = mesh::Capture {
+            state: state.into(),
+            pod_uid: view.pod.uid.clone(),
+        };
+        let config = Any {
+            type_url: CAPTURE_TYPE_URL.to_owned(),
+            value: capture.encode_to_vec(),
+        };
+        workload::Extension {
+            name: CAPTURE_EXTENSION.to_owned(),
+            config: Some(config),
+        }
     });
-    let tunnel = if view.capture == Some(Capture::Proven) { workload::TunnelProtocol::Hbone } else { workload::TunnelProtocol::None };
+    let tunnel = if view.capture == Some(Capture::Proven) {
+        workload::TunnelProtocol::Hbone
+    } else {
+        workload::TunnelProtocol::None
+    };
     let kind = match view.owner.kind {
         OwnerKind::Deployment => workload::WorkloadType::Deployment,
         OwnerKind::CronJob => workload::WorkloadType::Cronjob,
         OwnerKind::Job => workload::WorkloadType::Job,
         OwnerKind::Pod => workload::WorkloadType::Pod,
     };
-    let status = if view.healthy { workload::WorkloadStatus::Healthy } else { workload::WorkloadStatus::Unhealthy };
-    let mode = if view.pod.host_network { workload::NetworkMode::HostNetwork } else { workload::NetworkMode::Standard };
+    let status = if view.healthy {
+        workload::WorkloadStatus::Healthy
+    } else {
+        workload::WorkloadStatus::Unhealthy
+    };
+    let mode = if view.pod.host_network {
+        workload::NetworkMode::HostNetwork
+    } else {
+        workload::NetworkMode::Standard
+    };
     let ports = |ports: &Vec<(u16, u16)>| workload::PortList {
         ports: ports.iter().map(|(service, target)| port(*service, *target)).collect(),
     };
@@ -70,7 +91,11 @@ pub fn encode_workload(view: &WorkloadView<'_>) -> Vec<u8> {
         status: status.into(),
         cluster_id: view.parameters.cluster.clone(),
         uid: view.uid.clone(),
-        services: view.services.iter().map(|(name, list)| (name.clone(), ports(list))).collect::<BTreeMap<_, _>>(),
+        services: view
+            .services
+            .iter()
+            .map(|(name, list)| (name.clone(), ports(list)))
+            .collect::<BTreeMap<_, _>>(),
         locality: has_locality.then(|| workload::Locality {
             region: view.region.clone(),
             zone: view.zone.clone(),
@@ -80,11 +105,18 @@ pub fn encode_workload(view: &WorkloadView<'_>) -> Vec<u8> {
         extensions: capture_extension.into_iter().collect(),
         ..Default::default()
     };
-    workload::Address { r#type: Some(workload::address::Type::Workload(message)) }.encode_to_vec()
+    workload::Address {
+        r#type: Some(workload::address::Type::Workload(message)),
+    }
+    .encode_to_vec()
 }
 
 fn port(service: u16, target: u16) -> workload::Port {
-    workload::Port { service_port: service.into(), target_port: target.into(), app_protocol: 0 }
+    workload::Port {
+        service_port: service.into(),
+        target_port: target.into(),
+        app_protocol: 0,
+    }
 }
 
 #[must_use]
@@ -95,7 +127,11 @@ pub fn encode_service(id: &ObjectId, hostname: &str, service: &Service) -> Vec<u
         namespace: id.namespace.clone(),
         hostname: hostname.to_owned(),
         addresses: addresses
-            .map(|ip| workload::NetworkAddress { network: String::new(), address: octets(*ip), length: None })
+            .map(|ip| workload::NetworkAddress {
+                network: String::new(),
+                address: octets(*ip),
+                length: None,
+            })
             .collect(),
         ports: service
             .ports
@@ -112,7 +148,10 @@ pub fn encode_service(id: &ObjectId, hostname: &str, service: &Service) -> Vec<u
         }),
         ..Default::default()
     };
-    workload::Address { r#type: Some(workload::address::Type::Service(message)) }.encode_to_vec()
+    workload::Address {
+        r#type: Some(workload::address::Type::Service(message)),
+    }
+    .encode_to_vec()
 }
 
 #[must_use]
@@ -142,10 +181,14 @@ pub fn encode_authorization(id: &ObjectId, policy: &ValidPolicy, scope: Scope) -
 fn rule(rule: &ValidRule) -> security::Rule {
     let mut clauses = Vec::new();
     if !rule.from.is_empty() {
-        clauses.push(security::Clause { matches: rule.from.iter().map(source).collect() });
+        clauses.push(security::Clause {
+            matches: rule.from.iter().map(source).collect(),
+        });
     }
     if !rule.to.is_empty() {
-        clauses.push(security::Clause { matches: rule.to.iter().map(destination).collect() });
+        clauses.push(security::Clause {
+            matches: rule.to.iter().map(destination).collect(),
+        });
     }
     if clauses.is_empty() {
         // An empty clause is true; what a rule without clauses means is nowhere said.
@@ -186,7 +229,10 @@ fn string_match(value: &StringMatch) -> security::StringMatch {
 }
 
 fn block(block: &IpNet) -> security::Address {
-    security::Address { address: octets(block.network()), length: block.prefix_len().into() }
+    security::Address {
+        address: octets(block.network()),
+        length: block.prefix_len().into(),
+    }
 }
 
 #[must_use]
@@ -195,7 +241,10 @@ pub fn encode_settings(trust_domain: &str, ranges: &BTreeSet<IpNet>, trust_bundl
         trust_domain: trust_domain.to_owned(),
         pod_ranges: ranges
             .iter()
-            .map(|range| mesh::Cidr { address: octets(range.network()), length: range.prefix_len().into() })
+            .map(|range| mesh::Cidr {
+                address: octets(range.network()),
+                length: range.prefix_len().into(),
+            })
             .collect(),
         trust_bundle: trust_bundle.to_vec(),
     };
@@ -217,7 +266,10 @@ pub fn request_from_wire(request: discovery::DeltaDiscoveryRequest) -> Request {
 pub fn response_to_wire(type_url: &str, response: Response) -> discovery::DeltaDiscoveryResponse {
     let resource = |resource: &crate::compile::CompiledResource| discovery::Resource {
         version: resource.version.clone(),
-        resource: Some(Any { type_url: type_url.to_owned(), value: resource.value.clone() }),
+        resource: Some(Any {
+            type_url: type_url.to_owned(),
+            value: resource.value.clone(),
+        }),
         name: resource.name.clone(),
         aliases: resource.aliases.clone(),
         ttl: None,

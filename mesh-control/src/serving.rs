@@ -46,7 +46,10 @@ impl std::fmt::Debug for ServingCertificate {
 impl ServingCertificate {
     #[must_use]
     pub fn new(authority: Arc<Authority>) -> Self {
-        Self { authority, current: RwLock::new(None) }
+        Self {
+            authority,
+            current: RwLock::new(None),
+        }
     }
 
     /// Makes a new certificate when there is none, at half-life, and when the names have changed.
@@ -57,17 +60,27 @@ impl ServingCertificate {
         names.sort();
         names.dedup();
         names.truncate(MAX_SERVER_NAMES);
-        if self.current.read().as_ref().is_some_and(|current| current.names == names && now < current.renew_at) {
+        if self
+            .current
+            .read()
+            .as_ref()
+            .is_some_and(|current| current.names == names && now < current.renew_at)
+        {
             return Ok(false);
         }
         let (leaf, key, not_after) = self.authority.sign_serving(&names, now)?;
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key));
-        let key = rustls::crypto::aws_lc_rs::sign::any_ecdsa_type(&key).map_err(|error| AuthorityError::Signing(error.to_string()))?;
+        let key =
+            rustls::crypto::aws_lc_rs::sign::any_ecdsa_type(&key).map_err(|error| AuthorityError::Signing(error.to_string()))?;
         // The root goes along: a node that knows only its fingerprint finds it in the chain.
         let chain = vec![leaf, self.authority.root_der().clone()];
         let renew_at = now + (not_after - now) / 2;
         tracing::info!(?names, %not_after, "serving certificate made");
-        *self.current.write() = Some(Current { names, renew_at, key: Arc::new(CertifiedKey::new(chain, key)) });
+        *self.current.write() = Some(Current {
+            names,
+            renew_at,
+            key: Arc::new(CertifiedKey::new(chain, key)),
+        });
         Ok(true)
     }
 }
@@ -115,7 +128,11 @@ impl Place {
         counts.total += 1;
         counts.by_address.insert(address, of_address + 1);
         metrics.connections.inc();
-        Some(Self { open: Arc::clone(open), address, metrics: Arc::clone(metrics) })
+        Some(Self {
+            open: Arc::clone(open),
+            address,
+            metrics: Arc::clone(metrics),
+        })
     }
 }
 

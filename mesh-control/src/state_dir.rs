@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
-    #[error("{}: {source}", path.display())]
-    Io { path: PathBuf, source: std::io::Error },
+    #[error("{}: {error}", path.display())]
+    Io { path: PathBuf, error: std::io::Error },
     #[error("{}: others than its owner may use it (mode {mode:o}); run `chmod {want:o} {}`", path.display(), path.display())]
     TooOpen { path: PathBuf, mode: u32, want: u32 },
     #[error("{}: {problem}", path.display())]
@@ -17,7 +17,10 @@ pub enum StateError {
 
 impl StateError {
     pub(crate) fn content(path: &Path, problem: impl ToString) -> Self {
-        Self::Content { path: path.to_owned(), problem: problem.to_string() }
+        Self::Content {
+            path: path.to_owned(),
+            problem: problem.to_string(),
+        }
     }
 }
 
@@ -55,7 +58,10 @@ impl StateDir {
     /// It cannot be read, is larger than `most` bytes, or others may read it.
     pub fn read(&self, name: &str, most: u64) -> Result<Option<Vec<u8>>, StateError> {
         let path = self.path.join(name);
-        let io = |source| StateError::Io { path: path.clone(), source };
+        let io = |error| StateError::Io {
+            path: path.clone(),
+            error,
+        };
         let file = match File::open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
@@ -88,7 +94,7 @@ impl StateDir {
     pub fn write_new(&self, name: &str, content: &[u8]) -> Result<bool, StateError> {
         match write_private(&self.path.join(name), content, false) {
             Ok(()) => Ok(true),
-            Err(StateError::Io { source, .. }) if source.kind() == ErrorKind::AlreadyExists => Ok(false),
+            Err(StateError::Io { error, .. }) if error.kind() == ErrorKind::AlreadyExists => Ok(false),
             Err(error) => Err(error),
         }
     }
@@ -98,7 +104,10 @@ impl StateDir {
     /// # Errors
     /// It cannot be read.
     pub fn list(&self, most: usize) -> Result<Vec<String>, StateError> {
-        let io = |source| StateError::Io { path: self.path.clone(), source };
+        let io = |error| StateError::Io {
+            path: self.path.clone(),
+            error,
+        };
         let mut names = Vec::new();
         for entry in std::fs::read_dir(&self.path).map_err(io)?.take(most) {
             names.extend(entry.map_err(io)?.file_name().into_string());
@@ -109,7 +118,10 @@ impl StateDir {
 }
 
 fn make_private_dir(path: &Path) -> Result<(), StateError> {
-    let io = |source| StateError::Io { path: path.to_owned(), source };
+    let io = |error| StateError::Io {
+        path: path.to_owned(),
+        error,
+    };
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io)?;
     let mode = std::fs::metadata(path).map_err(io)?.mode() & 0o7777;
     if mode & 0o077 == 0 {
@@ -119,7 +131,11 @@ fn make_private_dir(path: &Path) -> Result<(), StateError> {
     if std::fs::read_dir(path).map_err(io)?.next().is_none() {
         return std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700)).map_err(io);
     }
-    Err(StateError::TooOpen { path: path.to_owned(), mode, want: 0o700 })
+    Err(StateError::TooOpen {
+        path: path.to_owned(),
+        mode,
+        want: 0o700,
+    })
 }
 
 /// Writes a 0600 file by a temporary one beside it.
@@ -127,8 +143,14 @@ fn make_private_dir(path: &Path) -> Result<(), StateError> {
 /// # Errors
 /// The disk's; without `replace`, [`ErrorKind::AlreadyExists`].
 pub fn write_private(path: &Path, content: &[u8], replace: bool) -> Result<(), StateError> {
-    let io = |source| StateError::Io { path: path.to_owned(), source };
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let io = |error| StateError::Io {
+        path: path.to_owned(),
+        error,
+    };
+    let parent = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     let mut file = tempfile::Builder::new()
         .prefix(".new-")
         .permissions(std::fs::Permissions::from_mode(0o600))
@@ -136,7 +158,11 @@ pub fn write_private(path: &Path, content: &[u8], replace: bool) -> Result<(), S
         .map_err(io)?;
     file.write_all(content).map_err(io)?;
     file.as_file().sync_all().map_err(io)?;
-    let persisted = if replace { file.persist(path) } else { file.persist_noclobber(path) };
+    let persisted = if replace {
+        file.persist(path)
+    } else {
+        file.persist_noclobber(path)
+    };
     persisted.map_err(|error| io(error.error))?;
     File::open(parent).and_then(|parent| parent.sync_all()).map_err(io)
 }

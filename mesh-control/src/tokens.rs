@@ -91,7 +91,9 @@ impl Tokens {
     /// # Errors
     /// The state folder cannot be used.
     pub fn open(state: &StateDir) -> Result<Self, StateError> {
-        Ok(Self { dir: state.sub_dir(NODES)? })
+        Ok(Self {
+            dir: state.sub_dir(NODES)?,
+        })
     }
 
     /// Makes a node's token.
@@ -107,7 +109,9 @@ impl Tokens {
             return Err(TokenError::TooMany);
         }
         let mut random = [0; 32];
-        OsRng.try_fill_bytes(&mut random).map_err(|error| TokenError::Random(error.to_string()))?;
+        OsRng
+            .try_fill_bytes(&mut random)
+            .map_err(|error| TokenError::Random(error.to_string()))?;
         let secret = format!("{node}.{}", URL_SAFE_NO_PAD.encode(random));
         let record = Record {
             node: node.to_owned(),
@@ -121,7 +125,12 @@ impl Tokens {
         } else if !self.dir.write_new(&name, &content)? {
             return Err(TokenError::Exists(node.to_owned()));
         }
-        Ok(TokenFile { node: node.to_owned(), secret, root_sha256: root_sha256.to_owned(), address: address.to_owned() })
+        Ok(TokenFile {
+            node: node.to_owned(),
+            secret,
+            root_sha256: root_sha256.to_owned(),
+            address: address.to_owned(),
+        })
     }
 
     /// The node that a secret belongs to.
@@ -168,8 +177,12 @@ impl Tokens {
     }
 
     fn record(&self, name: &str) -> Result<Option<Record>, StateError> {
-        let Some(bytes) = self.dir.read(name, MAX_TOKEN_BYTES)? else { return Ok(None) };
-        serde_json::from_slice(&bytes).map(Some).map_err(|error| StateError::content(&self.dir.path().join(name), error))
+        let Some(bytes) = self.dir.read(name, MAX_TOKEN_BYTES)? else {
+            return Ok(None);
+        };
+        serde_json::from_slice(&bytes)
+            .map(Some)
+            .map_err(|error| StateError::content(&self.dir.path().join(name), error))
     }
 }
 

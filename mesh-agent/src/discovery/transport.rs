@@ -26,7 +26,7 @@ use tonic::{Request, Status};
 use crate::config::NodeToken;
 
 /// The name in the control plane's serving certificate, wherever it listens.
-pub const CONTROL_SERVER_NAME: &str = "culvert-control";
+pub const CONTROL_SERVER_NAME: &str = "mesh-control.culvert-system.svc";
 
 /// Largest discovery response that is accepted; some 100,000 workloads of 600 bytes.
 pub const MAX_MESSAGE_BYTES: usize = 64 * 1024 * 1024;

@@ -9,7 +9,7 @@ use std::time::SystemTime;
 
 use bytes::Bytes;
 use h2::client::SendRequest;
-use h2::{Ping, PingPong, RecvStream, SendStream};
+use h2::{Ping, PingPong, Reason, RecvStream, SendStream};
 use http::{Request, StatusCode};
 use mesh_common::TUNNEL_PORT;
 use parking_lot::Mutex;
@@ -101,7 +101,7 @@ impl Pool {
         loop {
             let guard = self.tunnel(pod, key).await?;
             match guard.request(request.clone()).await {
-                Err(ProxyError::Tunnel(error)) if attempt < ATTEMPTS => {
+                Err(ProxyError::Tunnel(error)) if attempt < ATTEMPTS && is_tunnels_end(&error) => {
                     tracing::debug!(%error, destination = %key.destination, "tunnel broke before its answer; another is tried");
                     guard.0.closed.store(true, Ordering::Relaxed);
                     attempt += 1;
@@ -336,6 +336,11 @@ impl Drop for Driver {
         }
         self.pool.forget_if_empty(&self.key);
     }
+}
+
+/// Whether it is the tunnel that has ended, or that takes nothing more, and not this one stream.
+fn is_tunnels_end(error: &h2::Error) -> bool {
+    error.is_io() || error.is_go_away() || error.reason() == Some(Reason::REFUSED_STREAM)
 }
 
 /// Resolves when the peer no longer answers.

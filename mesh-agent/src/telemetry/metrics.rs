@@ -4,8 +4,8 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use prometheus::{Encoder, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder};
 
-/// Distinct label sets of the connection metrics. 10,000 × 5 families × about 1 KiB = 50 MiB at most. Beyond it, the
-/// workloads and principals of a connection are [`OVERFLOW`].
+/// Distinct label sets of the connection metrics. 10,000 × 4 families × about 1 KiB = 40 MiB at most, and as
+/// much again for every four reasons of failure that each of them has met. Beyond it, the workloads and principals of a connection are [`OVERFLOW`].
 pub const MAX_CONNECTION_SERIES: usize = 10_000;
 /// Policies with a dry-run series of their own. 1,000 × about 300 B = 300 KiB.
 const MAX_DRY_RUN_SERIES: usize = 1_000;

@@ -9,7 +9,13 @@ fn spec(yaml: &str) -> AuthorizationPolicySpec {
 }
 
 fn errors(yaml: &str) -> Vec<String> {
-    spec(yaml).validate().expect_err("has to be refused").0.iter().map(ToString::to_string).collect()
+    spec(yaml)
+        .validate()
+        .expect_err("has to be refused")
+        .0
+        .iter()
+        .map(ToString::to_string)
+        .collect()
 }
 
 #[test]
@@ -47,18 +53,42 @@ spec:
     assert_eq!(valid.rules[0].from[0].not_namespaces, [StringMatch::Prefix("dev-".into())]);
     assert_eq!(valid.rules[0].from[1].ip_blocks[1].to_string(), "2001:db8::1/128");
     assert_eq!(valid.rules[0].to[0].ports, [80, 443]);
-    assert_eq!(valid.rules[1], ValidRule { from: vec![], to: vec![] });
+    assert_eq!(
+        valid.rules[1],
+        ValidRule {
+            from: vec![],
+            to: vec![]
+        }
+    );
 }
 
 #[test]
 fn each_error_names_its_field_and_the_fix() {
     let cases = [
-        ("to: [{ports: [80, 0]}]", "spec.rules[0].to[0].ports[1]: 0 is no port; give 1-65535"),
-        ("to: [{notPorts: [65536]}]", "spec.rules[0].to[0].notPorts[0]: 65536 is no port; give 1-65535"),
-        ("to: [{}]", "spec.rules[0].to[0]: is empty; name ports, or leave `to` out to mean any"),
-        ("to: []", "spec.rules[0].to: is empty; name a destination, or leave the field out to mean any"),
-        ("from: [{}]", "spec.rules[0].from[0]: is empty; name a source, or leave `from` out to mean any"),
-        ("from: [{principals: []}]", "spec.rules[0].from[0].principals: is empty; give a value, or leave the field out"),
+        (
+            "to: [{ports: [80, 0]}]",
+            "spec.rules[0].to[0].ports[1]: 0 is no port; give 1-65535",
+        ),
+        (
+            "to: [{notPorts: [65536]}]",
+            "spec.rules[0].to[0].notPorts[0]: 65536 is no port; give 1-65535",
+        ),
+        (
+            "to: [{}]",
+            "spec.rules[0].to[0]: is empty; name ports, or leave `to` out to mean any",
+        ),
+        (
+            "to: []",
+            "spec.rules[0].to: is empty; name a destination, or leave the field out to mean any",
+        ),
+        (
+            "from: [{}]",
+            "spec.rules[0].from[0]: is empty; name a source, or leave `from` out to mean any",
+        ),
+        (
+            "from: [{principals: []}]",
+            "spec.rules[0].from[0].principals: is empty; give a value, or leave the field out",
+        ),
         (
             "from: [{principals: ['spiffe://cluster.local/ns/a/sa/b']}]",
             "spec.rules[0].from[0].principals[0]: \"spiffe://cluster.local/ns/a/sa/b\" has a scheme; write \"cluster.local/ns/a/sa/b\"",
@@ -75,9 +105,20 @@ fn each_error_names_its_field_and_the_fix() {
     for (rule, expected) in cases {
         assert_eq!(errors(&format!("{{action: Allow, rules: [{{{rule}}}]}}")), [expected]);
     }
-    for bad in ["''", "' '", "a/b", "cluster.local/ns/a/sa/", "cluster.local/ns//sa/b", "cluster.local/ns/A/sa/b", "'**'"] {
+    for bad in [
+        "''",
+        "' '",
+        "a/b",
+        "cluster.local/ns/a/sa/",
+        "cluster.local/ns//sa/b",
+        "cluster.local/ns/A/sa/b",
+        "'**'",
+    ] {
         let found = errors(&format!("{{action: Allow, rules: [{{from: [{{principals: [{bad}]}}]}}]}}"));
-        assert!(found[0].starts_with("spec.rules[0].from[0].principals[0]: "), "{bad}: {found:?}");
+        assert!(
+            found[0].starts_with("spec.rules[0].from[0].principals[0]: "),
+            "{bad}: {found:?}"
+        );
     }
     for bad in ["10.0.0.0/33", "10.0.0", "''", "host"] {
         let found = errors(&format!("{{action: Allow, rules: [{{from: [{{ipBlocks: [{bad}]}}]}}]}}"));
@@ -96,7 +137,10 @@ fn rules_may_be_left_out_only_where_that_means_something() {
 #[test]
 fn all_errors_are_told_within_a_bound() {
     let ports = vec!["0"; limits::MAX_ERRORS + 5].join(",");
-    assert_eq!(errors(&format!("{{action: Allow, rules: [{{to: [{{ports: [{ports}]}}]}}]}}")).len(), limits::MAX_ERRORS);
+    assert_eq!(
+        errors(&format!("{{action: Allow, rules: [{{to: [{{ports: [{ports}]}}]}}]}}")).len(),
+        limits::MAX_ERRORS
+    );
     let many = vec!["80"; limits::MAX_VALUES + 1].join(",");
     assert!(errors(&format!("{{action: Allow, rules: [{{to: [{{ports: [{many}]}}]}}]}}"))[0].contains("at most 128"));
 }

@@ -82,18 +82,30 @@ impl Bench {
     }
 
     async fn discovery(&self, token: &TokenFile, types: Vec<DeltaDiscoveryRequest>) -> Client {
-        Client::open(self.channel().await, &token.secret, types).await.expect("stream")
+        Client::open(self.channel().await, &token.secret, types)
+            .await
+            .expect("stream")
     }
 
     async fn restart(&mut self) {
-        let again = start(&ServeArgs { listen: "127.0.0.1:0".parse().expect("address"), ..self.args.clone() }).await.expect("start");
+        let again = start(&ServeArgs {
+            listen: "127.0.0.1:0".parse().expect("address"),
+            ..self.args.clone()
+        })
+        .await
+        .expect("start");
         std::mem::replace(&mut self.running, again).stop().await;
     }
 }
 
 async fn connect(address: SocketAddr, root_pem: String) -> Result<Channel, tonic::transport::Error> {
-    let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(root_pem)).domain_name("localhost");
-    Endpoint::from_shared(format!("https://{address}"))?.tls_config(tls)?.connect().await
+    let tls = ClientTlsConfig::new()
+        .ca_certificate(Certificate::from_pem(root_pem))
+        .domain_name("localhost");
+    Endpoint::from_shared(format!("https://{address}"))?
+        .tls_config(tls)?
+        .connect()
+        .await
 }
 
 fn authorized<T>(message: T, secret: &str) -> Request<T> {
@@ -104,13 +116,24 @@ fn authorized<T>(message: T, secret: &str) -> Request<T> {
 }
 
 fn text_struct(name: &str, value: &str) -> prost_types::Struct {
-    let value = prost_types::Value { kind: Some(prost_types::value::Kind::StringValue(value.into())) };
-    prost_types::Struct { fields: [(name.to_owned(), value)].into() }
+    let value = prost_types::Value {
+        kind: Some(prost_types::value::Kind::StringValue(value.into())),
+    };
+    prost_types::Struct {
+        fields: [(name.to_owned(), value)].into(),
+    }
 }
 
 fn first(type_url: &str, node: &str) -> DeltaDiscoveryRequest {
-    let node = Node { metadata: Some(text_struct("NODE_NAME", node)), ..Node::default() };
-    DeltaDiscoveryRequest { node: Some(node), type_url: type_url.into(), ..DeltaDiscoveryRequest::default() }
+    let node = Node {
+        metadata: Some(text_struct("NODE_NAME", node)),
+        ..Node::default()
+    };
+    DeltaDiscoveryRequest {
+        node: Some(node),
+        type_url: type_url.into(),
+        ..DeltaDiscoveryRequest::default()
+    }
 }
 
 struct Client {
@@ -125,7 +148,10 @@ impl Client {
             requests.send(request).await.expect("room");
         }
         let mut client = AggregatedDiscoveryServiceClient::new(channel);
-        let responses = client.delta_aggregated_resources(authorized(ReceiverStream::new(receiver), secret)).await?.into_inner();
+        let responses = client
+            .delta_aggregated_resources(authorized(ReceiverStream::new(receiver), secret))
+            .await?
+            .into_inner();
         Ok(Self { requests, responses })
     }
 
@@ -135,7 +161,10 @@ impl Client {
     }
 
     async fn answer(&self, response: &DeltaDiscoveryResponse, error: Option<&str>) {
-        let error_detail = error.map(|message| ErrorDetail { message: message.into(), ..ErrorDetail::default() });
+        let error_detail = error.map(|message| ErrorDetail {
+            message: message.into(),
+            ..ErrorDetail::default()
+        });
         let request = DeltaDiscoveryRequest {
             type_url: response.type_url.clone(),
             response_nonce: response.nonce.clone(),
@@ -154,7 +183,11 @@ impl Client {
 }
 
 fn capture_of(response: &DeltaDiscoveryResponse, name: &str) -> mesh::capture::State {
-    let resource = response.resources.iter().find(|resource| resource.name == name).expect("resource");
+    let resource = response
+        .resources
+        .iter()
+        .find(|resource| resource.name == name)
+        .expect("resource");
     let any = resource.resource.as_ref().expect("resource");
     assert_eq!(any.type_url, ADDRESS_TYPE_URL);
     let Some(workload::address::Type::Workload(workload)) =
@@ -186,8 +219,14 @@ async fn only_nodes_with_a_token_get_in_and_only_as_themselves() {
     let mut own = bench.discovery(&token, vec![first(ADDRESS_TYPE_URL, "node-a")]).await;
     assert_eq!(own.take().await.resources.len(), 1);
     let metrics = bench.running.control.metrics.text().expect("metrics");
-    assert!(metrics.contains("mesh_control_authentication_failed_total{reason=\"unknown\"} 3"), "{metrics}");
-    assert!(metrics.contains("mesh_control_authentication_failed_total{reason=\"other_node\"} 1"), "{metrics}");
+    assert!(
+        metrics.contains("mesh_control_authentication_failed_total{reason=\"unknown\"} 3"),
+        "{metrics}"
+    );
+    assert!(
+        metrics.contains("mesh_control_authentication_failed_total{reason=\"other_node\"} 1"),
+        "{metrics}"
+    );
     bench.running.stop().await;
 }
 
@@ -203,12 +242,18 @@ async fn changes_of_the_folder_are_pushed_and_broken_ones_keep_what_was() {
         seen.insert(response.type_url.clone(), response.resources.len());
     }
     assert_eq!(seen[ADDRESS_TYPE_URL], 1);
-    assert_eq!(seen[AUTHORIZATION_TYPE_URL], 0, "an empty response, or the client would never be ready");
+    assert_eq!(
+        seen[AUTHORIZATION_TYPE_URL], 0,
+        "an empty response, or the client would never be ready"
+    );
     assert_eq!(seen[SETTINGS_TYPE_URL], 1);
 
     bench.write("policy.yaml", "apiVersion: culvert.dev/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: shop}\nspec: {action: Allow}\n");
     let response = client.take().await;
-    assert_eq!((response.type_url.as_str(), response.resources[0].name.as_str()), (AUTHORIZATION_TYPE_URL, "shop/p"));
+    assert_eq!(
+        (response.type_url.as_str(), response.resources[0].name.as_str()),
+        (AUTHORIZATION_TYPE_URL, "shop/p")
+    );
     // Broken beside good: only the good one moves.
     bench.write("policy.yaml", "apiVersion: culvert.dev/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: shop}\nspec: {action: Alow}\n");
     bench.write("more.yaml", &pod("late", "10.0.0.2", "node-b"));
@@ -216,7 +261,10 @@ async fn changes_of_the_folder_are_pushed_and_broken_ones_keep_what_was() {
     assert_eq!(response.resources[0].name, "Kubernetes//Pod/shop/late");
     assert!(response.removed_resources.is_empty());
     let metrics = bench.running.control.metrics.text().expect("metrics");
-    assert!(metrics.contains("mesh_control_manifests_rejected{reason=\"field\"} 1"), "{metrics}");
+    assert!(
+        metrics.contains("mesh_control_manifests_rejected{reason=\"field\"} 1"),
+        "{metrics}"
+    );
     assert!(bench.running.control.status()["rejected_manifests"][0]["last_good_in_force"] == true);
     // Gone for good.
     std::fs::remove_file(bench.dir.path().join("registry/policy.yaml")).expect("remove");
@@ -234,7 +282,13 @@ async fn a_restarted_control_plane_resumes_its_clients_and_keeps_proofs() {
 
     let report = |sequence, proof: Proof| NodeReport {
         sequence,
-        pods: vec![PodReport { uid: "uid-web".into(), namespace: "shop".into(), name: "web".into(), proof: proof.into(), reason: String::new() }],
+        pods: vec![PodReport {
+            uid: "uid-web".into(),
+            namespace: "shop".into(),
+            name: "web".into(),
+            proof: proof.into(),
+            reason: String::new(),
+        }],
         ..NodeReport::default()
     };
     // Another node's word on the Pod counts nothing.
@@ -253,7 +307,10 @@ async fn a_restarted_control_plane_resumes_its_clients_and_keeps_proofs() {
     bench.restart().await;
     drop((own, receipts));
     let held = |versions: &[(&str, &str)]| DeltaDiscoveryRequest {
-        initial_resource_versions: versions.iter().map(|(name, version)| (name.to_string(), version.to_string())).collect(),
+        initial_resource_versions: versions
+            .iter()
+            .map(|(name, version)| (name.to_string(), version.to_string()))
+            .collect(),
         ..first(ADDRESS_TYPE_URL, "node-a")
     };
     let mut client = bench.discovery(&a, vec![held(&[(WEB, &version), ("gone", "1")])]).await;
@@ -269,8 +326,18 @@ async fn a_restarted_control_plane_resumes_its_clients_and_keeps_proofs() {
     // A rejected resource is not sent again; another one is.
     bench.write("more.yaml", &pod("late", "10.0.0.2", "node-b"));
     let response = client.take().await;
-    assert_eq!(response.resources.iter().map(|resource| resource.name.as_str()).collect::<Vec<_>>(), ["Kubernetes//Pod/shop/late"]);
-    assert_eq!(bench.running.control.status()["nodes"]["node-a"]["refused_responses"][ADDRESS_TYPE_URL], "cannot use it");
+    assert_eq!(
+        response
+            .resources
+            .iter()
+            .map(|resource| resource.name.as_str())
+            .collect::<Vec<_>>(),
+        ["Kubernetes//Pod/shop/late"]
+    );
+    assert_eq!(
+        bench.running.control.status()["nodes"]["node-a"]["refused_responses"][ADDRESS_TYPE_URL],
+        "cannot use it"
+    );
     bench.running.stop().await;
 }
 
@@ -278,7 +345,11 @@ async fn reports(bench: &Bench, token: &TokenFile, report: NodeReport) -> (mpsc:
     let (sender, receiver) = mpsc::channel(4);
     sender.send(report).await.expect("room");
     let mut client = NodeReportsClient::new(bench.channel().await);
-    let receipts = client.report(authorized(ReceiverStream::new(receiver), &token.secret)).await.expect("stream").into_inner();
+    let receipts = client
+        .report(authorized(ReceiverStream::new(receiver), &token.secret))
+        .await
+        .expect("stream")
+        .into_inner();
     (sender, receipts)
 }
 
@@ -290,27 +361,46 @@ async fn certificates_are_signed_for_members_on_the_callers_node_only() {
     let request = |identity: &str, algorithm: &'static SignatureAlgorithm| {
         let key = KeyPair::generate_for(algorithm).expect("key");
         IstioCertificateRequest {
-            csr: CertificateParams::default().serialize_request(&key).expect("request").pem().expect("PEM"),
+            csr: CertificateParams::default()
+                .serialize_request(&key)
+                .expect("request")
+                .pem()
+                .expect("PEM"),
             validity_duration: 86_400,
             metadata: Some(text_struct("ImpersonatedIdentity", identity)),
         }
     };
     let own = "spiffe://cluster.local/ns/shop/sa/web";
-    let signed = client.create_certificate(authorized(request(own, &PKCS_ECDSA_P256_SHA256), &token.secret)).await.expect("signed");
+    let signed = client
+        .create_certificate(authorized(request(own, &PKCS_ECDSA_P256_SHA256), &token.secret))
+        .await
+        .expect("signed");
     let chain = signed.into_inner().cert_chain;
     assert_eq!(chain.len(), 2);
     assert_eq!(chain[1], bench.running.control.parameters.trust_bundle[0]);
 
     let cases = [
-        ("spiffe://cluster.local/ns/shop/sa/db", &PKCS_ECDSA_P256_SHA256, Code::PermissionDenied),
-        ("spiffe://cluster.local/ns/shop/sa/none", &PKCS_ECDSA_P256_SHA256, Code::PermissionDenied),
+        (
+            "spiffe://cluster.local/ns/shop/sa/db",
+            &PKCS_ECDSA_P256_SHA256,
+            Code::PermissionDenied,
+        ),
+        (
+            "spiffe://cluster.local/ns/shop/sa/none",
+            &PKCS_ECDSA_P256_SHA256,
+            Code::PermissionDenied,
+        ),
         (own, &PKCS_ED25519, Code::InvalidArgument),
     ];
     for (identity, algorithm, code) in cases {
-        let refused = client.create_certificate(authorized(request(identity, algorithm), &token.secret)).await;
+        let refused = client
+            .create_certificate(authorized(request(identity, algorithm), &token.secret))
+            .await;
         assert_eq!(refused.expect_err("refused").code(), code, "{identity}");
     }
-    let refused = client.create_certificate(authorized(request(own, &PKCS_ECDSA_P256_SHA256), "node-a.x")).await;
+    let refused = client
+        .create_certificate(authorized(request(own, &PKCS_ECDSA_P256_SHA256), "node-a.x"))
+        .await;
     assert_eq!(refused.expect_err("refused").code(), Code::Unauthenticated);
     bench.running.stop().await;
 }
@@ -321,8 +411,13 @@ async fn the_serving_certificate_learns_the_names_of_new_tokens() {
     let tokens = Tokens::open(&StateDir::open(&bench.dir.path().join("state")).expect("state")).expect("tokens");
     tokens.issue("node-z", "mesh.example.test:15012", "00", false).expect("token");
     let root = bench.running.control.parameters.trust_bundle[0].clone();
-    let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(root)).domain_name("mesh.example.test");
-    let endpoint = Endpoint::from_shared(format!("https://{}", bench.running.listen)).expect("URI").tls_config(tls).expect("TLS");
+    let tls = ClientTlsConfig::new()
+        .ca_certificate(Certificate::from_pem(root))
+        .domain_name("mesh.example.test");
+    let endpoint = Endpoint::from_shared(format!("https://{}", bench.running.listen))
+        .expect("URI")
+        .tls_config(tls)
+        .expect("TLS");
     let connected = timeout(PATIENCE, async {
         while endpoint.connect().await.is_err() {
             tokio::time::sleep(Duration::from_millis(100)).await;
@@ -336,9 +431,17 @@ async fn the_serving_certificate_learns_the_names_of_new_tokens() {
 async fn admin_answers() {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let bench = Bench::start("").await;
-    for (path, expected) in [("/healthz/ready", "200 OK"), ("/metrics", "mesh_control_objects"), ("/status", "\"ready\": true"), ("/x", "404")] {
+    for (path, expected) in [
+        ("/healthz/ready", "200 OK"),
+        ("/metrics", "mesh_control_objects"),
+        ("/status", "\"ready\": true"),
+        ("/x", "404"),
+    ] {
         let mut stream = tokio::net::TcpStream::connect(bench.running.admin).await.expect("connect");
-        stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: a\r\n\r\n").as_bytes()).await.expect("write");
+        stream
+            .write_all(format!("GET {path} HTTP/1.1\r\nhost: a\r\n\r\n").as_bytes())
+            .await
+            .expect("write");
         let mut text = String::new();
         stream.read_to_string(&mut text).await.expect("read");
         assert!(text.contains(expected), "{path}: {text}");

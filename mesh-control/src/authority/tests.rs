@@ -29,11 +29,18 @@ fn request(algorithm: &'static SignatureAlgorithm) -> String {
 fn only_the_key_of_a_request_is_used() {
     let (_dir, _state, authority) = authority();
     let now = OffsetDateTime::now_utc();
-    let signed = authority.sign_workload(&request(&PKCS_ECDSA_P256_SHA256), ID, DAY, now).expect("signed");
+    let signed = authority
+        .sign_workload(&request(&PKCS_ECDSA_P256_SHA256), ID, DAY, now)
+        .expect("signed");
     let der = CertificateDer::from_pem_slice(signed.leaf_pem.as_bytes()).expect("PEM");
     let (_, leaf) = x509_parser::parse_x509_certificate(&der).expect("certificate");
     assert_eq!(leaf.subject().iter().count(), 0);
-    let names = &leaf.subject_alternative_name().expect("SAN").expect("SAN").value.general_names;
+    let names = &leaf
+        .subject_alternative_name()
+        .expect("SAN")
+        .expect("SAN")
+        .value
+        .general_names;
     assert!(matches!(names.as_slice(), [GeneralName::URI(ID)]), "{names:?}");
     assert!(!leaf.is_ca());
     let usage = leaf.extended_key_usage().expect("EKU").expect("EKU").value;
@@ -54,13 +61,20 @@ fn only_the_key_of_a_request_is_used() {
 fn lifetimes_are_bounded() {
     let (_dir, _state, authority) = authority();
     let now = OffsetDateTime::now_utc();
-    for (wanted, given) in [(Duration::ZERO, MIN_CERTIFICATE_LIFETIME), (DAY * 4000, MAX_CERTIFICATE_LIFETIME)] {
-        let signed = authority.sign_workload(&request(&PKCS_ECDSA_P256_SHA256), ID, wanted, now).expect("signed");
+    for (wanted, given) in [
+        (Duration::ZERO, MIN_CERTIFICATE_LIFETIME),
+        (DAY * 4000, MAX_CERTIFICATE_LIFETIME),
+    ] {
+        let signed = authority
+            .sign_workload(&request(&PKCS_ECDSA_P256_SHA256), ID, wanted, now)
+            .expect("signed");
         assert_eq!(signed.not_after, now + given);
     }
     // Nothing outlives the root.
     let late = now + ROOT_LIFETIME - DAY;
-    let signed = authority.sign_workload(&request(&PKCS_ECDSA_P256_SHA256), ID, DAY * 2, late).expect("signed");
+    let signed = authority
+        .sign_workload(&request(&PKCS_ECDSA_P256_SHA256), ID, DAY * 2, late)
+        .expect("signed");
     assert_eq!(signed.not_after, authority.root_not_after);
 }
 
@@ -75,7 +89,11 @@ fn requests_that_cannot_stand_are_refused() {
     };
     assert_eq!(refused(&request(&PKCS_ECDSA_P384_SHA384)), "its key is not ECDSA P-256");
     assert_eq!(refused(&request(&PKCS_ED25519)), "its key is not ECDSA P-256");
-    for garbage in ["", "x", "-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n"] {
+    for garbage in [
+        "",
+        "x",
+        "-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n",
+    ] {
         refused(garbage);
     }
     assert_eq!(refused(&"x".repeat(MAX_CSR_BYTES + 1)), "it is too large");
@@ -99,7 +117,12 @@ fn the_root_is_kept_private_and_never_replaced() {
     assert_eq!(first.root_sha256(), again.root_sha256());
     assert_eq!(first.root_sha256().len(), 64);
 
-    let error = |state: &StateDir, now| Authority::open(state, "cluster.local", now).err().expect("refused").to_string();
+    let error = |state: &StateDir, now| {
+        Authority::open(state, "cluster.local", now)
+            .err()
+            .expect("refused")
+            .to_string()
+    };
     assert!(error(&state, now + ROOT_LIFETIME + DAY).contains("has expired"));
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).expect("chmod");
     assert!(error(&state, now).contains("mode 640"), "{}", error(&state, now));
@@ -111,7 +134,12 @@ fn the_root_is_kept_private_and_never_replaced() {
         assert_eq!(std::fs::read(&path).expect("root"), broken, "never overwritten");
     }
     std::fs::set_permissions(state.path(), std::fs::Permissions::from_mode(0o755)).expect("chmod");
-    assert!(StateDir::open(state.path()).expect_err("refused").to_string().contains("chmod 700"));
+    assert!(
+        StateDir::open(state.path())
+            .expect_err("refused")
+            .to_string()
+            .contains("chmod 700")
+    );
 }
 
 #[test]
@@ -120,7 +148,15 @@ fn a_serving_certificate_has_names_and_serves_only() {
     let names = ["localhost".to_owned(), "10.0.0.1".to_owned(), "::1".to_owned()];
     let (leaf, _key, _) = authority.sign_serving(&names, OffsetDateTime::now_utc()).expect("signed");
     let (_, leaf) = x509_parser::parse_x509_certificate(&leaf).expect("certificate");
-    assert_eq!(leaf.subject_alternative_name().expect("SAN").expect("SAN").value.general_names.len(), 3);
+    assert_eq!(
+        leaf.subject_alternative_name()
+            .expect("SAN")
+            .expect("SAN")
+            .value
+            .general_names
+            .len(),
+        3
+    );
     let usage = leaf.extended_key_usage().expect("EKU").expect("EKU").value;
     assert!(usage.server_auth && !usage.client_auth);
 }

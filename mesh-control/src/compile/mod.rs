@@ -72,7 +72,9 @@ impl TypeSnapshot {
     pub fn resolve<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a Arc<CompiledResource>> {
         let name = self.aliases.get(name).map_or(name, String::as_str);
         let endpoints = self.endpoints.get(name).into_iter().flatten().map(String::as_str);
-        std::iter::once(name).chain(endpoints).filter_map(|name| self.resources.get(name))
+        std::iter::once(name)
+            .chain(endpoints)
+            .filter_map(|name| self.resources.get(name))
     }
 }
 
@@ -139,7 +141,12 @@ pub fn compile(world: &World, captures: &CaptureStates, parameters: &Parameters)
     for (id, pod) in &index.pods {
         let key = pod_key(&pod.uid, &id.namespace, &id.name);
         let is_member = index.is_member(id, pod);
-        let place = PodPlace { namespace: id.namespace.clone(), name: id.name.clone(), node: pod.node.clone(), is_member };
+        let place = PodPlace {
+            namespace: id.namespace.clone(),
+            name: id.name.clone(),
+            node: pod.node.clone(),
+            is_member,
+        };
         pods.insert(key.clone(), place);
         if is_member && !pod.node.is_empty() {
             let identity = spiffe_id(&parameters.trust_domain, &id.namespace, &pod.service_account);
@@ -159,7 +166,11 @@ pub fn compile(world: &World, captures: &CaptureStates, parameters: &Parameters)
             addresses.endpoints.entry(service.clone()).or_default().push(view.uid.clone());
         }
         // Pods on the host's network share its address: an alias would stand for several.
-        let aliases = if pod.host_network { Vec::new() } else { pod.addresses.iter().map(|ip| network_alias(*ip)).collect() };
+        let aliases = if pod.host_network {
+            Vec::new()
+        } else {
+            pod.addresses.iter().map(|ip| network_alias(*ip)).collect()
+        };
         addresses.insert(view.uid.clone(), aliases, proto::encode_workload(&view));
     }
     for (id, service) in &index.services {
@@ -180,15 +191,27 @@ pub fn compile(world: &World, captures: &CaptureStates, parameters: &Parameters)
         authorizations.insert(name, Vec::new(), proto::encode_authorization(id, policy, scope));
     }
 
-    let ranges: BTreeSet<IpNet> =
-        index.nodes.values().flat_map(|node| &node.pod_ranges).chain(&parameters.pod_ranges).map(IpNet::trunc).collect();
+    let ranges: BTreeSet<IpNet> = index
+        .nodes
+        .values()
+        .flat_map(|node| &node.pod_ranges)
+        .chain(&parameters.pod_ranges)
+        .map(IpNet::trunc)
+        .collect();
     let mut settings = Resources::default();
     let encoded = proto::encode_settings(&parameters.trust_domain, &ranges, &parameters.trust_bundle);
     settings.insert(SETTINGS_NAME.to_owned(), Vec::new(), encoded);
 
-    let types = [(ADDRESS_TYPE_URL, addresses), (AUTHORIZATION_TYPE_URL, authorizations), (SETTINGS_TYPE_URL, settings)];
+    let types = [
+        (ADDRESS_TYPE_URL, addresses),
+        (AUTHORIZATION_TYPE_URL, authorizations),
+        (SETTINGS_TYPE_URL, settings),
+    ];
     Snapshot {
-        types: types.into_iter().map(|(url, resources)| (url, Arc::new(resources.finish()))).collect(),
+        types: types
+            .into_iter()
+            .map(|(url, resources)| (url, Arc::new(resources.finish())))
+            .collect(),
         identities,
         pods,
     }
@@ -220,7 +243,11 @@ impl<'a> Index<'a> {
                 Object::Pod(_) | Object::ServiceAccount => {}
                 Object::Service(service) => {
                     index.services.push((id, service));
-                    index.services_of_namespace.entry(&id.namespace).or_default().push((id, service));
+                    index
+                        .services_of_namespace
+                        .entry(&id.namespace)
+                        .or_default()
+                        .push((id, service));
                 }
                 Object::AuthorizationPolicy(policy) => index.policies.push((id, policy)),
             }
@@ -237,20 +264,18 @@ impl<'a> Index<'a> {
         opted_in && !opted_out && !pod.host_network
     }
 
-    fn workload(
-        &self,
-        id: &'a ObjectId,
-        pod: &'a Pod,
-        capture: Option<Capture>,
-        parameters: &'a Parameters,
-    ) -> WorkloadView<'a> {
+    fn workload(&self, id: &'a ObjectId, pod: &'a Pod, capture: Option<Capture>, parameters: &'a Parameters) -> WorkloadView<'a> {
         debug_assert_eq!(id.kind, Kind::Pod);
         let policies = self
             .policies
             .iter()
             .filter(|(policy_id, policy)| {
                 let in_reach = policy_id.namespace == id.namespace || policy_id.namespace == ROOT_NAMESPACE;
-                in_reach && policy.selector.as_ref().is_some_and(|selector| selects(selector, &pod.labels))
+                in_reach
+                    && policy
+                        .selector
+                        .as_ref()
+                        .is_some_and(|selector| selects(selector, &pod.labels))
             })
             .map(|(policy_id, _)| format!("{}/{}", policy_id.namespace, policy_id.name))
             .collect();
@@ -273,9 +298,7 @@ impl<'a> Index<'a> {
             services.insert(format!("{}/{}", service_id.namespace, hostname(service_id)), ports);
         }
         let owner = workload_names::owner(&id.name, pod);
-        let label = |node: Option<&&Node>, label: &str| {
-            node.and_then(|node| node.labels.get(label)).cloned().unwrap_or_default()
-        };
+        let label = |node: Option<&&Node>, label: &str| node.and_then(|node| node.labels.get(label)).cloned().unwrap_or_default();
         let node = self.nodes.get(pod.node.as_str());
         WorkloadView {
             id,
@@ -312,14 +335,30 @@ impl Resources {
             self.aliases.insert(alias.clone(), name.clone());
         }
         let version = short_hash(&[&value]);
-        self.resources.insert(name.clone(), Arc::new(CompiledResource { name, version, aliases, value }));
+        self.resources.insert(
+            name.clone(),
+            Arc::new(CompiledResource {
+                name,
+                version,
+                aliases,
+                value,
+            }),
+        );
     }
 
     fn finish(self) -> TypeSnapshot {
-        let parts: Vec<&[u8]> =
-            self.resources.values().flat_map(|resource| [resource.name.as_bytes(), resource.version.as_bytes()]).collect();
+        let parts: Vec<&[u8]> = self
+            .resources
+            .values()
+            .flat_map(|resource| [resource.name.as_bytes(), resource.version.as_bytes()])
+            .collect();
         let version = short_hash(&parts);
-        TypeSnapshot { version, resources: self.resources, aliases: self.aliases, endpoints: self.endpoints }
+        TypeSnapshot {
+            version,
+            resources: self.resources,
+            aliases: self.aliases,
+            endpoints: self.endpoints,
+        }
     }
 }
 

@@ -88,7 +88,11 @@ spec:
 
 fn world(texts: &[&str]) -> Arc<World> {
     let mut registry = Registry::default();
-    let scan: Scan = texts.iter().enumerate().map(|(i, text)| (format!("{i}.yaml"), Ok(Arc::from(*text)))).collect();
+    let scan: Scan = texts
+        .iter()
+        .enumerate()
+        .map(|(i, text)| (format!("{i}.yaml"), Ok(Arc::from(*text))))
+        .collect();
     registry.apply(&scan);
     assert!(registry.rejections().is_empty(), "{:?}", registry.rejections());
     registry.world()
@@ -112,7 +116,10 @@ fn workload(snapshot: &Snapshot, name: &str) -> workload::Workload {
 }
 
 fn capture(workload: &workload::Workload) -> Option<mesh::Capture> {
-    let extension = workload.extensions.iter().find(|extension| extension.name == mesh_proto::CAPTURE_EXTENSION)?;
+    let extension = workload
+        .extensions
+        .iter()
+        .find(|extension| extension.name == mesh_proto::CAPTURE_EXTENSION)?;
     let config = extension.config.as_ref().expect("config");
     assert_eq!(config.type_url, mesh_proto::CAPTURE_TYPE_URL);
     Some(mesh::Capture::decode(config.value.as_slice()).expect("capture"))
@@ -125,17 +132,33 @@ fn pods_become_workloads() {
     assert_eq!(web.uid, "Kubernetes//Pod/shop/web-abc-1");
     assert_eq!(web.addresses[0], [10, 1, 0, 5]);
     assert_eq!(web.addresses[1].len(), 16);
-    assert_eq!((web.node.as_str(), web.service_account.as_str(), web.trust_domain.as_str()), ("node-a", "web", "cluster.local"));
-    assert_eq!((web.workload_name.as_str(), web.workload_type()), ("web", workload::WorkloadType::Deployment));
+    assert_eq!(
+        (web.node.as_str(), web.service_account.as_str(), web.trust_domain.as_str()),
+        ("node-a", "web", "cluster.local")
+    );
+    assert_eq!(
+        (web.workload_name.as_str(), web.workload_type()),
+        ("web", workload::WorkloadType::Deployment)
+    );
     assert_eq!((web.canonical_name.as_str(), web.canonical_revision.as_str()), ("web", "v2"));
-    assert_eq!(web.locality.as_ref().map(|at| (at.region.as_str(), at.zone.as_str())), Some(("r", "z")));
+    assert_eq!(
+        web.locality.as_ref().map(|at| (at.region.as_str(), at.zone.as_str())),
+        Some(("r", "z"))
+    );
     assert_eq!(web.authorization_policies, ["shop/web"]);
     let ports = &web.services["shop/web.shop.svc.cluster.local"].ports;
     let ports: Vec<_> = ports.iter().map(|port| (port.service_port, port.target_port)).collect();
-    assert_eq!(ports, [(80, 8080), (9000, 9000)], "a port that the Pod does not name is left out");
+    assert_eq!(
+        ports,
+        [(80, 8080), (9000, 9000)],
+        "a port that the Pod does not name is left out"
+    );
     assert_eq!(web.tunnel_protocol(), workload::TunnelProtocol::None);
     let state = capture(&web).expect("belongs in the mesh");
-    assert_eq!((state.state(), state.pod_uid.as_str()), (mesh::capture::State::Pending, "uid-web"));
+    assert_eq!(
+        (state.state(), state.pod_uid.as_str()),
+        (mesh::capture::State::Pending, "uid-web")
+    );
 
     for outsider in ["shop/opted-out", "shop/host", "outside/stranger"] {
         let outsider = workload(&snapshot, &format!("Kubernetes//Pod/{outsider}"));
@@ -147,7 +170,10 @@ fn pods_become_workloads() {
     assert_eq!(addresses.aliases["/10.1.0.5"], "Kubernetes//Pod/shop/web-abc-1");
     assert_eq!(addresses.aliases["/fd00:1::5"], "Kubernetes//Pod/shop/web-abc-1");
     assert_eq!(addresses.aliases["/10.96.0.10"], "shop/web.shop.svc.cluster.local");
-    assert!(!addresses.aliases.contains_key("/192.168.0.1"), "several Pods share a host's address");
+    assert!(
+        !addresses.aliases.contains_key("/192.168.0.1"),
+        "several Pods share a host's address"
+    );
 }
 
 #[test]
@@ -162,16 +188,27 @@ fn only_proven_pods_are_tunnelled_to() {
         captures.apply("uid-stranger", proof);
         let snapshot = compile(&world, &captures, &parameters());
         let web = workload(&snapshot, "Kubernetes//Pod/shop/web-abc-1");
-        assert_eq!((capture(&web).expect("member").state(), web.tunnel_protocol()), (state, tunnel));
+        assert_eq!(
+            (capture(&web).expect("member").state(), web.tunnel_protocol()),
+            (state, tunnel)
+        );
         let stranger = workload(&snapshot, "Kubernetes//Pod/outside/stranger");
-        assert_eq!((capture(&stranger), stranger.tunnel_protocol()), (None, workload::TunnelProtocol::None));
+        assert_eq!(
+            (capture(&stranger), stranger.tunnel_protocol()),
+            (None, workload::TunnelProtocol::None)
+        );
     }
 }
 
 #[test]
 fn nodes_get_the_identities_of_their_members_only() {
     let snapshot = compile(&world(&[CLUSTER]), &CaptureStates::default(), &parameters());
-    let of = |node: &str| snapshot.identities.get(node).map(|set| set.iter().cloned().collect::<Vec<_>>());
+    let of = |node: &str| {
+        snapshot
+            .identities
+            .get(node)
+            .map(|set| set.iter().cloned().collect::<Vec<_>>())
+    };
     assert_eq!(of("node-a").expect("node-a"), ["spiffe://cluster.local/ns/shop/sa/web"]);
     assert_eq!(of("node-b"), None);
 }
@@ -184,20 +221,35 @@ fn policies_become_authorizations() {
         security::Authorization::decode(resource.value.as_slice()).expect("authorization")
     };
     let everywhere = of("culvert-system/everywhere");
-    assert_eq!((everywhere.scope(), everywhere.action()), (security::Scope::Global, security::Action::Deny));
+    assert_eq!(
+        (everywhere.scope(), everywhere.action()),
+        (security::Scope::Global, security::Action::Deny)
+    );
     let block = &everywhere.rules[0].clauses[0].matches[0].source_ips[0];
     assert_eq!((block.address.as_slice(), block.length), ([203, 0, 113, 0].as_slice(), 24));
     let all = of("shop/all");
     assert_eq!((all.scope(), all.dry_run), (security::Scope::Namespace, true));
-    assert_eq!(all.rules[0].clauses, [security::Clause { matches: vec![] }], "an empty clause is true");
+    assert_eq!(
+        all.rules[0].clauses,
+        [security::Clause { matches: vec![] }],
+        "an empty clause is true"
+    );
     let web = of("shop/web");
     assert_eq!(web.scope(), security::Scope::WorkloadSelector);
-    let [from, to] = web.rules[0].clauses.as_slice() else { panic!("{web:?}") };
+    let [from, to] = web.rules[0].clauses.as_slice() else {
+        panic!("{web:?}")
+    };
     assert_eq!(from.matches.len(), 2);
     use security::string_match::MatchType;
     let kind = |values: &[security::StringMatch]| values[0].match_type.clone();
-    assert_eq!(kind(&from.matches[0].principals), Some(MatchType::Exact("cluster.local/ns/a/sa/b".into())));
-    assert_eq!(kind(&from.matches[0].not_namespaces), Some(MatchType::Presence(security::Empty {})));
+    assert_eq!(
+        kind(&from.matches[0].principals),
+        Some(MatchType::Exact("cluster.local/ns/a/sa/b".into()))
+    );
+    assert_eq!(
+        kind(&from.matches[0].not_namespaces),
+        Some(MatchType::Presence(security::Empty {}))
+    );
     assert_eq!(kind(&from.matches[1].namespaces), Some(MatchType::Prefix("c-".into())));
     assert_eq!(to.matches[0].destination_ports, [8080]);
 }
@@ -207,9 +259,16 @@ fn settings_carry_ranges_and_roots() {
     let snapshot = compile(&world(&[CLUSTER]), &CaptureStates::default(), &parameters());
     let resource = &snapshot.types[SETTINGS_TYPE_URL].resources[SETTINGS_NAME];
     let settings = mesh::Settings::decode(resource.value.as_slice()).expect("settings");
-    let ranges: Vec<_> = settings.pod_ranges.iter().map(|range| (range.address.len(), range.length)).collect();
+    let ranges: Vec<_> = settings
+        .pod_ranges
+        .iter()
+        .map(|range| (range.address.len(), range.length))
+        .collect();
     assert_eq!(ranges, [(4, 24), (4, 16), (16, 64)]);
-    assert_eq!((settings.trust_domain.as_str(), settings.trust_bundle), ("cluster.local", vec!["PEM".to_owned()]));
+    assert_eq!(
+        (settings.trust_domain.as_str(), settings.trust_bundle),
+        ("cluster.local", vec!["PEM".to_owned()])
+    );
 }
 
 #[test]
@@ -232,7 +291,11 @@ fn the_order_of_documents_changes_nothing() {
 #[test]
 fn a_version_changes_only_with_its_resource() {
     let before = compile(&world(&[CLUSTER]), &CaptureStates::default(), &parameters());
-    let after = compile(&world(&[&CLUSTER.replace("ports: [8080]", "ports: [8081]")]), &CaptureStates::default(), &parameters());
+    let after = compile(
+        &world(&[&CLUSTER.replace("ports: [8080]", "ports: [8081]")]),
+        &CaptureStates::default(),
+        &parameters(),
+    );
     let version = |snapshot: &Snapshot, name: &str| snapshot.types[AUTHORIZATION_TYPE_URL].resources[name].version.clone();
     assert_ne!(version(&before, "shop/web"), version(&after, "shop/web"));
     assert_eq!(version(&before, "shop/all"), version(&after, "shop/all"));
@@ -243,7 +306,10 @@ fn a_version_changes_only_with_its_resource() {
 fn names_of_owners() {
     let pod = |kind: &str, name: &str, hash: Option<&str>| Pod {
         owner: Some((kind.into(), name.into())),
-        labels: hash.map(|hash| ("pod-template-hash".to_owned(), hash.to_owned())).into_iter().collect(),
+        labels: hash
+            .map(|hash| ("pod-template-hash".to_owned(), hash.to_owned()))
+            .into_iter()
+            .collect(),
         ..Pod::default()
     };
     for (kind, name, hash, expected) in [

@@ -44,10 +44,14 @@ pub(super) fn canonical_name(labels: &Labels, workload: &str) -> String {
 }
 
 pub(super) fn canonical_revision(labels: &Labels) -> String {
-    first(labels, &["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"])
-        .unwrap_or_else(|| "latest".to_owned())
+    first(
+        labels,
+        &["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"],
+    )
+    .unwrap_or_else(|| "latest".to_owned())
 }
 
 fn first(labels: &Labels, keys: &[&str]) -> Option<String> {
-    keys.iter().find_map(|key| labels.get(*key).filter(|value| !value.is_empty()).cloned())
+    keys.iter()
+        .find_map(|key| labels.get(*key).filter(|value| !value.is_empty()).cloned())
 }

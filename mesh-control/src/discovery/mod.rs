@@ -77,7 +77,9 @@ struct Counted(Arc<ControlPlane>, String);
 impl Drop for Counted {
     fn drop(&mut self) {
         self.0.metrics.streams.dec();
-        self.0.with_node(&self.1, |node| node.discovery_streams = node.discovery_streams.saturating_sub(1));
+        self.0.with_node(&self.1, |node| {
+            node.discovery_streams = node.discovery_streams.saturating_sub(1)
+        });
     }
 }
 
@@ -135,11 +137,17 @@ impl Stream {
             && named != self.caller.node
         {
             drop(self.authenticator.refuse(Refusal::OtherNode));
-            return Err(Cut("other_node", Status::permission_denied("NODE_NAME is not the node of the token")));
+            return Err(Cut(
+                "other_node",
+                Status::permission_denied("NODE_NAME is not the node of the token"),
+            ));
         }
         let type_url = request.type_url.clone();
         if !self.types.contains_key(&type_url) && self.types.len() >= MAX_TYPES {
-            return Err(Cut("too_much", Status::resource_exhausted("too many resource types on a stream")));
+            return Err(Cut(
+                "too_much",
+                Status::resource_exhausted("too many resource types on a stream"),
+            ));
         }
         let of_type = self.types.entry(type_url.clone()).or_default();
         let answer = of_type
@@ -178,7 +186,9 @@ impl Stream {
         for (type_url, of_type) in &mut self.types {
             // A type that is unknown here still gets its empty response, or its client would never be ready.
             let of_snapshot = snapshot.types.get(type_url.as_str()).map_or(&nothing, Arc::as_ref);
-            let Some(response) = of_type.subscription.next(of_snapshot) else { continue };
+            let Some(response) = of_type.subscription.next(of_snapshot) else {
+                continue;
+            };
             let response = proto::response_to_wire(type_url, response);
             match timeout(SEND_TIMEOUT, self.responses.send(Ok(response))).await {
                 Ok(Ok(())) => {}
@@ -186,7 +196,11 @@ impl Stream {
                 Err(_) => return Err(Cut("slow", Status::deadline_exceeded("a response was not read in time"))),
             }
             of_type.acknowledge_by = Some(Instant::now() + ACKNOWLEDGE_TIMEOUT);
-            self.control.metrics.responses.with_label_values(&[short_type(type_url)]).inc();
+            self.control
+                .metrics
+                .responses
+                .with_label_values(&[short_type(type_url)])
+                .inc();
         }
         Ok(())
     }

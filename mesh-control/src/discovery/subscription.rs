@@ -41,7 +41,10 @@ pub enum Answer {
     None,
     Acknowledged,
     /// The client goes on with what it had.
-    Rejected { names: Vec<String>, error: String },
+    Rejected {
+        names: Vec<String>,
+        error: String,
+    },
 }
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -84,7 +87,11 @@ impl Subscription {
     /// # Errors
     /// The client subscribes to more than a stream may; end it.
     pub fn request(&mut self, request: Request) -> Result<Answer, TooMuch> {
-        let mut given = request.subscribe.iter().chain(&request.unsubscribe).chain(request.initial_versions.keys());
+        let mut given = request
+            .subscribe
+            .iter()
+            .chain(&request.unsubscribe)
+            .chain(request.initial_versions.keys());
         if given.any(|name| name.len() > MAX_NAME_BYTES) {
             return Err(TooMuch::NameLength);
         }
@@ -136,7 +143,10 @@ impl Subscription {
             None => Answer::None,
             Some(flight) => match &request.error {
                 None => Answer::Acknowledged,
-                Some(error) => Answer::Rejected { names: flight.names, error: error.clone() },
+                Some(error) => Answer::Rejected {
+                    names: flight.names,
+                    error: error.clone(),
+                },
             },
         }
     }
@@ -204,9 +214,25 @@ impl Subscription {
         self.owes_response = false;
         self.nonces += 1;
         let nonce = self.nonces.to_string();
-        let names = resources.iter().map(|resource| resource.name.clone()).chain(removed.iter().cloned()).collect();
-        self.in_flight = Some(InFlight { nonce: nonce.clone(), names });
-        let version = if partial { format!("{}+partial", snapshot.version) } else { snapshot.version.clone() };
-        Some(Response { version, nonce, resources, removed: removed.into_iter().collect() })
+        let names = resources
+            .iter()
+            .map(|resource| resource.name.clone())
+            .chain(removed.iter().cloned())
+            .collect();
+        self.in_flight = Some(InFlight {
+            nonce: nonce.clone(),
+            names,
+        });
+        let version = if partial {
+            format!("{}+partial", snapshot.version)
+        } else {
+            snapshot.version.clone()
+        };
+        Some(Response {
+            version,
+            nonce,
+            resources,
+            removed: removed.into_iter().collect(),
+        })
     }
 }

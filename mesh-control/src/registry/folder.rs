@@ -13,10 +13,10 @@ use super::Scan;
 use crate::limits::{FOLDER_DEBOUNCE, FOLDER_DEBOUNCE_MOST, FOLDER_RESCAN, MAX_FILE_BYTES, MAX_FILES, MAX_FOLDER_BYTES};
 
 #[derive(Debug, thiserror::Error)]
-#[error("registry folder {}: {source}", path.display())]
+#[error("registry folder {}: {error}", path.display())]
 pub struct FolderError {
     path: PathBuf,
-    source: std::io::Error,
+    error: std::io::Error,
 }
 
 /// A folder of manifests: `*.yaml`, `*.yml` and `*.json` in it, and symbolic links to files inside it (a mounted ConfigMap is
@@ -36,7 +36,10 @@ impl Folder {
     /// # Errors
     /// The folder itself cannot be read. A file that cannot be read is an entry of the scan.
     pub fn scan(&self) -> Result<Scan, FolderError> {
-        let error = |source| FolderError { path: self.path.clone(), source };
+        let error = |error| FolderError {
+            path: self.path.clone(),
+            error,
+        };
         let root = self.path.canonicalize().map_err(error)?;
         let mut names = Vec::new();
         for entry in std::fs::read_dir(&root).map_err(error)? {
@@ -59,7 +62,10 @@ impl Folder {
                     Ok(Some(text)) => {
                         total += text.len() as u64;
                         if total > MAX_FOLDER_BYTES {
-                            Err(format!("the folder holds more than {} MiB of manifests", MAX_FOLDER_BYTES >> 20))
+                            Err(format!(
+                                "the folder holds more than {} MiB of manifests",
+                                MAX_FOLDER_BYTES >> 20
+                            ))
                         } else {
                             Ok(Arc::from(text))
                         }
@@ -78,7 +84,11 @@ impl Folder {
         // One event is as good as many: what it says is only "read again".
         let (sender, events) = sync_channel(1);
         let watcher = self.watcher(sender.clone());
-        Watch { _watcher: watcher, events, waker: sender }
+        Watch {
+            _watcher: watcher,
+            events,
+            waker: sender,
+        }
     }
 
     fn watcher(&self, sender: SyncSender<()>) -> Option<RecommendedWatcher> {
@@ -131,11 +141,15 @@ fn read(root: &Path, name: &str) -> Result<Option<String>, String> {
     }
     let file = std::fs::File::open(&path).map_err(|error| error.to_string())?;
     let mut bytes = Vec::new();
-    file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
+    file.take(MAX_FILE_BYTES + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|error| error.to_string())?;
     if bytes.len() as u64 > MAX_FILE_BYTES {
         return Err(format!("is larger than {} KiB; split it", MAX_FILE_BYTES >> 10));
     }
-    String::from_utf8(bytes).map(Some).map_err(|error| format!("is not UTF-8: {error}"))
+    String::from_utf8(bytes)
+        .map(Some)
+        .map_err(|error| format!("is not UTF-8: {error}"))
 }
 
 /// Change events of a folder.
@@ -147,7 +161,6 @@ pub struct Watch {
 
 impl Watch {
     /// Ends a wait from another thread.
-    #[must_use]
     pub fn waker(&self) -> impl Fn() + Send + Sync + use<> {
         let sender = self.waker.clone();
         move || wake(&sender)
@@ -157,7 +170,10 @@ impl Watch {
     #[must_use]
     pub fn renewed(self, folder: &Folder) -> Self {
         let watcher = folder.watcher(self.waker.clone());
-        Self { _watcher: watcher, ..self }
+        Self {
+            _watcher: watcher,
+            ..self
+        }
     }
 
     /// Waits until the folder should be read again: after a change and a little quiet, or for a rescan.
@@ -168,7 +184,9 @@ impl Watch {
             Ok(()) => {
                 let latest = Instant::now() + FOLDER_DEBOUNCE_MOST;
                 while Instant::now() < latest {
-                    let quiet = FOLDER_DEBOUNCE.min(latest.saturating_duration_since(Instant::now())).max(Duration::from_millis(1));
+                    let quiet = FOLDER_DEBOUNCE
+                        .min(latest.saturating_duration_since(Instant::now()))
+                        .max(Duration::from_millis(1));
                     if self.events.recv_timeout(quiet).is_err() {
                         break;
                     }

@@ -87,8 +87,14 @@ pub fn parse_file(text: &str) -> Vec<Document> {
             }
             match parse_document(value) {
                 Ok(None) => {}
-                Ok(Some(content)) => documents.push(Document { number, content: Ok(content) }),
-                Err(error) => documents.push(Document { number, content: Err(error) }),
+                Ok(Some(content)) => documents.push(Document {
+                    number,
+                    content: Ok(content),
+                }),
+                Err(error) => documents.push(Document {
+                    number,
+                    content: Err(error),
+                }),
             }
         }
     }
@@ -96,7 +102,10 @@ pub fn parse_file(text: &str) -> Vec<Document> {
 }
 
 fn rejected(number: usize, id: Option<ObjectId>, reason: Reason, message: String) -> Document {
-    Document { number, content: Err(Rejected { id, reason, message }) }
+    Document {
+        number,
+        content: Err(Rejected { id, reason, message }),
+    }
 }
 
 /// A line that begins with `---` ends a document wherever it stands (YAML 1.2, 9.1.2), so that each part can be read by itself
@@ -122,7 +131,10 @@ fn split_documents(text: &str) -> impl Iterator<Item = &str> {
 /// `kubectl get -o yaml` prints a List.
 fn items(value: Value) -> Vec<Value> {
     if let Value::Object(mut fields) = value {
-        let is_list = fields.get("kind").and_then(Value::as_str).is_some_and(|kind| kind.ends_with("List"));
+        let is_list = fields
+            .get("kind")
+            .and_then(Value::as_str)
+            .is_some_and(|kind| kind.ends_with("List"));
         match fields.remove("items") {
             Some(Value::Array(items)) if is_list => return items,
             Some(other) => {
@@ -150,19 +162,29 @@ struct HeaderMetadata {
 }
 
 fn parse_document(value: Value) -> Result<Option<(ObjectId, Object)>, Rejected> {
-    let syntax = |message: String| Rejected { id: None, reason: Reason::Syntax, message };
+    let syntax = |message: String| Rejected {
+        id: None,
+        reason: Reason::Syntax,
+        message,
+    };
     let header: Header = typed(&value).map_err(|error| syntax(format!("no Kubernetes object: {error}")))?;
     let (Some(api_version), Some(kind_name)) = (header.api_version, header.kind) else {
         return Err(syntax("no Kubernetes object: apiVersion and kind are needed".to_owned()));
     };
     let Some(kind) = Kind::of(&api_version, &kind_name) else {
         if kind_name == "AuthorizationPolicy" && api_version.starts_with(mesh_api::GROUP) {
-            return Err(syntax(format!("apiVersion: {api_version:?} is unknown; write {}", mesh_api::API_VERSION)));
+            return Err(syntax(format!(
+                "apiVersion: {api_version:?} is unknown; write {}",
+                mesh_api::API_VERSION
+            )));
         }
         tracing::debug!(%api_version, kind = %kind_name, "a kind that the mesh does not read");
         return Ok(None);
     };
-    let metadata = header.metadata.unwrap_or(HeaderMetadata { name: None, namespace: None });
+    let metadata = header.metadata.unwrap_or(HeaderMetadata {
+        name: None,
+        namespace: None,
+    });
     let name = metadata.name.unwrap_or_default();
     let namespace = match (kind.is_namespaced(), metadata.namespace) {
         (false, _) => String::new(),
@@ -171,7 +193,9 @@ fn parse_document(value: Value) -> Result<Option<(ObjectId, Object)>, Rejected> 
     };
     // A name that is none would go into identities and resource names, where `/` separates.
     if !is_name(&name) {
-        return Err(syntax(format!("metadata.name: {name:?} is no name; give lower-case letters, digits, '-' and '.'")));
+        return Err(syntax(format!(
+            "metadata.name: {name:?} is no name; give lower-case letters, digits, '-' and '.'"
+        )));
     }
     if kind.is_namespaced() && !is_name(&namespace) {
         return Err(syntax(format!("metadata.namespace: {namespace:?} is no namespace's name")));
@@ -179,7 +203,11 @@ fn parse_document(value: Value) -> Result<Option<(ObjectId, Object)>, Rejected> 
     let id = ObjectId { kind, namespace, name };
     match parse_object(kind, &value) {
         Ok(object) => Ok(Some((id, object))),
-        Err(message) => Err(Rejected { id: Some(id), reason: Reason::Field, message }),
+        Err(message) => Err(Rejected {
+            id: Some(id),
+            reason: Reason::Field,
+            message,
+        }),
     }
 }
 
@@ -187,7 +215,9 @@ fn parse_document(value: Value) -> Result<Option<(ObjectId, Object)>, Rejected> 
 pub(crate) fn is_name(name: &str) -> bool {
     let alphanumeric = |byte: Option<u8>| byte.is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
     name.len() <= 253
-        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.')
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.')
         && alphanumeric(name.bytes().next())
         && alphanumeric(name.bytes().next_back())
 }
@@ -201,7 +231,11 @@ fn is_uid(uid: &str) -> bool {
 fn typed<T: DeserializeOwned>(value: &Value) -> Result<T, String> {
     serde_path_to_error::deserialize(value).map_err(|error| {
         let path = error.path().to_string();
-        if path == "." { error.inner().to_string() } else { format!("{path}: {}", error.inner()) }
+        if path == "." {
+            error.inner().to_string()
+        } else {
+            format!("{path}: {}", error.inner())
+        }
     })
 }
 
@@ -209,7 +243,9 @@ fn parse_object(kind: Kind, value: &Value) -> Result<Object, String> {
     Ok(match kind {
         Kind::Namespace => {
             let namespace: core::Namespace = typed(value)?;
-            Object::Namespace { labels: namespace.metadata.labels.unwrap_or_default() }
+            Object::Namespace {
+                labels: namespace.metadata.labels.unwrap_or_default(),
+            }
         }
         Kind::ServiceAccount => {
             typed::<core::ServiceAccount>(value)?;
@@ -237,7 +273,10 @@ fn node(node: core::Node) -> Result<Node, String> {
             .map_err(|_| format!("spec.podCIDRs[{i}]: {text:?} is no address range; give one like 10.1.0.0/24"))
     };
     let pod_ranges = ranges.iter().enumerate().map(parse).collect::<Result<_, _>>()?;
-    Ok(Node { labels: node.metadata.labels.unwrap_or_default(), pod_ranges })
+    Ok(Node {
+        labels: node.metadata.labels.unwrap_or_default(),
+        pod_ranges,
+    })
 }
 
 fn address(path: &str, text: &str) -> Result<IpAddr, String> {
@@ -251,7 +290,10 @@ fn address(path: &str, text: &str) -> Result<IpAddr, String> {
 }
 
 fn port(path: &str, number: i32) -> Result<u16, String> {
-    u16::try_from(number).ok().filter(|p| *p != 0).ok_or_else(|| format!("{path}: {number} is no port; give 1-65535"))
+    u16::try_from(number)
+        .ok()
+        .filter(|p| *p != 0)
+        .ok_or_else(|| format!("{path}: {number} is no port; give 1-65535"))
 }
 
 fn is_tcp(protocol: Option<&str>) -> bool {
@@ -260,9 +302,16 @@ fn is_tcp(protocol: Option<&str>) -> bool {
 
 fn service(service: core::Service) -> Result<Service, String> {
     let spec = service.spec.unwrap_or_default();
-    let given = spec.cluster_ips.or_else(|| spec.cluster_ip.map(|ip| vec![ip])).unwrap_or_default();
+    let given = spec
+        .cluster_ips
+        .or_else(|| spec.cluster_ip.map(|ip| vec![ip]))
+        .unwrap_or_default();
     let mut addresses = Vec::new();
-    for (i, text) in given.iter().enumerate().filter(|(_, text)| !text.is_empty() && *text != "None") {
+    for (i, text) in given
+        .iter()
+        .enumerate()
+        .filter(|(_, text)| !text.is_empty() && *text != "None")
+    {
         let ip = address(&format!("spec.clusterIPs[{i}]"), text)?;
         if !addresses.contains(&ip) {
             addresses.push(ip);
@@ -280,7 +329,9 @@ fn service(service: core::Service) -> Result<Service, String> {
             Some(IntOrString::Int(0)) => TargetPort::Number(number),
             Some(IntOrString::Int(target)) => TargetPort::Number(port(&format!("{path}.targetPort"), target)?),
             Some(IntOrString::String(name)) if name.is_empty() => {
-                return Err(format!("{path}.targetPort: is empty; give a port's number or name, or leave it out"));
+                return Err(format!(
+                    "{path}.targetPort: is empty; give a port's number or name, or leave it out"
+                ));
             }
             Some(IntOrString::String(name)) => TargetPort::Name(name),
         };
@@ -298,11 +349,19 @@ fn service(service: core::Service) -> Result<Service, String> {
 }
 
 fn pod(pod: core::Pod) -> Result<Pod, String> {
-    let ObjectMeta { labels, uid, deletion_timestamp, owner_references, .. } = pod.metadata;
+    let ObjectMeta {
+        labels,
+        uid,
+        deletion_timestamp,
+        owner_references,
+        ..
+    } = pod.metadata;
     let spec = pod.spec.unwrap_or_default();
     let status = pod.status.unwrap_or_default();
     if let Some(uid) = uid.as_deref().filter(|uid| !is_uid(uid)) {
-        return Err(format!("metadata.uid: {uid:?} is no uid; give at most 128 letters, digits, '-', '_' or '.'"));
+        return Err(format!(
+            "metadata.uid: {uid:?} is no uid; give at most 128 letters, digits, '-', '_' or '.'"
+        ));
     }
     let given: Vec<Option<String>> = match status.pod_ips {
         Some(ips) => ips.into_iter().map(|ip| Some(ip.ip)).collect(),
@@ -315,7 +374,10 @@ fn pod(pod: core::Pod) -> Result<Pod, String> {
             addresses.push(ip);
         }
     }
-    let service_account = spec.service_account_name.filter(|name| !name.is_empty()).unwrap_or_else(|| "default".to_owned());
+    let service_account = spec
+        .service_account_name
+        .filter(|name| !name.is_empty())
+        .unwrap_or_else(|| "default".to_owned());
     if !is_name(&service_account) {
         return Err(format!("spec.serviceAccountName: {service_account:?} is no name"));
     }
@@ -326,13 +388,19 @@ fn pod(pod: core::Pod) -> Result<Pod, String> {
     let mut named_ports = BTreeMap::new();
     for (c, container) in spec.containers.into_iter().enumerate() {
         for (p, given) in container.ports.unwrap_or_default().into_iter().enumerate() {
-            let number = port(&format!("spec.containers[{c}].ports[{p}].containerPort"), given.container_port)?;
+            let number = port(
+                &format!("spec.containers[{c}].ports[{p}].containerPort"),
+                given.container_port,
+            )?;
             if let (Some(name), true) = (given.name, is_tcp(given.protocol.as_deref())) {
                 named_ports.entry(name).or_insert(number);
             }
         }
     }
-    let owner = owner_references.unwrap_or_default().into_iter().find(|owner| owner.controller == Some(true));
+    let owner = owner_references
+        .unwrap_or_default()
+        .into_iter()
+        .find(|owner| owner.controller == Some(true));
     Ok(Pod {
         uid: uid.unwrap_or_default(),
         labels: labels.unwrap_or_default(),
@@ -340,7 +408,10 @@ fn pod(pod: core::Pod) -> Result<Pod, String> {
         node,
         service_account,
         host_network: spec.host_network.unwrap_or(false),
-        finished: status.phase.as_deref().is_some_and(|phase| phase == "Succeeded" || phase == "Failed"),
+        finished: status
+            .phase
+            .as_deref()
+            .is_some_and(|phase| phase == "Succeeded" || phase == "Failed"),
         terminating: deletion_timestamp.is_some(),
         // A manifest without conditions is one written by hand.
         ready: status

@@ -105,7 +105,10 @@ impl Registry {
         let mut rejections: Vec<Rejection> = self.files.values().flat_map(|file| file.rejected.clone()).collect();
         let in_force = self.decide(&mut rejections);
         rejections.sort();
-        let world: World = in_force.iter().map(|(id, held)| (id.clone(), Arc::clone(&held.object))).collect();
+        let world: World = in_force
+            .iter()
+            .map(|(id, held)| (id.clone(), Arc::clone(&held.object)))
+            .collect();
         let changed = world != *self.world || rejections != self.rejections;
         if world != *self.world {
             self.world = Arc::new(world);
@@ -148,11 +151,17 @@ impl Registry {
         let mut in_force = BTreeMap::new();
         for (_, _, _, file, held, id) in candidates {
             let taken = |object: &Object, owners: &HashMap<IpAddr, &ObjectId>| {
-                object.exclusive_addresses().iter().find_map(|ip| owners.get(ip).map(|owner| (*ip, (*owner).clone())))
+                object
+                    .exclusive_addresses()
+                    .iter()
+                    .find_map(|ip| owners.get(ip).map(|owner| (*ip, (*owner).clone())))
             };
             let mut object = &held.object;
             if let Some((ip, owner)) = taken(object, &owners) {
-                let last = self.in_force.get(id).filter(|before| taken(&before.object, &owners).is_none());
+                let last = self
+                    .in_force
+                    .get(id)
+                    .filter(|before| taken(&before.object, &owners).is_none());
                 rejections.push(Rejection {
                     file: file.to_owned(),
                     document: held.document,
@@ -165,7 +174,13 @@ impl Registry {
                 object = &last.object;
             }
             owners.extend(object.exclusive_addresses().iter().map(|ip| (*ip, id)));
-            in_force.insert(id.clone(), InForce { object: Arc::clone(object), file: file.to_owned() });
+            in_force.insert(
+                id.clone(),
+                InForce {
+                    object: Arc::clone(object),
+                    file: file.to_owned(),
+                },
+            );
         }
         in_force
     }
@@ -192,7 +207,14 @@ fn read_file(state: &mut FileState, file: &str, text: &str, scan: u64) {
     for document in parse_file(text) {
         let mut reject = |object: Option<ObjectId>, reason, message| {
             let last_good_in_force = object.as_ref().map_or(!before.is_empty(), |id| before.contains_key(id));
-            rejected.push(Rejection { file: file.to_owned(), document: document.number, object, reason, message, last_good_in_force });
+            rejected.push(Rejection {
+                file: file.to_owned(),
+                document: document.number,
+                object,
+                reason,
+                message,
+                last_good_in_force,
+            });
         };
         match document.content {
             Ok((id, object)) => {
@@ -202,7 +224,14 @@ fn read_file(state: &mut FileState, file: &str, text: &str, scan: u64) {
                     continue;
                 }
                 let since = before.get(&id).map_or(scan, |held| held.since);
-                state.held.insert(id, Held { object: Arc::new(object), document: document.number, since });
+                state.held.insert(
+                    id,
+                    Held {
+                        object: Arc::new(object),
+                        document: document.number,
+                        since,
+                    },
+                );
             }
             Err(error) => {
                 match &error.id {

@@ -2,7 +2,10 @@ use super::*;
 use crate::objects::Kind;
 
 fn scan(files: &[(&str, &str)]) -> Scan {
-    files.iter().map(|(name, text)| ((*name).to_owned(), Ok(Arc::from(*text)))).collect()
+    files
+        .iter()
+        .map(|(name, text)| ((*name).to_owned(), Ok(Arc::from(*text))))
+        .collect()
 }
 
 fn pod(name: &str, ip: &str) -> String {
@@ -10,7 +13,11 @@ fn pod(name: &str, ip: &str) -> String {
 }
 
 fn id(name: &str) -> ObjectId {
-    ObjectId { kind: Kind::Pod, namespace: "default".into(), name: name.into() }
+    ObjectId {
+        kind: Kind::Pod,
+        namespace: "default".into(),
+        name: name.into(),
+    }
 }
 
 fn address(registry: &Registry, name: &str) -> Option<String> {
@@ -23,7 +30,10 @@ fn changes_and_removals_are_followed() {
     let mut registry = Registry::default();
     assert!(registry.apply(&scan(&[("a.yaml", &pod("a", "10.0.0.1")), ("b.yaml", &pod("b", "10.0.0.2"))])));
     assert_eq!(registry.world().len(), 2);
-    assert!(!registry.apply(&scan(&[("a.yaml", &pod("a", "10.0.0.1")), ("b.yaml", &pod("b", "10.0.0.2"))])), "nothing new");
+    assert!(
+        !registry.apply(&scan(&[("a.yaml", &pod("a", "10.0.0.1")), ("b.yaml", &pod("b", "10.0.0.2"))])),
+        "nothing new"
+    );
     assert!(registry.apply(&scan(&[("a.yaml", &pod("a", "10.0.0.9"))])));
     assert_eq!(address(&registry, "a").as_deref(), Some("10.0.0.9"));
     assert_eq!(address(&registry, "b"), None);
@@ -38,10 +48,16 @@ fn what_breaks_keeps_its_last_good_form_and_the_rest_moves_on() {
     assert_eq!(address(&registry, "a").as_deref(), Some("10.0.0.1"));
     assert_eq!(address(&registry, "b").as_deref(), Some("10.0.0.3"));
     let rejection = &registry.rejections()[0];
-    assert_eq!((rejection.file.as_str(), rejection.document, rejection.reason), ("a.yaml", 1, Reason::Field));
+    assert_eq!(
+        (rejection.file.as_str(), rejection.document, rejection.reason),
+        ("a.yaml", 1, Reason::Field)
+    );
     assert!(rejection.last_good_in_force && rejection.message.starts_with("status.podIPs[0].ip"));
     // A document that cannot be read at all: all that the file held stays.
-    registry.apply(&scan(&[("a.yaml", &(pod("a", "10.0.0.4").replace("metadata: {", "metadata: [") + &pod("b", "10.0.0.5")))]));
+    registry.apply(&scan(&[(
+        "a.yaml",
+        &(pod("a", "10.0.0.4").replace("metadata: {", "metadata: [") + &pod("b", "10.0.0.5")),
+    )]));
     assert_eq!(address(&registry, "a").as_deref(), Some("10.0.0.1"));
     assert_eq!(address(&registry, "b").as_deref(), Some("10.0.0.5"));
     // A file that cannot be read.
@@ -70,9 +86,16 @@ fn of_two_definitions_the_first_stays() {
     let mut registry = Registry::default();
     registry.apply(&scan(&[("z.yaml", &pod("a", "10.0.0.1"))]));
     registry.apply(&scan(&[("b.yaml", &pod("a", "10.0.0.2")), ("z.yaml", &pod("a", "10.0.0.1"))]));
-    assert_eq!(address(&registry, "a").as_deref(), Some("10.0.0.1"), "there first, though its file sorts last");
+    assert_eq!(
+        address(&registry, "a").as_deref(),
+        Some("10.0.0.1"),
+        "there first, though its file sorts last"
+    );
     assert_eq!(registry.rejections().len(), 1);
-    assert_eq!((registry.rejections()[0].file.as_str(), registry.rejections()[0].reason), ("b.yaml", Reason::Conflict));
+    assert_eq!(
+        (registry.rejections()[0].file.as_str(), registry.rejections()[0].reason),
+        ("b.yaml", Reason::Conflict)
+    );
     // Within one file the first document is the object.
     let mut registry = Registry::default();
     registry.apply(&scan(&[("a.yaml", &(pod("a", "10.0.0.1") + &pod("a", "10.0.0.2")))]));
@@ -92,7 +115,10 @@ fn an_address_belongs_to_whom_had_it_first() {
     registry.apply(&scan(&[("b.yaml", &pod("b", "10.0.0.1"))]));
     registry.apply(&scan(&[("a.yaml", &pod("a", "10.0.0.1")), ("b.yaml", &pod("b", "10.0.0.1"))]));
     assert_eq!(address(&registry, "a"), None);
-    assert_eq!(registry.rejections()[0].message, "status.podIPs: 10.0.0.1 belongs to Pod default/b already");
+    assert_eq!(
+        registry.rejections()[0].message,
+        "status.podIPs: 10.0.0.1 belongs to Pod default/b already"
+    );
     // One that is in force and turns into a contradiction keeps its last good form.
     registry.apply(&scan(&[("a.yaml", &pod("a", "10.0.0.2")), ("b.yaml", &pod("b", "10.0.0.1"))]));
     registry.apply(&scan(&[("a.yaml", &pod("a", "10.0.0.1")), ("b.yaml", &pod("b", "10.0.0.1"))]));
@@ -106,7 +132,11 @@ fn an_address_belongs_to_whom_had_it_first() {
     // Services and Pods exclude each other, Pods on the host's network do not.
     let service = "apiVersion: v1\nkind: Service\nmetadata: {name: s}\nspec: {clusterIP: 10.0.0.1}\n";
     let host = "apiVersion: v1\nkind: Pod\nmetadata: {name: h}\nspec: {hostNetwork: true}\nstatus: {podIP: 10.0.0.1}\n";
-    registry.apply(&scan(&[("a.yaml", &pod("a", "10.0.0.1")), ("s.yaml", service), ("h.yaml", host)]));
+    registry.apply(&scan(&[
+        ("a.yaml", &pod("a", "10.0.0.1")),
+        ("s.yaml", service),
+        ("h.yaml", host),
+    ]));
     assert_eq!(registry.rejections().len(), 1);
     assert_eq!(registry.rejections()[0].file, "s.yaml");
     assert_eq!(registry.world().len(), 2);
@@ -128,9 +158,16 @@ fn a_folder_is_read_one_level_deep_and_links_stay_inside() {
     std::fs::write(folder.join("d.yaml"), [0xff, 0xfe]).expect("file");
     std::fs::write(folder.join("e.yaml"), vec![b' '; crate::limits::MAX_FILE_BYTES as usize + 1]).expect("file");
     let scan = Folder::new(&folder).scan().expect("scan");
-    assert_eq!(scan.keys().collect::<Vec<_>>(), ["a.yaml", "b.json", "c.yml", "d.yaml", "e.yaml"]);
+    assert_eq!(
+        scan.keys().collect::<Vec<_>>(),
+        ["a.yaml", "b.json", "c.yml", "d.yaml", "e.yaml"]
+    );
     assert_eq!(scan["b.json"].as_deref(), Ok("b"));
-    for (file, problem) in [("c.yml", "outside the registry folder"), ("d.yaml", "is not UTF-8"), ("e.yaml", "is larger than 1024 KiB")] {
+    for (file, problem) in [
+        ("c.yml", "outside the registry folder"),
+        ("d.yaml", "is not UTF-8"),
+        ("e.yaml", "is larger than 1024 KiB"),
+    ] {
         assert!(scan[file].as_ref().expect_err("refused").contains(problem), "{file}");
     }
     let missing = Folder::new(&dir.path().join("missing")).scan().expect_err("missing");

@@ -19,9 +19,18 @@ fn a_secret_opens_its_node_only_and_is_not_stored() {
     let random = a.secret.rsplit_once('.').expect("two parts").1;
     let stored = std::fs::read_to_string(dir.path().join("state/nodes/node-a.json")).expect("record");
     assert!(!stored.contains(random));
-    let mode = std::fs::metadata(dir.path().join("state/nodes/node-a.json")).expect("record").permissions().mode();
+    let mode = std::fs::metadata(dir.path().join("state/nodes/node-a.json"))
+        .expect("record")
+        .permissions()
+        .mode();
     assert_eq!(mode & 0o777, 0o600);
-    for wrong in [format!("node-b.{random}"), "node-a.".into(), "node-a".into(), String::new(), format!("../node-a.{random}")] {
+    for wrong in [
+        format!("node-b.{random}"),
+        "node-a.".into(),
+        "node-a".into(),
+        String::new(),
+        format!("../node-a.{random}"),
+    ] {
         assert_eq!(tokens.authenticate(&wrong), Err(Refusal::Unknown), "{wrong}");
     }
     assert_eq!(tokens.hosts().expect("hosts"), ["10.0.0.1", "2001:db8::1"]);
@@ -31,8 +40,14 @@ fn a_secret_opens_its_node_only_and_is_not_stored() {
 fn a_second_token_needs_rotate_and_ends_the_first() {
     let (_dir, tokens) = tokens();
     let first = tokens.issue("node-a", "localhost:15012", "00", false).expect("token");
-    assert!(matches!(tokens.issue("node-a", "localhost:15012", "00", false), Err(TokenError::Exists(_))));
-    assert!(tokens.authenticate(&first.secret).is_ok(), "a refused command changes nothing");
+    assert!(matches!(
+        tokens.issue("node-a", "localhost:15012", "00", false),
+        Err(TokenError::Exists(_))
+    ));
+    assert!(
+        tokens.authenticate(&first.secret).is_ok(),
+        "a refused command changes nothing"
+    );
     let second = tokens.issue("node-a", "localhost:15012", "00", true).expect("rotated");
     assert_eq!(tokens.authenticate(&first.secret), Err(Refusal::Unknown));
     assert!(tokens.authenticate(&second.secret).is_ok());
@@ -42,9 +57,15 @@ fn a_second_token_needs_rotate_and_ends_the_first() {
 fn names_and_addresses_are_checked() {
     let (_dir, tokens) = tokens();
     for name in ["", "../x", "A", "a/b", "-a", "a."] {
-        assert!(matches!(tokens.issue(name, "h:1", "00", false), Err(TokenError::NodeName(_))), "{name}");
+        assert!(
+            matches!(tokens.issue(name, "h:1", "00", false), Err(TokenError::NodeName(_))),
+            "{name}"
+        );
     }
     for address in ["", "host", "host:0", "host:65536", "a b:1", "2001:db8::1:1x", ":1"] {
-        assert!(matches!(tokens.issue("a", address, "00", false), Err(TokenError::Address(_))), "{address}");
+        assert!(
+            matches!(tokens.issue("a", address, "00", false), Err(TokenError::Address(_))),
+            "{address}"
+        );
     }
 }

@@ -1,1 +1,334 @@
+//! Two agents' proxies over plain loopback sockets: every Pod has an address of 127/8 of its own, everything else is as in a node.
 
+mod carry;
+mod pool;
+mod refuse;
+mod tls;
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, SystemTime};
+
+use mesh_common::{OUTBOUND_PORT, PLAINTEXT_INBOUND_PORT, TUNNEL_PORT};
+use parking_lot::Mutex;
+use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType};
+use rustls::RootCertStore;
+use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::task::JoinHandle;
+
+use super::*;
+use crate::addr::OriginalDst;
+use crate::capture::{CaptureError, PodNetwork, Probes};
+use crate::identity::Identity;
+use crate::identity::store::CertifiedKeyPair;
+use crate::state::{Change, Settings};
+use crate::workload::{Membership, Workload, WorkloadType};
+
+/// Longer than anything here takes on a loaded machine; only a hang meets it.
+const PATIENCE: Duration = Duration::from_secs(120);
+pub(super) const APPLICATION_PORT: u16 = 8080;
+
+/// An address that no other test of this process has.
+pub(super) fn fresh_address() -> IpAddr {
+    static NEXT: AtomicU32 = AtomicU32::new(1);
+    let next = NEXT.fetch_add(1, Ordering::Relaxed);
+    // The process's id keeps two runs at the same time apart.
+    let net = u8::try_from(std::process::id() % 200).unwrap() + 20;
+    IpAddr::V4(Ipv4Addr::from([127, net, 0, 0].map(u32::from).iter().fold(0, |a, b| a << 8 | b) + next))
+}
+
+/// A certificate authority.
+pub(super) struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    roots: Arc<RootCertStore>,
+}
+
+impl Authority {
+    pub(super) fn new() -> Self {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.self_signed(&key).unwrap();
+        let mut roots = RootCertStore::empty();
+        roots.add(certificate.der().clone()).unwrap();
+        Self {
+            issuer: Issuer::new(params, key),
+            roots: Arc::new(roots),
+        }
+    }
+
+    pub(super) fn issue(&self, identity: &Identity) -> Arc<CertifiedKeyPair> {
+        let usages = [ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        self.issue_with(identity, &[&identity.to_string()], &usages, in_an_hour())
+    }
+
+    pub(super) fn issue_with(
+        &self,
+        identity: &Identity,
+        uris: &[&str],
+        usages: &[ExtendedKeyUsagePurpose],
+        not_after: SystemTime,
+    ) -> Arc<CertifiedKeyPair> {
+        let not_before = not_after - Duration::from_secs(7200);
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.subject_alt_names = uris.iter().map(|uri| SanType::URI((*uri).try_into().unwrap())).collect();
+        params.extended_key_usages = usages.to_vec();
+        params.not_before = not_before.into();
+        params.not_after = not_after.into();
+        let key = KeyPair::generate().unwrap();
+        let leaf = params.signed_by(&key, &self.issuer).unwrap();
+        Arc::new(CertifiedKeyPair {
+            identity: identity.clone(),
+            chain: vec![leaf.der().clone()],
+            key: PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der())),
+            roots: self.roots.clone(),
+            not_before,
+            not_after,
+        })
+    }
+}
+
+pub(super) fn in_an_hour() -> SystemTime {
+    SystemTime::now() + Duration::from_secs(3600)
+}
+
+pub(super) fn a_minute_ago() -> SystemTime {
+    SystemTime::now() - Duration::from_secs(60)
+}
+
+pub(super) fn identity(account: &str) -> Identity {
+    Identity::new("cluster.local", "shop", account)
+}
+
+/// A Pod's network of plain sockets.
+#[derive(Debug)]
+struct LoopbackNetwork {
+    own: IpAddr,
+    destinations: Mutex<HashMap<SocketAddr, OriginalDst>>,
+}
+
+impl PodNetwork for LoopbackNetwork {
+    fn take_original_destination(&self, client: ClientAddr, _: ListenerAddr) -> Result<OriginalDst, CaptureError> {
+        self.destinations
+            .lock()
+            .remove(&client.socket_addr())
+            .ok_or(CaptureError::NoOriginalDestination)
+    }
+
+    fn outbound_socket(&self, _: IpAddr) -> Result<TcpSocket, CaptureError> {
+        Ok(socket_at(self.own))
+    }
+
+    fn upstream_socket(&self, client: IpAddr, _: IpAddr) -> Result<TcpSocket, CaptureError> {
+        Ok(socket_at(client))
+    }
+}
+
+fn socket_at(ip: IpAddr) -> TcpSocket {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind(SocketAddr::new(ip, 0)).unwrap();
+    socket
+}
+
+/// An agent.
+pub(super) struct Node {
+    pub proxy: Arc<Proxy>,
+    pub state: Arc<SharedState>,
+    pub certificates: Arc<CertificateStore>,
+    pub metrics: Arc<Metrics>,
+    log: PathBuf,
+    _folder: tempfile::TempDir,
+}
+
+impl Node {
+    pub(super) fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("access.log");
+        let metrics = Metrics::new();
+        let access_log = AccessLog::to_file(&log, metrics.clone()).unwrap();
+        let (state, certificates) = (SharedState::new(), CertificateStore::new());
+        Self {
+            proxy: Proxy::new(state.clone(), certificates.clone(), metrics.clone(), access_log),
+            state,
+            certificates,
+            metrics,
+            log,
+            _folder: folder,
+        }
+    }
+
+    /// The first line for which `wanted` holds, of those written until then.
+    pub(super) async fn log_line(&self, wanted: impl Fn(&serde_json::Value) -> bool) -> serde_json::Value {
+        let search = async {
+            loop {
+                let text = std::fs::read_to_string(&self.log).unwrap();
+                let complete = text.rsplit_once('\n').map_or("", |(lines, _)| lines);
+                let mut lines = complete.lines().map(|line| serde_json::from_str(line).unwrap());
+                if let Some(line) = lines.find(&wanted) {
+                    return line;
+                }
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(PATIENCE, search).await.expect("no such line in the access log")
+    }
+
+    pub(super) async fn logs_reason(&self, reason: &str) -> serde_json::Value {
+        self.log_line(|line| line["reason"] == reason).await
+    }
+}
+
+/// Pods on two agents that know of one another.
+pub(super) struct Mesh {
+    pub authority: Authority,
+    pub near: Node,
+    pub far: Node,
+}
+
+/// A Pod in the mesh.
+pub(super) struct Pod {
+    pub ip: IpAddr,
+    pub workload: Workload,
+    network: Arc<LoopbackNetwork>,
+    pub handle: PodProxyHandle,
+}
+
+impl Mesh {
+    pub(super) fn new() -> Self {
+        let mesh = Self {
+            authority: Authority::new(),
+            near: Node::new(),
+            far: Node::new(),
+        };
+        mesh.tell(vec![Change::Settings(Settings {
+            trust_domain: "cluster.local".into(),
+            pod_ranges: vec!["127.250.0.0/16".parse().unwrap()],
+            trust_bundle_pem: vec![],
+        })]);
+        mesh
+    }
+
+    /// What the control plane tells both agents.
+    pub(super) fn tell(&self, changes: Vec<Change>) {
+        self.near.state.apply(changes.clone());
+        self.far.state.apply(changes);
+    }
+
+    /// A Pod of service account `name`, proven to be in the mesh.
+    pub(super) async fn pod(&self, node: &Node, name: &str) -> Pod {
+        let pod = self.unannounced_pod(node, name).await;
+        self.tell(vec![Change::Workload(pod.workload.clone())]);
+        pod
+    }
+
+    /// A Pod that discovery does not know.
+    pub(super) async fn unannounced_pod(&self, node: &Node, name: &str) -> Pod {
+        let ip = fresh_address();
+        let identity = identity(name);
+        node.certificates.insert(self.authority.issue(&identity));
+        let network = Arc::new(LoopbackNetwork {
+            own: ip,
+            destinations: Mutex::default(),
+        });
+        let listener = async |port| TcpListener::bind(SocketAddr::new(ip, port)).await.unwrap();
+        let listeners = PodListeners {
+            outbound: listener(OUTBOUND_PORT).await,
+            tunnel: listener(TUNNEL_PORT).await,
+            plaintext: listener(PLAINTEXT_INBOUND_PORT).await,
+        };
+        let pod = ProxyPod {
+            pod_uid: format!("{name}-{ip}").into(),
+            namespace: "shop".into(),
+            name: name.into(),
+            identity: identity.clone(),
+            addresses: vec![ip],
+            network: network.clone(),
+            probes: Arc::<Probes>::default(),
+        };
+        Pod {
+            ip,
+            workload: workload(name, ip),
+            network,
+            handle: node.proxy.serve(pod, listeners),
+        }
+    }
+}
+
+pub(super) fn workload(name: &str, ip: IpAddr) -> Workload {
+    Workload {
+        uid: format!("Kubernetes//Pod/shop/{name}").into(),
+        pod_uid: name.into(),
+        name: name.into(),
+        namespace: "shop".into(),
+        identity: identity(name),
+        addresses: vec![ip],
+        node: "node".into(),
+        workload_type: WorkloadType::Pod,
+        workload_name: name.into(),
+        canonical_name: name.into(),
+        canonical_revision: "v1".into(),
+        cluster: "Kubernetes".into(),
+        region: "".into(),
+        zone: "".into(),
+        membership: Membership::Proven,
+        policies: vec![],
+    }
+}
+
+impl Pod {
+    pub(super) fn application(&self) -> SocketAddr {
+        SocketAddr::new(self.ip, APPLICATION_PORT)
+    }
+
+    /// What an application's connect becomes under the kernel programs.
+    pub(super) async fn connect(&self, destination: SocketAddr) -> TcpStream {
+        let socket = socket_at(self.ip);
+        let local = socket.local_addr().unwrap();
+        self.network.destinations.lock().insert(local, OriginalDst::new(destination));
+        socket.connect(SocketAddr::new(self.ip, OUTBOUND_PORT)).await.unwrap()
+    }
+
+    /// Listens where the Pod's application does.
+    pub(super) async fn listen(&self) -> TcpListener {
+        TcpListener::bind(self.application()).await.unwrap()
+    }
+
+    /// An application that sends back what it gets.
+    pub(super) async fn echo(&self) -> JoinHandle<()> {
+        let listener = self.listen().await;
+        tokio::spawn(async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                tokio::spawn(async move {
+                    let (mut read, mut write) = stream.split();
+                    // A reset ends it, too.
+                    let _ = tokio::io::copy(&mut read, &mut write).await;
+                    let _ = write.shutdown().await;
+                });
+            }
+        })
+    }
+}
+
+/// The stream gives an error before any byte, as a refusal must look.
+pub(super) async fn assert_refused(mut stream: TcpStream) {
+    let mut byte = [0];
+    let read = timeout(PATIENCE, stream.read(&mut byte)).await.expect("neither refused nor served");
+    assert_eq!(read.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+/// Sends, and gets back the same.
+pub(super) async fn assert_echo(stream: &mut TcpStream, text: &str) {
+    let exchange = async {
+        stream.write_all(text.as_bytes()).await.unwrap();
+        let mut back = vec![0; text.len()];
+        stream.read_exact(&mut back).await.unwrap();
+        assert_eq!(back, text.as_bytes());
+    };
+    timeout(PATIENCE, exchange).await.expect("no answer");
+}

@@ -2,7 +2,10 @@ use super::*;
 
 /// (name, version) pairs; a service lists its endpoints as `ns/svc>a,b`.
 fn snapshot(resources: &[(&str, &str)]) -> TypeSnapshot {
-    let mut snapshot = TypeSnapshot { version: format!("{resources:?}"), ..TypeSnapshot::default() };
+    let mut snapshot = TypeSnapshot {
+        version: format!("{resources:?}"),
+        ..TypeSnapshot::default()
+    };
     for (name, version) in resources {
         let resource = CompiledResource {
             name: (*name).to_owned(),
@@ -21,7 +24,10 @@ fn names(list: &[&str]) -> Vec<String> {
 }
 
 fn ack(subscription: &mut Subscription, response: &Response) {
-    let answer = subscription.request(Request { nonce: response.nonce.clone(), ..Request::default() });
+    let answer = subscription.request(Request {
+        nonce: response.nonce.clone(),
+        ..Request::default()
+    });
     assert_eq!(answer, Ok(Answer::Acknowledged));
 }
 
@@ -29,7 +35,10 @@ fn ack(subscription: &mut Subscription, response: &Response) {
 fn exchange(subscription: &mut Subscription, snapshot: &TypeSnapshot) -> Option<(Vec<String>, Vec<String>)> {
     let response = subscription.next(snapshot)?;
     ack(subscription, &response);
-    Some((response.resources.iter().map(|resource| resource.name.clone()).collect(), response.removed))
+    Some((
+        response.resources.iter().map(|resource| resource.name.clone()).collect(),
+        response.removed,
+    ))
 }
 
 #[test]
@@ -41,7 +50,10 @@ fn a_wildcard_gets_everything_then_only_what_changes() {
     assert_eq!(exchange(&mut subscription, &first), Some((names(&["a", "b"]), vec![])));
     assert_eq!(exchange(&mut subscription, &first), None);
     let second = snapshot(&[("a", "2"), ("c", "1")]);
-    assert_eq!(exchange(&mut subscription, &second), Some((names(&["a", "c"]), names(&["b"]))));
+    assert_eq!(
+        exchange(&mut subscription, &second),
+        Some((names(&["a", "c"]), names(&["b"])))
+    );
     assert_eq!(exchange(&mut subscription, &second), None);
 }
 
@@ -57,15 +69,35 @@ fn a_type_with_nothing_still_answers_once() {
 fn a_resumed_client_gets_what_it_lacks_and_hears_what_is_gone() {
     let mut subscription = Subscription::default();
     let held = [("a", "1"), ("b", "old"), ("gone", "1")];
-    let initial_versions = held.iter().map(|(name, version)| (name.to_string(), version.to_string())).collect();
-    subscription.request(Request { initial_versions, ..Request::default() }).expect("request");
+    let initial_versions = held
+        .iter()
+        .map(|(name, version)| (name.to_string(), version.to_string()))
+        .collect();
+    subscription
+        .request(Request {
+            initial_versions,
+            ..Request::default()
+        })
+        .expect("request");
     let now = snapshot(&[("a", "1"), ("b", "2"), ("c", "1")]);
-    assert_eq!(exchange(&mut subscription, &now), Some((names(&["b", "c"]), names(&["gone"]))));
+    assert_eq!(
+        exchange(&mut subscription, &now),
+        Some((names(&["b", "c"]), names(&["gone"])))
+    );
 
     let mut current = Subscription::default();
     let initial_versions = [("a".to_owned(), "1".to_owned())].into();
-    current.request(Request { initial_versions, ..Request::default() }).expect("request");
-    assert_eq!(exchange(&mut current, &snapshot(&[("a", "1")])), Some((vec![], vec![])), "or it would never be ready");
+    current
+        .request(Request {
+            initial_versions,
+            ..Request::default()
+        })
+        .expect("request");
+    assert_eq!(
+        exchange(&mut current, &snapshot(&[("a", "1")])),
+        Some((vec![], vec![])),
+        "or it would never be ready"
+    );
 }
 
 #[test]
@@ -82,7 +114,10 @@ fn one_response_is_in_flight_and_changes_coalesce() {
     assert_eq!(second.resources[0].version, "4");
     assert_ne!(first.nonce, second.nonce);
     // An answer to an old response settles nothing.
-    let stale = Request { nonce: first.nonce, ..Request::default() };
+    let stale = Request {
+        nonce: first.nonce,
+        ..Request::default()
+    };
     assert_eq!(subscription.request(stale), Ok(Answer::None));
     assert!(subscription.in_flight());
 }
@@ -95,36 +130,92 @@ fn what_was_rejected_comes_again_only_when_it_changes() {
     exchange(&mut subscription, &good);
     let bad = snapshot(&[("a", "2")]);
     let response = subscription.next(&bad).expect("update");
-    let nack = Request { nonce: response.nonce, error: Some("cannot".into()), ..Request::default() };
-    assert_eq!(subscription.request(nack), Ok(Answer::Rejected { names: names(&["a"]), error: "cannot".into() }));
+    let nack = Request {
+        nonce: response.nonce,
+        error: Some("cannot".into()),
+        ..Request::default()
+    };
+    assert_eq!(
+        subscription.request(nack),
+        Ok(Answer::Rejected {
+            names: names(&["a"]),
+            error: "cannot".into()
+        })
+    );
     assert!(subscription.next(&bad).is_none(), "not again and again");
-    assert_eq!(exchange(&mut subscription, &good), Some((names(&["a"]), vec![])), "the old form is a change");
+    assert_eq!(
+        exchange(&mut subscription, &good),
+        Some((names(&["a"]), vec![])),
+        "the old form is a change"
+    );
     let response = subscription.next(&bad).expect("update");
-    subscription.request(Request { nonce: response.nonce, error: Some("cannot".into()), ..Request::default() }).expect("nack");
-    assert_eq!(exchange(&mut subscription, &snapshot(&[])), Some((vec![], names(&["a"]))), "its end is told");
+    subscription
+        .request(Request {
+            nonce: response.nonce,
+            error: Some("cannot".into()),
+            ..Request::default()
+        })
+        .expect("nack");
+    assert_eq!(
+        exchange(&mut subscription, &snapshot(&[])),
+        Some((vec![], names(&["a"]))),
+        "its end is told"
+    );
 }
 
 #[test]
 fn on_demand_serves_names_and_aliases_and_answers_for_what_is_not_there() {
     let mut subscription = Subscription::default();
     subscription
-        .request(Request { subscribe: names(&["*"]), unsubscribe: names(&["*"]), ..Request::default() })
+        .request(Request {
+            subscribe: names(&["*"]),
+            unsubscribe: names(&["*"]),
+            ..Request::default()
+        })
         .expect("request");
     let now = snapshot(&[("a", "1"), ("b", "1"), ("c", "1")]);
-    assert_eq!(exchange(&mut subscription, &now), Some((vec![], vec![])), "ready, with nothing");
-    subscription.request(Request { subscribe: names(&["a", "/b", "none"]), ..Request::default() }).expect("request");
-    assert_eq!(exchange(&mut subscription, &now), Some((names(&["a", "b"]), names(&["none"]))));
+    assert_eq!(
+        exchange(&mut subscription, &now),
+        Some((vec![], vec![])),
+        "ready, with nothing"
+    );
+    subscription
+        .request(Request {
+            subscribe: names(&["a", "/b", "none"]),
+            ..Request::default()
+        })
+        .expect("request");
+    assert_eq!(
+        exchange(&mut subscription, &now),
+        Some((names(&["a", "b"]), names(&["none"])))
+    );
     assert_eq!(exchange(&mut subscription, &now), None);
     // What was not there comes when it is.
     let later = snapshot(&[("a", "1"), ("b", "2"), ("c", "2"), ("none", "1")]);
     assert_eq!(exchange(&mut subscription, &later), Some((names(&["b", "none"]), vec![])));
     // A second question for the same is answered again.
-    subscription.request(Request { subscribe: names(&["a", "/b"]), ..Request::default() }).expect("request");
+    subscription
+        .request(Request {
+            subscribe: names(&["a", "/b"]),
+            ..Request::default()
+        })
+        .expect("request");
     assert_eq!(exchange(&mut subscription, &later), Some((names(&["a", "b"]), vec![])));
     // Unsubscribed: nothing more of it.
-    subscription.request(Request { unsubscribe: names(&["a"]), ..Request::default() }).expect("request");
-    assert_eq!(exchange(&mut subscription, &snapshot(&[("a", "9"), ("b", "2"), ("none", "1")])), None);
-    assert_eq!(exchange(&mut subscription, &snapshot(&[("none", "1")])), Some((vec![], names(&["b"]))));
+    subscription
+        .request(Request {
+            unsubscribe: names(&["a"]),
+            ..Request::default()
+        })
+        .expect("request");
+    assert_eq!(
+        exchange(&mut subscription, &snapshot(&[("a", "9"), ("b", "2"), ("none", "1")])),
+        None
+    );
+    assert_eq!(
+        exchange(&mut subscription, &snapshot(&[("none", "1")])),
+        Some((vec![], names(&["b"])))
+    );
 }
 
 #[test]
@@ -132,8 +223,16 @@ fn a_service_brings_its_endpoints() {
     let mut now = snapshot(&[("ns/svc", "1"), ("w1", "1"), ("w2", "1"), ("w3", "1")]);
     now.endpoints.insert("ns/svc".into(), names(&["w1", "w3"]));
     let mut subscription = Subscription::default();
-    subscription.request(Request { subscribe: names(&["/ns/svc"]), ..Request::default() }).expect("request");
-    assert_eq!(exchange(&mut subscription, &now), Some((names(&["ns/svc", "w1", "w3"]), vec![])));
+    subscription
+        .request(Request {
+            subscribe: names(&["/ns/svc"]),
+            ..Request::default()
+        })
+        .expect("request");
+    assert_eq!(
+        exchange(&mut subscription, &now),
+        Some((names(&["ns/svc", "w1", "w3"]), vec![]))
+    );
 }
 
 #[test]
@@ -142,7 +241,13 @@ fn a_wildcard_can_be_left_for_names() {
     subscription.request(Request::default()).expect("request");
     let now = snapshot(&[("a", "1"), ("b", "1")]);
     exchange(&mut subscription, &now);
-    subscription.request(Request { subscribe: names(&["a"]), unsubscribe: names(&["*"]), ..Request::default() }).expect("request");
+    subscription
+        .request(Request {
+            subscribe: names(&["a"]),
+            unsubscribe: names(&["*"]),
+            ..Request::default()
+        })
+        .expect("request");
     assert_eq!(exchange(&mut subscription, &now), Some((names(&["a"]), names(&["b"]))));
 }
 
@@ -178,8 +283,14 @@ fn large_states_are_split_and_all_arrives() {
 #[test]
 fn subscriptions_are_bounded() {
     let mut subscription = Subscription::default();
-    let long = Request { subscribe: vec!["x".repeat(MAX_NAME_BYTES + 1)], ..Request::default() };
+    let long = Request {
+        subscribe: vec!["x".repeat(MAX_NAME_BYTES + 1)],
+        ..Request::default()
+    };
     assert_eq!(subscription.request(long), Err(TooMuch::NameLength));
-    let many = Request { subscribe: vec!["x".to_owned(); MAX_NAMES + 1], ..Request::default() };
+    let many = Request {
+        subscribe: vec!["x".to_owned(); MAX_NAMES + 1],
+        ..Request::default()
+    };
     assert_eq!(subscription.request(many), Err(TooMuch::Names));
 }

@@ -37,7 +37,10 @@ spec:
 "#;
 
 fn good(text: &str) -> Vec<(ObjectId, Object)> {
-    parse_file(text).into_iter().map(|document| document.content.expect("good")).collect()
+    parse_file(text)
+        .into_iter()
+        .map(|document| document.content.expect("good"))
+        .collect()
 }
 
 fn error(text: &str) -> Rejected {
@@ -50,25 +53,44 @@ fn error(text: &str) -> Rejected {
 fn manifests_as_people_write_them_are_read() {
     let objects = good(SEVERAL);
     assert_eq!(objects.len(), 3);
-    let Object::Pod(pod) = &objects[1].1 else { panic!("{objects:?}") };
-    assert_eq!(pod.addresses, ["10.1.0.5".parse::<IpAddr>().expect("ip"), "fd00::5".parse().expect("ip")]);
-    assert_eq!((pod.uid.as_str(), pod.node.as_str(), pod.service_account.as_str()), ("1-2-3", "node-a", "web"));
+    let Object::Pod(pod) = &objects[1].1 else {
+        panic!("{objects:?}")
+    };
+    assert_eq!(
+        pod.addresses,
+        ["10.1.0.5".parse::<IpAddr>().expect("ip"), "fd00::5".parse().expect("ip")]
+    );
+    assert_eq!(
+        (pod.uid.as_str(), pod.node.as_str(), pod.service_account.as_str()),
+        ("1-2-3", "node-a", "web")
+    );
     assert_eq!(pod.named_ports.iter().collect::<Vec<_>>(), [(&"http".to_owned(), &8080)]);
     assert_eq!(pod.owner, Some(("ReplicaSet".into(), "web-abc".into())));
     assert!(pod.ready && !pod.finished && !pod.terminating && !pod.host_network);
-    let Object::Service(service) = &objects[2].1 else { panic!("{objects:?}") };
+    let Object::Service(service) = &objects[2].1 else {
+        panic!("{objects:?}")
+    };
     assert_eq!(
         service.ports,
         [
-            ServicePort { port: 80, target: TargetPort::Name("http".into()) },
-            ServicePort { port: 9000, target: TargetPort::Number(9000) },
+            ServicePort {
+                port: 80,
+                target: TargetPort::Name("http".into())
+            },
+            ServicePort {
+                port: 9000,
+                target: TargetPort::Number(9000)
+            },
         ]
     );
 }
 
 #[test]
 fn documents_are_numbered_as_written_and_lists_are_opened() {
-    assert_eq!(parse_file(SEVERAL).iter().map(|document| document.number).collect::<Vec<_>>(), [1, 3, 4]);
+    assert_eq!(
+        parse_file(SEVERAL).iter().map(|document| document.number).collect::<Vec<_>>(),
+        [1, 3, 4]
+    );
     let list = r#"{"apiVersion": "v1", "kind": "List", "items": [
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "a"}},
         {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "b", "namespace": "a"}}]}"#;
@@ -91,14 +113,35 @@ fn a_broken_document_hides_no_other() {
 #[test]
 fn errors_name_object_and_field() {
     let cases = [
-        ("kind: Pod\nmetadata: {name: a}\nstatus: {podIPs: [{ip: 10.0.0.256}]}", "status.podIPs[0].ip: \"10.0.0.256\" is no IP address"),
-        ("kind: Pod\nmetadata: {name: a}\nstatus: {podIPs: [{ip: 127.0.0.1}]}", "status.podIPs[0].ip: 127.0.0.1 cannot be an address of its own"),
-        ("kind: Pod\nmetadata: {name: a}\nspec: {containers: [{name: c, ports: [{containerPort: 0}]}]}", "spec.containers[0].ports[0].containerPort: 0 is no port; give 1-65535"),
-        ("kind: Pod\nmetadata: {name: a}\nspec: {hostNetwork: sure}", "spec.hostNetwork: invalid type"),
+        (
+            "kind: Pod\nmetadata: {name: a}\nstatus: {podIPs: [{ip: 10.0.0.256}]}",
+            "status.podIPs[0].ip: \"10.0.0.256\" is no IP address",
+        ),
+        (
+            "kind: Pod\nmetadata: {name: a}\nstatus: {podIPs: [{ip: 127.0.0.1}]}",
+            "status.podIPs[0].ip: 127.0.0.1 cannot be an address of its own",
+        ),
+        (
+            "kind: Pod\nmetadata: {name: a}\nspec: {containers: [{name: c, ports: [{containerPort: 0}]}]}",
+            "spec.containers[0].ports[0].containerPort: 0 is no port; give 1-65535",
+        ),
+        (
+            "kind: Pod\nmetadata: {name: a}\nspec: {hostNetwork: sure}",
+            "spec.hostNetwork: invalid type",
+        ),
         ("kind: Pod\nmetadata: {name: a, uid: a/b}", "metadata.uid: \"a/b\" is no uid"),
-        ("kind: Service\nmetadata: {name: a}\nspec: {ports: [{port: 70000}]}", "spec.ports[0].port: 70000 is no port; give 1-65535"),
-        ("kind: Service\nmetadata: {name: a}\nspec: {ports: [{port: 80}, {port: 80}]}", "spec.ports[1].port: 80 is there already"),
-        ("kind: Node\nmetadata: {name: a}\nspec: {podCIDRs: [10.0.0.0/40]}", "spec.podCIDRs[0]: \"10.0.0.0/40\" is no address range"),
+        (
+            "kind: Service\nmetadata: {name: a}\nspec: {ports: [{port: 70000}]}",
+            "spec.ports[0].port: 70000 is no port; give 1-65535",
+        ),
+        (
+            "kind: Service\nmetadata: {name: a}\nspec: {ports: [{port: 80}, {port: 80}]}",
+            "spec.ports[1].port: 80 is there already",
+        ),
+        (
+            "kind: Node\nmetadata: {name: a}\nspec: {podCIDRs: [10.0.0.0/40]}",
+            "spec.podCIDRs[0]: \"10.0.0.0/40\" is no address range",
+        ),
     ];
     for (text, expected) in cases {
         let rejected = error(&format!("apiVersion: v1\n{text}\n"));
@@ -107,17 +150,32 @@ fn errors_name_object_and_field() {
         assert_eq!(rejected.reason, Reason::Field);
     }
     let policy = |spec: &str| {
-        error(&format!("apiVersion: culvert.dev/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {{name: p}}\nspec: {spec}\n")).message
+        error(&format!(
+            "apiVersion: culvert.dev/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {{name: p}}\nspec: {spec}\n"
+        ))
+        .message
     };
-    assert_eq!(policy("{action: Deny, rules: [{to: [{ports: [80, 0]}]}]}"), "spec.rules[0].to[0].ports[1]: 0 is no port; give 1-65535");
-    assert!(policy("{action: Allow, rules: [{from: [{principal: [a]}]}]}").starts_with("spec.rules[0].from[0].principal: unknown field"));
+    assert_eq!(
+        policy("{action: Deny, rules: [{to: [{ports: [80, 0]}]}]}"),
+        "spec.rules[0].to[0].ports[1]: 0 is no port; give 1-65535"
+    );
+    assert!(
+        policy("{action: Allow, rules: [{from: [{principal: [a]}]}]}")
+            .starts_with("spec.rules[0].from[0].principal: unknown field")
+    );
     assert!(policy("{action: Maybe}").starts_with("spec.action: unknown variant"));
     for (text, expected) in [
         ("just text", "no Kubernetes object"),
         ("a: 1", "no Kubernetes object: apiVersion and kind are needed"),
         ("apiVersion: v1\nkind: Pod\nmetadata: {name: A/b}", "metadata.name:"),
-        ("apiVersion: v1\nkind: Pod\nmetadata: {name: a, namespace: ../b}", "metadata.namespace:"),
-        ("apiVersion: culvert.dev/v1\nkind: AuthorizationPolicy", "apiVersion: \"culvert.dev/v1\" is unknown; write culvert.dev/v1alpha1"),
+        (
+            "apiVersion: v1\nkind: Pod\nmetadata: {name: a, namespace: ../b}",
+            "metadata.namespace:",
+        ),
+        (
+            "apiVersion: culvert.dev/v1\nkind: AuthorizationPolicy",
+            "apiVersion: \"culvert.dev/v1\" is unknown; write culvert.dev/v1alpha1",
+        ),
     ] {
         let rejected = error(text);
         assert!(rejected.message.starts_with(expected), "{}", rejected.message);
@@ -129,7 +187,9 @@ fn errors_name_object_and_field() {
 fn defaults_are_those_of_kubernetes() {
     let objects = good("apiVersion: v1\nkind: Pod\nmetadata: {name: a}\nspec: {}\nstatus: {podIP: 10.0.0.1, phase: Succeeded}\n");
     assert_eq!(objects[0].0.namespace, "default");
-    let Object::Pod(pod) = &objects[0].1 else { panic!("{objects:?}") };
+    let Object::Pod(pod) = &objects[0].1 else {
+        panic!("{objects:?}")
+    };
     assert_eq!(pod.service_account, "default");
     assert!(pod.finished && pod.ready);
     assert!(objects[0].1.exclusive_addresses().is_empty());

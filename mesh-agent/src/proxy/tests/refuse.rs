@@ -1,0 +1,177 @@
+//! What is refused: quickly, with its reason, without a byte.
+
+use super::*;
+use crate::policy::{Action, Clause, Match, Policy, Rule, Scope, StringMatch};
+use crate::workload::Service;
+
+fn policy(name: &str, action: Action, m: Match) -> Change {
+    Change::Policy(Arc::new(Policy {
+        name: format!("shop/{name}").into(),
+        namespace: "shop".into(),
+        scope: Scope::Namespace,
+        action,
+        rules: vec![Rule {
+            clauses: vec![Clause { matches: vec![m] }],
+            unknown: false,
+        }],
+        dry_run: false,
+    }))
+}
+
+fn principal(account: &str) -> Match {
+    Match {
+        principals: vec![StringMatch::Exact(identity(account).principal().into())],
+        ..Match::default()
+    }
+}
+
+/// A plaintext client of a Pod: as sk_lookup would steer it, to the plaintext listener.
+async fn plaintext(mesh: &Mesh, pod: &Pod, port: u16) -> TcpStream {
+    let listener = TcpListener::bind(SocketAddr::new(pod.ip, port)).await.unwrap();
+    mesh.far.proxy.accept(&pod.handle.context, listener, "plaintext", plaintext::serve);
+    TcpStream::connect(SocketAddr::new(pod.ip, port)).await.unwrap()
+}
+
+#[tokio::test]
+async fn policy_decides_at_the_tunnel() {
+    let mesh = Mesh::new();
+    let client = mesh.pod(&mesh.near, "client").await;
+    let server = mesh.pod(&mesh.far, "server").await;
+    let _echo = server.echo().await;
+    mesh.tell(vec![policy("only-other", Action::Allow, principal("other"))]);
+    assert_refused(client.connect(server.application()).await).await;
+    let line = mesh.far.logs_reason("denied_by_policy").await;
+    assert_eq!(line["result"], "refused");
+    assert_eq!(line["source_principal"], "spiffe://cluster.local/ns/shop/sa/client");
+    mesh.near.logs_reason("denied_by_destination").await;
+
+    mesh.tell(vec![policy("client", Action::Allow, principal("client"))]);
+    let mut stream = client.connect(server.application()).await;
+    assert_echo(&mut stream, "hello").await;
+    drop(stream);
+    mesh.far.log_line(|line| line["policy"] == "shop/client").await;
+
+    mesh.tell(vec![policy("not-client", Action::Deny, principal("client"))]);
+    assert_refused(client.connect(server.application()).await).await;
+    mesh.far.log_line(|line| line["policy"] == "shop/not-client").await;
+}
+
+#[tokio::test]
+async fn policy_decides_on_plaintext_without_a_principal() {
+    let mesh = Mesh::new();
+    let server = mesh.pod(&mesh.far, "server").await;
+    mesh.tell(vec![policy("any-principal", Action::Allow, principal("client"))]);
+    assert_refused(plaintext(&mesh, &server, APPLICATION_PORT).await).await;
+    let line = mesh.far.logs_reason("denied_by_policy").await;
+    assert_eq!(line["path"], "plaintext");
+    assert_eq!(line["source_principal"], "");
+    assert_eq!(line["connection_security_policy"], "none");
+    let failed = mesh.far.metrics.render();
+    assert!(failed.contains(r#"reason="denied_by_policy""#), "{failed}");
+
+    let agent_port = SocketAddr::new(server.ip, PLAINTEXT_INBOUND_PORT);
+    assert_refused(TcpStream::connect(agent_port).await.unwrap()).await;
+    mesh.far.logs_reason("agent_port").await;
+}
+
+#[tokio::test]
+async fn what_the_source_refuses() {
+    let mesh = Mesh::new();
+    let client = mesh.pod(&mesh.near, "client").await;
+    let server = mesh.pod(&mesh.far, "server").await;
+
+    assert_refused(client.connect(SocketAddr::new(server.ip, TUNNEL_PORT)).await).await;
+    mesh.near.logs_reason("agent_port").await;
+
+    let vip = fresh_address();
+    mesh.tell(vec![Change::Service(Service {
+        name: "web".into(),
+        namespace: "shop".into(),
+        hostname: "web.shop.svc.cluster.local".into(),
+        addresses: vec![vip],
+        ports: vec![(80, 8080)],
+    })]);
+    assert_refused(client.connect(SocketAddr::new(vip, 80)).await).await;
+    mesh.near.logs_reason("service_vip_not_supported").await;
+
+    // Not redirected by our programs.
+    assert_refused(TcpStream::connect(SocketAddr::new(client.ip, OUTBOUND_PORT)).await.unwrap()).await;
+    mesh.near.logs_reason("no_original_destination").await;
+
+    let unknown = client.connect("127.250.0.9:80".parse().unwrap()).await;
+    let mut lost = server.workload.clone();
+    lost.membership = Membership::Lost;
+    mesh.tell(vec![Change::Workload(lost)]);
+    let lost = client.connect(server.application()).await;
+    let unlisted = client.connect(server.application()).await;
+    tokio::join!(assert_refused(unknown), assert_refused(lost), assert_refused(unlisted));
+    mesh.near.logs_reason("destination_unknown").await;
+    mesh.near.logs_reason("destination_lost").await;
+}
+
+#[tokio::test]
+async fn a_pod_that_is_told_of_in_time_is_reached() {
+    let mesh = Mesh::new();
+    let client = mesh.pod(&mesh.near, "client").await;
+    let server = mesh.pod(&mesh.far, "server").await;
+    let _echo = server.echo().await;
+    let mut lost = server.workload.clone();
+    lost.membership = Membership::Lost;
+    mesh.tell(vec![Change::Workload(lost)]);
+    let mut stream = client.connect(server.application()).await;
+    sleep(Duration::from_millis(50)).await;
+    mesh.tell(vec![Change::Workload(server.workload.clone())]);
+    assert_echo(&mut stream, "hello").await;
+}
+
+#[tokio::test]
+async fn what_the_destination_refuses() {
+    let mesh = Mesh::new();
+    let client = mesh.pod(&mesh.near, "client").await;
+    let server = mesh.pod(&mesh.far, "server").await;
+    // Nobody listens.
+    assert_refused(client.connect(server.application()).await).await;
+    mesh.far.logs_reason("connect_failed").await;
+    mesh.near.logs_reason("connect_failed_at_destination").await;
+
+    let _echo = server.echo().await;
+    // Its agent is told that somebody else has the client's address.
+    let mut other = client.workload.clone();
+    other.identity = identity("other");
+    mesh.far.state.apply(vec![Change::Workload(other)]);
+    assert_refused(client.connect(server.application()).await).await;
+    mesh.far.logs_reason("identity_mismatch").await;
+    mesh.far.state.apply(vec![Change::Workload(client.workload.clone())]);
+
+    // It lists a policy that has not arrived.
+    let mut listed = server.workload.clone();
+    listed.policies = vec!["shop/late".into()];
+    mesh.far.state.apply(vec![Change::Workload(listed.clone())]);
+    assert_refused(client.connect(server.application()).await).await;
+    mesh.far.logs_reason("policy_missing").await;
+    // In time, it is waited for.
+    let mut stream = client.connect(server.application()).await;
+    sleep(Duration::from_millis(50)).await;
+    mesh.far.state.apply(vec![policy("late", Action::Allow, principal("client"))]);
+    assert_echo(&mut stream, "hello").await;
+}
+
+#[tokio::test]
+async fn a_pod_has_only_so_many_connections() {
+    let registry = Arc::new(Registry::with_limit(2));
+    let pod: Arc<str> = "pod".into();
+    let address: SocketAddr = "127.0.0.1:1".parse().unwrap();
+    let info = ConnectionInfo {
+        direction: crate::telemetry::Direction::Inbound,
+        path: crate::telemetry::ConnectionPath::Plaintext,
+        source: None,
+        source_address: address,
+        destination: address,
+    };
+    let first = registry.register(&pod, info.clone()).unwrap();
+    let _second = registry.register(&pod, info.clone()).unwrap();
+    assert_eq!(registry.register(&pod, info.clone()).unwrap_err().reason(), "limit");
+    registry.register(&"other".into(), info.clone()).expect("another Pod has its own bound");
+    drop(first);
+    registry.register(&pod, info).expect("released by its guard");
+}
