@@ -42,10 +42,11 @@ const MATCH: Shape = Shape {
         (12, &PAIR),
     ],
 };
+/// Field 1 once was the way in which matches combine; whoever sends it means something.
 const CLAUSE: Shape = Shape {
-    fields: 1,
-    refused: &[],
-    inside: &[(1, &MATCH)],
+    fields: 2,
+    refused: &[1],
+    inside: &[(2, &MATCH)],
 };
 const RULE: Shape = Shape {
     fields: 1,
