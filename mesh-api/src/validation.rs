@@ -165,24 +165,24 @@ impl Check {
             for (i, source) in sources.iter().enumerate() {
                 let path = format!("{path}[{i}]");
                 let valid = ValidSource {
-                    principals: self.values(&format!("{path}.principals"), source.principals.as_deref(), Self::principal),
-                    not_principals: self.values(
-                        &format!("{path}.notPrincipals"),
-                        source.not_principals.as_deref(),
-                        Self::principal,
-                    ),
-                    namespaces: self.values(&format!("{path}.namespaces"), source.namespaces.as_deref(), Self::namespace),
-                    not_namespaces: self.values(
-                        &format!("{path}.notNamespaces"),
-                        source.not_namespaces.as_deref(),
-                        Self::namespace,
-                    ),
-                    ip_blocks: self.values(&format!("{path}.ipBlocks"), source.ip_blocks.as_deref(), Self::ip_block),
-                    not_ip_blocks: self.values(
-                        &format!("{path}.notIpBlocks"),
-                        source.not_ip_blocks.as_deref(),
-                        Self::ip_block,
-                    ),
+                    principals: self.values(&format!("{path}.principals"), source.principals.as_deref(), |text| {
+                        Self::principal(text)
+                    }),
+                    not_principals: self.values(&format!("{path}.notPrincipals"), source.not_principals.as_deref(), |text| {
+                        Self::principal(text)
+                    }),
+                    namespaces: self.values(&format!("{path}.namespaces"), source.namespaces.as_deref(), |text| {
+                        Self::namespace(text)
+                    }),
+                    not_namespaces: self.values(&format!("{path}.notNamespaces"), source.not_namespaces.as_deref(), |text| {
+                        Self::namespace(text)
+                    }),
+                    ip_blocks: self.values(&format!("{path}.ipBlocks"), source.ip_blocks.as_deref(), |text| {
+                        Self::ip_block(text)
+                    }),
+                    not_ip_blocks: self.values(&format!("{path}.notIpBlocks"), source.not_ip_blocks.as_deref(), |text| {
+                        Self::ip_block(text)
+                    }),
                 };
                 if *source == crate::Source::default() {
                     self.fail(&path, "is empty; name a source, or leave `from` out to mean any");
@@ -231,7 +231,7 @@ impl Check {
         valid
     }
 
-    fn principal(text: &String) -> Result<StringMatch, String> {
+    fn principal(text: &str) -> Result<StringMatch, String> {
         if let Some(rest) = text.strip_prefix("spiffe://") {
             return Err(format!("{text:?} has a scheme; write {rest:?}"));
         }
@@ -253,7 +253,7 @@ impl Check {
         Ok(matched)
     }
 
-    fn namespace(text: &String) -> Result<StringMatch, String> {
+    fn namespace(text: &str) -> Result<StringMatch, String> {
         let matched = wildcard(text, limits::MAX_NAMESPACE, "a namespace's name")?;
         match &matched {
             StringMatch::Exact(name) if !namespace_name(name) => Err(format!(
@@ -263,7 +263,7 @@ impl Check {
         }
     }
 
-    fn ip_block(text: &String) -> Result<IpNet, String> {
+    fn ip_block(text: &str) -> Result<IpNet, String> {
         let block = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
         match block {
             Err(_) => Err(format!(

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
-    #[error("{}: {source}", path.display())]
-    Io { path: PathBuf, source: std::io::Error },
+    #[error("{}: {error}", path.display())]
+    Io { path: PathBuf, error: std::io::Error },
     #[error("{}: others than its owner may use it (mode {mode:o}); run `chmod {want:o} {}`", path.display(), path.display())]
     TooOpen { path: PathBuf, mode: u32, want: u32 },
     #[error("{}: {problem}", path.display())]
@@ -58,9 +58,9 @@ impl StateDir {
     /// It cannot be read, is larger than `most` bytes, or others may read it.
     pub fn read(&self, name: &str, most: u64) -> Result<Option<Vec<u8>>, StateError> {
         let path = self.path.join(name);
-        let io = |source| StateError::Io {
+        let io = |error| StateError::Io {
             path: path.clone(),
-            source,
+            error,
         };
         let file = match File::open(&path) {
             Ok(file) => file,
@@ -94,7 +94,7 @@ impl StateDir {
     pub fn write_new(&self, name: &str, content: &[u8]) -> Result<bool, StateError> {
         match write_private(&self.path.join(name), content, false) {
             Ok(()) => Ok(true),
-            Err(StateError::Io { source, .. }) if source.kind() == ErrorKind::AlreadyExists => Ok(false),
+            Err(StateError::Io { error, .. }) if error.kind() == ErrorKind::AlreadyExists => Ok(false),
             Err(error) => Err(error),
         }
     }
@@ -104,9 +104,9 @@ impl StateDir {
     /// # Errors
     /// It cannot be read.
     pub fn list(&self, most: usize) -> Result<Vec<String>, StateError> {
-        let io = |source| StateError::Io {
+        let io = |error| StateError::Io {
             path: self.path.clone(),
-            source,
+            error,
         };
         let mut names = Vec::new();
         for entry in std::fs::read_dir(&self.path).map_err(io)?.take(most) {
@@ -118,9 +118,9 @@ impl StateDir {
 }
 
 fn make_private_dir(path: &Path) -> Result<(), StateError> {
-    let io = |source| StateError::Io {
+    let io = |error| StateError::Io {
         path: path.to_owned(),
-        source,
+        error,
     };
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io)?;
     let mode = std::fs::metadata(path).map_err(io)?.mode() & 0o7777;
@@ -143,9 +143,9 @@ fn make_private_dir(path: &Path) -> Result<(), StateError> {
 /// # Errors
 /// The disk's; without `replace`, [`ErrorKind::AlreadyExists`].
 pub fn write_private(path: &Path, content: &[u8], replace: bool) -> Result<(), StateError> {
-    let io = |source| StateError::Io {
+    let io = |error| StateError::Io {
         path: path.to_owned(),
-        source,
+        error,
     };
     let parent = path
         .parent()

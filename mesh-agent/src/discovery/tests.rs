@@ -133,13 +133,9 @@ async fn serve(address: SocketAddr, tls: TlsIdentity) -> (SocketAddr, mpsc::Rece
         .tls_config(ServerTlsConfig::new().identity(tls))
         .unwrap()
         .add_service(AggregatedDiscoveryServiceServer::new(Service(peers)))
-        .serve_with_incoming(TcpListenerStream::new(listener));
-    tokio::spawn(async move {
-        tokio::select! {
-            () = stopped.cancelled() => {}
-            ended = server => ended.unwrap(),
-        }
-    });
+        // Ends connections too, as a process that ends does.
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stopped.cancelled_owned());
+    tokio::spawn(async move { server.await.unwrap() });
     (address, receiver, stop)
 }
 

@@ -328,11 +328,11 @@ fn nested(field: u8, inside: Vec<u8>) -> Vec<u8> {
 
 #[test]
 fn an_unknown_field_at_any_depth_marks_its_rule_and_no_other() {
-    // rule 5 → clause 1 → match 1 → principals 3 / source_ips 5
-    let in_string = nested(1, nested(1, nested(3, UNKNOWN_FIELD.to_vec())));
-    let in_block = nested(1, nested(1, nested(5, UNKNOWN_FIELD.to_vec())));
-    let in_match = nested(1, nested(1, UNKNOWN_FIELD.to_vec()));
-    let in_extension = nested(1, nested(1, nested(13, vec![])));
+    // rule 5 → clause 1 → match 2 → principals 3 / source_ips 5
+    let in_string = nested(1, nested(2, nested(3, UNKNOWN_FIELD.to_vec())));
+    let in_block = nested(1, nested(2, nested(5, UNKNOWN_FIELD.to_vec())));
+    let in_match = nested(1, nested(2, UNKNOWN_FIELD.to_vec()));
+    let in_extension = nested(1, nested(2, nested(13, vec![])));
     let in_clause = nested(1, UNKNOWN_FIELD.to_vec());
     let in_rule = UNKNOWN_FIELD.to_vec();
     for (depth, rule) in [in_string, in_block, in_match, in_extension, in_clause, in_rule]

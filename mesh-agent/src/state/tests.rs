@@ -62,7 +62,10 @@ fn what_stands_at_a_destination() {
         }),
     ]);
     assert!(matches!(state.destination(to("10.0.0.1:80")), Destination::Mesh(w) if &*w.name == "proven"));
-    assert!(matches!(state.destination(to("[::ffff:10.0.0.1]:80")), Destination::Mesh(_)), "v4-mapped");
+    assert!(
+        matches!(state.destination(to("[::ffff:10.0.0.1]:80")), Destination::Mesh(_)),
+        "v4-mapped"
+    );
     assert!(matches!(state.destination(to("10.0.0.2:80")), Destination::Pending(_)));
     assert!(matches!(state.destination(to("[fd00::3]:80")), Destination::Lost(_)));
     assert!(matches!(state.destination(to("10.0.0.4:80")), Destination::Outside(Some(_))));

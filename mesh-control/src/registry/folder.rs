@@ -13,10 +13,10 @@ use super::Scan;
 use crate::limits::{FOLDER_DEBOUNCE, FOLDER_DEBOUNCE_MOST, FOLDER_RESCAN, MAX_FILE_BYTES, MAX_FILES, MAX_FOLDER_BYTES};
 
 #[derive(Debug, thiserror::Error)]
-#[error("registry folder {}: {source}", path.display())]
+#[error("registry folder {}: {error}", path.display())]
 pub struct FolderError {
     path: PathBuf,
-    source: std::io::Error,
+    error: std::io::Error,
 }
 
 /// A folder of manifests: `*.yaml`, `*.yml` and `*.json` in it, and symbolic links to files inside it (a mounted ConfigMap is
@@ -36,9 +36,9 @@ impl Folder {
     /// # Errors
     /// The folder itself cannot be read. A file that cannot be read is an entry of the scan.
     pub fn scan(&self) -> Result<Scan, FolderError> {
-        let error = |source| FolderError {
+        let error = |error| FolderError {
             path: self.path.clone(),
-            source,
+            error,
         };
         let root = self.path.canonicalize().map_err(error)?;
         let mut names = Vec::new();
@@ -161,7 +161,6 @@ pub struct Watch {
 
 impl Watch {
     /// Ends a wait from another thread.
-    #[must_use]
     pub fn waker(&self) -> impl Fn() + Send + Sync + use<> {
         let sender = self.waker.clone();
         move || wake(&sender)
