@@ -1,4 +1,9 @@
 //! Agents and the control plane that die and come back, and leaving no trace.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test: a panic is its failure, and standard output its report"
+)]
 
 use std::net::IpAddr;
 use std::process::ExitCode;
@@ -163,7 +168,7 @@ fn cleanup(shared: &mut Shared) -> Result<()> {
     ] {
         ensure!(!after.contains(trace), "cleanup left {trace} in the Pod:\n{after}");
     }
-    let pins = std::fs::read_dir(&mesh.topology.node(NodeName::Two).bpffs.path())?
+    let pins = std::fs::read_dir(mesh.topology.node(NodeName::Two).bpffs.path())?
         .flatten()
         .count();
     ensure!(pins == 0, "cleanup left {pins} entries in the bpf file system");
