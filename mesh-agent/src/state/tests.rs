@@ -129,7 +129,7 @@ fn policies_by_scope() {
 async fn waiting_sees_what_arrives_and_is_bounded() {
     let shared = SharedState::new();
     let ip: IpAddr = "10.0.0.1".parse().unwrap();
-    let find = |state: &State| state.by_address(ip);
+    let find = move |state: &State| state.by_address(ip);
     assert!(shared.wait_for(Duration::from_secs(5), find).await.is_none());
 
     let waiting = tokio::spawn({
