@@ -4,7 +4,7 @@
 //! link in `pods/`. Pins outlive the agent; a new one reuses the maps and replaces the programs of the links in place.
 
 use std::fmt;
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -18,12 +18,16 @@ use mesh_common::{
     ABI_VERSION, AgentSocketValue, Counter, LISTENERS_PER_POD, OriginalDestinationValue, PodValue, RedirectedConnectionKey,
     limits,
 };
-use nix::sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, statfs};
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use nix::time::{ClockId, clock_gettime};
 use parking_lot::Mutex;
 
 use super::CaptureError;
 use super::bpf_syscalls::{self, AttachType};
+
+mod cgroup_root;
+pub(super) use cgroup_root::detect_cgroup_root;
+use cgroup_root::open_cgroup_root;
 
 /// The object that `cargo xtask build-ebpf` made; empty in an agent that was built without it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf.o"));
@@ -564,36 +568,6 @@ fn prepare_pins(pin_path: &Path) -> Result<PathBuf, CaptureError> {
     Ok(directory)
 }
 
-fn open_cgroup_root(path: &Path) -> Result<File, CaptureError> {
-    let file_system = statfs(path).map_err(|error| failed(path.display(), error))?;
-    if file_system.filesystem_type() != CGROUP2_SUPER_MAGIC {
-        return Err(CaptureError::Other(format!(
-            "{} is not in a cgroup-v2 hierarchy",
-            path.display()
-        )));
-    }
-    File::open(path).map_err(|error| failed(path.display(), error))
-}
-
-pub(super) fn detect_cgroup_root() -> Result<PathBuf, CaptureError> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(|error| failed("/proc/self/mountinfo", error))?;
-    cgroup2_mount(&mounts).ok_or_else(|| {
-        CaptureError::Other("no cgroup-v2 hierarchy is mounted; mount one (`mount -t cgroup2 none DIR`) or give its root".into())
-    })
-}
-
-/// The mount point of the cgroup-v2 root in a mountinfo (proc_pid_mountinfo(5)): /sys/fs/cgroup, or on a machine that also
-/// has version 1 commonly /sys/fs/cgroup/unified.
-fn cgroup2_mount(mountinfo: &str) -> Option<PathBuf> {
-    mountinfo.lines().find_map(|line| {
-        let (mount, file_system) = line.split_once(" - ")?;
-        let mut fields = mount.split(' ').skip(3);
-        let (root, point) = (fields.next()?, fields.next()?);
-        let is_root = root == "/" && file_system.split(' ').next() == Some("cgroup2");
-        is_root.then(|| PathBuf::from(point.replace("\\040", " ")))
-    })
-}
-
 /// A Pod's uid as a name on the bpffs, which takes no dots: everything but letters, digits, `-` and `_` as `%` and two hex digits.
 fn pin_name(pod_uid: &str) -> String {
     let escape = |byte: u8| match byte {
@@ -619,5 +593,7 @@ fn pod_uid(pin_name: &str) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
+#[cfg(test)]
+use cgroup_root::cgroup2_mount;
 #[cfg(test)]
 mod tests;

@@ -557,20 +557,13 @@ async fn wait_for_addresses(netns: &NetNamespace, addresses: &[IpAddr]) -> Resul
 /// An address that is not usable yet.
 fn unready(present: &[(IpAddr, AddressState)], wanted: &[IpAddr]) -> Result<Option<IpAddr>, CaptureError> {
     let mut tentative = None;
+    let refused = |address: &IpAddr, state: &str| CaptureError::Refused(format!("address {address} is {state}"));
     for address in wanted {
         match present.iter().find(|(ip, _)| ip == address) {
             Some((_, AddressState::Usable)) => {}
             Some((_, AddressState::Tentative)) => tentative = Some(*address),
-            Some((_, AddressState::Duplicate)) => {
-                return Err(CaptureError::Refused(format!(
-                    "address {address} is in use by another machine"
-                )));
-            }
-            None => {
-                return Err(CaptureError::Refused(format!(
-                    "address {address} is not in the Pod's network namespace"
-                )));
-            }
+            Some((_, AddressState::Duplicate)) => return Err(refused(address, "in use by another machine")),
+            None => return Err(refused(address, "not in the Pod's network namespace")),
         }
     }
     Ok(tentative)

@@ -59,28 +59,177 @@ fn one_match_of_each_kind() {
     };
     let table: Vec<(&str, Match, bool, bool)> = vec![
         // (name, match, matches web, matches a plaintext source)
-        ("exact", principal(StringMatch::Exact("cluster.local/ns/shop/sa/web".into())), true, false),
-        ("exact is not prefix", principal(StringMatch::Exact("cluster.local/ns/shop".into())), false, false),
-        ("no scheme", principal(StringMatch::Exact("spiffe://cluster.local/ns/shop/sa/web".into())), false, false),
-        ("prefix", principal(StringMatch::Prefix("cluster.local/ns/shop/".into())), true, false),
+        (
+            "exact",
+            principal(StringMatch::Exact("cluster.local/ns/shop/sa/web".into())),
+            true,
+            false,
+        ),
+        (
+            "exact is not prefix",
+            principal(StringMatch::Exact("cluster.local/ns/shop".into())),
+            false,
+            false,
+        ),
+        (
+            "no scheme",
+            principal(StringMatch::Exact("spiffe://cluster.local/ns/shop/sa/web".into())),
+            false,
+            false,
+        ),
+        (
+            "prefix",
+            principal(StringMatch::Prefix("cluster.local/ns/shop/".into())),
+            true,
+            false,
+        ),
         ("suffix", principal(StringMatch::Suffix("/sa/web".into())), true, false),
         ("presence", principal(StringMatch::Presence), true, false),
-        ("no presence", Match { not_principals: vec![StringMatch::Presence], ..Match::default() }, false, true),
-        ("namespace", Match { namespaces: exact("shop"), ..Match::default() }, true, false),
-        ("other namespace", Match { namespaces: exact("bank"), ..Match::default() }, false, false),
-        ("not that namespace", Match { not_namespaces: exact("shop"), ..Match::default() }, false, true),
-        ("source ip", Match { source_ips: net("10.0.0.0/24"), ..Match::default() }, true, true),
-        ("other source ip", Match { source_ips: net("10.0.9.0/24"), ..Match::default() }, false, false),
-        ("not source ip", Match { not_source_ips: net("10.0.0.1/32"), ..Match::default() }, false, false),
-        ("destination ip", Match { destination_ips: net("10.0.1.2/32"), ..Match::default() }, true, true),
-        ("not destination ip", Match { not_destination_ips: net("10.0.1.0/24"), ..Match::default() }, false, false),
-        ("port", Match { destination_ports: vec![80, 8080], ..Match::default() }, true, true),
-        ("other port", Match { destination_ports: vec![80], ..Match::default() }, false, false),
-        ("not port", Match { not_destination_ports: vec![8080], ..Match::default() }, false, false),
-        ("account", Match { service_accounts: account("shop", "web"), ..Match::default() }, true, false),
-        ("other account", Match { service_accounts: account("shop", "db"), ..Match::default() }, false, false),
-        ("not account", Match { not_service_accounts: account("shop", "web"), ..Match::default() }, false, true),
-        ("kinds are ANDed", Match { namespaces: exact("shop"), destination_ports: vec![80], ..Match::default() }, false, false),
+        (
+            "no presence",
+            Match {
+                not_principals: vec![StringMatch::Presence],
+                ..Match::default()
+            },
+            false,
+            true,
+        ),
+        (
+            "namespace",
+            Match {
+                namespaces: exact("shop"),
+                ..Match::default()
+            },
+            true,
+            false,
+        ),
+        (
+            "other namespace",
+            Match {
+                namespaces: exact("bank"),
+                ..Match::default()
+            },
+            false,
+            false,
+        ),
+        (
+            "not that namespace",
+            Match {
+                not_namespaces: exact("shop"),
+                ..Match::default()
+            },
+            false,
+            true,
+        ),
+        (
+            "source ip",
+            Match {
+                source_ips: net("10.0.0.0/24"),
+                ..Match::default()
+            },
+            true,
+            true,
+        ),
+        (
+            "other source ip",
+            Match {
+                source_ips: net("10.0.9.0/24"),
+                ..Match::default()
+            },
+            false,
+            false,
+        ),
+        (
+            "not source ip",
+            Match {
+                not_source_ips: net("10.0.0.1/32"),
+                ..Match::default()
+            },
+            false,
+            false,
+        ),
+        (
+            "destination ip",
+            Match {
+                destination_ips: net("10.0.1.2/32"),
+                ..Match::default()
+            },
+            true,
+            true,
+        ),
+        (
+            "not destination ip",
+            Match {
+                not_destination_ips: net("10.0.1.0/24"),
+                ..Match::default()
+            },
+            false,
+            false,
+        ),
+        (
+            "port",
+            Match {
+                destination_ports: vec![80, 8080],
+                ..Match::default()
+            },
+            true,
+            true,
+        ),
+        (
+            "other port",
+            Match {
+                destination_ports: vec![80],
+                ..Match::default()
+            },
+            false,
+            false,
+        ),
+        (
+            "not port",
+            Match {
+                not_destination_ports: vec![8080],
+                ..Match::default()
+            },
+            false,
+            false,
+        ),
+        (
+            "account",
+            Match {
+                service_accounts: account("shop", "web"),
+                ..Match::default()
+            },
+            true,
+            false,
+        ),
+        (
+            "other account",
+            Match {
+                service_accounts: account("shop", "db"),
+                ..Match::default()
+            },
+            false,
+            false,
+        ),
+        (
+            "not account",
+            Match {
+                not_service_accounts: account("shop", "web"),
+                ..Match::default()
+            },
+            false,
+            true,
+        ),
+        (
+            "kinds are ANDed",
+            Match {
+                namespaces: exact("shop"),
+                destination_ports: vec![80],
+                ..Match::default()
+            },
+            false,
+            false,
+        ),
     ];
     for (name, m, identified, plaintext) in table {
         let policies = [policy("p", Action::Deny, vec![rule(vec![m])])];
@@ -101,12 +250,19 @@ fn rules_clauses_and_matches() {
         ("a rule without clauses matches", vec![Rule::default()], true),
         ("an empty clause is true", vec![rule(vec![])], true),
         ("an empty match is skipped", vec![rule(vec![Match::default()])], false),
-        ("an empty match beside another", vec![rule(vec![Match::default(), port(8080)])], true),
+        (
+            "an empty match beside another",
+            vec![rule(vec![Match::default(), port(8080)])],
+            true,
+        ),
         ("rules are ORed", vec![rule(vec![port(1)]), rule(vec![port(8080)])], true),
         ("matches are ORed", vec![rule(vec![port(1), port(8080)])], true),
         (
             "clauses are ANDed",
-            vec![Rule { clauses: vec![clause(vec![port(8080)]), clause(vec![port(1)])], unknown: false }],
+            vec![Rule {
+                clauses: vec![clause(vec![port(8080)]), clause(vec![port(1)])],
+                unknown: false,
+            }],
             false,
         ),
     ];
@@ -126,14 +282,24 @@ fn deny_goes_first_and_an_allow_list_closes() {
     let name = |name: &str| Some(Arc::from(format!("shop/{name}").as_str()));
 
     assert_eq!(decide(&[], None).decision, Decision::Allow { policy: None });
-    let policies = [policy("a", Action::Allow, all.clone()), policy("d", Action::Deny, all.clone())];
+    let policies = [
+        policy("a", Action::Allow, all.clone()),
+        policy("d", Action::Deny, all.clone()),
+    ];
     assert_eq!(decide(&policies, None).decision, Decision::Deny { policy: name("d") });
-    let policies = [policy("a", Action::Allow, none.clone()), policy("b", Action::Allow, all.clone())];
+    let policies = [
+        policy("a", Action::Allow, none.clone()),
+        policy("b", Action::Allow, all.clone()),
+    ];
     assert_eq!(decide(&policies, None).decision, Decision::Allow { policy: name("b") });
     let policies = [policy("a", Action::Allow, none.clone())];
     assert_eq!(decide(&policies, None).decision, Decision::Deny { policy: None });
     let policies = [policy("a", Action::Allow, vec![])];
-    assert_eq!(decide(&policies, None).decision, Decision::Deny { policy: None }, "an ALLOW policy without rules allows nothing");
+    assert_eq!(
+        decide(&policies, None).decision,
+        Decision::Deny { policy: None },
+        "an ALLOW policy without rules allows nothing"
+    );
     let policies = [policy("d", Action::Deny, none)];
     assert_eq!(decide(&policies, None).decision, Decision::Allow { policy: None });
 }
@@ -150,8 +316,16 @@ fn an_unknown_part_closes() {
         unknown: true,
     };
     for rule in [in_match, in_rule] {
-        assert!(!decide(&[policy("d", Action::Deny, vec![rule.clone()])], None).decision.is_allow());
-        assert!(!decide(&[policy("a", Action::Allow, vec![rule.clone()])], None).decision.is_allow());
+        assert!(
+            !decide(&[policy("d", Action::Deny, vec![rule.clone()])], None)
+                .decision
+                .is_allow()
+        );
+        assert!(
+            !decide(&[policy("a", Action::Allow, vec![rule.clone()])], None)
+                .decision
+                .is_allow()
+        );
         let beside = [policy("a", Action::Allow, vec![rule, Rule::default()])];
         assert!(decide(&beside, None).decision.is_allow(), "another rule still allows");
         assert!(beside[0].has_unknown_part());
@@ -167,7 +341,11 @@ fn dry_run_is_reported_and_not_enforced() {
     };
     let policies = [dry("d", Action::Deny), dry("a", Action::Allow)];
     let verdict = decide(&policies, None);
-    assert_eq!(verdict.decision, Decision::Allow { policy: None }, "a dry-run ALLOW closes nothing either");
+    assert_eq!(
+        verdict.decision,
+        Decision::Allow { policy: None },
+        "a dry-run ALLOW closes nothing either"
+    );
     assert_eq!(verdict.dry_run_matches, ["shop/d".into(), "shop/a".into()]);
 }
 

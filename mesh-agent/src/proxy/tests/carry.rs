@@ -126,7 +126,14 @@ async fn sixty_four_mebibytes_both_ways_at_once() {
     let back = tokio::spawn(send_digested(server_write, LEN_BYTES, 2));
     let at_server = tokio::spawn(receive_digested(server_read));
     let at_client = tokio::spawn(receive_digested(client_read));
-    let all = async { (there.await.unwrap(), back.await.unwrap(), at_server.await.unwrap(), at_client.await.unwrap()) };
+    let all = async {
+        (
+            there.await.unwrap(),
+            back.await.unwrap(),
+            at_server.await.unwrap(),
+            at_client.await.unwrap(),
+        )
+    };
     let (there, back, at_server, at_client) = timeout(PATIENCE, all).await.expect("too slow");
     assert_eq!(at_server, (LEN_BYTES, there));
     assert_eq!(at_client, (LEN_BYTES, back));
@@ -213,7 +220,9 @@ async fn a_thousand_connections_at_once() {
             sleep(Duration::from_millis(10)).await;
         }
     };
-    timeout(PATIENCE, all_gone).await.expect("the registry keeps ended connections");
+    timeout(PATIENCE, all_gone)
+        .await
+        .expect("the registry keeps ended connections");
     let metrics = mesh.near.metrics.render();
     let opened = metrics
         .lines()
@@ -247,7 +256,10 @@ async fn outsiders_are_passed_through_and_counted() {
     let line = mesh.near.log_line(|line| line["path"] == "passthrough").await;
     assert_eq!(line["connection_security_policy"], "none");
     let metrics = mesh.near.metrics.render();
-    assert!(metrics.contains(r#"mesh_passthrough_connections_total{destination="outside"} 1"#), "{metrics}");
+    assert!(
+        metrics.contains(r#"mesh_passthrough_connections_total{destination="outside"} 1"#),
+        "{metrics}"
+    );
 
     // A Pod that is not protected yet, too.
     let pending = mesh.unannounced_pod(&mesh.far, "pending").await;
@@ -258,7 +270,10 @@ async fn outsiders_are_passed_through_and_counted() {
     let mut stream = client.connect(pending.application()).await;
     assert_echo(&mut stream, "hello").await;
     let metrics = mesh.near.metrics.render();
-    assert!(metrics.contains(r#"mesh_passthrough_connections_total{destination="pending"} 1"#), "{metrics}");
+    assert!(
+        metrics.contains(r#"mesh_passthrough_connections_total{destination="pending"} 1"#),
+        "{metrics}"
+    );
 }
 
 #[tokio::test]

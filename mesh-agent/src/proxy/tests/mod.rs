@@ -39,7 +39,9 @@ pub(super) fn fresh_address() -> IpAddr {
     let next = NEXT.fetch_add(1, Ordering::Relaxed);
     // The process's id keeps two runs at the same time apart.
     let net = u8::try_from(std::process::id() % 200).unwrap() + 20;
-    IpAddr::V4(Ipv4Addr::from([127, net, 0, 0].map(u32::from).iter().fold(0, |a, b| a << 8 | b) + next))
+    IpAddr::V4(Ipv4Addr::from(
+        [127, net, 0, 0].map(u32::from).iter().fold(0, |a, b| a << 8 | b) + next,
+    ))
 }
 
 /// A certificate authority.
@@ -318,7 +320,9 @@ impl Pod {
 /// The stream gives an error before any byte, as a refusal must look.
 pub(super) async fn assert_refused(mut stream: TcpStream) {
     let mut byte = [0];
-    let read = timeout(PATIENCE, stream.read(&mut byte)).await.expect("neither refused nor served");
+    let read = timeout(PATIENCE, stream.read(&mut byte))
+        .await
+        .expect("neither refused nor served");
     assert_eq!(read.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
 }
 

@@ -28,7 +28,9 @@ fn principal(account: &str) -> Match {
 /// A plaintext client of a Pod: as sk_lookup would steer it, to the plaintext listener.
 async fn plaintext(mesh: &Mesh, pod: &Pod, port: u16) -> TcpStream {
     let listener = TcpListener::bind(SocketAddr::new(pod.ip, port)).await.unwrap();
-    mesh.far.proxy.accept(&pod.handle.context, listener, "plaintext", plaintext::serve);
+    mesh.far
+        .proxy
+        .accept(&pod.handle.context, listener, "plaintext", plaintext::serve);
     TcpStream::connect(SocketAddr::new(pod.ip, port)).await.unwrap()
 }
 
@@ -171,7 +173,9 @@ async fn a_pod_has_only_so_many_connections() {
     let first = registry.register(&pod, info.clone()).unwrap();
     let _second = registry.register(&pod, info.clone()).unwrap();
     assert_eq!(registry.register(&pod, info.clone()).unwrap_err().reason(), "limit");
-    registry.register(&"other".into(), info.clone()).expect("another Pod has its own bound");
+    registry
+        .register(&"other".into(), info.clone())
+        .expect("another Pod has its own bound");
     drop(first);
     registry.register(&pod, info).expect("released by its guard");
 }

@@ -70,7 +70,9 @@ impl<'a> Attempt<'a> {
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(TrustAll));
         let mut config = match self.pair {
-            Some(pair) => builder.with_client_auth_cert(pair.chain.clone(), pair.key.clone_key()).unwrap(),
+            Some(pair) => builder
+                .with_client_auth_cert(pair.chain.clone(), pair.key.clone_key())
+                .unwrap(),
             None => builder.with_no_client_auth(),
         };
         config.alpn_protocols = self.alpn.iter().map(|protocol| protocol.to_vec()).collect();
@@ -117,20 +119,53 @@ async fn whom_the_server_takes() {
     let tls12: &[&SupportedProtocolVersion] = &[&rustls::version::TLS12];
     let hour = in_an_hour();
     let refused = [
-        ("no certificate", Attempt { pair: None, ..Attempt::with(good.clone()) }),
-        ("TLS 1.2", Attempt { versions: tls12, ..Attempt::with(good.clone()) }),
-        ("no ALPN", Attempt { alpn: &[], ..Attempt::with(good.clone()) }),
-        ("another ALPN", Attempt { alpn: &[b"http/1.1"], ..Attempt::with(good.clone()) }),
+        (
+            "no certificate",
+            Attempt {
+                pair: None,
+                ..Attempt::with(good.clone())
+            },
+        ),
+        (
+            "TLS 1.2",
+            Attempt {
+                versions: tls12,
+                ..Attempt::with(good.clone())
+            },
+        ),
+        (
+            "no ALPN",
+            Attempt {
+                alpn: &[],
+                ..Attempt::with(good.clone())
+            },
+        ),
+        (
+            "another ALPN",
+            Attempt {
+                alpn: &[b"http/1.1"],
+                ..Attempt::with(good.clone())
+            },
+        ),
         ("another root", Attempt::with(Authority::new().issue(&client))),
         ("another trust domain", Attempt::with(mesh.authority.issue(&foreign))),
         (
             "expired",
-            Attempt::with(mesh.authority.issue_with(&client, &[&client.to_string()], &[], a_minute_ago())),
+            Attempt::with(
+                mesh.authority
+                    .issue_with(&client, &[&client.to_string()], &[], a_minute_ago()),
+            ),
         ),
-        ("no identity", Attempt::with(mesh.authority.issue_with(&client, &["https://example.com/"], &[], hour))),
+        (
+            "no identity",
+            Attempt::with(mesh.authority.issue_with(&client, &["https://example.com/"], &[], hour)),
+        ),
         (
             "the first URI counts",
-            Attempt::with(mesh.authority.issue_with(&client, &[&foreign.to_string(), &client.to_string()], &[], hour)),
+            Attempt::with(
+                mesh.authority
+                    .issue_with(&client, &[&foreign.to_string(), &client.to_string()], &[], hour),
+            ),
         ),
     ];
     for (name, attempt) in refused {
@@ -157,8 +192,18 @@ async fn what_a_connect_is_answered() {
     let table = [
         ("the application", Method::CONNECT, own(APPLICATION_PORT), StatusCode::OK),
         ("another address", Method::CONNECT, elsewhere, StatusCode::BAD_REQUEST),
-        ("a name", Method::CONNECT, "server.shop:8080".to_owned(), StatusCode::BAD_REQUEST),
-        ("an agent's port", Method::CONNECT, own(OUTBOUND_PORT), StatusCode::BAD_REQUEST),
+        (
+            "a name",
+            Method::CONNECT,
+            "server.shop:8080".to_owned(),
+            StatusCode::BAD_REQUEST,
+        ),
+        (
+            "an agent's port",
+            Method::CONNECT,
+            own(OUTBOUND_PORT),
+            StatusCode::BAD_REQUEST,
+        ),
         ("another method", Method::GET, own(APPLICATION_PORT), StatusCode::BAD_REQUEST),
         ("a closed port", Method::CONNECT, own(9), StatusCode::SERVICE_UNAVAILABLE),
     ];
@@ -181,13 +226,19 @@ async fn whom_the_client_takes() {
         ("another root", Authority::new().issue(&expected), false),
         (
             "no serverAuth",
-            mesh.authority.issue_with(&expected, &[&uri], &[ExtendedKeyUsagePurpose::ClientAuth], hour),
+            mesh.authority
+                .issue_with(&expected, &[&uri], &[ExtendedKeyUsagePurpose::ClientAuth], hour),
             false,
         ),
-        ("expired", mesh.authority.issue_with(&expected, &[&uri], &usages, a_minute_ago()), false),
+        (
+            "expired",
+            mesh.authority.issue_with(&expected, &[&uri], &usages, a_minute_ago()),
+            false,
+        ),
         (
             "one of its names",
-            mesh.authority.issue_with(&expected, &[&identity("first").to_string(), &uri], &usages, hour),
+            mesh.authority
+                .issue_with(&expected, &[&identity("first").to_string(), &uri], &usages, hour),
             true,
         ),
     ];
@@ -220,7 +271,8 @@ async fn whom_the_client_takes() {
             assert_eq!(request.uri.authority().unwrap().as_str(), destination.to_string());
             let forwarded = format!("for=\"{}\"", stream.local_addr().unwrap());
             assert_eq!(request.headers["forwarded"], forwarded.as_str());
-            let baggage = "k8s.cluster.name=Kubernetes,k8s.namespace.name=shop,k8s.pod.name=client,service.name=client,service.version=v1";
+            let baggage =
+                "k8s.cluster.name=Kubernetes,k8s.namespace.name=shop,k8s.pod.name=client,service.name=client,service.version=v1";
             assert_eq!(request.headers["baggage"], baggage);
         }
         assert_refused(stream).await;
