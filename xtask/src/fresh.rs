@@ -70,8 +70,8 @@ impl Machine {
         command.arg(RELEASE).arg(&machine.root);
         command.args(apt_sources()?);
         tools::run(&mut command)?;
-        // Names are resolved as on this machine.
-        for file in ["etc/resolv.conf", "etc/hosts"] {
+        // Names are resolved and servers trusted as on this machine.
+        for file in ["etc/resolv.conf", "etc/hosts", "etc/ssl/certs/ca-certificates.crt"] {
             let from = Path::new("/").join(file);
             if from.exists() {
                 let to = machine.root.join(file);

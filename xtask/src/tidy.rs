@@ -105,10 +105,10 @@ pub fn run(workspace: &Workspace) -> Result<ExitCode> {
 fn private_paths(root: &Path) -> Vec<String> {
     let parent = root.parent().and_then(Path::to_str).unwrap_or_default();
     let home = std::env::var("HOME").unwrap_or_default();
-    // "/" or "/root" alone would be found in innocent text.
+    // "/" is in every path, and every Debian has "/root".
     [parent, &home]
         .into_iter()
-        .filter(|path| path.len() > 2)
+        .filter(|path| path.len() > 1 && *path != "/root")
         .map(|path| format!("{path}/"))
         .collect()
 }
