@@ -48,8 +48,11 @@ pub fn object(workspace: &Workspace) -> Result<PathBuf> {
         "--target",
         TARGET,
     ]);
+    if compiler.builds_core {
+        cargo.arg("-Zbuild-std=core");
+    }
     cargo
-        .env("RUSTC", &compiler)
+        .env("RUSTC", &compiler.rustc)
         // Cargo and rustc are of different makes; BPF is a target without a stable promise.
         .env("RUSTC_BOOTSTRAP", "1")
         // A panic is an endless loop, which no kernel loads.
@@ -81,23 +84,41 @@ fn strip(built: &Path, object: &Path) -> Result<()> {
     Ok(())
 }
 
-fn compiler() -> Result<PathBuf> {
-    if let Some(path) = std::env::var_os(RUSTC_VARIABLE) {
+struct Compiler {
+    rustc: PathBuf,
+    /// It brings `core` as source, not built for [`TARGET`].
+    builds_core: bool,
+}
+
+/// The one that is named; else one that has `core` for BPF; else rustup's nightly with rust-src; else Debian's is installed.
+fn compiler() -> Result<Compiler> {
+    let prebuilt = |rustc| Compiler {
+        rustc,
+        builds_core: false,
+    };
+    if let Some(path) = std::env::var_os(RUSTC_VARIABLE).filter(|path| !path.is_empty()) {
         let path = PathBuf::from(path);
         if !has_core(&path) {
             bail!("{RUSTC_VARIABLE} names {}, which has no `core` for {TARGET}", path.display());
         }
-        return Ok(path);
+        return Ok(prebuilt(path));
     }
     for candidate in [PathBuf::from("rustc"), PathBuf::from(DEBIAN_RUSTC)] {
         if has_core(&candidate) {
-            return Ok(candidate);
+            return Ok(prebuilt(candidate));
         }
+    }
+    if let Some(rustc) = nightly_with_source() {
+        return Ok(Compiler {
+            rustc,
+            builds_core: true,
+        });
     }
     tools::install(&DEBIAN_PACKAGES, "a Rust compiler with a `core` library for eBPF").with_context(|| {
         format!(
-            "no compiler for eBPF: install {}, or name one by {RUSTC_VARIABLE}, or an object by {OBJECT_VARIABLE}",
-            DEBIAN_PACKAGES.join(" and ")
+            "no compiler for eBPF. One of: apt-get install {}; rustup's nightly with its rust-src; {RUSTC_VARIABLE}=<a rustc with \
+             `core` for {TARGET}>; {OBJECT_VARIABLE}=<the object, built elsewhere>",
+            DEBIAN_PACKAGES.join(" ")
         )
     })?;
     let installed = PathBuf::from(DEBIAN_RUSTC);
@@ -107,7 +128,19 @@ fn compiler() -> Result<PathBuf> {
             DEBIAN_PACKAGES.join(" and ")
         );
     }
-    Ok(installed)
+    Ok(prebuilt(installed))
+}
+
+/// rustup's nightly, if it is installed and can build `core`. Asked without letting rustup install anything.
+fn nightly_with_source() -> Option<PathBuf> {
+    let mut rustup = Command::new("rustup");
+    rustup
+        .args(["run", "nightly", "rustc", "--print", "sysroot"])
+        .env("RUSTUP_AUTO_INSTALL", "0");
+    let output = rustup.output().ok().filter(|output| output.status.success())?;
+    let sysroot = PathBuf::from(String::from_utf8(output.stdout).ok()?.trim());
+    let source = sysroot.join("lib/rustlib/src/rust/library/core");
+    source.is_dir().then(|| sysroot.join("bin/rustc"))
 }
 
 fn has_core(rustc: &Path) -> bool {

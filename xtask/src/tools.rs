@@ -87,13 +87,14 @@ pub fn rust_sysroot() -> Result<PathBuf> {
     Ok(PathBuf::from(output(Command::new("rustc").args(["--print", "sysroot"]))?))
 }
 
-/// The linker of kernel programs: the one on the machine if it has the right version, else one built into the target folder
-/// against rustup's own LLVM.
+/// The linker of kernel programs: the one on the machine if it has the right version, else one built against rustup's own LLVM
+/// and kept outside the checkout, so that the next clean clone finds it.
 pub fn bpf_linker(workspace: &Workspace) -> Result<PathBuf> {
     let wanted = format!("bpf-linker {BPF_LINKER_VERSION}");
-    let own = workspace.target.join("ebpf").join("tools");
-    let candidates = [find_command("bpf-linker"), Some(own.join("bin").join("bpf-linker"))];
-    for candidate in candidates.into_iter().flatten() {
+    let llvm = rust_llvm()?;
+    let own = cache_folder(workspace).join(format!("bpf-linker-{BPF_LINKER_VERSION}-{}", identity_of(&llvm)?));
+    let built = own.join("bin").join("bpf-linker");
+    for candidate in [find_command("bpf-linker"), Some(built.clone())].into_iter().flatten() {
         let version = Command::new(&candidate).arg("--version").stderr(Stdio::null()).output();
         if version.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).starts_with(&wanted)) {
             return Ok(candidate);
@@ -102,34 +103,69 @@ pub fn bpf_linker(workspace: &Workspace) -> Result<PathBuf> {
     say(&format!(
         "building bpf-linker {BPF_LINKER_VERSION}: it links the kernel programs (a minute or two, once)"
     ));
-    let llvm = link_llvm(&own)?;
-    let mut cargo = workspace.cargo(&["install", "bpf-linker", "--quiet", "--locked", "--no-default-features"]);
+    let prefix = link_llvm(&llvm, &own)?;
+    let scratch = own.join("build");
+    let mut cargo = workspace.cargo(&[
+        "install",
+        "bpf-linker",
+        "--quiet",
+        "--locked",
+        "--force",
+        "--no-default-features",
+    ]);
     cargo
         .args(["--features", "llvm-22", "--version", BPF_LINKER_VERSION, "--root"])
         .arg(&own)
-        .env("LLVM_PREFIX", &llvm)
-        .env("CARGO_TARGET_DIR", own.join("build"))
+        .env("LLVM_PREFIX", &prefix)
+        .env("CARGO_TARGET_DIR", &scratch)
         .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
         .env("CARGO_PROFILE_RELEASE_STRIP", "true")
         .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1");
     run(&mut cargo)?;
-    Ok(own.join("bin").join("bpf-linker"))
+    let _ = std::fs::remove_dir_all(scratch);
+    Ok(built)
+}
+
+/// What is kept between checkouts.
+fn cache_folder(workspace: &Workspace) -> PathBuf {
+    let folder = |name| std::env::var_os(name).filter(|path| !path.is_empty()).map(PathBuf::from);
+    folder("XDG_CACHE_HOME")
+        .or_else(|| folder("HOME").map(|home| home.join(".cache")))
+        .map_or_else(|| workspace.target.join("ebpf").join("tools"), |cache| cache.join("culvert"))
+}
+
+/// Tells one LLVM from another: the linker runs with exactly the library that it was built against.
+fn identity_of(library: &Path) -> Result<String> {
+    use sha2::{Digest as _, Sha256};
+    let size = std::fs::metadata(library)?.len();
+    let digest = Sha256::digest(format!("{} {size}", library.display()));
+    Ok(hex::encode(&digest[..8]))
+}
+
+/// The LLVM that rustup's rustc brings.
+fn rust_llvm() -> Result<PathBuf> {
+    let folder = rust_sysroot()?.join("lib");
+    let is_llvm = |path: &PathBuf| {
+        path.file_name()
+            .is_some_and(|name| name.to_string_lossy().starts_with("libLLVM.so.22."))
+    };
+    std::fs::read_dir(&folder)?
+        .flatten()
+        .map(|entry| entry.path())
+        .find(is_llvm)
+        .with_context(|| format!("no LLVM 22 in {}: Rust 1.95 from rustup brings it", folder.display()))
 }
 
 /// A folder that looks like an installed LLVM: the library that rustc itself brings, under the names that the linker asks for
 /// when it is built (`libLLVM.so`) and when it runs (its own).
-fn link_llvm(own: &Path) -> Result<PathBuf> {
-    let library_folder = rust_sysroot()?.join("lib");
-    let library = std::fs::read_dir(&library_folder)?
-        .flatten()
-        .find(|entry| entry.file_name().to_string_lossy().starts_with("libLLVM.so.22."))
-        .with_context(|| format!("no LLVM 22 in {}: Rust 1.95 from rustup brings it", library_folder.display()))?;
+fn link_llvm(library: &Path, own: &Path) -> Result<PathBuf> {
     let prefix = own.join("llvm");
     std::fs::create_dir_all(prefix.join("lib"))?;
-    for name in [std::ffi::OsString::from("libLLVM.so"), library.file_name()] {
+    let own_name = library.file_name().context("a library has a name")?;
+    for name in [std::ffi::OsStr::new("libLLVM.so"), own_name] {
         let link = prefix.join("lib").join(name);
         let _ = std::fs::remove_file(&link);
-        std::os::unix::fs::symlink(library.path(), &link)?;
+        std::os::unix::fs::symlink(library, &link)?;
     }
     Ok(prefix)
 }
