@@ -1,4 +1,9 @@
 //! Enrolment with real network namespaces and the real programs. Needs root and an agent built with EBPF_OBJECT.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test: a panic is its failure, and standard output its report"
+)]
 
 #[path = "capture/bed.rs"]
 mod bed;

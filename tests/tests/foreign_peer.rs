@@ -1,4 +1,9 @@
 //! The tunnel against an HTTP/2 and a TLS implementation that are not ours, at both ends: Python's `h2` over OpenSSL.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test: a panic is its failure, and standard output its report"
+)]
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};

@@ -1,5 +1,10 @@
 //! The whole mesh on two nodes: what an application may rely on, every case over IPv4, IPv6 and v4-mapped addresses, with
 //! applications that are unprivileged and in cgroups of their own.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test: a panic is its failure, and standard output its report"
+)]
 
 use std::net::{IpAddr, SocketAddr};
 use std::process::ExitCode;

@@ -1,4 +1,9 @@
 //! The testbed by itself, before any mesh: what the other suites stand on.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test: a panic is its failure, and standard output its report"
+)]
 
 use std::process::ExitCode;
 use std::time::Duration;

@@ -11,6 +11,9 @@ use clap::Args;
 use crate::tools;
 use crate::workspace::Workspace;
 
+/// Root's home inside the fresh machine.
+const GUEST_HOME: &str = "/root";
+
 #[derive(Args)]
 pub struct Arguments {
     /// What to run there, in turn
@@ -109,21 +112,21 @@ impl Machine {
         script += &format!("mount -t cgroup2 cgroup2 {root}/sys/fs/cgroup\nmount -t bpf bpf {root}/sys/fs/bpf\n");
         for folder in [home.join(".rustup"), home.join(".cargo/bin"), home.join(".cargo/registry")] {
             if folder.is_dir() {
-                let inside = format!("{root}/root/{}", folder.strip_prefix(&home)?.display());
+                let inside = format!("{root}{GUEST_HOME}/{}", folder.strip_prefix(&home)?.display());
                 script += &format!("mkdir -p {inside}\nmount --bind {} {inside}\n", folder.display());
             }
         }
         for file in [".cargo/config.toml", ".cargo/env"] {
             if home.join(file).is_file() {
                 script += &format!(
-                    "mkdir -p {root}/root/.cargo\ncp {} {root}/root/{file}\n",
+                    "mkdir -p {root}{GUEST_HOME}/.cargo\ncp {} {root}{GUEST_HOME}/{file}\n",
                     home.join(file).display()
                 );
             }
         }
         // bpf-linker is the project's business to bring, so the one beside rustup's tools is hidden.
         script += &format!(
-            "if [ -e {root}/root/.cargo/bin/bpf-linker ]; then mount --bind /dev/null {root}/root/.cargo/bin/bpf-linker; fi\n"
+            "if [ -e {root}{GUEST_HOME}/.cargo/bin/bpf-linker ]; then mount --bind /dev/null {root}{GUEST_HOME}/.cargo/bin/bpf-linker; fi\n"
         );
         script += &format!("exec chroot {root} /bin/sh -c 'cd /culvert && exec \"$@\"' sh {line}\n");
         let mut command = Command::new("unshare");
@@ -142,10 +145,10 @@ impl Machine {
             }
         }
         command
-            .env("HOME", "/root")
+            .env("HOME", GUEST_HOME)
             .env(
                 "PATH",
-                "/root/.cargo/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+                format!("{GUEST_HOME}/.cargo/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
             )
             .env("LANG", "C.UTF-8")
             .env("RUSTUP_AUTO_INSTALL", "0")

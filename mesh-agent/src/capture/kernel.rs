@@ -4,7 +4,7 @@
 //! link in `pods/`. Pins outlive the agent; a new one reuses the maps and replaces the programs of the links in place.
 
 use std::fmt;
-use std::fs::{self, DirBuilder};
+use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -18,16 +18,13 @@ use mesh_common::{
     ABI_VERSION, AgentSocketValue, Counter, LISTENERS_PER_POD, OriginalDestinationValue, PodValue, RedirectedConnectionKey,
     limits,
 };
-use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use nix::sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, statfs};
 use nix::time::{ClockId, clock_gettime};
 use parking_lot::Mutex;
 
+use self::pin_names::{pin_name, pod_uid};
 use super::CaptureError;
 use super::bpf_syscalls::{self, AttachType};
-
-mod cgroup_root;
-pub(super) use cgroup_root::detect_cgroup_root;
-use cgroup_root::open_cgroup_root;
 
 /// The object that `cargo xtask build-ebpf` made; empty in an agent that was built without it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf.o"));
@@ -568,32 +565,36 @@ fn prepare_pins(pin_path: &Path) -> Result<PathBuf, CaptureError> {
     Ok(directory)
 }
 
-/// A Pod's uid as a name on the bpffs, which takes no dots: everything but letters, digits, `-` and `_` as `%` and two hex digits.
-fn pin_name(pod_uid: &str) -> String {
-    let escape = |byte: u8| match byte {
-        b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' => char::from(byte).to_string(),
-        _ => format!("%{byte:02x}"),
-    };
-    pod_uid.bytes().map(escape).collect()
-}
-
-/// The opposite of [`pin_name`].
-fn pod_uid(pin_name: &str) -> String {
-    let mut bytes = Vec::with_capacity(pin_name.len());
-    let mut rest = pin_name;
-    while let Some(first) = rest.bytes().next() {
-        let escaped = if first == b'%' {
-            rest.get(1..3).and_then(|hex| u8::from_str_radix(hex, 16).ok())
-        } else {
-            None
-        };
-        bytes.push(escaped.unwrap_or(first));
-        rest = rest.get(if escaped.is_some() { 3 } else { 1 }..).unwrap_or("");
+fn open_cgroup_root(path: &Path) -> Result<File, CaptureError> {
+    let file_system = statfs(path).map_err(|error| failed(path.display(), error))?;
+    if file_system.filesystem_type() != CGROUP2_SUPER_MAGIC {
+        return Err(CaptureError::Other(format!(
+            "{} is not in a cgroup-v2 hierarchy",
+            path.display()
+        )));
     }
-    String::from_utf8_lossy(&bytes).into_owned()
+    File::open(path).map_err(|error| failed(path.display(), error))
 }
 
-#[cfg(test)]
-use cgroup_root::cgroup2_mount;
+pub(super) fn detect_cgroup_root() -> Result<PathBuf, CaptureError> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(|error| failed("/proc/self/mountinfo", error))?;
+    cgroup2_mount(&mounts).ok_or_else(|| {
+        CaptureError::Other("no cgroup-v2 hierarchy is mounted; mount one (`mount -t cgroup2 none DIR`) or give its root".into())
+    })
+}
+
+/// The mount point of the cgroup-v2 root in a mountinfo (proc_pid_mountinfo(5)): /sys/fs/cgroup, or on a machine that also
+/// has version 1 commonly /sys/fs/cgroup/unified.
+fn cgroup2_mount(mountinfo: &str) -> Option<PathBuf> {
+    mountinfo.lines().find_map(|line| {
+        let (mount, file_system) = line.split_once(" - ")?;
+        let mut fields = mount.split(' ').skip(3);
+        let (root, point) = (fields.next()?, fields.next()?);
+        let is_root = root == "/" && file_system.split(' ').next() == Some("cgroup2");
+        is_root.then(|| PathBuf::from(point.replace("\\040", " ")))
+    })
+}
+
+mod pin_names;
 #[cfg(test)]
 mod tests;

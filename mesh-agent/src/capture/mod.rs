@@ -4,6 +4,7 @@
 //! Order of an enrolment: record, return path, listeners, sk_lookup, and last the Pod's entry in `PODS`, from which on its
 //! connects are redirected. A release goes backwards.
 
+mod addresses;
 mod bpf_syscalls;
 mod enrolments;
 mod heartbeat;
@@ -22,19 +23,17 @@ use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use futures_util::future::{BoxFuture, FutureExt, try_join_all};
 use mesh_common::limits::{MAX_POD_ADDRESSES, MAX_PODS};
 use mesh_common::{PLAINTEXT_LISTENER, PodValue, TUNNEL_LISTENER};
 use parking_lot::Mutex;
 use tokio::net::TcpListener;
-use tokio::time::{Instant, sleep};
 
+use self::addresses::{normal_addresses, wait_for_addresses};
 use self::enrolments::{EnrolmentRecord, Enrolments, boot_id, check_uid};
 use self::heartbeat::Heartbeat;
 use self::kernel::{CleanupReport, Kernel, KernelConfig};
-use self::netlink::{AddressState, Netlink};
 use self::netns::NetNamespace;
 use self::network::IoContext;
 use self::probe::{PROBE_ADDRESS_V4, PROBE_ADDRESS_V6};
@@ -46,10 +45,6 @@ pub use self::enrolments::PodToEnroll;
 pub use self::namespace::PodNamespace;
 pub use self::network::{CaptureError, PodListeners, PodNetwork};
 pub use self::probe::{Probes, ProofError, is_probe};
-
-/// How long an enrolment waits for the duplicate address detection of IPv6 (1 s by default, and its random delay of up to 1 s).
-const TENTATIVE_TIMEOUT: Duration = Duration::from_secs(3);
-const TENTATIVE_POLL: Duration = Duration::from_millis(50);
 
 #[derive(Clone, Debug)]
 pub struct CaptureConfig {
@@ -166,6 +161,7 @@ impl Capture {
 
     /// Takes over the Pods that an earlier agent enrolled; to be called once, after start. A Pod whose namespace is gone is
     /// released. One that cannot be taken over stays closed, and may be tried again with [`Capture::enroll`].
+    #[allow(clippy::result_large_err, reason = "the Pod comes back with its error; a handful at start")]
     pub async fn recover(&self) -> Vec<Result<CapturedPod, (PodToEnroll, CaptureError)>> {
         let inner = Arc::clone(&self.inner);
         let established = blocking(move || Ok(inner.recover())).await.unwrap_or_else(|error| {
@@ -514,59 +510,6 @@ fn living_netns(record: &EnrolmentRecord, boot_id: &str) -> Option<NetNamespace>
     NetNamespace::open(&record.pod.netns_path)
         .ok()
         .filter(|netns| netns.cookie() == record.netns_cookie)
-}
-
-fn normal_addresses(addresses: &[IpAddr]) -> Result<Vec<IpAddr>, CaptureError> {
-    let mut normal: Vec<IpAddr> = Vec::new();
-    for address in addresses.iter().map(IpAddr::to_canonical) {
-        if address.is_loopback() || address.is_unspecified() || address.is_multicast() {
-            return Err(CaptureError::Refused(format!("{address} cannot be a Pod's address")));
-        }
-        if !normal.contains(&address) {
-            normal.push(address);
-        }
-    }
-    if normal.is_empty() || normal.len() > MAX_POD_ADDRESSES {
-        return Err(CaptureError::Refused(format!(
-            "a Pod has one to {MAX_POD_ADDRESSES} addresses, not {}",
-            normal.len()
-        )));
-    }
-    Ok(normal)
-}
-
-/// Each address must be the namespace's own, and usable.
-async fn wait_for_addresses(netns: &NetNamespace, addresses: &[IpAddr]) -> Result<(), CaptureError> {
-    let deadline = Instant::now() + TENTATIVE_TIMEOUT;
-    loop {
-        let present = netns.run(|| {
-            Netlink::open()
-                .and_then(|netlink| netlink.addresses())
-                .step("reading the Pod's addresses")
-        })?;
-        match unready(&present, addresses)? {
-            None => return Ok(()),
-            Some(address) if Instant::now() >= deadline => {
-                return Err(CaptureError::Refused(format!("address {address} is tentative for too long")));
-            }
-            Some(_) => sleep(TENTATIVE_POLL).await,
-        }
-    }
-}
-
-/// An address that is not usable yet.
-fn unready(present: &[(IpAddr, AddressState)], wanted: &[IpAddr]) -> Result<Option<IpAddr>, CaptureError> {
-    let mut tentative = None;
-    let refused = |address: &IpAddr, state: &str| CaptureError::Refused(format!("address {address} is {state}"));
-    for address in wanted {
-        match present.iter().find(|(ip, _)| ip == address) {
-            Some((_, AddressState::Usable)) => {}
-            Some((_, AddressState::Tentative)) => tentative = Some(*address),
-            Some((_, AddressState::Duplicate)) => return Err(refused(address, "in use by another machine")),
-            None => return Err(refused(address, "not in the Pod's network namespace")),
-        }
-    }
-    Ok(tentative)
 }
 
 fn free_slot(taken: impl Iterator<Item = u32>) -> Option<u32> {

@@ -1,3 +1,5 @@
+use super::addresses::unready;
+use super::netlink::AddressState;
 use super::*;
 
 fn ip(text: &str) -> IpAddr {

@@ -250,11 +250,10 @@ mod tests {
         answer[1] = Authority::new().root_pem;
         assert!(error(request.certify(&identity(), &answer, now)).contains("the chain"));
 
-        for later in [Duration::from_secs(7200)] {
-            let request = fresh();
-            let answer = authority.sign(&request.csr_pem, |_| {});
-            assert!(error(request.certify(&identity(), &answer, now + later)).contains("not valid now"));
-        }
+        let request = fresh();
+        let answer = authority.sign(&request.csr_pem, |_| {});
+        let later = now + Duration::from_secs(7200);
+        assert!(error(request.certify(&identity(), &answer, later)).contains("not valid now"));
     }
 
     #[test]

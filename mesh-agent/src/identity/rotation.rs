@@ -67,7 +67,7 @@ impl Rotation {
         self.identities.contains_key(identity)
     }
 
-    /// Takes the identities to ask the authority for at `now`, at most `limit`; each is answered by [`Self::fetched`] or [`Self::failed`].
+    /// Takes the identities that are due at the authority, at most `limit`; each is answered by [`Self::fetched`] or [`Self::failed`].
     pub fn take_due(&mut self, now: SystemTime, limit: usize) -> Vec<Identity> {
         self.identities
             .iter_mut()

@@ -126,7 +126,7 @@ pub fn spiffe_id(trust_domain: &str, namespace: &str, service_account: &str) -> 
     format!("spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}")
 }
 
-/// There is one network, whose name is empty.
+/// There is one network; its name is empty.
 fn network_alias(ip: IpAddr) -> String {
     format!("/{ip}")
 }

@@ -46,6 +46,8 @@ impl ServerCertVerifier for TrustAll {
     }
 }
 
+const TLS13_ONLY: &[&SupportedProtocolVersion] = &[&rustls::version::TLS13];
+
 struct Attempt<'a> {
     versions: &'a [&'static SupportedProtocolVersion],
     alpn: &'a [&'a [u8]],
@@ -55,7 +57,7 @@ struct Attempt<'a> {
 impl<'a> Attempt<'a> {
     fn with(pair: Arc<CertifiedKeyPair>) -> Self {
         Self {
-            versions: &[&rustls::version::TLS13],
+            versions: TLS13_ONLY,
             alpn: &[b"h2"],
             pair: Some(pair),
         }
