@@ -380,6 +380,10 @@ fn release(mesh: &mut Mesh) -> Result<()> {
     };
     mesh.topology.add_pod(guest.name, guest.node, guest.host)?;
     mesh.start_server(guest.name)?;
+    // The kernel is still checking the link-local address of the new link: that change is not the mesh's.
+    poll::until_true("the Pod's addresses have settled", SOON, || {
+        Ok(!snapshot::of(&mesh.pod("guest").netns)?.contains("tentative"))
+    })?;
     let before = snapshot::of(&mesh.pod("guest").netns)?;
     mesh.write_pod(&guest)?;
     mesh.enroll("guest")?;
