@@ -2,9 +2,7 @@
 
 use std::io::Write as _;
 use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context as _, bail};
 use mesh_proto::ca::istio_certificate_service_server::IstioCertificateServiceServer;
@@ -31,7 +29,7 @@ use crate::limits::{
 };
 use crate::metrics::Metrics;
 use crate::node_reports::Reports;
-use crate::registry::{Folder, Registry};
+use crate::registry::Follow;
 use crate::serving::{self, ServingCertificate};
 use crate::state_dir::{StateDir, write_private};
 use crate::tokens::Tokens;
@@ -118,7 +116,7 @@ pub async fn start(args: &ServeArgs) -> anyhow::Result<Running> {
         pod_ranges: args.pod_cidr.clone(),
         trust_bundle: vec![authority.root_pem().to_owned()],
     };
-    let control = Arc::new(ControlPlane::new(parameters, state, Arc::clone(&metrics)).context("state directory")?);
+    let control = Arc::new(ControlPlane::new(parameters, state.clone(), Arc::clone(&metrics)).context("state directory")?);
 
     let certificate = Arc::new(ServingCertificate::new(Arc::clone(&authority)));
     let names = ServerNames {
@@ -136,7 +134,7 @@ pub async fn start(args: &ServeArgs) -> anyhow::Result<Running> {
         .with_context(|| format!("--admin {}", args.admin))?;
     let (listen, admin_address) = (listener.local_addr()?, admin_listener.local_addr()?);
 
-    let follow = Follow::start(registry, Arc::clone(&control))?;
+    let follow = Follow::start(registry, state, Arc::clone(&control))?;
     let admin_task = tokio::spawn(admin::serve(admin_listener, Arc::clone(&control)));
     let serving_task = tokio::spawn(keep_serving_certificate(certificate, names, Arc::clone(&metrics)));
 
@@ -210,70 +208,6 @@ async fn keep_serving_certificate(certificate: Arc<ServingCertificate>, names: S
         if let Ok(Err(error)) = refreshed.await {
             metrics.serving_certificate_failed.inc();
             tracing::error!("the serving certificate cannot be made anew, the old one stays: {error:#}");
-        }
-    }
-}
-
-/// The thread that follows the registry folder.
-struct Follow {
-    stop: Arc<AtomicBool>,
-    wake: Box<dyn Fn() + Send + Sync>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
-
-impl Follow {
-    /// The folder must be readable at start: a wrong path is said at once. Later it may vanish and come back.
-    fn start(path: &Path, control: Arc<ControlPlane>) -> anyhow::Result<Self> {
-        let folder = Folder::new(path);
-        let mut watch = folder.watch();
-        let mut registry = Registry::default();
-        registry.apply(&folder.scan()?);
-        control.set_world(registry.world(), registry.rejections());
-        let wake = Box::new(watch.waker());
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
-        let follow = move || {
-            let mut was_readable = true;
-            loop {
-                watch.wait();
-                if stopped.load(Ordering::Acquire) {
-                    return;
-                }
-                match folder.scan() {
-                    Ok(scan) => {
-                        if !was_readable {
-                            // Another directory may be there now; the old watch sees nothing of it.
-                            watch = watch.renewed(&folder);
-                            tracing::info!("the registry folder can be read again");
-                        }
-                        was_readable = true;
-                        if registry.apply(&scan) {
-                            control.set_world(registry.world(), registry.rejections());
-                        }
-                    }
-                    Err(error) => {
-                        control.metrics.registry_reads_failed.inc();
-                        if was_readable {
-                            tracing::error!("{error}; everything that was read stays in force");
-                        }
-                        was_readable = false;
-                    }
-                }
-            }
-        };
-        let thread = std::thread::Builder::new().name("registry".to_owned()).spawn(follow)?;
-        Ok(Self {
-            stop,
-            wake,
-            thread: Some(thread),
-        })
-    }
-
-    fn stop(mut self) {
-        self.stop.store(true, Ordering::Release);
-        (self.wake)();
-        if let Some(thread) = self.thread.take() {
-            drop(thread.join());
         }
     }
 }

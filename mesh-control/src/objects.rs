@@ -6,9 +6,10 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use mesh_api::ValidPolicy;
+use serde::{Deserialize, Serialize};
 
 /// What makes two documents the same object. Cluster-wide kinds have an empty namespace.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ObjectId {
     pub kind: Kind,
     pub namespace: String,
@@ -25,7 +26,7 @@ impl fmt::Display for ObjectId {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Kind {
     Namespace,
     Node,

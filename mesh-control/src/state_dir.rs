@@ -87,6 +87,18 @@ impl StateDir {
         write_private(&self.path.join(name), content, true)
     }
 
+    /// Sees to it that there is no such file.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub fn remove(&self, name: &str) -> Result<(), StateError> {
+        let path = self.path.join(name);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(StateError::Io { path, error }),
+            _ => Ok(()),
+        }
+    }
+
     /// As [`Self::write`], but never replaces a file: false when there was one.
     ///
     /// # Errors

@@ -54,6 +54,6 @@ pub fn prepare(workspace: &Workspace) -> Result<()> {
     }
     tools::ensure_command("ip", "iproute2", "the nodes and Pods are network namespaces")?;
     tools::say("building (the first time takes some minutes)");
-    workspace.build(&["mesh-agent", "mesh-control", "mesh-tests"])?;
+    workspace.build()?;
     Ok(())
 }

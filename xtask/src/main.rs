@@ -59,7 +59,7 @@ fn run(command: Command) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Build => {
-            let folder = workspace.build(&["mesh-agent", "mesh-control"])?;
+            let folder = workspace.build()?;
             tools::say(&format!("mesh-agent and mesh-control are in {}", folder.display()));
             Ok(ExitCode::SUCCESS)
         }

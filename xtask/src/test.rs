@@ -7,7 +7,7 @@ use std::process::{Command, ExitCode, Stdio};
 use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 
-use crate::workspace::Workspace;
+use crate::workspace::{USER_HALF, Workspace};
 use crate::{demo, ebpf, tools};
 
 #[derive(Args)]
@@ -59,20 +59,12 @@ fn unit(workspace: &Workspace, totals: &mut Totals) -> Result<()> {
     } else {
         None
     };
-    let mut runs = vec![vec!["--workspace", "--exclude", "mesh-ebpf", "--lib", "--bins"]];
-    for package in ["mesh-common", "mesh-proto", "mesh-api", "mesh-control"] {
-        if workspace.has_integration_tests(package) {
-            runs.push(vec!["--package", package, "--test", "*"]);
-        }
+    let mut cargo = workspace.cargo(&["test", "--locked", "--no-fail-fast", "--lib", "--bins"]);
+    cargo.args(USER_HALF);
+    if let Some(object) = &object {
+        cargo.env(ebpf::OBJECT_VARIABLE, object);
     }
-    for arguments in runs {
-        let mut cargo = workspace.cargo(&["test", "--locked", "--no-fail-fast"]);
-        cargo.args(&arguments);
-        if let Some(object) = &object {
-            cargo.env(ebpf::OBJECT_VARIABLE, object);
-        }
-        totals.count(&format!("cargo test {}", arguments.join(" ")), &mut cargo)?;
-    }
+    totals.count("the unit tests", &mut cargo)?;
     Ok(())
 }
 
@@ -93,17 +85,14 @@ fn net(workspace: &Workspace, totals: &mut Totals) -> Result<()> {
     }
     tools::ensure_command("openssl", "openssl", "certificates for the foreign peer")?;
     let object = ebpf::object(workspace)?;
-    for package in ["mesh-agent", "mesh-tests"] {
-        if package == "mesh-agent" && !workspace.has_integration_tests(package) {
-            continue;
-        }
-        let mut cargo = workspace.cargo(&["test", "--locked", "--no-fail-fast", "--package", package, "--test", "*"]);
-        cargo
-            .args(["--", "--nocapture"])
-            .env(ebpf::OBJECT_VARIABLE, &object)
-            .env("CULVERT_BIN_DIR", workspace.binaries());
-        totals.count(&format!("the integration tests of {package}"), &mut cargo)?;
-    }
+    // Every suite here needs the kernel, so all integration tests are of this part.
+    let mut cargo = workspace.cargo(&["test", "--locked", "--no-fail-fast", "--test", "*"]);
+    cargo
+        .args(USER_HALF)
+        .args(["--", "--nocapture"])
+        .env(ebpf::OBJECT_VARIABLE, &object)
+        .env("CULVERT_BIN_DIR", workspace.binaries());
+    totals.count("the integration tests", &mut cargo)?;
     heading("the demo's claims");
     let mut command = Command::new(workspace.binaries().join("mesh-demo"));
     command.arg("--check").env("CULVERT_BIN_DIR", workspace.binaries());

@@ -7,6 +7,10 @@ use anyhow::{Context as _, Result};
 
 use crate::{ebpf, tools};
 
+/// All that runs in user space. Always together: cargo resolves the features of dependencies for what is selected, and
+/// another selection builds many of them again.
+pub const USER_HALF: [&str; 3] = ["--workspace", "--exclude", "mesh-ebpf"];
+
 pub struct Workspace {
     pub root: PathBuf,
     pub target: PathBuf,
@@ -36,24 +40,12 @@ impl Workspace {
         command
     }
 
-    /// Builds the kernel programs and then these packages with them; answers the folder of the binaries.
-    pub fn build(&self, packages: &[&str]) -> Result<PathBuf> {
+    /// Builds the kernel programs and then all binaries with them; answers the folder of the binaries.
+    pub fn build(&self) -> Result<PathBuf> {
         let object = ebpf::object(self)?;
-        let mut arguments = vec!["build", "--locked", "--bins"];
-        for package in packages {
-            arguments.extend(["--package", package]);
-        }
-        tools::run(self.cargo(&arguments).env(ebpf::OBJECT_VARIABLE, object))?;
+        let mut cargo = self.cargo(&["build", "--locked", "--bins"]);
+        tools::run(cargo.args(USER_HALF).env(ebpf::OBJECT_VARIABLE, object))?;
         Ok(self.binaries())
-    }
-
-    pub fn has_integration_tests(&self, package: &str) -> bool {
-        let folder = self.root.join(package).join("tests");
-        std::fs::read_dir(folder).is_ok_and(|entries| {
-            entries
-                .flatten()
-                .any(|entry| entry.path().extension().is_some_and(|kind| kind == "rs"))
-        })
     }
 
     pub fn binaries(&self) -> PathBuf {

@@ -2,6 +2,8 @@
 //! contradiction is decided for what was there first.
 
 mod folder;
+mod follow;
+mod last_good;
 mod manifest;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -11,6 +13,8 @@ use std::sync::Arc;
 use sha2::{Digest as _, Sha256};
 
 pub use folder::{Folder, FolderError, Watch};
+pub use follow::Follow;
+pub use last_good::LastGood;
 pub use manifest::Reason;
 pub(crate) use manifest::is_name;
 
@@ -36,11 +40,19 @@ pub struct Rejection {
     pub last_good_in_force: bool,
 }
 
-/// A good form of an object in a file.
+/// A good form of an object.
+#[derive(Clone, Debug)]
+struct Form {
+    object: Arc<Object>,
+    /// The whole file that it was read from.
+    text: Arc<str>,
+    document: usize,
+}
+
+/// The last good form of an object in a file.
 #[derive(Clone, Debug)]
 struct Held {
-    object: Arc<Object>,
-    document: usize,
+    form: Form,
     /// Number of the scan in which this file first had this object: who was there first.
     since: u64,
 }
@@ -55,8 +67,9 @@ struct FileState {
 /// What is in force of an object, and from where.
 #[derive(Clone)]
 struct InForce {
-    object: Arc<Object>,
+    form: Form,
     file: String,
+    since: u64,
 }
 
 /// The pure part of the registry.
@@ -107,7 +120,7 @@ impl Registry {
         rejections.sort();
         let world: World = in_force
             .iter()
-            .map(|(id, held)| (id.clone(), Arc::clone(&held.object)))
+            .map(|(id, held)| (id.clone(), Arc::clone(&held.form.object)))
             .collect();
         let changed = world != *self.world || rejections != self.rejections;
         if world != *self.world {
@@ -135,50 +148,54 @@ impl Registry {
             for (_, other, loser) in &of_object[1..] {
                 rejections.push(Rejection {
                     file: (*other).to_owned(),
-                    document: loser.document,
+                    document: loser.form.document,
                     object: Some(id.clone()),
                     reason: Reason::Conflict,
                     message: format!("{id} is defined in {file} already; remove one of them"),
                     last_good_in_force: false,
                 });
             }
-            let unchanged = self.in_force.get(id).is_some_and(|before| before.object == held.object);
+            let unchanged = self
+                .in_force
+                .get(id)
+                .is_some_and(|before| before.form.object == held.form.object);
             candidates.push((!unchanged, !self.in_force.contains_key(id), since, file, held, id));
         }
         // First what is in force unchanged (it cannot contradict itself), then changed objects, then new ones by age.
-        candidates.sort_by_key(|(changed, new, since, file, held, _)| (*changed, *new, *since, *file, held.document));
+        candidates.sort_by_key(|(changed, new, since, file, held, _)| (*changed, *new, *since, *file, held.form.document));
         let mut owners: HashMap<IpAddr, &ObjectId> = HashMap::new();
         let mut in_force = BTreeMap::new();
-        for (_, _, _, file, held, id) in candidates {
+        for (_, _, since, file, held, id) in candidates {
             let taken = |object: &Object, owners: &HashMap<IpAddr, &ObjectId>| {
                 object
                     .exclusive_addresses()
                     .iter()
                     .find_map(|ip| owners.get(ip).map(|owner| (*ip, (*owner).clone())))
             };
-            let mut object = &held.object;
-            if let Some((ip, owner)) = taken(object, &owners) {
+            let mut form = &held.form;
+            if let Some((ip, owner)) = taken(&form.object, &owners) {
                 let last = self
                     .in_force
                     .get(id)
-                    .filter(|before| taken(&before.object, &owners).is_none());
+                    .filter(|before| taken(&before.form.object, &owners).is_none());
                 rejections.push(Rejection {
                     file: file.to_owned(),
-                    document: held.document,
+                    document: held.form.document,
                     object: Some(id.clone()),
                     reason: Reason::Conflict,
-                    message: format!("{} {ip} belongs to {owner} already", address_field(&held.object)),
+                    message: format!("{} {ip} belongs to {owner} already", address_field(&held.form.object)),
                     last_good_in_force: last.is_some(),
                 });
                 let Some(last) = last else { continue };
-                object = &last.object;
+                form = &last.form;
             }
-            owners.extend(object.exclusive_addresses().iter().map(|ip| (*ip, id)));
+            owners.extend(form.object.exclusive_addresses().iter().map(|ip| (*ip, id)));
             in_force.insert(
                 id.clone(),
                 InForce {
-                    object: Arc::clone(object),
+                    form: form.clone(),
                     file: file.to_owned(),
+                    since,
                 },
             );
         }
@@ -193,7 +210,7 @@ fn address_field(object: &Object) -> &'static str {
     }
 }
 
-fn read_file(state: &mut FileState, file: &str, text: &str, scan: u64) {
+fn read_file(state: &mut FileState, file: &str, text: &Arc<str>, scan: u64) {
     let hash: [u8; 32] = Sha256::digest(text.as_bytes()).into();
     if state.hash == hash {
         return;
@@ -219,7 +236,10 @@ fn read_file(state: &mut FileState, file: &str, text: &str, scan: u64) {
         match document.content {
             Ok((id, object)) => {
                 if let Some(first) = state.held.get(&id) {
-                    let message = format!("{id} is defined in document {} already; remove one of them", first.document);
+                    let message = format!(
+                        "{id} is defined in document {} already; remove one of them",
+                        first.form.document
+                    );
                     reject(Some(id), Reason::Conflict, message);
                     continue;
                 }
@@ -227,8 +247,11 @@ fn read_file(state: &mut FileState, file: &str, text: &str, scan: u64) {
                 state.held.insert(
                     id,
                     Held {
-                        object: Arc::new(object),
-                        document: document.number,
+                        form: Form {
+                            object: Arc::new(object),
+                            text: Arc::clone(text),
+                            document: document.number,
+                        },
                         since,
                     },
                 );

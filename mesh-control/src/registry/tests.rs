@@ -142,6 +142,52 @@ fn an_address_belongs_to_whom_had_it_first() {
     assert_eq!(registry.world().len(), 2);
 }
 
+fn restarted(registry: &Registry) -> Registry {
+    let state_dir = tempfile::tempdir().expect("directory");
+    let state = crate::state_dir::StateDir::open(&state_dir.path().join("state")).expect("state directory");
+    LastGood::save(registry.last_good().as_ref(), &state).expect("written");
+    let saved = LastGood::load(&state).expect("read");
+    assert_eq!(saved, registry.last_good());
+    saved.map(Registry::restore).unwrap_or_default()
+}
+
+#[test]
+fn a_restart_keeps_last_good_forms_and_who_was_first() {
+    let broken = pod("a", "nonsense") + &pod("b", "10.0.0.3");
+    let mut registry = Registry::default();
+    registry.apply(&scan(&[("a.yaml", &(pod("a", "10.0.0.1") + &pod("b", "10.0.0.2")))]));
+    assert_eq!(registry.last_good(), None, "the folder says all");
+    registry.apply(&scan(&[("a.yaml", &broken)]));
+    registry.apply(&scan(&[("a.yaml", &broken), ("z.yaml", &pod("c", "10.0.0.4"))]));
+    let contested = [
+        ("0.yaml", pod("c", "10.0.0.5")),
+        ("a.yaml", broken),
+        ("b.yaml", pod("d", "10.0.0.4")),
+        ("z.yaml", pod("c", "10.0.0.4")),
+    ];
+    let contested: Vec<(&str, &str)> = contested.iter().map(|(file, text)| (*file, text.as_str())).collect();
+    registry.apply(&scan(&contested));
+    let mut after = restarted(&registry);
+    after.apply(&scan(&contested));
+    for (name, ip) in [
+        ("a", Some("10.0.0.1")),
+        ("b", Some("10.0.0.3")),
+        ("c", Some("10.0.0.4")),
+        ("d", None),
+    ] {
+        assert_eq!(address(&registry, name).as_deref(), ip, "{name}");
+        assert_eq!(address(&after, name).as_deref(), ip, "{name} after a restart");
+    }
+    assert_eq!(after.rejections(), registry.rejections());
+    assert_eq!(after.last_good().map(|kept| kept.texts_of("a.yaml")), Some(2));
+    // What left the folder while nobody looked is gone; what was mended counts.
+    let mut after = restarted(&registry);
+    after.apply(&scan(&[("a.yaml", &pod("a", "10.0.0.9"))]));
+    assert_eq!(address(&after, "a").as_deref(), Some("10.0.0.9"));
+    assert_eq!(after.world().len(), 1);
+    assert_eq!(after.last_good(), None);
+}
+
 #[test]
 fn a_folder_is_read_one_level_deep_and_links_stay_inside() {
     let dir = tempfile::tempdir().expect("directory");
