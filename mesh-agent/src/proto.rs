@@ -14,10 +14,11 @@ use mesh_proto::mesh::{Capture, Settings as WireSettings, capture};
 use mesh_proto::workload::{
     Address, Service as WireService, TunnelProtocol, Workload as WireWorkload, WorkloadType as WireWorkloadType, address,
 };
-use mesh_proto::{CAPTURE_EXTENSION, CAPTURE_TYPE_URL, SETTINGS_NAME};
+use mesh_proto::{CAPTURE_EXTENSION, CAPTURE_TYPE_URL, ROOT_NAMESPACE, SETTINGS_NAME};
 use prost::Message as _;
 
 use crate::identity::Identity;
+use crate::policy::{Action, Policy, Rule, Scope};
 use crate::state::{Change, Settings, service_name};
 use crate::workload::{Membership, Service, Workload, WorkloadType};
 
@@ -82,6 +83,26 @@ pub fn authorization(resource: &Resource) -> Result<Change, ProtoError> {
         tracing::warn!(policy = %policy.name, "has parts that this agent does not know: its rules with them deny (DENY) or do not allow (ALLOW)");
     }
     Ok(Change::Policy(Arc::new(policy)))
+}
+
+/// What stands in for a policy that cannot be read at all: nobody reaches those whom it may have been for.
+pub fn denying(name: &str) -> Option<Change> {
+    let (namespace, _) = name.split_once('/')?;
+    Some(Change::Policy(Arc::new(Policy {
+        name: name.into(),
+        namespace: namespace.into(),
+        scope: if namespace == ROOT_NAMESPACE {
+            Scope::Global
+        } else {
+            Scope::Namespace
+        },
+        action: Action::Deny,
+        rules: vec![Rule {
+            clauses: Vec::new(),
+            unknown: true,
+        }],
+        dry_run: false,
+    })))
 }
 
 /// # Errors

@@ -42,5 +42,7 @@ pub const SETTINGS_TYPE_URL: &str = "type.googleapis.com/culvert.mesh.v1.Setting
 pub const CAPTURE_TYPE_URL: &str = "type.googleapis.com/culvert.mesh.v1.Capture";
 /// Name of the workload extension that carries [`mesh::Capture`].
 pub const CAPTURE_EXTENSION: &str = "culvert.dev/capture";
+/// Policies in this namespace without a selector apply to the whole mesh.
+pub const ROOT_NAMESPACE: &str = "culvert-system";
 /// Name of the one [`mesh::Settings`] resource.
 pub const SETTINGS_NAME: &str = "mesh";

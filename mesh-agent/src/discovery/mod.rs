@@ -25,7 +25,7 @@ use crate::proto;
 use crate::state::{Change, SharedState};
 use backoff::Backoff;
 pub use subscription::MAX_REJECTED_NAMED;
-use subscription::{Received, Subscription, refuse_unknown_type};
+use subscription::{Received, Subscription, Unusable, refuse_unknown_type};
 use transport::ControlPlane;
 
 /// Waits between streams: doubled from the first up to the longest, jittered.
@@ -104,18 +104,23 @@ impl Subscriptions {
         let received = match response.type_url.as_str() {
             ADDRESS_TYPE_URL => self.addresses.receive(
                 response,
-                |resource| proto::address(resource).map_err(|e| e.to_string()),
+                |resource| proto::address(resource).map_err(|e| e.to_string().into()),
                 |name| Some(Change::RemoveAddress(name)),
             ),
             AUTHORIZATION_TYPE_URL => self.authorizations.receive(
                 response,
-                |resource| proto::authorization(resource).map_err(|e| e.to_string()),
+                |resource| {
+                    proto::authorization(resource).map_err(|e| Unusable {
+                        reason: e.to_string(),
+                        stand_in: proto::denying(&resource.name),
+                    })
+                },
                 |name| Some(Change::RemovePolicy(name)),
             ),
             // Settings that are gone say nothing of what holds instead: the last ones stay.
             SETTINGS_TYPE_URL => self.settings.receive(
                 response,
-                |resource| proto::settings(resource).map_err(|e| e.to_string()),
+                |resource| proto::settings(resource).map_err(|e| e.to_string().into()),
                 |_| None,
             ),
             _ => return Err(response),
@@ -125,7 +130,13 @@ impl Subscriptions {
 
     /// `settings_due`: the settings have been waited for long enough.
     fn synced(&self, settings_due: bool) -> bool {
-        self.addresses.answered() && self.authorizations.answered() && (settings_due || self.settings.answered())
+        // Settings that cannot be used are there, and say something that must not be taken for the defaults.
+        let unusable = self
+            .rejected
+            .get(SETTINGS_TYPE_URL)
+            .is_some_and(|rejected| !rejected.is_empty());
+        let settings = self.settings.held() > 0 || (!unusable && (settings_due || self.settings.answered()));
+        self.addresses.answered() && self.authorizations.answered() && settings
     }
 }
 
@@ -188,7 +199,7 @@ async fn stream(
         let message = tokio::select! {
             message = responses.message() => message,
             () = tokio::time::sleep_until(settings_due), if !status.borrow().synced && Instant::now() < settings_due => {
-                mark_synced(subscriptions, status, true);
+                mark_synced(subscriptions, state, status, true);
                 continue;
             }
         };
@@ -205,7 +216,7 @@ async fn stream(
                 refuse_unknown_type(&unknown)
             }
         };
-        mark_synced(subscriptions, status, Instant::now() >= settings_due);
+        mark_synced(subscriptions, state, status, Instant::now() >= settings_due);
         if requests.send(reply).await.is_err() {
             return tonic::Status::unavailable("the control plane stopped reading");
         }
@@ -257,8 +268,9 @@ fn apply(
     reply
 }
 
-fn mark_synced(subscriptions: &Subscriptions, status: &watch::Sender<DiscoveryStatus>, settings_due: bool) {
-    if subscriptions.synced(settings_due) {
+fn mark_synced(subscriptions: &Subscriptions, state: &SharedState, status: &watch::Sender<DiscoveryStatus>, settings_due: bool) {
+    if !status.borrow().synced && subscriptions.synced(settings_due) {
+        state.apply(vec![Change::Synced]);
         let first = status.send_if_modified(|status| !std::mem::replace(&mut status.synced, true));
         if first {
             info!(

@@ -21,6 +21,19 @@ pub struct Rejected {
     pub reason: String,
 }
 
+/// Why a resource cannot be used, and what stands in for one that has no earlier form.
+#[derive(Debug)]
+pub struct Unusable<C> {
+    pub reason: String,
+    pub stand_in: Option<C>,
+}
+
+impl<C> From<String> for Unusable<C> {
+    fn from(reason: String) -> Self {
+        Self { reason, stand_in: None }
+    }
+}
+
 /// What a response means: to be applied first, and only then answered.
 #[derive(Debug)]
 pub struct Received<C> {
@@ -86,11 +99,12 @@ impl Subscription {
 
     /// Takes a response apart. `decode` turns a resource into a change, or says why it cannot; `remove` names one that is gone.
     ///
-    /// A rejected resource leaves what was held of that name in place, here as in the state.
+    /// A rejected resource leaves what was held of that name in place, here as in the state; where nothing was held, its
+    /// stand-in is a change, and still counts as not held: the next server is asked for it again.
     pub fn receive<C>(
         &mut self,
         response: DeltaDiscoveryResponse,
-        mut decode: impl FnMut(&Resource) -> Result<C, String>,
+        mut decode: impl FnMut(&Resource) -> Result<C, Unusable<C>>,
         mut remove: impl FnMut(String) -> Option<C>,
     ) -> Received<C> {
         let mut changes = Vec::with_capacity(response.resources.len() + response.removed_resources.len());
@@ -101,15 +115,20 @@ impl Subscription {
             changes.extend(remove(name));
         }
         for resource in &response.resources {
-            match self.checked(resource).and_then(|()| decode(resource)) {
+            match self.checked(resource).map_err(Unusable::from).and_then(|()| decode(resource)) {
                 Ok(change) => {
                     self.held.insert(resource.name.clone(), resource.version.clone());
                     changes.push(change);
                 }
-                Err(reason) => rejected.push(Rejected {
-                    name: shortened(&resource.name, MAX_NAME_BYTES),
-                    reason: shortened(&reason, MAX_REASON_BYTES),
-                }),
+                Err(Unusable { reason, stand_in }) => {
+                    rejected.push(Rejected {
+                        name: shortened(&resource.name, MAX_NAME_BYTES),
+                        reason: shortened(&reason, MAX_REASON_BYTES),
+                    });
+                    if !self.held.contains_key(&resource.name) {
+                        changes.extend(stand_in);
+                    }
+                }
             }
         }
         self.answered = true;
@@ -229,7 +248,13 @@ mod tests {
             response,
             |r| {
                 if r.name.contains("bad") {
-                    Err("is bad".to_owned())
+                    Err(Unusable {
+                        reason: "is bad".to_owned(),
+                        stand_in: r
+                            .name
+                            .contains("policy")
+                            .then(|| Change::Set(format!("denies for {}", r.name))),
+                    })
                 } else {
                     Ok(Change::Set(r.name.clone()))
                 }
@@ -333,11 +358,23 @@ mod tests {
         receive(&mut subscription, response("1", vec![resource("x", "1")], &[]));
         let received = subscription.receive(
             response("2", vec![resource("x", "2")], &[]),
-            |_| Err::<Change, _>("broken".to_owned()),
+            |_| Err::<Change, _>("broken".to_owned().into()),
             |_| None,
         );
         assert!(received.changes.is_empty() && received.reply.error_detail.is_some());
         assert_eq!(held(&subscription), versions(&[("x", "1")]));
+    }
+
+    #[test]
+    fn a_stand_in_takes_the_place_of_what_never_was_good() {
+        let mut subscription = Subscription::new(TYPE);
+        let received = receive(&mut subscription, response("1", vec![resource("bad-policy", "1")], &[]));
+        assert_eq!(received.changes, [Change::Set("denies for bad-policy".into())]);
+        assert!(received.reply.error_detail.is_some());
+        assert_eq!(subscription.held(), 0, "asked for again");
+        subscription.held.insert("bad-policy".into(), "0".into());
+        let received = receive(&mut subscription, response("2", vec![resource("bad-policy", "2")], &[]));
+        assert_eq!(received.changes, [], "its last good form stands");
     }
 
     #[test]

@@ -328,6 +328,57 @@ async fn settings_are_not_waited_for_for_ever() {
 }
 
 #[tokio::test]
+async fn settings_that_cannot_be_used_are_not_taken_for_the_defaults() {
+    let pki = pki(transport::CONTROL_SERVER_NAME);
+    let (address, mut peers, _stop) = serve(ANY_PORT, pki.tls).await;
+    let client = Client::start(address, pki.root_sha256);
+    let mut peer = next(&mut peers).await;
+    peer.openings().await;
+    for type_url in [ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL] {
+        peer.respond(type_url, "n", vec![], &[]).await;
+        peer.request().await;
+    }
+    let noise = Resource {
+        resource: Some(Any {
+            type_url: SETTINGS_TYPE_URL.to_owned(),
+            value: vec![0xff; 4],
+        }),
+        ..resource(mesh_proto::SETTINGS_NAME, "1", vec![])
+    };
+    peer.respond(SETTINGS_TYPE_URL, "n", vec![noise], &[]).await;
+    assert!(peer.request().await.error_detail.is_some());
+    tokio::time::sleep(SETTINGS_PATIENCE + Duration::from_millis(200)).await;
+    peer.respond(ADDRESS_TYPE_URL, "n2", vec![], &[]).await;
+    peer.request().await;
+    assert!(!client.status.borrow().synced);
+}
+
+#[tokio::test]
+async fn a_policy_that_cannot_be_read_denies_until_it_can() {
+    let pki = pki(transport::CONTROL_SERVER_NAME);
+    let (address, mut peers, _stop) = serve(ANY_PORT, pki.tls).await;
+    let client = Client::start(address, pki.root_sha256);
+    let mut peer = next(&mut peers).await;
+    peer.openings().await;
+    let noise = Resource {
+        resource: Some(Any {
+            type_url: AUTHORIZATION_TYPE_URL.to_owned(),
+            value: vec![0xff; 4],
+        }),
+        ..resource("shop/broken", "1", vec![])
+    };
+    peer.respond(AUTHORIZATION_TYPE_URL, "n", vec![noise], &[]).await;
+    assert!(peer.request().await.error_detail.is_some());
+    let policy = client.state.read(|state| state.policies().next().cloned()).unwrap();
+    let denies = |namespace: &str| policy.scope == crate::policy::Scope::Namespace && &*policy.namespace == namespace;
+    assert!(denies("shop") && policy.has_unknown_part() && !policy.dry_run);
+    assert_eq!(policy.action, crate::policy::Action::Deny);
+    peer.respond(AUTHORIZATION_TYPE_URL, "n2", vec![], &["shop/broken"]).await;
+    assert!(peer.request().await.error_detail.is_none());
+    assert_eq!(client.state.read(|state| state.policies().count()), 0);
+}
+
+#[tokio::test]
 async fn a_server_that_drops_streams_is_come_back_to() {
     let pki = pki(transport::CONTROL_SERVER_NAME);
     let (address, mut peers, _stop) = serve(ANY_PORT, pki.tls).await;

@@ -50,7 +50,7 @@ async fn applicable_policies(proxy: &Proxy, context: &PodContext) -> Result<Appl
         .ok_or(ProxyError::Refused(Refusal::DestinationUnknown))?;
     let complete = |state: &State| {
         let applicable = state.policies_for(&*context.workload(state)?);
-        applicable.missing.is_none().then_some(applicable)
+        applicable.complete.then_some(applicable)
     };
     proxy
         .state

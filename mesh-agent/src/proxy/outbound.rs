@@ -89,7 +89,7 @@ async fn carry(
             return tunnel(proxy, context, application, &ends, &registered, record).await;
         }
         Destination::Lost(_) => return Err(Refusal::DestinationLost.into()),
-        Destination::UnknownInPodRange => return Err(Refusal::DestinationUnknown.into()),
+        Destination::Unknown => return Err(Refusal::DestinationUnknown.into()),
         Destination::ServiceVip(_) => return Err(Refusal::ServiceVipNotSupported.into()),
         Destination::Pending(_) => "pending",
         Destination::Outside(_) => "outside",
@@ -104,7 +104,7 @@ async fn carry(
 /// What stands at the destination, after waiting for discovery where it may soon say something better.
 async fn resolve(proxy: &Proxy, destination: OriginalDst) -> Result<Destination, ProxyError> {
     let settled = |state: &State| match state.destination(destination) {
-        Destination::Lost(_) | Destination::UnknownInPodRange => None,
+        Destination::Lost(_) | Destination::Unknown => None,
         destination => Some(destination),
     };
     match proxy.state.wait_for(DISCOVERY_PATIENCE, settled).await {

@@ -28,6 +28,8 @@ pub enum Change {
     /// "namespace/name".
     RemovePolicy(String),
     Settings(Settings),
+    /// Everything was told once. Until then what is not known decides nothing.
+    Synced,
 }
 
 /// The mesh's settings; the defaults hold under a control plane that has none.
@@ -51,16 +53,17 @@ pub enum Destination {
     ServiceVip(Arc<Service>),
     /// Outside the mesh; the workload, where it is known.
     Outside(Option<Arc<Workload>>),
-    /// Not known, but inside the Pod ranges.
-    UnknownInPodRange,
+    /// Not known, and inside the Pod ranges, or told of later.
+    Unknown,
 }
 
 /// The policies that apply to a workload.
 #[derive(Clone, Debug, Default)]
 pub struct ApplicablePolicies {
     pub policies: Vec<Arc<Policy>>,
-    /// A policy that the workload lists and that has not arrived: to be waited for, then refused.
-    pub missing: Option<Arc<str>>,
+    /// Whether these are all: before discovery is synced, or while a policy that the workload lists has not arrived, they are
+    /// not; that is to be waited for, then refused.
+    pub complete: bool,
 }
 
 #[derive(Debug, Default)]
@@ -74,6 +77,7 @@ pub struct State {
     vips: HashMap<IpAddr, Vec<Arc<Service>>>,
     policies: HashMap<Arc<str>, Arc<Policy>>,
     settings: Settings,
+    synced: bool,
 }
 
 impl State {
@@ -93,6 +97,7 @@ impl State {
                     self.policies.remove(&*name);
                 }
                 Change::Settings(settings) => self.settings = settings,
+                Change::Synced => self.synced = true,
             }
         }
     }
@@ -147,8 +152,8 @@ impl State {
         if let Some(service) = self.vips.get(&ip).and_then(|services| services.last()) {
             return Destination::ServiceVip(service.clone());
         }
-        if self.settings.pod_ranges.iter().any(|range| range.contains(&ip)) {
-            return Destination::UnknownInPodRange;
+        if !self.synced || self.settings.pod_ranges.iter().any(|range| range.contains(&ip)) {
+            return Destination::Unknown;
         }
         Destination::Outside(None)
     }
@@ -156,7 +161,10 @@ impl State {
     /// Its namespace's, the global ones, and those that it lists.
     #[must_use]
     pub fn policies_for(&self, workload: &Workload) -> ApplicablePolicies {
-        let mut applicable = ApplicablePolicies::default();
+        let mut applicable = ApplicablePolicies {
+            policies: Vec::new(),
+            complete: self.synced,
+        };
         for policy in self.policies.values() {
             match policy.scope {
                 Scope::Global => applicable.policies.push(policy.clone()),
@@ -169,7 +177,7 @@ impl State {
         for name in &workload.policies {
             match self.policies.get(name) {
                 Some(policy) => applicable.policies.push(policy.clone()),
-                None => applicable.missing = Some(name.clone()),
+                None => applicable.complete = false,
             }
         }
         // The policy that a decision names does not depend on a hash map's order.

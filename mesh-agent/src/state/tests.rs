@@ -44,7 +44,13 @@ fn to(text: &str) -> OriginalDst {
 #[test]
 fn what_stands_at_a_destination() {
     let mut state = State::default();
+    assert_eq!(
+        state.destination(to("8.8.8.8:53")),
+        Destination::Unknown,
+        "nothing was told yet"
+    );
     state.apply(vec![
+        Change::Synced,
         Change::Settings(Settings {
             pod_ranges: vec!["10.0.0.0/16".parse().unwrap(), "fd00::/64".parse().unwrap()],
             ..Settings::default()
@@ -70,8 +76,8 @@ fn what_stands_at_a_destination() {
     assert!(matches!(state.destination(to("[fd00::3]:80")), Destination::Lost(_)));
     assert!(matches!(state.destination(to("10.0.0.4:80")), Destination::Outside(Some(_))));
     assert!(matches!(state.destination(to("10.96.0.1:80")), Destination::ServiceVip(_)));
-    assert_eq!(state.destination(to("10.0.7.7:80")), Destination::UnknownInPodRange);
-    assert_eq!(state.destination(to("[fd00::9]:80")), Destination::UnknownInPodRange);
+    assert_eq!(state.destination(to("10.0.7.7:80")), Destination::Unknown);
+    assert_eq!(state.destination(to("[fd00::9]:80")), Destination::Unknown);
     assert_eq!(state.destination(to("8.8.8.8:53")), Destination::Outside(None));
 
     state.apply(vec![
@@ -79,7 +85,7 @@ fn what_stands_at_a_destination() {
         Change::RemoveAddress("Kubernetes//Pod/shop/proven".into()),
     ]);
     assert_eq!(state.destination(to("10.96.0.1:80")), Destination::Outside(None));
-    assert_eq!(state.destination(to("10.0.0.1:80")), Destination::UnknownInPodRange);
+    assert_eq!(state.destination(to("10.0.0.1:80")), Destination::Unknown);
 }
 
 #[test]
@@ -114,12 +120,14 @@ fn policies_by_scope() {
     let names = |applicable: &ApplicablePolicies| applicable.policies.iter().map(|p| p.name.to_string()).collect::<Vec<_>>();
     let applicable = state.policies_for(&web);
     assert_eq!(names(&applicable), ["root/all", "shop/here"]);
-    assert_eq!(applicable.missing.as_deref(), Some("shop/selected"));
+    assert!(!applicable.complete, "shop/selected is missing");
 
     state.apply(vec![policy("shop/selected", "shop", Scope::WorkloadSelector)]);
     let applicable = state.policies_for(&web);
     assert_eq!(names(&applicable), ["root/all", "shop/here", "shop/selected"]);
-    assert!(applicable.missing.is_none());
+    assert!(!applicable.complete, "more may come");
+    state.apply(vec![Change::Synced]);
+    assert!(state.policies_for(&web).complete);
 
     state.apply(vec![Change::RemovePolicy("root/all".into())]);
     assert_eq!(names(&state.policies_for(&web)), ["shop/here", "shop/selected"]);

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use mesh_proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, SETTINGS_NAME, SETTINGS_TYPE_URL};
+use mesh_proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, ROOT_NAMESPACE, SETTINGS_NAME, SETTINGS_TYPE_URL};
 use sha2::{Digest as _, Sha256};
 
 use crate::capture_states::{CaptureState, CaptureStates, PodKey, pod_key};
@@ -17,8 +17,6 @@ mod workload_names;
 #[cfg(test)]
 mod tests;
 
-/// Policies in it without a selector apply to the whole mesh.
-pub const ROOT_NAMESPACE: &str = "culvert-system";
 /// `enabled` on a Namespace opts in; `disabled` on a Pod opts out.
 pub const MESH_LABEL: &str = "culvert.dev/mesh";
 /// DNS domain of Services.

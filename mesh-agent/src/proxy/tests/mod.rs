@@ -154,6 +154,7 @@ impl Node {
         let metrics = Metrics::new();
         let access_log = AccessLog::to_file(&log, metrics.clone()).unwrap();
         let (state, certificates) = (SharedState::new(), CertificateStore::new());
+        state.apply(vec![Change::Synced]);
         Self {
             proxy: Proxy::new(state.clone(), certificates.clone(), metrics.clone(), access_log),
             state,
