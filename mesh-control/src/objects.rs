@@ -109,6 +109,8 @@ pub struct Pod {
     pub node: String,
     pub service_account: String,
     pub host_network: bool,
+    /// Another maker's ambient proxy captures it, and says so.
+    pub captured_elsewhere: bool,
     /// Phase `Succeeded` or `Failed`: its address belongs to it no more.
     pub finished: bool,
     /// It has a deletion timestamp: it still runs, and gets no new work.

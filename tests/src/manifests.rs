@@ -31,6 +31,8 @@ pub struct PodManifest<'a> {
     pub namespace: &'a str,
     pub node: NodeName,
     pub addresses: &'a [IpAddr],
+    /// Lines of `metadata.annotations`, in braces.
+    pub annotations: &'a str,
 }
 
 impl PodManifest<'_> {
@@ -129,6 +131,7 @@ impl Registry {
             namespace,
             node,
             addresses,
+            annotations,
         } = pod;
         let (node, uid) = (node.as_str(), pod.uid());
         let pod_ips: Vec<String> = addresses.iter().map(|ip| format!("{{ ip: \"{ip}\" }}")).collect();
@@ -139,6 +142,7 @@ impl Registry {
                 "apiVersion: v1\nkind: ServiceAccount\nmetadata: {{ name: {name}, namespace: {namespace} }}\n\
                  ---\napiVersion: v1\nkind: Pod\n\
                  metadata:\n  name: {name}\n  namespace: {namespace}\n  uid: {uid}\n  labels: {{ app: {name} }}\n\
+                 \x20 annotations: {{ {annotations} }}\n\
                  spec:\n  nodeName: {node}\n  serviceAccountName: {name}\n\
                  \x20 containers:\n    - {{ name: app, image: none, ports: [{{ containerPort: 8080 }}] }}\n\
                  status:\n  phase: Running\n  podIP: \"{first}\"\n  podIPs: [{}]\n\

@@ -34,6 +34,8 @@ pub struct PodSpec {
     /// The host part of its addresses.
     pub host: u8,
     pub meshed: bool,
+    /// As [`PodManifest::annotations`].
+    pub annotations: &'static str,
 }
 
 #[derive(Debug)]
@@ -114,6 +116,7 @@ impl Mesh {
             namespace,
             node: pod.node,
             addresses: &addresses,
+            annotations: pod.annotations,
         })
     }
 

@@ -377,6 +377,7 @@ fn release(mesh: &mut Mesh) -> Result<()> {
         node: NodeName::Two,
         host: 30,
         meshed: true,
+        annotations: "",
     };
     mesh.topology.add_pod(guest.name, guest.node, guest.host)?;
     mesh.start_server(guest.name)?;

@@ -155,6 +155,8 @@ pub fn compile(world: &World, captures: &CaptureStates, parameters: &Parameters)
             continue;
         }
         let capture = is_member.then(|| match captures.of(&key) {
+            // Nobody of ours will prove it. Who claims it wrongly is sent tunnels that nobody takes.
+            None if pod.captured_elsewhere => Capture::Proven,
             None => Capture::Pending,
             Some(CaptureState::Proven) => Capture::Proven,
             Some(CaptureState::Lost) => Capture::Lost,

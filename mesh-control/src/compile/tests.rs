@@ -177,6 +177,29 @@ fn pods_become_workloads() {
 }
 
 #[test]
+fn a_pod_that_another_makers_proxy_captures_is_tunnelled_to() {
+    let annotated = |value: &str| {
+        let annotation = format!("  uid: uid-web\n  annotations: {{ambient.istio.io/redirection: {value}}}\n");
+        let world = world(&[&CLUSTER.replace("  uid: uid-web\n", &annotation)]);
+        let mut captures = CaptureStates::default();
+        let of = |captures: &CaptureStates| {
+            let web = workload(&compile(&world, captures, &parameters()), "Kubernetes//Pod/shop/web-abc-1");
+            capture(&web).expect("member").state()
+        };
+        let said = of(&captures);
+        captures.apply("uid-web", Proof::Lost);
+        (said, of(&captures))
+    };
+    use mesh::capture::State;
+    assert_eq!(
+        annotated("enabled"),
+        (State::Proven, State::Lost),
+        "our own agent's word counts more"
+    );
+    assert_eq!(annotated("disabled"), (State::Pending, State::Lost));
+}
+
+#[test]
 fn only_proven_pods_are_tunnelled_to() {
     let world = world(&[CLUSTER]);
     let mut captures = CaptureStates::default();

@@ -18,6 +18,9 @@ use crate::objects::{Kind, Node, Object, ObjectId, Pod, Service, ServicePort, Ta
 #[cfg(test)]
 mod tests;
 
+/// What ambient node agents of other makers write on a Pod that they capture.
+const REDIRECTION_ANNOTATION: &str = "ambient.istio.io/redirection";
+
 /// One document of a file that the mesh reads.
 #[derive(Debug)]
 pub struct Document {
@@ -352,6 +355,7 @@ fn pod(pod: core::Pod) -> Result<Pod, String> {
     let ObjectMeta {
         labels,
         uid,
+        annotations,
         deletion_timestamp,
         owner_references,
         ..
@@ -408,6 +412,10 @@ fn pod(pod: core::Pod) -> Result<Pod, String> {
         node,
         service_account,
         host_network: spec.host_network.unwrap_or(false),
+        captured_elsewhere: annotations
+            .unwrap_or_default()
+            .get(REDIRECTION_ANNOTATION)
+            .is_some_and(|value| value == "enabled"),
         finished: status
             .phase
             .as_deref()

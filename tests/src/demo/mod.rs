@@ -22,24 +22,28 @@ pub const PODS: [PodSpec; 4] = [
         node: NodeName::One,
         host: 10,
         meshed: true,
+        annotations: "",
     },
     PodSpec {
         name: "local",
         node: NodeName::One,
         host: 11,
         meshed: true,
+        annotations: "",
     },
     PodSpec {
         name: "outsider",
         node: NodeName::One,
         host: 12,
         meshed: false,
+        annotations: "",
     },
     PodSpec {
         name: "server",
         node: NodeName::Two,
         host: 20,
         meshed: true,
+        annotations: "",
     },
 ];
 
