@@ -2,8 +2,6 @@
 //! local socket. What fails before that ends the start; what fails later is repaired, or shown.
 
 mod metrics;
-pub mod pods;
-mod trust_domain;
 
 use std::io;
 use std::sync::Arc;
@@ -29,12 +27,11 @@ use crate::discovery::{self, DiscoveryStatus, NodeName, report};
 use crate::identity::renewal::Certificates;
 use crate::identity::store::CertificateStore;
 use crate::local::{self, LocalSocket};
+use crate::pods::{Pods, TrustDomain};
 use crate::proxy::Proxy;
 use crate::state::SharedState;
 use crate::telemetry::{AccessLog, Metrics};
 use metrics::AgentMetrics;
-use pods::Pods;
-use trust_domain::TrustDomain;
 
 /// How long background tasks may take to end after the drain.
 const TASKS_PATIENCE: Duration = Duration::from_secs(2);

@@ -9,6 +9,7 @@ pub mod config;
 pub mod discovery;
 pub mod identity;
 pub mod local;
+pub mod pods;
 pub mod policy;
 pub mod proto;
 pub mod proxy;

@@ -20,8 +20,8 @@ use tonic::{Code, Request, Response, Status};
 pub use client::{enroll, list, release};
 pub use socket::{LocalSocket, SocketError};
 
-use crate::app::pods::{PodError, Pods};
 use crate::capture::PodToEnroll;
+use crate::pods::{PodError, Pods};
 
 /// Accepted connections that wait for the server.
 const ACCEPT_QUEUE: usize = 16;

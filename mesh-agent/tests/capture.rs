@@ -47,7 +47,7 @@ async fn a_setting_that_was_there_before_stays() {
         return;
     };
     run(&format!(
-        "ip netns exec {0} sysctl -qw net.ipv4.tcp_fwmark_accept=1 && ip -n {0} rule add pref 77 fwmark 9 lookup 9",
+        "ip netns exec {0} sh -c 'echo 1 > /proc/sys/net/ipv4/tcp_fwmark_accept' && ip -n {0} rule add pref 77 fwmark 9 lookup 9",
         bed.name
     ));
     let before = bed.snapshot();

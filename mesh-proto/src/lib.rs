@@ -42,6 +42,8 @@ pub const SETTINGS_TYPE_URL: &str = "type.googleapis.com/culvert.mesh.v1.Setting
 pub const CAPTURE_TYPE_URL: &str = "type.googleapis.com/culvert.mesh.v1.Capture";
 /// Name of the workload extension that carries [`mesh::Capture`].
 pub const CAPTURE_EXTENSION: &str = "culvert.dev/capture";
+/// Ends `system_version_info` of our control plane while the rest of what a client lacks follows in further responses.
+pub const PARTIAL_VERSION: &str = "+partial";
 /// Policies in this namespace without a selector apply to the whole mesh.
 pub const ROOT_NAMESPACE: &str = "culvert-system";
 /// Name of the one [`mesh::Settings`] resource.

@@ -34,7 +34,16 @@ struct Knows {
     only: &'static [&'static str],
 }
 
-const KNOWS: [Knows; 4] = [
+const KNOWS: [Knows; 6] = [
+    // Wiring: whoever is wired does not know by whom.
+    Knows {
+        word: "crate::app",
+        only: &["mesh-agent/src/app"],
+    },
+    Knows {
+        word: "crate::pods",
+        only: &["mesh-agent/src/app", "mesh-agent/src/local"],
+    },
     Knows {
         word: "aya::",
         only: &["mesh-agent/src/capture/"],
@@ -65,8 +74,9 @@ const KNOWS: [Knows; 4] = [
 ];
 
 /// Modules of mesh-agent that decide, and so do no I/O.
-const PURE: [&str; 4] = [
+const PURE: [&str; 5] = [
     "mesh-agent/src/policy",
+    "mesh-agent/src/state/mod.rs",
     "mesh-agent/src/workload.rs",
     "mesh-agent/src/addr.rs",
     "mesh-agent/src/identity/rotation.rs",

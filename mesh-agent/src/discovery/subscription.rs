@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use mesh_proto::PARTIAL_VERSION;
 use mesh_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status};
 
 /// Names held of one type: a bound against a control plane gone mad. 500,000 × about 200 B = 100 MB.
@@ -70,7 +71,7 @@ impl Subscription {
         self.type_url
     }
 
-    /// Whether a response has ever come.
+    /// Whether all that there was at some moment has come.
     #[must_use]
     pub fn answered(&self) -> bool {
         self.answered
@@ -131,7 +132,7 @@ impl Subscription {
                 }
             }
         }
-        self.answered = true;
+        self.answered |= !response.system_version_info.ends_with(PARTIAL_VERSION);
         self.version = shortened(&response.system_version_info, MAX_NAME_BYTES);
         let reply = DeltaDiscoveryRequest {
             type_url: self.type_url.to_owned(),
@@ -363,6 +364,19 @@ mod tests {
         );
         assert!(received.changes.is_empty() && received.reply.error_detail.is_some());
         assert_eq!(held(&subscription), versions(&[("x", "1")]));
+    }
+
+    #[test]
+    fn a_part_of_the_answer_does_not_answer() {
+        let mut subscription = Subscription::new(TYPE);
+        let mut part = response("1", vec![resource("a", "1")], &[]);
+        part.system_version_info.push_str(PARTIAL_VERSION);
+        assert_eq!(receive(&mut subscription, part.clone()).changes, [Change::Set("a".into())]);
+        assert!(!subscription.answered());
+        receive(&mut subscription, response("2", vec![resource("b", "1")], &[]));
+        assert!(subscription.answered());
+        receive(&mut subscription, part);
+        assert!(subscription.answered(), "for good");
     }
 
     #[test]

@@ -148,7 +148,7 @@ impl Bed {
                 ip -d rule; ip -6 -d rule
                 ip -d route show table all; ip -6 -d route show table all
                 ss -Htan state listening
-                sysctl -a 2>/dev/null | grep -E \"^net\\.\" | grep -vE \"nf_conntrack_count|dev_snmp|stats\"'",
+                grep -r . /proc/sys/net 2>/dev/null | grep -vE \"nf_conntrack_count|dev_snmp|stats\"'",
             self.name
         ))
     }

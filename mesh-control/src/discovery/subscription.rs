@@ -6,6 +6,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use mesh_proto::PARTIAL_VERSION;
+
 use crate::compile::{CompiledResource, TypeSnapshot};
 use crate::limits::{MAX_NAME_BYTES, MAX_NAMES, MAX_RESPONSE_BYTES};
 
@@ -224,7 +226,7 @@ impl Subscription {
             names,
         });
         let version = if partial {
-            format!("{}+partial", snapshot.version)
+            format!("{}{PARTIAL_VERSION}", snapshot.version)
         } else {
             snapshot.version.clone()
         };

@@ -1,5 +1,9 @@
 //! The Pods of this node, from their enrolment to their release: captured, served, given a certificate, and proven again and again.
 
+mod trust_domain;
+
+pub use trust_domain::TrustDomain;
+
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -11,7 +15,6 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use super::trust_domain::TrustDomain;
 use crate::capture::{Capture, CaptureError, CapturedPod, PodToEnroll};
 use crate::discovery::report::{PodStatus, Proof};
 use crate::identity::Identity;
