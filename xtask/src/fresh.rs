@@ -104,7 +104,8 @@ impl Machine {
     fn command(&self, line: &str) -> Result<Command> {
         let home = PathBuf::from(std::env::var_os("HOME").context("HOME")?);
         let root = self.root.display();
-        let mut script = String::from("set -eu\n");
+        // The root of a machine is a mount, which `ip` counts on.
+        let mut script = format!("set -eu\nmount --bind {root} {root}\n");
         for (kind, path) in [("proc", "proc"), ("sysfs", "sys"), ("tmpfs", "run"), ("tmpfs", "tmp")] {
             script += &format!("mount -t {kind} {kind} {root}/{path}\n");
         }
