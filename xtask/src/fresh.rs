@@ -111,7 +111,7 @@ impl Machine {
         }
         script += &format!("mount --rbind /dev {root}/dev\nmkdir -p {root}/sys/fs/cgroup\n");
         script += &format!("mount -t cgroup2 cgroup2 {root}/sys/fs/cgroup\nmount -t bpf bpf {root}/sys/fs/bpf\n");
-        for folder in [home.join(".rustup"), home.join(".cargo/bin"), home.join(".cargo/registry")] {
+        for folder in [home.join(".rustup"), home.join(".cargo/bin")] {
             if folder.is_dir() {
                 let inside = format!("{root}{GUEST_HOME}/{}", folder.strip_prefix(&home)?.display());
                 script += &format!("mkdir -p {inside}\nmount --bind {} {inside}\n", folder.display());
