@@ -7,6 +7,8 @@ pub mod app;
 pub mod capture;
 pub mod config;
 pub mod discovery;
+#[cfg(fuzzing)]
+pub mod fuzz;
 pub mod identity;
 pub mod local;
 pub mod pods;

@@ -201,7 +201,7 @@ async fn serve_stream(
 }
 
 /// Method CONNECT, and an authority whose address is the one that the tunnel was opened to.
-fn requested_destination(request: &Request<RecvStream>, local: IpAddr) -> Option<SocketAddr> {
+pub(super) fn requested_destination<Body>(request: &Request<Body>, local: IpAddr) -> Option<SocketAddr> {
     let authority = request.uri().authority()?.as_str();
     let destination: SocketAddr = authority.parse().ok()?;
     let destination = crate::addr::canonical(destination);

@@ -5,6 +5,8 @@
 mod authorize;
 mod copy;
 mod error;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod inbound;
 pub mod limits;
 mod outbound;
