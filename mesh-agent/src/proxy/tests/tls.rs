@@ -188,7 +188,9 @@ async fn what_a_connect_is_answered() {
     let server = mesh.pod(&mesh.far, "server").await;
     let _echo = server.echo().await;
     let good = mesh.authority.issue(&identity("client"));
-    let send = Attempt::with(good).connect(fresh_address(), server.ip).await.unwrap();
+    let from = fresh_address();
+    mesh.tell(vec![Change::Workload(workload("client", from))]);
+    let send = Attempt::with(good).connect(from, server.ip).await.unwrap();
     let own = |port: u16| SocketAddr::new(server.ip, port).to_string();
     let elsewhere = SocketAddr::new(fresh_address(), APPLICATION_PORT).to_string();
     let table = [
