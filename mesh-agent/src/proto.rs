@@ -12,7 +12,8 @@ use ipnet::IpNet;
 use mesh_proto::discovery::Resource;
 use mesh_proto::mesh::{Capture, Settings as WireSettings, capture};
 use mesh_proto::workload::{
-    Address, Service as WireService, TunnelProtocol, Workload as WireWorkload, WorkloadType as WireWorkloadType, address,
+    Address, NetworkMode, Service as WireService, TunnelProtocol, Workload as WireWorkload, WorkloadType as WireWorkloadType,
+    address,
 };
 use mesh_proto::{CAPTURE_EXTENSION, CAPTURE_TYPE_URL, ROOT_NAMESPACE, SETTINGS_NAME};
 use prost::Message as _;
@@ -91,11 +92,7 @@ pub fn denying(name: &str) -> Option<Change> {
     Some(Change::Policy(Arc::new(Policy {
         name: name.into(),
         namespace: namespace.into(),
-        scope: if namespace == ROOT_NAMESPACE {
-            Scope::Global
-        } else {
-            Scope::Namespace
-        },
+        scope: widest_scope(namespace),
         action: Action::Deny,
         rules: vec![Rule {
             clauses: Vec::new(),
@@ -103,6 +100,15 @@ pub fn denying(name: &str) -> Option<Change> {
         }],
         dry_run: false,
     })))
+}
+
+/// All whom a policy of the namespace may have been for.
+fn widest_scope(namespace: &str) -> Scope {
+    if namespace == ROOT_NAMESPACE {
+        Scope::Global
+    } else {
+        Scope::Namespace
+    }
 }
 
 /// # Errors
@@ -155,6 +161,8 @@ impl TryFrom<WireWorkload> for Workload {
             .map(|bytes| ip(bytes).ok_or_else(|| field("addresses", format!("has an address of {} bytes", bytes.len()))))
             .collect::<Result<_, _>>()?;
         let (membership, pod_uid) = membership(&wire)?;
+        let network_mode = NetworkMode::try_from(wire.network_mode)
+            .map_err(|e| field("network_mode", format!("is {}, which is not known", e.0)))?;
         let workload_type = match WireWorkloadType::try_from(wire.workload_type) {
             Ok(WireWorkloadType::Deployment) => WorkloadType::Deployment,
             Ok(WireWorkloadType::Cronjob) => WorkloadType::CronJob,
@@ -173,6 +181,7 @@ impl TryFrom<WireWorkload> for Workload {
             namespace: wire.namespace.into(),
             identity,
             addresses,
+            host_network: network_mode == NetworkMode::HostNetwork,
             node: wire.node.into(),
             workload_type,
             cluster: wire.cluster_id.into(),

@@ -28,6 +28,8 @@ pub struct Workload {
     pub namespace: Arc<str>,
     pub identity: Identity,
     pub addresses: Vec<IpAddr>,
+    /// Its addresses are its node's: they name no workload.
+    pub host_network: bool,
     pub node: Arc<str>,
     /// The owner, as in metrics and baggage: "deployment", "pod", "job" or "cronjob", and its name.
     pub workload_type: WorkloadType,

@@ -36,6 +36,8 @@ pub enum Refusal {
     DeniedByPolicy,
     PolicyMissing,
     IdentityMismatch,
+    /// Discovery knows nobody at the address of a tunnel's peer.
+    IdentityUnknown,
     ServiceVipNotSupported,
     DestinationUnknown,
     DestinationLost,
@@ -118,6 +120,7 @@ impl Refusal {
             Self::DeniedByPolicy => "denied_by_policy",
             Self::PolicyMissing => "policy_missing",
             Self::IdentityMismatch => "identity_mismatch",
+            Self::IdentityUnknown => "identity_unknown",
             Self::ServiceVipNotSupported => "service_vip_not_supported",
             Self::DestinationUnknown => "destination_unknown",
             Self::DestinationLost => "destination_lost",

@@ -237,7 +237,7 @@ async fn carry(
         let registered = registered?;
         let source = confirm_source(proxy, tunnel.peer.ip(), &tunnel.identity).await?;
         let peer = Peer::at(tunnel.peer).principal(Some(&tunnel.identity));
-        record.source(peer.workload(source.as_deref()));
+        record.source(peer.workload(Some(&source)));
         authorize(proxy, context, Some(&tunnel.identity), tunnel.peer.ip(), destination, record).await?;
         let socket = context.pod.network.upstream_socket(tunnel.peer.ip(), destination.ip())?;
         let application = Carried::connect(socket, destination, "application").await?;
@@ -269,7 +269,11 @@ fn status(error: &ProxyError) -> StatusCode {
     match error {
         ProxyError::Refused(Refusal::BadRequest) => StatusCode::BAD_REQUEST,
         ProxyError::Refused(
-            Refusal::DeniedByPolicy | Refusal::PolicyMissing | Refusal::IdentityMismatch | Refusal::DestinationUnknown,
+            Refusal::DeniedByPolicy
+            | Refusal::PolicyMissing
+            | Refusal::IdentityMismatch
+            | Refusal::IdentityUnknown
+            | Refusal::DestinationUnknown,
         ) => StatusCode::UNAUTHORIZED,
         _ => StatusCode::SERVICE_UNAVAILABLE,
     }

@@ -33,6 +33,7 @@ use self::pod::PodContext;
 use self::pool::Pool;
 use crate::addr::{ClientAddr, ListenerAddr};
 use crate::capture::PodListeners;
+use crate::identity::Identity;
 use crate::identity::store::CertificateStore;
 use crate::state::SharedState;
 use crate::telemetry::{AccessLog, Metrics};
@@ -74,6 +75,13 @@ impl Proxy {
     #[must_use]
     pub fn registry(&self) -> &Arc<Registry> {
         &self.registry
+    }
+
+    /// These identities are no Pod's of this node any longer: their keys are dropped.
+    pub fn forget(&self, identities: &[Identity]) {
+        for identity in identities {
+            self.tls.forget(identity);
+        }
     }
 
     /// Serves a Pod until its handle is shut down.

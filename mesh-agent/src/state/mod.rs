@@ -107,6 +107,19 @@ impl State {
         self.addresses.get(&ip.to_canonical())?.last().cloned()
     }
 
+    /// Who of the mesh has this address, proven or not; an outsider is nobody.
+    #[must_use]
+    pub fn member_at(&self, ip: IpAddr) -> Option<Arc<Workload>> {
+        self.by_address(ip)
+            .filter(|workload| workload.membership != Membership::Outside)
+    }
+
+    /// Whether everything was told once.
+    #[must_use]
+    pub fn is_synced(&self) -> bool {
+        self.synced
+    }
+
     #[must_use]
     pub fn by_uid(&self, uid: &str) -> Option<Arc<Workload>> {
         self.workloads.get(uid).cloned()
@@ -189,7 +202,10 @@ impl State {
     fn insert_workload(&mut self, workload: Workload) {
         self.remove_workload(&workload.uid);
         let workload = Arc::new(workload);
-        for ip in &workload.addresses {
+        // A node's address stands for all that run there; and whoever merely claims to be on the host's network must not take the
+        // place of the Pod that has the address.
+        let own = if workload.host_network { &[][..] } else { &workload.addresses };
+        for ip in own {
             self.addresses.entry(ip.to_canonical()).or_default().push(workload.clone());
         }
         self.workloads.insert(workload.uid.clone(), workload);

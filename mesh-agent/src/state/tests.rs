@@ -13,6 +13,7 @@ fn workload(name: &str, ip: &str, membership: Membership) -> Workload {
         namespace: "shop".into(),
         identity: Identity::new("cluster.local", "shop", name),
         addresses: vec![ip.parse().unwrap()],
+        host_network: false,
         node: "node-a".into(),
         workload_type: WorkloadType::Pod,
         workload_name: name.into(),
@@ -104,6 +105,34 @@ fn an_address_that_is_given_to_the_next_pod() {
     // A Pod that moves leaves its address.
     state.apply(vec![Change::Workload(workload("new", "10.0.0.2", Membership::Proven))]);
     assert!(state.by_address(ip).is_none());
+}
+
+#[test]
+fn a_pod_on_the_hosts_network_has_no_address_of_its_own() {
+    let ip: IpAddr = "10.0.0.1".parse().unwrap();
+    let on_host = |name| Workload {
+        host_network: true,
+        ..workload(name, "10.0.0.1", Membership::Outside)
+    };
+    let mut state = State::default();
+    state.apply(vec![
+        Change::Settings(Settings {
+            pod_ranges: vec!["10.0.0.0/16".parse().unwrap()],
+            ..Settings::default()
+        }),
+        Change::Synced,
+        Change::Workload(workload("victim", "10.0.0.1", Membership::Proven)),
+        Change::Workload(on_host("shadow")),
+    ]);
+    assert!(
+        matches!(state.destination(to("10.0.0.1:80")), Destination::Mesh(w) if &*w.name == "victim"),
+        "never in clear"
+    );
+    assert!(state.pod_at(ip, "shop", "shadow").is_none());
+    assert!(state.by_uid("Kubernetes//Pod/shop/shadow").is_some());
+    // Neither when it is the only one, nor when a Pod moves onto the host's network.
+    state.apply(vec![Change::Workload(on_host("victim"))]);
+    assert_eq!(state.destination(to("10.0.0.1:80")), Destination::Unknown);
 }
 
 #[test]

@@ -149,12 +149,18 @@ pub(super) struct Node {
 
 impl Node {
     pub(super) fn new() -> Self {
+        let node = Self::unsynced();
+        node.state.apply(vec![Change::Synced]);
+        node
+    }
+
+    /// An agent that discovery has not told everything yet.
+    pub(super) fn unsynced() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let log = folder.path().join("access.log");
         let metrics = Metrics::new();
         let access_log = AccessLog::to_file(&log, metrics.clone()).unwrap();
         let (state, certificates) = (SharedState::new(), CertificateStore::new());
-        state.apply(vec![Change::Synced]);
         Self {
             proxy: Proxy::new(state.clone(), certificates.clone(), metrics.clone(), access_log),
             state,
@@ -270,6 +276,7 @@ pub(super) fn workload(name: &str, ip: IpAddr) -> Workload {
         namespace: "shop".into(),
         identity: identity(name),
         addresses: vec![ip],
+        host_network: false,
         node: "node".into(),
         workload_type: WorkloadType::Pod,
         workload_name: name.into(),
