@@ -160,7 +160,7 @@ impl TryFrom<WireWorkload> for Workload {
             .iter()
             .map(|bytes| ip(bytes).ok_or_else(|| field("addresses", format!("has an address of {} bytes", bytes.len()))))
             .collect::<Result<_, _>>()?;
-        let (membership, pod_uid) = membership(&wire)?;
+        let membership = membership(&wire)?;
         let network_mode = NetworkMode::try_from(wire.network_mode)
             .map_err(|e| field("network_mode", format!("is {}, which is not known", e.0)))?;
         let workload_type = match WireWorkloadType::try_from(wire.workload_type) {
@@ -177,7 +177,6 @@ impl TryFrom<WireWorkload> for Workload {
             .collect::<Result<_, ProtoError>>()?;
         let locality = wire.locality.unwrap_or_default();
         Ok(Self {
-            pod_uid: pod_uid.into(),
             workload_name: non_empty(&wire.workload_name, &wire.name).into(),
             canonical_name: non_empty(&wire.canonical_name, &wire.name).into(),
             canonical_revision: non_empty(&wire.canonical_revision, "latest").into(),
@@ -187,7 +186,6 @@ impl TryFrom<WireWorkload> for Workload {
             identity,
             addresses,
             host_network: network_mode == NetworkMode::HostNetwork,
-            node: wire.node.into(),
             workload_type,
             cluster: wire.cluster_id.into(),
             region: locality.region.into(),
@@ -202,15 +200,14 @@ impl TryFrom<WireWorkload> for Workload {
 }
 
 /// Our control plane tells by its extension; another's workloads have only `tunnel_protocol`.
-fn membership(wire: &WireWorkload) -> Result<(Membership, String), ProtoError> {
+fn membership(wire: &WireWorkload) -> Result<Membership, ProtoError> {
     let tunnel = TunnelProtocol::try_from(wire.tunnel_protocol)
         .map_err(|e| field("tunnel_protocol", format!("is {}, which is not known", e.0)))?;
     let Some(extension) = wire.extensions.iter().find(|extension| extension.name == CAPTURE_EXTENSION) else {
-        let membership = match tunnel {
+        return Ok(match tunnel {
             TunnelProtocol::Hbone => Membership::Proven,
             TunnelProtocol::None => Membership::Outside,
-        };
-        return Ok((membership, String::new()));
+        });
     };
     let config = extension
         .config
@@ -218,14 +215,13 @@ fn membership(wire: &WireWorkload) -> Result<(Membership, String), ProtoError> {
         .filter(|any| any.type_url == CAPTURE_TYPE_URL)
         .ok_or_else(|| field("extensions", "has a capture extension of another type"))?;
     let capture = Capture::decode(config.value.as_slice())?;
-    let membership = match capture::State::try_from(capture.state) {
-        Ok(capture::State::Pending) => Membership::Pending,
-        Ok(capture::State::Lost) => Membership::Lost,
-        Ok(capture::State::Proven) if tunnel == TunnelProtocol::Hbone => Membership::Proven,
-        Ok(capture::State::Proven) => return Err(field("tunnel_protocol", "is NONE although the capture is proven")),
-        Ok(capture::State::Unspecified) | Err(_) => return Err(field("extensions", "has a capture state that is not known")),
-    };
-    Ok((membership, capture.pod_uid))
+    match capture::State::try_from(capture.state) {
+        Ok(capture::State::Pending) => Ok(Membership::Pending),
+        Ok(capture::State::Lost) => Ok(Membership::Lost),
+        Ok(capture::State::Proven) if tunnel == TunnelProtocol::Hbone => Ok(Membership::Proven),
+        Ok(capture::State::Proven) => Err(field("tunnel_protocol", "is NONE although the capture is proven")),
+        Ok(capture::State::Unspecified) | Err(_) => Err(field("extensions", "has a capture state that is not known")),
+    }
 }
 
 fn service_ports(name: &'static str, wire: &[WirePort]) -> Result<Vec<ServicePort>, ProtoError> {
@@ -289,7 +285,6 @@ impl TryFrom<WireSettings> for Settings {
         Ok(Self {
             trust_domain,
             pod_ranges,
-            trust_bundle_pem: wire.trust_bundle,
         })
     }
 }

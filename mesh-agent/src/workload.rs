@@ -22,15 +22,12 @@ pub enum Membership {
 pub struct Workload {
     /// "cluster/group/kind/namespace/name".
     pub uid: Arc<str>,
-    /// The Pod's metadata.uid; empty where another control plane does not tell.
-    pub pod_uid: Arc<str>,
     pub name: Arc<str>,
     pub namespace: Arc<str>,
     pub identity: Identity,
     pub addresses: Vec<IpAddr>,
     /// Its addresses are its node's: they name no workload.
     pub host_network: bool,
-    pub node: Arc<str>,
     /// The owner, as in metrics and baggage: "deployment", "pod", "job" or "cronjob", and its name.
     pub workload_type: WorkloadType,
     pub workload_name: Arc<str>,

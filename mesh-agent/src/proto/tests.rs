@@ -152,10 +152,6 @@ fn membership_comes_from_the_extension_and_else_from_the_tunnel_protocol() {
     ] {
         assert_eq!(membership(with_capture(state.into(), tunnel)).unwrap(), expected);
     }
-    assert_eq!(
-        &*Workload::try_from(with_capture(1, TunnelProtocol::None)).unwrap().pod_uid,
-        "uid-1"
-    );
     // Never cleartext by a state that we do not understand.
     for (state, tunnel) in [
         (0, TunnelProtocol::None),

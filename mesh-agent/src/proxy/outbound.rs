@@ -165,6 +165,7 @@ async fn tunnel(
     result
 }
 
+/// No `traceparent`: that is passed on, and an application's bytes are opaque here: there is none to pass on.
 fn connect_request(ends: &Ends, source: Option<&Workload>) -> Result<Request<()>, ProxyError> {
     let bad = |_| ProxyError::Refused(Refusal::BadRequest);
     let authority = Uri::builder().authority(ends.destination.to_string()).build().map_err(bad)?;

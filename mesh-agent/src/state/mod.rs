@@ -39,7 +39,6 @@ pub struct Settings {
     pub trust_domain: String,
     /// Where Pods have their addresses: an unknown one in here is waited for, never taken for an outsider.
     pub pod_ranges: Vec<IpNet>,
-    pub trust_bundle_pem: Vec<String>,
 }
 
 /// What stands at an original destination.

@@ -8,13 +8,11 @@ use crate::workload::{ServicePort, WorkloadType};
 fn workload(name: &str, ip: &str, membership: Membership) -> Workload {
     Workload {
         uid: format!("Kubernetes//Pod/shop/{name}").into(),
-        pod_uid: name.into(),
         name: name.into(),
         namespace: "shop".into(),
         identity: Identity::new("cluster.local", "shop", name),
         addresses: vec![ip.parse().unwrap()],
         host_network: false,
-        node: "node-a".into(),
         workload_type: WorkloadType::Pod,
         workload_name: name.into(),
         canonical_name: name.into(),

@@ -217,7 +217,6 @@ impl Mesh {
         mesh.tell(vec![Change::Settings(Settings {
             trust_domain: "cluster.local".into(),
             pod_ranges: vec!["127.250.0.0/16".parse().unwrap()],
-            trust_bundle_pem: vec![],
         })]);
         mesh
     }
@@ -271,13 +270,11 @@ impl Mesh {
 pub(super) fn workload(name: &str, ip: IpAddr) -> Workload {
     Workload {
         uid: format!("Kubernetes//Pod/shop/{name}").into(),
-        pod_uid: name.into(),
         name: name.into(),
         namespace: "shop".into(),
         identity: identity(name),
         addresses: vec![ip],
         host_network: false,
-        node: "node".into(),
         workload_type: WorkloadType::Pod,
         workload_name: name.into(),
         canonical_name: name.into(),
