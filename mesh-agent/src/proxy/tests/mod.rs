@@ -3,6 +3,7 @@
 mod carry;
 mod pool;
 mod refuse;
+mod service;
 mod tls;
 
 use std::collections::HashMap;
