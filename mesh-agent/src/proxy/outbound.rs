@@ -98,7 +98,7 @@ async fn carry(
     let socket = context.pod.network.outbound_socket(destination.ip())?;
     let outside = Carried::connect(socket, destination.socket_addr(), "passthrough").await?;
     record.opened();
-    copy::plain(application, outside, record, registered.cut()).await
+    copy::plain(application, outside, record, &registered).await
 }
 
 /// What stands at the destination, after waiting for discovery where it may soon say something better.
@@ -156,9 +156,9 @@ async fn tunnel(
         application,
         End::Source,
         stream.send,
-        stream.receive,
+        copy::Incoming::new(stream.receive, registered),
         record,
-        registered.cut(),
+        registered,
     )
     .await;
     drop(stream.guard);
