@@ -29,7 +29,7 @@ const RESET_GRACE: Duration = Duration::from_secs(1);
 /// The smallest piece that waiting data is kept in, so that small frames don't cost an allocation each.
 const PIECE_BYTES: usize = 4 * 1024;
 /// Window is given back in parts of this, or all of it once nothing waits: not in crumbs that come back as crumbs.
-const RELEASE_BYTES: usize = 16 * 1024;
+const RELEASE_BYTES: usize = 32 * 1024;
 
 /// Which end of the connection a socket leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -72,7 +72,7 @@ async fn serve_tunnel(proxy: &Arc<Proxy>, context: &Arc<PodContext>, accepted: A
     let _tunnel_place = context.inbound_tunnels.take(address, is_member).ok_or(limit.clone())?;
     // Whoever says nothing costs no handshake.
     within(proxy.limits.first_bytes_timeout, Phase::Handshake, async {
-        stream.readable().await.map_err(|error| TlsError::Handshake(error.into()))
+        stream.peek(&mut [0]).await.map_err(|error| TlsError::Handshake(error.into()))
     })
     .await?;
     let handshake_place = context.handshakes.take(address, is_member).ok_or(limit)?;
