@@ -32,15 +32,16 @@ struct Bounds {
     per_client: usize,
     /// A connection that has not sent its request's head by then, first or next, is closed.
     head_timeout: Duration,
+    /// A connection lives no longer, so that one whose answer is not read cannot keep its place.
+    lifetime: Duration,
 }
 
 const BOUNDS: Bounds = Bounds {
     connections: 128,
     per_client: 8,
     head_timeout: Duration::from_secs(2),
+    lifetime: Duration::from_secs(30),
 };
-/// A connection lives no longer, so that idle ones cannot hold the places.
-const CONNECTION_LIFETIME: Duration = Duration::from_secs(30);
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 
 /// An answer.
@@ -133,7 +134,7 @@ async fn serve_within(bounds: Bounds, listener: TcpListener, pages: Pages, stop:
                 .serve_connection(TokioIo::new(stream), service);
             tokio::select! {
                 () = stop.cancelled() => {}
-                ended = timeout(CONNECTION_LIFETIME, connection) => {
+                ended = timeout(bounds.lifetime, connection) => {
                     if let Ok(Err(error)) = ended {
                         debug!(%error, "an HTTP connection");
                     }

@@ -40,6 +40,7 @@ async fn pages_are_served_and_everything_else_is_refused() {
 
 /// Longer than anything here takes; only a hang meets it.
 const PATIENCE: Duration = Duration::from_secs(60);
+const HOUR: Duration = Duration::from_secs(3600);
 
 async fn served(bounds: Bounds) -> SocketAddr {
     let listener = listen("--ready", "0.0.0.0:0".parse().unwrap()).await.unwrap();
@@ -51,9 +52,12 @@ async fn served(bounds: Bounds) -> SocketAddr {
 
 #[tokio::test]
 async fn one_client_leaves_room_for_the_others() {
-    // Nobody's time is over while this runs.
-    let head_timeout = Duration::from_secs(3600);
-    let address = served(Bounds { head_timeout, ..BOUNDS }).await;
+    let address = served(Bounds {
+        head_timeout: HOUR,
+        lifetime: HOUR,
+        ..BOUNDS
+    })
+    .await;
     let mut silent = Vec::new();
     for _ in 0..200 {
         let socket = TcpSocket::new_v4().unwrap();
@@ -67,8 +71,12 @@ async fn one_client_leaves_room_for_the_others() {
 
 #[tokio::test]
 async fn who_sends_no_head_is_not_waited_for() {
-    let head_timeout = Duration::from_millis(100);
-    let address = served(Bounds { head_timeout, ..BOUNDS }).await;
+    let address = served(Bounds {
+        head_timeout: Duration::from_millis(100),
+        lifetime: HOUR,
+        ..BOUNDS
+    })
+    .await;
     for sent in ["", "GET / HTTP/1.1\r\nhost: x\r\n\r\n"] {
         let mut stream = TcpStream::connect(address).await.unwrap();
         stream.write_all(sent.as_bytes()).await.unwrap();
@@ -77,4 +85,17 @@ async fn who_sends_no_head_is_not_waited_for() {
         let _ = timeout(PATIENCE, stream.read_to_string(&mut answer)).await.expect("waited for");
         assert_eq!(answer.contains("ready"), !sent.is_empty(), "{answer}");
     }
+}
+
+#[tokio::test]
+async fn who_reads_no_answer_is_not_waited_for() {
+    let address = served(Bounds {
+        lifetime: Duration::from_millis(100),
+        ..BOUNDS
+    })
+    .await;
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let requests = "GET / HTTP/1.1\r\nhost: x\r\n\r\n".repeat(1024);
+    let flood = async { while stream.write_all(requests.as_bytes()).await.is_ok() {} };
+    timeout(PATIENCE, flood).await.expect("waited for");
 }
