@@ -48,6 +48,8 @@ pub enum Refusal {
     CertificateExpired,
     Limit,
     BadRequest,
+    /// Much data before the answer to a CONNECT.
+    EarlyData,
 }
 
 /// What took too long.
@@ -65,6 +67,8 @@ pub enum ResetBy {
     Destination,
     /// The connection's bounds: half-closed and silent for too long.
     Idle,
+    /// Held too much for an end that does not read.
+    Memory,
     /// Cut by the agent.
     Cut,
 }
@@ -120,6 +124,7 @@ impl ProxyError {
             Self::Reset(ResetBy::Source) => "reset_by_source",
             Self::Reset(ResetBy::Destination) => "reset_by_destination",
             Self::Reset(ResetBy::Idle) => "half_closed_idle",
+            Self::Reset(ResetBy::Memory) => "memory_limit",
             Self::Reset(ResetBy::Cut) => "cut",
         }
     }
@@ -143,6 +148,7 @@ impl Refusal {
             Self::CertificateExpired => "certificate_expired",
             Self::Limit => "limit",
             Self::BadRequest => "bad_request",
+            Self::EarlyData => "early_data",
         }
     }
 }
@@ -163,6 +169,7 @@ impl std::fmt::Display for ResetBy {
             Self::Source => "by the source",
             Self::Destination => "by the destination",
             Self::Idle => "half-closed and silent",
+            Self::Memory => "its reader has stalled and memory is short",
             Self::Cut => "cut",
         })
     }

@@ -86,10 +86,10 @@ async fn carry(
     };
     record.opened();
     match far {
-        Far::Plain(outside) => copy::plain(application, outside, record, registered.cut()).await,
+        Far::Plain(outside) => copy::plain(application, outside, record, &registered).await,
         Far::Tunnel(stream) => {
-            let (send, receive) = (stream.send, stream.receive);
-            let result = copy::tunnel(application, End::Source, send, receive, record, registered.cut()).await;
+            let receive = copy::Incoming::new(stream.receive, &registered);
+            let result = copy::tunnel(application, End::Source, stream.send, receive, record, &registered).await;
             drop(stream.guard);
             result
         }

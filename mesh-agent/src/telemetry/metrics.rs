@@ -1,3 +1,6 @@
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -107,7 +110,21 @@ pub struct Metrics {
     accept_errors: IntCounterVec,
     pub(super) access_log_dropped: IntCounter,
     capture_events: IntCounterVec,
+    taking_over: Mutex<()>,
     pod_protected: IntGaugeVec,
+}
+
+/// Brings a counter to where something that counts by itself is; one that has begun again begins again here, too. For one caller
+/// at a time.
+pub fn take_over(counter: &IntCounter, count: u64) {
+    let shown = counter.get();
+    match count.checked_sub(shown) {
+        Some(rise) => counter.inc_by(rise),
+        None => {
+            counter.reset();
+            counter.inc_by(count);
+        }
+    }
 }
 
 impl Default for Metrics {
@@ -185,6 +202,7 @@ impl Default for Metrics {
                 "Access-log lines dropped because the writer was behind or failed",
             ),
             capture_events: counters("mesh_capture_events_total", "What the kernel programs counted", &["event"]),
+            taking_over: Mutex::default(),
             pod_protected,
             registry,
         }
@@ -277,14 +295,12 @@ impl Metrics {
         self.accept_errors.with_label_values(&[listener]).inc();
     }
 
-    /// Takes over the kernel's counters, which only rise while the programs stay loaded.
-    pub fn set_capture_events(&self, events: &[(&'static str, u64)]) {
-        for (event, count) in events {
-            let counter = self.capture_events.with_label_values(&[event]);
-            if *count < counter.get() {
-                counter.reset();
-            }
-            counter.inc_by(count - counter.get());
+    /// Takes over the kernel's counters, which only rise while the programs stay loaded. They are read in here: of two scrapes at a
+    /// time, none may bring older numbers after newer ones.
+    pub fn set_capture_events(&self, read: impl FnOnce() -> Vec<(&'static str, u64)>) {
+        let _one_at_a_time = self.taking_over.lock();
+        for (event, count) in read() {
+            take_over(&self.capture_events.with_label_values(&[event]), count);
         }
     }
 

@@ -102,7 +102,7 @@ async fn a_valid_certificate_from_an_address_that_nobody_has() {
 #[tokio::test]
 async fn nobody_is_confirmed_before_everything_was_told() {
     let mut mesh = Mesh::new();
-    mesh.far = Node::unsynced();
+    mesh.far = Node::unsynced(Limits::default());
     let client = mesh.pod(&mesh.near, "client").await;
     let server = mesh.pod(&mesh.far, "server").await;
     let _echo = server.echo().await;
