@@ -4,6 +4,7 @@
 pub mod addr;
 pub mod admin;
 pub mod app;
+pub mod balance;
 pub mod capture;
 pub mod config;
 pub mod discovery;

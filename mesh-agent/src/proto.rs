@@ -12,8 +12,8 @@ use ipnet::IpNet;
 use mesh_proto::discovery::Resource;
 use mesh_proto::mesh::{Capture, Settings as WireSettings, capture};
 use mesh_proto::workload::{
-    Address, NetworkMode, Service as WireService, TunnelProtocol, Workload as WireWorkload, WorkloadType as WireWorkloadType,
-    address,
+    Address, NetworkMode, Port as WirePort, Service as WireService, TunnelProtocol, Workload as WireWorkload,
+    WorkloadStatus as WireStatus, WorkloadType as WireWorkloadType, address, load_balancing::HealthPolicy,
 };
 use mesh_proto::{CAPTURE_EXTENSION, CAPTURE_TYPE_URL, ROOT_NAMESPACE, SETTINGS_NAME};
 use prost::Message as _;
@@ -21,7 +21,7 @@ use prost::Message as _;
 use crate::identity::Identity;
 use crate::policy::{Action, Policy, Rule, Scope};
 use crate::state::{Change, Settings, service_name};
-use crate::workload::{Membership, Service, Workload, WorkloadType};
+use crate::workload::{Membership, Service, ServicePort, Workload, WorkloadType};
 
 /// What the wire leaves empty means these.
 pub const DEFAULT_TRUST_DOMAIN: &str = "cluster.local";
@@ -170,6 +170,11 @@ impl TryFrom<WireWorkload> for Workload {
             // Only a label: an unknown kind of owner is no reason to refuse a workload.
             Ok(WireWorkloadType::Pod) | Err(_) => WorkloadType::Pod,
         };
+        let services = wire
+            .services
+            .into_iter()
+            .map(|(service, list)| Ok((service.into(), service_ports("services", &list.ports)?)))
+            .collect::<Result<_, ProtoError>>()?;
         let locality = wire.locality.unwrap_or_default();
         Ok(Self {
             workload_name: non_empty(&wire.workload_name, &wire.name).into(),
@@ -187,6 +192,9 @@ impl TryFrom<WireWorkload> for Workload {
             zone: locality.zone.into(),
             membership,
             policies: wire.authorization_policies.into_iter().map(Into::into).collect(),
+            services,
+            healthy: WireStatus::try_from(wire.status) == Ok(WireStatus::Healthy),
+            weight: wire.capacity.unwrap_or(1),
         })
     }
 }
@@ -216,6 +224,18 @@ fn membership(wire: &WireWorkload) -> Result<Membership, ProtoError> {
     }
 }
 
+fn service_ports(name: &'static str, wire: &[WirePort]) -> Result<Vec<ServicePort>, ProtoError> {
+    let port = |number: u32| u16::try_from(number).map_err(|_| field(name, format!("has the port {number}")));
+    wire.iter()
+        .map(|wire| {
+            Ok(ServicePort {
+                port: port(wire.service_port)?,
+                target: port(wire.target_port)?,
+            })
+        })
+        .collect()
+}
+
 impl TryFrom<WireService> for Service {
     type Error = ProtoError;
 
@@ -235,18 +255,17 @@ impl TryFrom<WireService> for Service {
                 addresses.push(ip);
             }
         }
-        let port = |number: u32| u16::try_from(number).map_err(|_| field("ports", format!("has the port {number}")));
-        let ports = wire
-            .ports
-            .iter()
-            .map(|p| Ok((port(p.service_port)?, port(p.target_port)?)))
-            .collect::<Result<_, ProtoError>>()?;
+        let ports = service_ports("ports", &wire.ports)?;
+        let only_healthy = wire
+            .load_balancing
+            .is_none_or(|balancing| balancing.health_policy() == HealthPolicy::OnlyHealthy);
         Ok(Self {
             name: wire.name.into(),
             namespace: wire.namespace.into(),
             hostname: wire.hostname.into(),
             addresses,
             ports,
+            only_healthy,
         })
     }
 }

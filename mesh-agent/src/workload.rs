@@ -39,6 +39,12 @@ pub struct Workload {
     pub membership: Membership,
     /// "namespace/name" of the selector policies that apply.
     pub policies: Vec<Arc<str>>,
+    /// The services that it is an endpoint of, by "namespace/hostname".
+    pub services: Vec<(Arc<str>, Vec<ServicePort>)>,
+    /// Ready, and not about to end: to be given new connections of a service.
+    pub healthy: bool,
+    /// Its share of a service's connections; 0 gets none.
+    pub weight: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +74,14 @@ pub struct Service {
     pub namespace: Arc<str>,
     pub hostname: Arc<str>,
     pub addresses: Vec<IpAddr>,
-    /// (service port, target port).
-    pub ports: Vec<(u16, u16)>,
+    pub ports: Vec<ServicePort>,
+    /// Whether only healthy workloads are its endpoints.
+    pub only_healthy: bool,
+}
+
+/// A port of a service, and the workload's port behind it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServicePort {
+    pub port: u16,
+    pub target: u16,
 }

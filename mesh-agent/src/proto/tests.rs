@@ -207,7 +207,7 @@ fn a_service_has_its_virtual_addresses_only() {
         service.addresses,
         ["10.96.0.1".parse::<IpAddr>().unwrap(), "10.96.0.2".parse().unwrap()]
     );
-    assert_eq!(service.ports, [(80, 8080)]);
+    assert_eq!(service.ports, [crate::workload::ServicePort { port: 80, target: 8080 }]);
     let mut broken = wire;
     broken.ports[0].service_port = 65_536;
     assert!(matches!(

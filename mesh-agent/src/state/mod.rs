@@ -8,7 +8,8 @@ mod tests;
 pub use shared::SharedState;
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::hash::Hash;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -56,6 +57,20 @@ pub enum Destination {
     Unknown,
 }
 
+/// A workload behind a service, and where it is reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    pub workload: Arc<Workload>,
+    pub address: OriginalDst,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Endpoints {
+    NoSuchPort,
+    /// Maybe none.
+    Of(Vec<Endpoint>),
+}
+
 /// The policies that apply to a workload.
 #[derive(Clone, Debug, Default)]
 pub struct ApplicablePolicies {
@@ -74,6 +89,8 @@ pub struct State {
     /// By "namespace/hostname".
     services: HashMap<Arc<str>, Arc<Service>>,
     vips: HashMap<IpAddr, Vec<Arc<Service>>>,
+    /// Service → its workloads, which may be told before it is.
+    endpoints: HashMap<Arc<str>, Vec<Arc<Workload>>>,
     policies: HashMap<Arc<str>, Arc<Policy>>,
     settings: Settings,
     synced: bool,
@@ -170,6 +187,20 @@ impl State {
         Destination::Outside(None)
     }
 
+    /// Where connections to a port of a service can go. Addresses are of the family that was asked for: the application behind
+    /// must be able to see its client. A workload whose capture is lost is none, as it would be refused.
+    #[must_use]
+    pub fn endpoints(&self, service: &Service, asked: OriginalDst) -> Endpoints {
+        if !service.ports.iter().any(|port| port.port == asked.port()) {
+            return Endpoints::NoSuchPort;
+        }
+        let workloads = self.endpoints.get(&*service_name(service)).into_iter().flatten();
+        let usable = workloads.filter(|workload| {
+            workload.membership != Membership::Lost && workload.weight > 0 && (workload.healthy || !service.only_healthy)
+        });
+        Endpoints::Of(usable.filter_map(|workload| endpoint(workload, service, asked)).collect())
+    }
+
     /// Its namespace's, the global ones, and those that it lists.
     #[must_use]
     pub fn policies_for(&self, workload: &Workload) -> ApplicablePolicies {
@@ -207,13 +238,19 @@ impl State {
         for ip in own {
             self.addresses.entry(ip.to_canonical()).or_default().push(workload.clone());
         }
+        for (service, _) in &workload.services {
+            self.endpoints.entry(service.clone()).or_default().push(workload.clone());
+        }
         self.workloads.insert(workload.uid.clone(), workload);
     }
 
     fn remove_workload(&mut self, uid: &str) {
         let Some(old) = self.workloads.remove(uid) else { return };
         for ip in &old.addresses {
-            forget(&mut self.addresses, ip.to_canonical(), &old);
+            forget(&mut self.addresses, &ip.to_canonical(), &old);
+        }
+        for (service, _) in &old.services {
+            forget(&mut self.endpoints, service, &old);
         }
     }
 
@@ -230,9 +267,21 @@ impl State {
     fn remove_service(&mut self, name: &str) {
         let Some(old) = self.services.remove(name) else { return };
         for ip in &old.addresses {
-            forget(&mut self.vips, ip.to_canonical(), &old);
+            forget(&mut self.vips, &ip.to_canonical(), &old);
         }
     }
+}
+
+fn endpoint(workload: &Arc<Workload>, service: &Service, asked: OriginalDst) -> Option<Endpoint> {
+    let name = service_name(service);
+    let (_, ports) = workload.services.iter().find(|(service, _)| **service == *name)?;
+    // A workload that names no port of its own has the service's.
+    let target = ports.iter().find(|port| port.port == asked.port())?.target;
+    let ip = workload.addresses.iter().find(|ip| ip.is_ipv4() == asked.ip().is_ipv4())?;
+    Some(Endpoint {
+        address: OriginalDst::new(SocketAddr::new(*ip, target)),
+        workload: workload.clone(),
+    })
 }
 
 /// The name that a service's resource has.
@@ -241,11 +290,11 @@ pub fn service_name(service: &Service) -> String {
     format!("{}/{}", service.namespace, service.hostname)
 }
 
-fn forget<T>(holders: &mut HashMap<IpAddr, Vec<Arc<T>>>, ip: IpAddr, old: &Arc<T>) {
-    if let Some(list) = holders.get_mut(&ip) {
+fn forget<K: Hash + Eq, T>(holders: &mut HashMap<K, Vec<Arc<T>>>, key: &K, old: &Arc<T>) {
+    if let Some(list) = holders.get_mut(key) {
         list.retain(|holder| !Arc::ptr_eq(holder, old));
         if list.is_empty() {
-            holders.remove(&ip);
+            holders.remove(key);
         }
     }
 }

@@ -284,6 +284,9 @@ pub(super) fn workload(name: &str, ip: IpAddr) -> Workload {
         zone: "".into(),
         membership: Membership::Proven,
         policies: vec![],
+        services: vec![],
+        healthy: true,
+        weight: 1,
     }
 }
 

@@ -172,7 +172,8 @@ async fn what_the_source_refuses() {
         namespace: "shop".into(),
         hostname: "web.shop.svc.cluster.local".into(),
         addresses: vec![vip],
-        ports: vec![(80, 8080)],
+        ports: vec![crate::workload::ServicePort { port: 80, target: 8080 }],
+        only_healthy: true,
     })]);
     assert_refused(client.connect(SocketAddr::new(vip, 80)).await).await;
     mesh.near.logs_reason("service_vip_not_supported").await;
