@@ -299,7 +299,7 @@ impl<'a> Oracle<'a> {
         let in_force = |i: &usize| !self.policies[*i].dry_run || self.is(Mutation::DryRunEnforced);
         let mut denying = places().filter(|i| self.policies[*i].deny).filter(in_force).filter(holds);
         let deny = if self.is(Mutation::LastPolicyNamed) {
-            denying.last()
+            denying.next_back()
         } else {
             denying.next()
         };
