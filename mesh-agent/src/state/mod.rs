@@ -57,6 +57,19 @@ pub enum Destination {
     Unknown,
 }
 
+impl Destination {
+    /// What stands where a workload is reached.
+    #[must_use]
+    pub fn of(workload: Arc<Workload>) -> Self {
+        match workload.membership {
+            Membership::Proven => Self::Mesh(workload),
+            Membership::Pending => Self::Pending(workload),
+            Membership::Lost => Self::Lost(workload),
+            Membership::Outside => Self::Outside(Some(workload)),
+        }
+    }
+}
+
 /// A workload behind a service, and where it is reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
@@ -171,12 +184,7 @@ impl State {
     pub fn destination(&self, destination: OriginalDst) -> Destination {
         let ip = destination.ip();
         if let Some(workload) = self.by_address(ip) {
-            return match workload.membership {
-                Membership::Proven => Destination::Mesh(workload),
-                Membership::Pending => Destination::Pending(workload),
-                Membership::Lost => Destination::Lost(workload),
-                Membership::Outside => Destination::Outside(Some(workload)),
-            };
+            return Destination::of(workload);
         }
         if let Some(service) = self.vips.get(&ip).and_then(|services| services.last()) {
             return Destination::ServiceVip(service.clone());

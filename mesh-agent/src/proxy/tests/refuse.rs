@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::policy::{Action, Clause, Match, Policy, Rule, Scope, StringMatch};
-use crate::workload::Service;
 
 fn policy(name: &str, action: Action, m: Match) -> Change {
     Change::Policy(Arc::new(Policy {
@@ -103,7 +102,7 @@ async fn a_valid_certificate_from_an_address_that_nobody_has() {
 #[tokio::test]
 async fn nobody_is_confirmed_before_everything_was_told() {
     let mut mesh = Mesh::new();
-    mesh.far = Node::unsynced();
+    mesh.far = Node::unsynced(Limits::default());
     let client = mesh.pod(&mesh.near, "client").await;
     let server = mesh.pod(&mesh.far, "server").await;
     let _echo = server.echo().await;
@@ -165,18 +164,6 @@ async fn what_the_source_refuses() {
 
     assert_refused(client.connect(SocketAddr::new(server.ip, TUNNEL_PORT)).await).await;
     mesh.near.logs_reason("agent_port").await;
-
-    let vip = fresh_address();
-    mesh.tell(vec![Change::Service(Service {
-        name: "web".into(),
-        namespace: "shop".into(),
-        hostname: "web.shop.svc.cluster.local".into(),
-        addresses: vec![vip],
-        ports: vec![crate::workload::ServicePort { port: 80, target: 8080 }],
-        only_healthy: true,
-    })]);
-    assert_refused(client.connect(SocketAddr::new(vip, 80)).await).await;
-    mesh.near.logs_reason("service_vip_not_supported").await;
 
     // Not redirected by our programs.
     assert_refused(TcpStream::connect(SocketAddr::new(client.ip, OUTBOUND_PORT)).await.unwrap()).await;
