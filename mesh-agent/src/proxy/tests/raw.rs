@@ -18,6 +18,12 @@ pub(super) struct RawTunnel {
 
 impl RawTunnel {
     pub(super) async fn open(mesh: &Mesh, from: IpAddr, to: &Pod, pair: Arc<CertifiedKeyPair>) -> Self {
+        // A tunnel from an address that nobody has carries nothing.
+        mesh.far.state.apply(vec![Change::Workload(Workload {
+            uid: format!("raw-{from}").into(),
+            identity: pair.identity.clone(),
+            ..workload("raw", from)
+        })]);
         let stream = socket_at(from).connect(SocketAddr::new(to.ip, TUNNEL_PORT)).await.unwrap();
         let handshake = mesh.near.proxy.tls.connect(&pair, &to.workload.identity, to.ip, stream);
         let (tls, _) = timeout(PATIENCE, handshake).await.unwrap().unwrap();
