@@ -82,7 +82,9 @@ async fn who_sends_no_head_is_not_waited_for() {
         stream.write_all(sent.as_bytes()).await.unwrap();
         let mut answer = String::new();
         // Either end of the stream.
-        let _ = timeout(PATIENCE, stream.read_to_string(&mut answer)).await.expect("waited for");
+        let _ = timeout(PATIENCE, stream.read_to_string(&mut answer))
+            .await
+            .expect("waited for");
         assert_eq!(answer.contains("ready"), !sent.is_empty(), "{answer}");
     }
 }

@@ -24,8 +24,8 @@ use std::sync::Arc;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{sleep, timeout};
 
-pub use self::error::{Phase, ProxyError, Refusal, ResetBy};
 pub use self::buffers::Buffers;
+pub use self::error::{Phase, ProxyError, Refusal, ResetBy};
 pub use self::limits::Limits;
 pub use self::pod::ProxyPod;
 pub use self::registry::{ConnectionInfo, Registered, Registry};

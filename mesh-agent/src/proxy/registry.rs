@@ -134,7 +134,11 @@ impl Registry {
 
     #[must_use]
     pub fn count(&self, pod_uid: &str) -> usize {
-        self.inner.lock().pods.get(pod_uid).map_or(0, |connections| connections.entries.len())
+        self.inner
+            .lock()
+            .pods
+            .get(pod_uid)
+            .map_or(0, |connections| connections.entries.len())
     }
 }
 

@@ -92,7 +92,10 @@ async fn idle_tunnels_are_closed_and_used_ones_are_not() {
     assert_stream_echo(&mut send, &mut receive, "still").await;
     drop((send, receive));
     let RawTunnel { send: _send, driver, .. } = tunnel;
-    timeout(PATIENCE, driver).await.expect("an idle tunnel of a peer stays").unwrap();
+    timeout(PATIENCE, driver)
+        .await
+        .expect("an idle tunnel of a peer stays")
+        .unwrap();
 }
 
 #[tokio::test]
