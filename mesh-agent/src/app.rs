@@ -249,6 +249,7 @@ impl Agent {
                 "synced": discovery.synced,
                 "enforced_versions": discovery.enforced_versions,
                 "rejected": discovery.rejected,
+                "denying_stand_ins": discovery.stand_ins,
             },
             "state": known,
             "pods": self.pods.list(),

@@ -36,7 +36,12 @@ pub enum Refusal {
     DeniedByPolicy,
     PolicyMissing,
     IdentityMismatch,
-    ServiceVipNotSupported,
+    /// Discovery knows nobody at the address of a tunnel's peer.
+    IdentityUnknown,
+    /// The service has no such port.
+    ServicePortUnknown,
+    /// No endpoint of the service can be given a connection.
+    NoHealthyEndpoint,
     DestinationUnknown,
     DestinationLost,
     CertificateMissing,
@@ -90,6 +95,17 @@ impl From<h2::Error> for ProxyError {
 }
 
 impl ProxyError {
+    /// The destination, or its node, did not take the connection: another endpoint may. What was decided, by policy or
+    /// identity, is final.
+    #[must_use]
+    pub fn is_refusal_to_connect(&self) -> bool {
+        match self {
+            Self::Connect { .. } | Self::Timeout(Phase::Connect) | Self::Tunnel(_) => true,
+            Self::Answer(status) => *status == http::StatusCode::SERVICE_UNAVAILABLE,
+            Self::Refused(_) | Self::Capture(_) | Self::Timeout(_) | Self::Tls(_) | Self::Reset(_) => false,
+        }
+    }
+
     /// The label in metrics and the field in logs.
     #[must_use]
     pub fn reason(&self) -> &'static str {
@@ -123,7 +139,9 @@ impl Refusal {
             Self::DeniedByPolicy => "denied_by_policy",
             Self::PolicyMissing => "policy_missing",
             Self::IdentityMismatch => "identity_mismatch",
-            Self::ServiceVipNotSupported => "service_vip_not_supported",
+            Self::IdentityUnknown => "identity_unknown",
+            Self::ServicePortUnknown => "service_port_unknown",
+            Self::NoHealthyEndpoint => "no_healthy_endpoint",
             Self::DestinationUnknown => "destination_unknown",
             Self::DestinationLost => "destination_lost",
             Self::CertificateMissing => "certificate_missing",

@@ -218,7 +218,7 @@ async fn serve_stream(
 }
 
 /// Method CONNECT, and an authority whose address is the one that the tunnel was opened to.
-fn requested_destination(request: &Request<RecvStream>, local: IpAddr) -> Option<SocketAddr> {
+pub(super) fn requested_destination<Body>(request: &Request<Body>, local: IpAddr) -> Option<SocketAddr> {
     let authority = request.uri().authority()?.as_str();
     let destination: SocketAddr = authority.parse().ok()?;
     let destination = crate::addr::canonical(destination);
@@ -256,7 +256,7 @@ async fn carry(
             let connect = async {
                 let source = confirm_source(proxy, tunnel.peer.ip(), &tunnel.identity).await?;
                 let peer = Peer::at(tunnel.peer).principal(Some(&tunnel.identity));
-                record.source(peer.workload(source.as_deref()));
+                record.source(peer.workload(Some(&source)));
                 authorize(proxy, context, Some(&tunnel.identity), tunnel.peer.ip(), destination, record).await?;
                 registered.decided();
                 let socket = context.pod.network.upstream_socket(tunnel.peer.ip(), destination.ip())?;
@@ -309,7 +309,11 @@ fn status(error: &ProxyError) -> StatusCode {
     match error {
         ProxyError::Refused(Refusal::BadRequest) => StatusCode::BAD_REQUEST,
         ProxyError::Refused(
-            Refusal::DeniedByPolicy | Refusal::PolicyMissing | Refusal::IdentityMismatch | Refusal::DestinationUnknown,
+            Refusal::DeniedByPolicy
+            | Refusal::PolicyMissing
+            | Refusal::IdentityMismatch
+            | Refusal::IdentityUnknown
+            | Refusal::DestinationUnknown,
         ) => StatusCode::UNAUTHORIZED,
         _ => StatusCode::SERVICE_UNAVAILABLE,
     }

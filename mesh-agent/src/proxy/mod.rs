@@ -6,6 +6,8 @@ mod authorize;
 mod buffers;
 mod copy;
 mod error;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod inbound;
 pub mod limits;
 mod outbound;
@@ -35,6 +37,7 @@ use self::pod::PodContext;
 use self::pool::Pool;
 use crate::addr::{ClientAddr, ListenerAddr};
 use crate::capture::PodListeners;
+use crate::identity::Identity;
 use crate::identity::store::CertificateStore;
 use crate::state::SharedState;
 use crate::telemetry::{AccessLog, Metrics};
@@ -90,6 +93,13 @@ impl Proxy {
     #[must_use]
     pub fn registry(&self) -> &Arc<Registry> {
         &self.registry
+    }
+
+    /// These identities are no Pod's of this node any longer: their keys are dropped.
+    pub fn forget(&self, identities: &[Identity]) {
+        for identity in identities {
+            self.tls.forget(identity);
+        }
     }
 
     /// Serves a Pod until its handle is shut down.

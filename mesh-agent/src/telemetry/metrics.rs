@@ -15,7 +15,7 @@ const MAX_DRY_RUN_SERIES: usize = 1_000;
 /// Stands for everything that found no room.
 const OVERFLOW: &str = "_other";
 
-const CONNECTION_LABELS: [&str; 8] = [
+const CONNECTION_LABELS: [&str; 9] = [
     "reporter",
     "source_workload",
     "source_workload_namespace",
@@ -23,6 +23,7 @@ const CONNECTION_LABELS: [&str; 8] = [
     "destination_workload",
     "destination_workload_namespace",
     "destination_principal",
+    "destination_service",
     "connection_security_policy",
 ];
 
@@ -43,11 +44,13 @@ pub struct ConnectionLabels {
     pub destination_workload: Arc<str>,
     pub destination_workload_namespace: Arc<str>,
     pub destination_principal: Arc<str>,
+    /// The hostname of the service that was asked for; only the source knows it.
+    pub destination_service: Arc<str>,
     pub connection_security_policy: &'static str,
 }
 
 impl ConnectionLabels {
-    fn values(&self) -> [&str; 8] {
+    fn values(&self) -> [&str; 9] {
         [
             match self.reporter {
                 Reporter::Source => "source",
@@ -59,6 +62,7 @@ impl ConnectionLabels {
             &self.destination_workload,
             &self.destination_workload_namespace,
             &self.destination_principal,
+            &self.destination_service,
             self.connection_security_policy,
         ]
     }
@@ -71,7 +75,8 @@ impl ConnectionLabels {
             source_principal: other.clone(),
             destination_workload: other.clone(),
             destination_workload_namespace: other.clone(),
-            destination_principal: other,
+            destination_principal: other.clone(),
+            destination_service: other,
             ..self.clone()
         }
     }
@@ -98,6 +103,7 @@ pub struct Metrics {
     series: Mutex<HashMap<ConnectionLabels, Arc<ConnectionCounters>>>,
     series_overflow: IntCounter,
     passthrough: IntCounterVec,
+    endpoint_retries: IntCounter,
     dry_run: IntCounterVec,
     dry_run_policies: Mutex<HashMap<Arc<str>, IntCounter>>,
     tunnels: IntCounterVec,
@@ -179,6 +185,10 @@ impl Default for Metrics {
                 "Connections passed on in clear: to known outsiders, or to Pods of the mesh that are not protected yet",
                 &["destination"],
             ),
+            endpoint_retries: counter(
+                "mesh_endpoint_retries_total",
+                "Connections to a service that were tried on another endpoint after one had refused",
+            ),
             dry_run: counters(
                 "mesh_policy_dry_run_matches_total",
                 "Connections that a dry-run policy matched",
@@ -256,6 +266,11 @@ impl Metrics {
     /// `destination`: "outside" or "pending".
     pub fn count_passthrough(&self, destination: &'static str) {
         self.passthrough.with_label_values(&[destination]).inc();
+    }
+
+    /// An endpoint refused, and another one of the service is tried.
+    pub fn count_endpoint_retry(&self) {
+        self.endpoint_retries.inc();
     }
 
     pub fn count_dry_run(&self, policy: &Arc<str>) {

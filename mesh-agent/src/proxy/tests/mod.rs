@@ -7,6 +7,7 @@ mod memory;
 mod pool;
 mod raw;
 mod refuse;
+mod service;
 mod tls;
 
 use std::collections::HashMap;
@@ -157,12 +158,18 @@ impl Node {
     }
 
     pub(super) fn with_limits(limits: Limits) -> Self {
+        let node = Self::unsynced(limits);
+        node.state.apply(vec![Change::Synced]);
+        node
+    }
+
+    /// An agent that discovery has not told everything yet.
+    pub(super) fn unsynced(limits: Limits) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let log = folder.path().join("access.log");
         let metrics = Metrics::new();
         let access_log = AccessLog::to_file(&log, metrics.clone()).unwrap();
         let (state, certificates) = (SharedState::new(), CertificateStore::new());
-        state.apply(vec![Change::Synced]);
         Self {
             proxy: Proxy::with_limits(state.clone(), certificates.clone(), metrics.clone(), access_log, limits),
             state,
@@ -224,7 +231,6 @@ impl Mesh {
         mesh.tell(vec![Change::Settings(Settings {
             trust_domain: "cluster.local".into(),
             pod_ranges: vec!["127.250.0.0/16".parse().unwrap()],
-            trust_bundle_pem: vec![],
         })]);
         mesh
     }
@@ -286,12 +292,11 @@ impl Mesh {
 pub(super) fn workload(name: &str, ip: IpAddr) -> Workload {
     Workload {
         uid: format!("Kubernetes//Pod/shop/{name}").into(),
-        pod_uid: name.into(),
         name: name.into(),
         namespace: "shop".into(),
         identity: identity(name),
         addresses: vec![ip],
-        node: "node".into(),
+        host_network: false,
         workload_type: WorkloadType::Pod,
         workload_name: name.into(),
         canonical_name: name.into(),
@@ -301,6 +306,9 @@ pub(super) fn workload(name: &str, ip: IpAddr) -> Workload {
         zone: "".into(),
         membership: Membership::Proven,
         policies: vec![],
+        services: vec![],
+        healthy: true,
+        weight: 1,
     }
 }
 
