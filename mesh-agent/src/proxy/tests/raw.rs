@@ -17,10 +17,10 @@ pub(super) struct RawTunnel {
 }
 
 impl RawTunnel {
+    /// From an address that discovery knows as that of the certificate's identity.
     pub(super) async fn open(mesh: &Mesh, from: IpAddr, to: &Pod, pair: Arc<CertifiedKeyPair>) -> Self {
-        // A tunnel from an address that nobody has carries nothing.
-        mesh.far.state.apply(vec![Change::Workload(Workload {
-            uid: format!("raw-{from}").into(),
+        mesh.tell(vec![Change::Workload(Workload {
+            uid: format!("Kubernetes//Pod/shop/raw-{from}").into(),
             identity: pair.identity.clone(),
             ..workload("raw", from)
         })]);
