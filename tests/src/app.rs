@@ -114,7 +114,8 @@ impl App {
     /// The request failed: as the client said.
     pub fn get(&self, place: &Place, address: IpAddr, path: &str) -> Result<String> {
         let url = format!("http://{}{path}", SocketAddr::new(address, HTTP_PORT));
-        self.run(place, &["get", &url])?.ok(&format!("GET {url}"))
+        let what = format!("expected an answer to GET {url}; it");
+        self.run(place, &["get", &url])?.ok(&what)
     }
 
     /// Connects to an address as written, so that "[::ffff:10.0.0.1]:80" goes through an IPv6 socket.

@@ -47,6 +47,8 @@ pub const PODS: [PodSpec; 4] = [
     },
 ];
 
+const INTERRUPTED: &str = "interrupted before every claim was proven; everything that was made is removed";
+
 /// Brings everything up, proves the claims, and (unless only checking) waits for Ctrl-C.
 ///
 /// # Errors
@@ -64,12 +66,13 @@ pub fn run(check_only: bool) -> Result<()> {
     report.heading("What it does, each claim with the evidence just gathered");
     for claim in claims::ALL {
         if poll::interrupted() {
-            bail!("interrupted");
+            bail!(INTERRUPTED);
         }
         match (claim.prove)(&mut mesh) {
             Ok(evidence) => report.proven(claim.says, &evidence),
+            Err(_) if poll::interrupted() => bail!(INTERRUPTED),
             Err(error) => {
-                report.failed(claim.says);
+                report.failed(claim.says, &error);
                 return Err(mesh.with_logs(error));
             }
         }
