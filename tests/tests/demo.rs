@@ -305,9 +305,10 @@ fn by_hand(shared: &mut Shared) -> Result<()> {
     const BETWEEN: &str = "--- next block";
     let run = RunId::new();
     let cgroup = Cgroup::at_root(&run.name("hand"))?;
-    let mut script = format!(
-        "set -eu\nmount -t tmpfs tmpfs /run\nmount -t bpf bpf /sys/fs/bpf\nmount -t cgroup2 cgroup2 {}\nip link set lo up\n",
-        cgroup::mount_point()?.display()
+    // The same hierarchy cannot be mounted over itself; seen from the new cgroup namespace, the old mount's root is not "/".
+    let mut script = String::from(
+        "set -eu\nmount -t tmpfs tmpfs /run\nmount -t bpf bpf /sys/fs/bpf\nmkdir /run/cgroup\n\
+         mount -t cgroup2 cgroup2 /run/cgroup\nip link set lo up\n",
     );
     for block in readme::run_by("hand")? {
         write!(script, "{}echo '{BETWEEN}'\n", block.text)?;
