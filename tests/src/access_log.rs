@@ -37,6 +37,13 @@ impl AccessLog {
         Position(self.lines().len())
     }
 
+    /// All lines after `position` with these fields.
+    #[must_use]
+    pub fn since(&self, position: Position, fields: Fields<'_>) -> Vec<Value> {
+        let lines = self.lines().into_iter().skip(position.0);
+        lines.filter(|line| matches(line, fields)).collect()
+    }
+
     /// Waits for a line after `position` with all these fields.
     ///
     /// # Errors
