@@ -63,6 +63,7 @@ pub fn run(check_only: bool) -> Result<()> {
     let mut report = Report::new();
     report.heading("Bringing up a mesh of two nodes on this machine");
     let mut mesh = Mesh::start(&PODS, &mut |step| report.progress(step))?;
+    report.progress("each Pod serves: mesh-test-app, a small HTTP and echo server of this repository, as an unprivileged user");
     report.heading("What it does, each claim with the evidence just gathered");
     for claim in claims::ALL {
         if poll::interrupted() {
