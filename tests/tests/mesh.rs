@@ -47,7 +47,7 @@ fn main() -> ExitCode {
             ("agent_ports_are_refused", agent_ports),
             ("multipath_tcp_is_refused", multipath),
             ("datagrams_are_left_alone", datagrams),
-            ("a_service_address_is_refused_with_a_reason", service_address),
+            ("a_service_address_leads_to_its_endpoint", service_address),
             ("outside_destinations_pass_and_are_counted", outside),
             ("the_access_log_tells_the_whole_connection", access_log),
             ("metrics_and_readiness", metrics),
@@ -198,31 +198,39 @@ fn datagrams(mesh: &mut Mesh) -> Result<()> {
     Ok(())
 }
 
+/// In every form of address; what it does not have is refused with a reason.
 fn service_address(mesh: &mut Mesh) -> Result<()> {
+    const PORT: u16 = 80;
     let (v4, v6) = (Ipv4Addr::new(10, 96, 7, 7), Ipv6Addr::new(0xfd96, 0, 0, 0, 0, 0, 7, 7));
-    mesh.registry.write(
-        "service.yaml",
-        &format!(
+    let service = |app: &str| {
+        format!(
             "apiVersion: v1\nkind: Service\nmetadata: {{ name: shop, namespace: {MESHED} }}\n\
              spec:\n  clusterIP: {v4}\n  clusterIPs: [{v4}, \"{v6}\"]\n  ipFamilies: [IPv4, IPv6]\n\
-             \x20 selector: {{ app: server }}\n\
-             \x20 ports: [{{ port: {ECHO_PORT}, targetPort: {ECHO_PORT} }}]\n"
-        ),
-    )?;
+             \x20 selector: {{ app: {app} }}\n  ports: [{{ port: {PORT}, targetPort: {ECHO_PORT} }}]\n"
+        )
+    };
     let log = mesh.access_log(NodeName::One);
+    mesh.registry.write("service.yaml", &service("server"))?;
     for address in topology::forms(v4, v6) {
+        mesh.wait_for_outcome("client", address, PORT, true)?;
         let client = mesh.pod("client").place();
-        let line = poll::until("the service's address is refused as such", SOON, || {
-            let position = log.position();
-            let attempt = mesh.app.connect(&client, address, ECHO_PORT)?;
-            ensure!(!attempt.ok(), "nothing answers at {address}, yet the connection worked");
-            let fields = [("direction", "outbound"), ("result", "refused")];
-            let line = log.wait_for(position, &fields, Duration::from_millis(500))?;
-            Ok(text(&line, "reason").contains("service").then_some(line))
-        })?;
-        let destination = SocketAddr::new(address.to_canonical(), ECHO_PORT).to_string();
-        ensure!(text(&line, "destination_address") == destination, "{line}");
-        mesh.app.connect(&client, address, ECHO_PORT)?.expect_refused(QUICKLY)?;
+        let position = log.position();
+        let attempt = mesh.app.connect(&client, address, PORT)?;
+        let wanted = SocketAddr::new(address, PORT).to_string();
+        ensure!(attempt.expect_ok()?.report["peer"] == wanted.as_str(), "{}", attempt.report);
+        let fields = [("path", "tunnel"), ("result", "ok"), ("destination_workload", "server")];
+        log.wait_for(position, &fields, SOON)?;
+        let position = log.position();
+        mesh.app.connect(&client, address, PORT + 1)?.expect_refused(QUICKLY)?;
+        log.wait_for(position, &[("reason", "service_port_unknown")], SOON)?;
+    }
+    mesh.registry.write("service.yaml", &service("nobody"))?;
+    for address in topology::forms(v4, v6) {
+        mesh.wait_for_outcome("client", address, PORT, false)?;
+        let position = log.position();
+        let attempt = mesh.app.connect(&mesh.pod("client").place(), address, PORT)?;
+        attempt.expect_refused(QUICKLY)?;
+        log.wait_for(position, &[("reason", "no_healthy_endpoint")], SOON)?;
     }
     mesh.registry.remove("service.yaml")
 }
