@@ -70,7 +70,8 @@ mod tests {
     #[test]
     fn what_is_missing_is_named_and_nothing_else() {
         assert_eq!(named(&everything()), Vec::<String>::new());
-        let cases: [(fn(&mut Found), &str); 7] = [
+        type TakeAway = fn(&mut Found);
+        let cases: [(TakeAway, &str); 7] = [
             (|found| found.root = false, "root ("),
             (
                 |found| found.cgroup = Err("no cgroup-v2 hierarchy".to_owned()),
