@@ -17,6 +17,7 @@ pub mod discovery;
 pub mod limits;
 pub mod metrics;
 pub mod node_reports;
+pub mod node_streams;
 pub mod objects;
 pub mod proto;
 pub mod registry;

@@ -2,11 +2,9 @@
 
 use std::collections::HashMap;
 
-use mesh_proto::PARTIAL_VERSION;
 use mesh_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status};
+use mesh_proto::{MAX_RESOURCES, MAX_RESUME_BYTES, PARTIAL_VERSION};
 
-/// Names held of one type: a bound against a control plane gone mad. 500,000 × about 200 B = 100 MB.
-pub const MAX_RESOURCES: usize = 500_000;
 /// uids and "namespace/hostname" are at most some 600 bytes long.
 const MAX_NAME_BYTES: usize = 1024;
 /// Resources named in a NACK, and in the node's report.
@@ -50,6 +48,8 @@ pub struct Subscription {
     type_url: &'static str,
     /// name → version of what the agent's state holds.
     held: HashMap<String, String>,
+    /// Of names and versions held, as a request has them.
+    held_bytes: usize,
     /// system_version_info of the last response.
     version: String,
     answered: bool,
@@ -61,6 +61,7 @@ impl Subscription {
         Self {
             type_url,
             held: HashMap::new(),
+            held_bytes: 0,
             version: String::new(),
             answered: false,
         }
@@ -112,13 +113,18 @@ impl Subscription {
         let mut rejected = Vec::new();
         // Removals first: a name that is both gone and there is there.
         for name in response.removed_resources {
-            self.held.remove(&name);
+            if let Some(version) = self.held.remove(&name) {
+                self.held_bytes -= entry_bytes(&name, &version);
+            }
             changes.extend(remove(name));
         }
         for resource in &response.resources {
             match self.checked(resource).map_err(Unusable::from).and_then(|()| decode(resource)) {
                 Ok(change) => {
-                    self.held.insert(resource.name.clone(), resource.version.clone());
+                    self.held_bytes += entry_bytes(&resource.name, &resource.version);
+                    if let Some(before) = self.held.insert(resource.name.clone(), resource.version.clone()) {
+                        self.held_bytes -= entry_bytes(&resource.name, &before);
+                    }
                     changes.push(change);
                 }
                 Err(Unusable { reason, stand_in }) => {
@@ -154,6 +160,10 @@ impl Subscription {
         if self.held.len() >= MAX_RESOURCES && !self.held.contains_key(&resource.name) {
             return Err(format!("more than {MAX_RESOURCES} resources of this type"));
         }
+        // Told in one request after a reconnect: what does not fit there would cut every further stream off.
+        if self.held_bytes + entry_bytes(&resource.name, &resource.version) > MAX_RESUME_BYTES {
+            return Err(format!("more than {MAX_RESUME_BYTES} bytes of names and versions of this type"));
+        }
         let url = resource.resource.as_ref().map(|any| any.type_url.as_str());
         match url {
             Some(url) if url == self.type_url => Ok(()),
@@ -161,6 +171,11 @@ impl Subscription {
             None => Err("is empty".to_owned()),
         }
     }
+}
+
+/// Of a map's entry on the wire: tags and lengths are at most 16 bytes.
+fn entry_bytes(name: &str, version: &str) -> usize {
+    name.len() + version.len() + 16
 }
 
 /// The NACK of a response whose type was never asked for.

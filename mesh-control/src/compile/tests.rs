@@ -164,6 +164,12 @@ fn pods_become_workloads() {
         let outsider = workload(&snapshot, &format!("Kubernetes//Pod/{outsider}"));
         assert_eq!(capture(&outsider), None, "{}", outsider.name);
         assert!(outsider.services.is_empty(), "a Service selects in its own namespace");
+        let expected = if outsider.name == "host" {
+            workload::NetworkMode::HostNetwork
+        } else {
+            workload::NetworkMode::Standard
+        };
+        assert_eq!(outsider.network_mode(), expected, "agents know it by no address");
     }
     let addresses = &snapshot.types[ADDRESS_TYPE_URL];
     assert!(!addresses.resources.contains_key("Kubernetes//Pod/shop/done"));
@@ -292,6 +298,33 @@ fn settings_carry_ranges_and_roots() {
         (settings.trust_domain.as_str(), settings.trust_bundle),
         ("cluster.local", vec!["PEM".to_owned()])
     );
+}
+
+#[test]
+fn mesh_configs_go_into_the_settings() {
+    use mesh::settings::Mtls;
+    let settings = |texts: &[&str]| {
+        let snapshot = compile(&world(texts), &CaptureStates::default(), &parameters());
+        let resource = &snapshot.types[SETTINGS_TYPE_URL].resources[SETTINGS_NAME];
+        mesh::Settings::decode(resource.value.as_slice()).expect("settings")
+    };
+    let without = settings(&[CLUSTER]);
+    assert_eq!(without.mtls(), Mtls::Permissive);
+    assert!(without.namespaces.is_empty() && without.excluded_ports.is_empty() && without.excluded_cidrs.is_empty());
+    let config = |namespace: &str, spec: &str| {
+        format!("apiVersion: culvert.dev/v1alpha1\nkind: MeshConfig\nmetadata: {{name: default, namespace: {namespace}}}\nspec: {spec}\n")
+    };
+    let given = settings(&[
+        CLUSTER,
+        &config("shop", "{mtls: Permissive}"),
+        &config("bank", "{mtls: Strict}"),
+        &config("culvert-system", "{mtls: Strict, excludedPorts: [9100, 22], excludedCidrs: [169.254.0.0/16]}"),
+    ]);
+    assert_eq!(given.mtls(), Mtls::Strict);
+    let namespaces: Vec<_> = given.namespaces.iter().map(|of| (of.namespace.as_str(), of.mtls())).collect();
+    assert_eq!(namespaces, [("bank", Mtls::Strict), ("shop", Mtls::Permissive)]);
+    assert_eq!(given.excluded_ports, [22, 9100]);
+    assert_eq!((given.excluded_cidrs[0].address.as_slice(), given.excluded_cidrs[0].length), ([169, 254, 0, 0].as_slice(), 16));
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::manifest::{Reason, parse_file};
-use super::{FileState, Form, Held, InForce, Registry};
+use super::{FileState, Form, Held, InForce, Registry, world_of};
 use crate::limits::MAX_FOLDER_BYTES;
 use crate::objects::ObjectId;
 use crate::state_dir::{StateDir, StateError};
@@ -102,7 +102,7 @@ impl Registry {
         for Text { file, text, objects } in saved.texts {
             let text: Arc<str> = Arc::from(text);
             let mut forms: BTreeMap<ObjectId, Form> = BTreeMap::new();
-            for document in parse_file(&text) {
+            for document in parse_file(&text).documents {
                 if let Ok((id, object)) = document.content {
                     forms.entry(id).or_insert_with(|| Form {
                         object: Arc::new(object),
@@ -127,6 +127,8 @@ impl Registry {
                 registry.in_force.insert(id, InForce { form, file, since });
             }
         }
+        registry.filled = !registry.in_force.is_empty();
+        registry.world = world_of(&registry.in_force);
         registry
     }
 }
