@@ -380,3 +380,52 @@ fn names_of_owners() {
     }
     assert_eq!(workload_names::owner("pod", &Pod::default()).name, "pod");
 }
+
+#[test]
+fn a_large_mesh_compiles_to_everything_in_it() {
+    let mut objects = World::new();
+    let id = |kind, namespace: usize, name: String| ObjectId {
+        kind,
+        namespace: format!("n{namespace}"),
+        name,
+    };
+    let labels = |i: usize| Labels::from([("app".to_owned(), format!("a{i}"))]);
+    let (pods, services, policies, namespaces) = (10_000, 1000, 500, 50);
+    for i in 0..pods {
+        let pod = Pod {
+            uid: format!("uid-{i}"),
+            labels: labels(i % services),
+            addresses: vec![std::net::Ipv4Addr::from(0x0a00_0000 + i as u32).into()],
+            node: format!("node-{}", i % 100),
+            service_account: "default".into(),
+            ready: true,
+            ..Pod::default()
+        };
+        objects.insert(id(Kind::Pod, i % namespaces, format!("p{i}")), Arc::new(Object::Pod(Box::new(pod))));
+    }
+    for i in 0..services {
+        let service = Service {
+            selector: labels(i),
+            ..Service::default()
+        };
+        objects.insert(id(Kind::Service, i % namespaces, format!("s{i}")), Arc::new(Object::Service(service)));
+    }
+    for i in 0..policies {
+        let policy = mesh_api::ValidPolicy {
+            selector: Some(labels(i)),
+            action: mesh_api::PolicyAction::Allow,
+            rules: vec![],
+            mode: mesh_api::Mode::Enforce,
+        };
+        let policy = Object::AuthorizationPolicy(Box::new(policy));
+        objects.insert(id(Kind::AuthorizationPolicy, i % namespaces, format!("a{i}")), Arc::new(policy));
+    }
+    let began = std::time::Instant::now();
+    let snapshot = compile(&objects, &CaptureStates::default(), &parameters());
+    // For who measures; nothing is asserted of it.
+    eprintln!("compiled in {:?}", began.elapsed());
+    assert_eq!(snapshot.types[ADDRESS_TYPE_URL].resources.len(), pods + services);
+    assert_eq!(snapshot.types[AUTHORIZATION_TYPE_URL].resources.len(), policies);
+    let one = workload(&snapshot, "Kubernetes//Pod/n7/p57");
+    assert_eq!((one.services.len(), one.authorization_policies.as_slice()), (1, ["n7/a57".to_owned()].as_slice()));
+}

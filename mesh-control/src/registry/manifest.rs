@@ -196,7 +196,7 @@ fn parse_document(value: Value) -> Result<Content, Rejected> {
     let Some(kind) = Kind::of(&api_version, &kind_name) else {
         if api_version.split('/').next() == Some(mesh_api::GROUP) {
             return Err(syntax(format!(
-                "apiVersion and kind: {api_version:?} {kind_name:?} is unknown; write {} and AuthorizationPolicy or MeshConfig",
+                "apiVersion: {api_version:?} is unknown with kind {kind_name:?}; write {} and AuthorizationPolicy or MeshConfig",
                 mesh_api::API_VERSION
             )));
         }

@@ -175,7 +175,7 @@ fn errors_name_object_and_field() {
         ),
         (
             "apiVersion: culvert.dev/v1\nkind: AuthorizationPolicy",
-            "apiVersion: \"culvert.dev/v1\" is unknown; write culvert.dev/v1alpha1",
+            "apiVersion: \"culvert.dev/v1\" is unknown with kind \"AuthorizationPolicy\"; write culvert.dev/v1alpha1",
         ),
     ] {
         let rejected = error(text);
@@ -218,7 +218,7 @@ fn what_seems_meant_for_the_mesh_is_told_and_the_rest_is_not() {
     for (api_version, kind) in [("apps/v1", "Deployment"), ("serving.knative.dev/v1", "Service"), ("v1", "ConfigMap")] {
         assert!(ignored(api_version, kind).is_empty(), "{api_version} {kind}");
     }
-    let unknown = bad("apiVersion: culvert.dev/v1alpha1\nkind: AuthorisationPolicy\nmetadata: {name: a}\n");
+    let unknown = error("apiVersion: culvert.dev/v1alpha1\nkind: AuthorisationPolicy\nmetadata: {name: a}\n");
     assert_eq!((unknown.id, unknown.reason), (None, Reason::Syntax), "and so keeps what the file held before");
 }
 
@@ -231,10 +231,10 @@ fn a_mesh_config_is_read_for_its_namespace_and_only_by_its_name() {
     let Object::MeshConfig(mesh) = &read[0].1 else { panic!("{read:?}") };
     assert_eq!((mesh.mtls, mesh.excluded_ports.contains(&22)), (mesh_api::Mtls::Strict, true));
     assert_eq!(good(&config("shop", "default", "{mtls: Strict}")).len(), 1);
-    let exclusion = bad(&config("shop", "default", "{mtls: Strict, excludedPorts: [22]}"));
+    let exclusion = error(&config("shop", "default", "{mtls: Strict, excludedPorts: [22]}"));
     assert_eq!(exclusion.reason, Reason::Field);
     assert!(exclusion.message.starts_with("spec.excludedPorts: is for the whole mesh only"), "{}", exclusion.message);
-    let second = bad(&config("shop", "other", "{mtls: Permissive}"));
+    let second = error(&config("shop", "other", "{mtls: Permissive}"));
     assert_eq!(second.reason, Reason::Conflict);
     assert!(second.message.contains("only MeshConfig shop/default counts"), "{}", second.message);
 }
