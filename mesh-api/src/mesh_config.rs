@@ -70,7 +70,10 @@ impl MeshConfigSpec {
         let mut check = Check::default();
         if scope == MeshConfigScope::Namespace {
             if self.mtls.is_none() {
-                check.fail("spec.mtls", "is missing; give Permissive or Strict, the one thing that a namespace may set");
+                check.fail(
+                    "spec.mtls",
+                    "is missing; give Permissive or Strict, the one thing that a namespace may set",
+                );
             }
             let exclusions = [
                 ("spec.excludedPorts", self.excluded_ports.is_some()),
@@ -160,8 +163,14 @@ mod tests {
     #[test]
     fn each_error_names_its_field_and_the_fix() {
         for (yaml, expected) in [
-            ("{excludedPorts: [80, 0]}", "spec.excludedPorts[1]: 0 is no port; give 1-65535"),
-            ("{excludedPorts: [65536]}", "spec.excludedPorts[0]: 65536 is no port; give 1-65535"),
+            (
+                "{excludedPorts: [80, 0]}",
+                "spec.excludedPorts[1]: 0 is no port; give 1-65535",
+            ),
+            (
+                "{excludedPorts: [65536]}",
+                "spec.excludedPorts[0]: 65536 is no port; give 1-65535",
+            ),
             (
                 "{excludedCidrs: [10.1.2.3/8]}",
                 "spec.excludedCidrs[0]: \"10.1.2.3/8\" has bits beyond its prefix; write 10.0.0.0/8",
@@ -173,7 +182,10 @@ mod tests {
         ] {
             assert_eq!(validate(yaml, MeshConfigScope::Mesh).expect_err("refused"), [expected]);
         }
-        let many = (1..=limits::MAX_EXCLUSIONS + 1).map(|n| n.to_string()).collect::<Vec<_>>().join(",");
+        let many = (1..=limits::MAX_EXCLUSIONS + 1)
+            .map(|n| n.to_string())
+            .collect::<Vec<_>>()
+            .join(",");
         let found = validate(&format!("{{excludedPorts: [{many}]}}"), MeshConfigScope::Mesh).expect_err("refused");
         assert_eq!(found, ["spec.excludedPorts: 65 entries, at most 64 are allowed"]);
         for bad in ["{mtls: strict}", "{mtls: Disable}", "{excludePorts: [1]}"] {

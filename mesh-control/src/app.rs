@@ -24,8 +24,8 @@ use crate::config::{NodeTokenArgs, ServeArgs};
 use crate::control_plane::ControlPlane;
 use crate::discovery::Discovery;
 use crate::limits::{
-    ACCEPTED_WAITING, Bounds, HTTP2_KEEPALIVE, HTTP2_KEEPALIVE_TIMEOUT, MAX_REPORT_BYTES, MAX_REQUEST_BYTES, MAX_STREAMS_PER_CONNECTION, SERVING_CHECK,
-    SHUTDOWN_GRACE,
+    ACCEPTED_WAITING, Bounds, HTTP2_KEEPALIVE, HTTP2_KEEPALIVE_TIMEOUT, MAX_REPORT_BYTES, MAX_REQUEST_BYTES,
+    MAX_STREAMS_PER_CONNECTION, SERVING_CHECK, SHUTDOWN_GRACE,
 };
 use crate::metrics::Metrics;
 use crate::node_reports::Reports;
@@ -122,7 +122,8 @@ async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Runnin
         pod_ranges: args.pod_cidr.clone(),
         trust_bundle: vec![authority.root_pem().to_owned()],
     };
-    let control = Arc::new(ControlPlane::new(parameters, state.clone(), Arc::clone(&metrics), bounds).context("state directory")?);
+    let control =
+        Arc::new(ControlPlane::new(parameters, state.clone(), Arc::clone(&metrics), bounds).context("state directory")?);
 
     let certificate = Arc::new(ServingCertificate::new(Arc::clone(&authority)));
     let names = ServerNames {

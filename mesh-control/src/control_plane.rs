@@ -72,12 +72,7 @@ pub struct NodeStatus {
 impl ControlPlane {
     /// # Errors
     /// The capture states on disk cannot be read: to go on without them would send proven Pods cleartext.
-    pub fn new(
-        parameters: Parameters,
-        state_dir: StateDir,
-        metrics: Arc<Metrics>,
-        bounds: Bounds,
-    ) -> Result<Self, StateError> {
+    pub fn new(parameters: Parameters, state_dir: StateDir, metrics: Arc<Metrics>, bounds: Bounds) -> Result<Self, StateError> {
         let captures = match state_dir.read(CAPTURE_STATES, MAX_CAPTURE_FILE_BYTES)? {
             None => CaptureStates::default(),
             Some(bytes) => serde_json::from_slice(&bytes)
@@ -291,7 +286,10 @@ impl ControlPlane {
             tracing::warn!("{NO_POD_RANGES}");
         }
         self.metrics.snapshots.inc();
-        let pause = self.bounds.publish_interval.max(began.elapsed().saturating_mul(PUBLISH_SHARE));
+        let pause = self
+            .bounds
+            .publish_interval
+            .max(began.elapsed().saturating_mul(PUBLISH_SHARE));
         *self.publish_after.lock() = Instant::now() + pause;
     }
 

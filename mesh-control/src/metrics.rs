@@ -79,7 +79,11 @@ impl Metrics {
                 "Reads of the whole folder that failed",
             )?,
             connections: gauge("mesh_control_connections", "Open connections of agents")?,
-            connections_refused: counters("mesh_control_connections_refused_total", "Connections not taken or not kept", "reason")?,
+            connections_refused: counters(
+                "mesh_control_connections_refused_total",
+                "Connections not taken or not kept",
+                "reason",
+            )?,
             streams: gauge("mesh_control_discovery_streams", "Open discovery streams")?,
             streams_cut: counters(
                 "mesh_control_discovery_streams_cut_total",

@@ -76,7 +76,9 @@ async fn serve(
             return Err(Cut("too_much", status));
         }
         let sequence = report.sequence;
-        take(control, &caller.node, report).await.map_err(|status| Cut("failed", status))?;
+        take(control, &caller.node, report)
+            .await
+            .map_err(|status| Cut("failed", status))?;
         match timeout(control.bounds.send, receipts.send(Ok(ReportReceipt { sequence }))).await {
             Ok(Ok(())) => {}
             Ok(Err(_)) => return Ok(()),

@@ -4,9 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use mesh_api::{
-    Mode, Mtls, PolicyAction, StringMatch, ValidDestination, ValidMeshConfig, ValidPolicy, ValidRule, ValidSource,
-};
+use mesh_api::{Mode, Mtls, PolicyAction, StringMatch, ValidDestination, ValidMeshConfig, ValidPolicy, ValidRule, ValidSource};
 use mesh_proto::{CAPTURE_EXTENSION, CAPTURE_TYPE_URL, discovery, mesh, node, security, workload};
 use prost::Message as _;
 use prost_types::{Any, Struct, value::Kind as ValueKind};

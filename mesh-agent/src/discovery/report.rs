@@ -243,7 +243,11 @@ mod tests {
 
     #[test]
     fn a_released_pod_is_told_as_lost_until_that_was_heard() {
-        let expected = |list: &[(&str, WireProof)]| list.iter().map(|(uid, proof)| ((*uid).to_owned(), *proof)).collect::<Vec<_>>();
+        let expected = |list: &[(&str, WireProof)]| {
+            list.iter()
+                .map(|(uid, proof)| ((*uid).to_owned(), *proof))
+                .collect::<Vec<_>>()
+        };
         let mut state = Told::default();
         state.update(pods(&["a", "b"]));
         told(&mut state, 1);

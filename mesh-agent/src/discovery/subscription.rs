@@ -162,7 +162,9 @@ impl Subscription {
         }
         // Told in one request after a reconnect: what does not fit there would cut every further stream off.
         if self.held_bytes + entry_bytes(&resource.name, &resource.version) > MAX_RESUME_BYTES {
-            return Err(format!("more than {MAX_RESUME_BYTES} bytes of names and versions of this type"));
+            return Err(format!(
+                "more than {MAX_RESUME_BYTES} bytes of names and versions of this type"
+            ));
         }
         let url = resource.resource.as_ref().map(|any| any.type_url.as_str());
         match url {

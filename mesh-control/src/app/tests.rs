@@ -104,9 +104,7 @@ impl Bench {
             listen: "127.0.0.1:0".parse().expect("address"),
             ..self.args.clone()
         };
-        let again = start_within(&args, self.bounds)
-        .await
-        .expect("start");
+        let again = start_within(&args, self.bounds).await.expect("start");
         std::mem::replace(&mut self.running, again).stop().await;
     }
 }
@@ -398,7 +396,10 @@ async fn certificates_are_signed_for_members_on_the_callers_node_only() {
             validity_duration: asked,
             ..request(own, &PKCS_ECDSA_P256_SHA256)
         };
-        let signed = client.create_certificate(authorized(request, &token.secret)).await.expect("signed");
+        let signed = client
+            .create_certificate(authorized(request, &token.secret))
+            .await
+            .expect("signed");
         let after = OffsetDateTime::now_utc().unix_timestamp();
         let chain = signed.into_inner().cert_chain;
         let (_, leaf) = x509_parser::pem::parse_x509_pem(chain[0].as_bytes()).expect("PEM");

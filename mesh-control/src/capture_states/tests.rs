@@ -51,7 +51,11 @@ fn a_released_pod_is_lost_until_it_leaves_the_mesh_or_is_proven_again() {
     assert!(states.apply("a", Proof::Lost));
     states.prune(|_| Some(true));
     assert!(!states.apply("a", Proof::Pending), "enrolled again, and not proven yet");
-    assert_eq!(states.of("a"), Some(CaptureState::Lost), "never pending: that would send it cleartext");
+    assert_eq!(
+        states.of("a"),
+        Some(CaptureState::Lost),
+        "never pending: that would send it cleartext"
+    );
     states.prune(|_| Some(false));
     assert_eq!(states.of("a"), None, "its manifest has left the mesh");
 }

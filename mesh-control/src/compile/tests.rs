@@ -312,19 +312,27 @@ fn mesh_configs_go_into_the_settings() {
     assert_eq!(without.mtls(), Mtls::Permissive);
     assert!(without.namespaces.is_empty() && without.excluded_ports.is_empty() && without.excluded_cidrs.is_empty());
     let config = |namespace: &str, spec: &str| {
-        format!("apiVersion: culvert.dev/v1alpha1\nkind: MeshConfig\nmetadata: {{name: default, namespace: {namespace}}}\nspec: {spec}\n")
+        format!(
+            "apiVersion: culvert.dev/v1alpha1\nkind: MeshConfig\nmetadata: {{name: default, namespace: {namespace}}}\nspec: {spec}\n"
+        )
     };
     let given = settings(&[
         CLUSTER,
         &config("shop", "{mtls: Permissive}"),
         &config("bank", "{mtls: Strict}"),
-        &config("culvert-system", "{mtls: Strict, excludedPorts: [9100, 22], excludedCidrs: [169.254.0.0/16]}"),
+        &config(
+            "culvert-system",
+            "{mtls: Strict, excludedPorts: [9100, 22], excludedCidrs: [169.254.0.0/16]}",
+        ),
     ]);
     assert_eq!(given.mtls(), Mtls::Strict);
     let namespaces: Vec<_> = given.namespaces.iter().map(|of| (of.namespace.as_str(), of.mtls())).collect();
     assert_eq!(namespaces, [("bank", Mtls::Strict), ("shop", Mtls::Permissive)]);
     assert_eq!(given.excluded_ports, [22, 9100]);
-    assert_eq!((given.excluded_cidrs[0].address.as_slice(), given.excluded_cidrs[0].length), ([169, 254, 0, 0].as_slice(), 16));
+    assert_eq!(
+        (given.excluded_cidrs[0].address.as_slice(), given.excluded_cidrs[0].length),
+        ([169, 254, 0, 0].as_slice(), 16)
+    );
 }
 
 #[test]
@@ -401,14 +409,20 @@ fn a_large_mesh_compiles_to_everything_in_it() {
             ready: true,
             ..Pod::default()
         };
-        objects.insert(id(Kind::Pod, i % namespaces, format!("p{i}")), Arc::new(Object::Pod(Box::new(pod))));
+        objects.insert(
+            id(Kind::Pod, i % namespaces, format!("p{i}")),
+            Arc::new(Object::Pod(Box::new(pod))),
+        );
     }
     for i in 0..services {
         let service = Service {
             selector: labels(i),
             ..Service::default()
         };
-        objects.insert(id(Kind::Service, i % namespaces, format!("s{i}")), Arc::new(Object::Service(service)));
+        objects.insert(
+            id(Kind::Service, i % namespaces, format!("s{i}")),
+            Arc::new(Object::Service(service)),
+        );
     }
     for i in 0..policies {
         let policy = mesh_api::ValidPolicy {
@@ -418,7 +432,10 @@ fn a_large_mesh_compiles_to_everything_in_it() {
             mode: mesh_api::Mode::Enforce,
         };
         let policy = Object::AuthorizationPolicy(Box::new(policy));
-        objects.insert(id(Kind::AuthorizationPolicy, i % namespaces, format!("a{i}")), Arc::new(policy));
+        objects.insert(
+            id(Kind::AuthorizationPolicy, i % namespaces, format!("a{i}")),
+            Arc::new(policy),
+        );
     }
     let began = std::time::Instant::now();
     let snapshot = compile(&objects, &CaptureStates::default(), &parameters());
@@ -427,5 +444,8 @@ fn a_large_mesh_compiles_to_everything_in_it() {
     assert_eq!(snapshot.types[ADDRESS_TYPE_URL].resources.len(), pods + services);
     assert_eq!(snapshot.types[AUTHORIZATION_TYPE_URL].resources.len(), policies);
     let one = workload(&snapshot, "Kubernetes//Pod/n7/p57");
-    assert_eq!((one.services.len(), one.authorization_policies.as_slice()), (1, ["n7/a57".to_owned()].as_slice()));
+    assert_eq!(
+        (one.services.len(), one.authorization_policies.as_slice()),
+        (1, ["n7/a57".to_owned()].as_slice())
+    );
 }

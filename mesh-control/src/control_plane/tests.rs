@@ -78,7 +78,11 @@ async fn another_pods_uid_takes_no_proof_away() {
     control.set_report("node-a", word(Proof::Proven));
     assert_eq!(control.status()["pods"]["shop/web"], "proven");
     let twin = "apiVersion: v1\nkind: Pod\nmetadata: {name: twin, namespace: shop, uid: uid-web, labels: {culvert.dev/mesh: disabled}}\n";
-    let scan: Scan = [("!.yaml".to_owned(), Ok(Arc::from(twin))), ("0.yaml".to_owned(), Ok(Arc::from(MESH)))].into();
+    let scan: Scan = [
+        ("!.yaml".to_owned(), Ok(Arc::from(twin))),
+        ("0.yaml".to_owned(), Ok(Arc::from(MESH))),
+    ]
+    .into();
     of_folder.apply(&scan);
     control.set_world(&of_folder);
     assert_eq!(control.status()["pods"]["shop/web"], "proven");
@@ -87,7 +91,10 @@ async fn another_pods_uid_takes_no_proof_away() {
 #[tokio::test]
 async fn a_mesh_without_pod_ranges_is_warned_of() {
     let (_dir, control) = control(std::time::Duration::ZERO);
-    assert!(control.status()["warnings"].as_array().expect("list").is_empty(), "nothing is read yet");
+    assert!(
+        control.status()["warnings"].as_array().expect("list").is_empty(),
+        "nothing is read yet"
+    );
     control.set_world(&registry(&[MESH]));
     assert_eq!(control.metrics.pod_ranges.get(), 0);
     let warning = control.status()["warnings"][0].as_str().expect("a warning").to_owned();
@@ -95,7 +102,10 @@ async fn a_mesh_without_pod_ranges_is_warned_of() {
     let node = "apiVersion: v1\nkind: Node\nmetadata: {name: node-a}\nspec: {podCIDRs: [10.0.0.0/24]}\n";
     let other = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: a}\n";
     control.set_world(&registry(&[MESH, node, other]));
-    assert_eq!((control.metrics.pod_ranges.get(), control.metrics.manifests_ignored.get()), (1, 1));
+    assert_eq!(
+        (control.metrics.pod_ranges.get(), control.metrics.manifests_ignored.get()),
+        (1, 1)
+    );
     assert!(control.status()["warnings"].as_array().expect("list").is_empty());
     assert_eq!(control.status()["pod_ranges"][0], "10.0.0.0/24");
 }

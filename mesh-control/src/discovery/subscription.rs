@@ -140,7 +140,14 @@ impl Subscription {
         }
         // What is there bounds itself; what is not could be anything.
         let is_there = |name: &&String| snapshot.is_some_and(|snapshot| snapshot.resolve(name).next().is_some());
-        if asks && self.names.iter().filter(|name| !is_there(name)).nth(MAX_ABSENT_NAMES).is_some() {
+        if asks
+            && self
+                .names
+                .iter()
+                .filter(|name| !is_there(name))
+                .nth(MAX_ABSENT_NAMES)
+                .is_some()
+        {
             return Err(TooMuch::Absent);
         }
         Ok(answer)

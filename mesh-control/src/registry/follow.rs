@@ -60,7 +60,11 @@ impl Follow {
             let scan = folder.scan().map_err(|error| error.to_string());
             let read = scan.and_then(|scan| {
                 let changed = registry.apply(&scan);
-                if registry.emptied() { Err(emptied(&path)) } else { Ok(changed) }
+                if registry.emptied() {
+                    Err(emptied(&path))
+                } else {
+                    Ok(changed)
+                }
             });
             match read {
                 Ok(changed) => {

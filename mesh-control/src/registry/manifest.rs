@@ -81,7 +81,10 @@ pub struct Parsed {
 
 #[must_use]
 pub fn parse_file(text: &str) -> Parsed {
-    let Parsed { mut documents, mut ignored } = Parsed::default();
+    let Parsed {
+        mut documents,
+        mut ignored,
+    } = Parsed::default();
     let mut number = 0;
     for part in split_documents(text.strip_prefix('\u{feff}').unwrap_or(text)) {
         let value = match serde_norway::from_str::<Value>(part) {
@@ -201,7 +204,9 @@ fn parse_document(value: Value) -> Result<Content, Rejected> {
             )));
         }
         let meant = is_meant_for_the_mesh(&api_version, &kind_name);
-        return Ok(Content::Other(meant.then(|| format!("{kind_name:.64} of {api_version:.128}"))));
+        return Ok(Content::Other(
+            meant.then(|| format!("{kind_name:.64} of {api_version:.128}")),
+        ));
     };
     let metadata = header.metadata.unwrap_or(HeaderMetadata {
         name: None,
@@ -246,7 +251,14 @@ fn is_meant_for_the_mesh(api_version: &str, kind: &str) -> bool {
     let is = |name: &&str| name.eq_ignore_ascii_case(kind);
     let (group, _) = api_version.split_once('/').unwrap_or(("", api_version));
     group == "security.istio.io"
-        || ["AuthorizationPolicy", "MeshConfig", "PeerAuthentication", "RequestAuthentication"].iter().any(|name| is(name))
+        || [
+            "AuthorizationPolicy",
+            "MeshConfig",
+            "PeerAuthentication",
+            "RequestAuthentication",
+        ]
+        .iter()
+        .any(|name| is(name))
         || (group.is_empty() && Kind::ALL.iter().any(|kind| is(&kind.as_str())))
 }
 

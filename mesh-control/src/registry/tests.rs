@@ -165,14 +165,23 @@ fn a_uid_belongs_to_whom_had_it_first() {
     // An older Pod that takes it over in the moment in which its owner changes, too.
     let mut registry = Registry::default();
     registry.apply(&scan(&[("0.yaml", &twin("z", "u-z", "10.0.0.2"))]));
-    registry.apply(&scan(&[("0.yaml", &twin("z", "u-z", "10.0.0.2")), ("victim.yaml", &pod("a", "10.0.0.1"))]));
-    registry.apply(&scan(&[("0.yaml", &twin("z", "u-a", "10.0.0.2")), ("victim.yaml", &pod("a", "10.0.0.9"))]));
+    registry.apply(&scan(&[
+        ("0.yaml", &twin("z", "u-z", "10.0.0.2")),
+        ("victim.yaml", &pod("a", "10.0.0.1")),
+    ]));
+    registry.apply(&scan(&[
+        ("0.yaml", &twin("z", "u-a", "10.0.0.2")),
+        ("victim.yaml", &pod("a", "10.0.0.9")),
+    ]));
     assert_eq!(address(&registry, "a").as_deref(), Some("10.0.0.9"));
     assert_eq!(registry.rejections()[0].file, "0.yaml");
     // Pods without one are told apart by their names.
     let mut registry = Registry::default();
     let nameless = |name: &str, ip: &str| pod(name, ip).replace(&format!(", uid: u-{name}"), "");
-    registry.apply(&scan(&[("a.yaml", &nameless("a", "10.0.0.1")), ("b.yaml", &nameless("b", "10.0.0.2"))]));
+    registry.apply(&scan(&[
+        ("a.yaml", &nameless("a", "10.0.0.1")),
+        ("b.yaml", &nameless("b", "10.0.0.2")),
+    ]));
     assert_eq!(registry.world().len(), 2);
 }
 

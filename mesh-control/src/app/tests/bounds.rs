@@ -120,7 +120,11 @@ async fn a_node_has_only_so_many_streams() {
     assert_eq!(fifth.err().expect("refused").code(), Code::ResourceExhausted);
     assert!(bench.metric("mesh_control_discovery_streams_cut_total{reason=\"too_many\"} 1"));
     // Another node has its own.
-    bench.discovery(&b, vec![first(ADDRESS_TYPE_URL, "node-b")]).await.take().await;
+    bench
+        .discovery(&b, vec![first(ADDRESS_TYPE_URL, "node-b")])
+        .await
+        .take()
+        .await;
     drop(open.pop());
     let again = timeout(PATIENCE, async {
         loop {
@@ -166,13 +170,23 @@ async fn a_client_that_acknowledges_nothing_is_cut() {
 
 #[tokio::test]
 async fn a_client_that_reads_nothing_is_cut() {
-    let bounds = Bounds { send: SHORT, ..patient() };
+    let bounds = Bounds {
+        send: SHORT,
+        ..patient()
+    };
     // The first response is more than gRPC gathers for one write and fills the connection; two more may wait behind it.
-    let many: String = (1..=500).map(|i| pod(&format!("web-{i}"), &format!("10.0.{}.{}", i / 250, i % 250 + 1), "node-a")).collect();
+    let many: String = (1..=500)
+        .map(|i| pod(&format!("web-{i}"), &format!("10.0.{}.{}", i / 250, i % 250 + 1), "node-a"))
+        .collect();
     let bench = Bench::start_within(&many, bounds).await;
     let token = bench.token("node-a");
     let channel = bench.narrow_channel().await;
-    let types = [ADDRESS_TYPE_URL, SETTINGS_TYPE_URL, AUTHORIZATION_TYPE_URL, "type.googleapis.com/of.others"];
+    let types = [
+        ADDRESS_TYPE_URL,
+        SETTINGS_TYPE_URL,
+        AUTHORIZATION_TYPE_URL,
+        "type.googleapis.com/of.others",
+    ];
     let types = types.map(|url| first(url, "node-a"));
     let _client = Client::open(channel, &token.secret, types.into()).await.expect("stream");
     bench
@@ -184,7 +198,10 @@ async fn a_client_that_reads_nothing_is_cut() {
 
 #[tokio::test]
 async fn an_agent_that_reads_no_receipts_is_cut() {
-    let bounds = Bounds { send: SHORT, ..patient() };
+    let bounds = Bounds {
+        send: SHORT,
+        ..patient()
+    };
     let bench = Bench::start_within(&web(), bounds).await;
     let token = bench.token("node-a");
     let (sender, receiver) = mpsc::channel(64);
@@ -277,7 +294,10 @@ async fn a_registry_that_is_emptied_takes_nothing_out_of_force_not_even_over_a_r
     // Mounted again: the first thing that the agent hears is that all is as it was.
     std::fs::rename(&aside, folder.join("mesh.yaml")).expect("mounted");
     let resumed = client.take().await;
-    assert!(resumed.removed_resources.is_empty() && resumed.resources.is_empty(), "{resumed:?}");
+    assert!(
+        resumed.removed_resources.is_empty() && resumed.resources.is_empty(),
+        "{resumed:?}"
+    );
     bench.until_metric("mesh_control_registry_stale 0").await;
     // Emptied for good.
     std::fs::rename(folder.join("mesh.yaml"), &aside).expect("removed");
@@ -323,7 +343,10 @@ async fn what_others_may_read_is_refused_and_secrets_are_written_for_the_owner_a
         assert_eq!(mode(path), expected, "{}", path.display());
         files.fetch_add(usize::from(path.is_file()), Ordering::Relaxed);
     });
-    assert!(files.load(Ordering::Relaxed) >= 4, "root, token, capture states, that the registry has content");
+    assert!(
+        files.load(Ordering::Relaxed) >= 4,
+        "root, token, capture states, that the registry has content"
+    );
     let args = bench.args.clone();
     bench.running.stop().await;
 

@@ -29,10 +29,13 @@ fn request(subscription: &mut Subscription, request: Request) -> Result<Answer, 
 }
 
 fn ack(subscription: &mut Subscription, response: &Response) {
-    let answer = request(subscription, Request {
-        nonce: response.nonce.clone(),
-        ..Request::default()
-    });
+    let answer = request(
+        subscription,
+        Request {
+            nonce: response.nonce.clone(),
+            ..Request::default()
+        },
+    );
     assert_eq!(answer, Ok(Answer::Acknowledged));
 }
 
@@ -78,11 +81,14 @@ fn a_resumed_client_gets_what_it_lacks_and_hears_what_is_gone() {
         .iter()
         .map(|(name, version)| (name.to_string(), version.to_string()))
         .collect();
-    request(&mut subscription, Request {
+    request(
+        &mut subscription,
+        Request {
             initial_versions,
             ..Request::default()
-        })
-        .expect("request");
+        },
+    )
+    .expect("request");
     let now = snapshot(&[("a", "1"), ("b", "2"), ("c", "1")]);
     assert_eq!(
         exchange(&mut subscription, &now),
@@ -91,11 +97,14 @@ fn a_resumed_client_gets_what_it_lacks_and_hears_what_is_gone() {
 
     let mut current = Subscription::default();
     let initial_versions = [("a".to_owned(), "1".to_owned())].into();
-    request(&mut current, Request {
+    request(
+        &mut current,
+        Request {
             initial_versions,
             ..Request::default()
-        })
-        .expect("request");
+        },
+    )
+    .expect("request");
     assert_eq!(
         exchange(&mut current, &snapshot(&[("a", "1")])),
         Some((vec![], vec![])),
@@ -152,12 +161,15 @@ fn what_was_rejected_comes_again_only_when_it_changes() {
         "the old form is a change"
     );
     let response = subscription.next(&bad).expect("update");
-    request(&mut subscription, Request {
+    request(
+        &mut subscription,
+        Request {
             nonce: response.nonce,
             error: Some("cannot".into()),
             ..Request::default()
-        })
-        .expect("nack");
+        },
+    )
+    .expect("nack");
     assert_eq!(
         exchange(&mut subscription, &snapshot(&[])),
         Some((vec![], names(&["a"]))),
@@ -168,23 +180,29 @@ fn what_was_rejected_comes_again_only_when_it_changes() {
 #[test]
 fn on_demand_serves_names_and_aliases_and_answers_for_what_is_not_there() {
     let mut subscription = Subscription::default();
-    request(&mut subscription, Request {
+    request(
+        &mut subscription,
+        Request {
             subscribe: names(&["*"]),
             unsubscribe: names(&["*"]),
             ..Request::default()
-        })
-        .expect("request");
+        },
+    )
+    .expect("request");
     let now = snapshot(&[("a", "1"), ("b", "1"), ("c", "1")]);
     assert_eq!(
         exchange(&mut subscription, &now),
         Some((vec![], vec![])),
         "ready, with nothing"
     );
-    request(&mut subscription, Request {
+    request(
+        &mut subscription,
+        Request {
             subscribe: names(&["a", "/b", "none"]),
             ..Request::default()
-        })
-        .expect("request");
+        },
+    )
+    .expect("request");
     assert_eq!(
         exchange(&mut subscription, &now),
         Some((names(&["a", "b"]), names(&["none"])))
@@ -194,18 +212,24 @@ fn on_demand_serves_names_and_aliases_and_answers_for_what_is_not_there() {
     let later = snapshot(&[("a", "1"), ("b", "2"), ("c", "2"), ("none", "1")]);
     assert_eq!(exchange(&mut subscription, &later), Some((names(&["b", "none"]), vec![])));
     // A second question for the same is answered again.
-    request(&mut subscription, Request {
+    request(
+        &mut subscription,
+        Request {
             subscribe: names(&["a", "/b"]),
             ..Request::default()
-        })
-        .expect("request");
+        },
+    )
+    .expect("request");
     assert_eq!(exchange(&mut subscription, &later), Some((names(&["a", "b"]), vec![])));
     // Unsubscribed: nothing more of it.
-    request(&mut subscription, Request {
+    request(
+        &mut subscription,
+        Request {
             unsubscribe: names(&["a"]),
             ..Request::default()
-        })
-        .expect("request");
+        },
+    )
+    .expect("request");
     assert_eq!(
         exchange(&mut subscription, &snapshot(&[("a", "9"), ("b", "2"), ("none", "1")])),
         None
@@ -221,11 +245,14 @@ fn a_service_brings_its_endpoints() {
     let mut now = snapshot(&[("ns/svc", "1"), ("w1", "1"), ("w2", "1"), ("w3", "1")]);
     now.endpoints.insert("ns/svc".into(), names(&["w1", "w3"]));
     let mut subscription = Subscription::default();
-    request(&mut subscription, Request {
+    request(
+        &mut subscription,
+        Request {
             subscribe: names(&["/ns/svc"]),
             ..Request::default()
-        })
-        .expect("request");
+        },
+    )
+    .expect("request");
     assert_eq!(
         exchange(&mut subscription, &now),
         Some((names(&["ns/svc", "w1", "w3"]), vec![]))
@@ -238,12 +265,15 @@ fn a_wildcard_can_be_left_for_names() {
     request(&mut subscription, Request::default()).expect("request");
     let now = snapshot(&[("a", "1"), ("b", "1")]);
     exchange(&mut subscription, &now);
-    request(&mut subscription, Request {
+    request(
+        &mut subscription,
+        Request {
             subscribe: names(&["a"]),
             unsubscribe: names(&["*"]),
             ..Request::default()
-        })
-        .expect("request");
+        },
+    )
+    .expect("request");
     assert_eq!(exchange(&mut subscription, &now), Some((names(&["a"]), names(&["b"]))));
 }
 

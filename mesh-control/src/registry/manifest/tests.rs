@@ -89,7 +89,11 @@ fn manifests_as_people_write_them_are_read() {
 #[test]
 fn documents_are_numbered_as_written_and_lists_are_opened() {
     assert_eq!(
-        parse_file(SEVERAL).documents.iter().map(|document| document.number).collect::<Vec<_>>(),
+        parse_file(SEVERAL)
+            .documents
+            .iter()
+            .map(|document| document.number)
+            .collect::<Vec<_>>(),
         [1, 3, 4]
     );
     let list = r#"{"apiVersion": "v1", "kind": "List", "items": [
@@ -215,26 +219,48 @@ fn what_seems_meant_for_the_mesh_is_told_and_the_rest_is_not() {
     ] {
         assert_eq!(ignored(api_version, kind), [format!("document 1: {kind} of {api_version}")]);
     }
-    for (api_version, kind) in [("apps/v1", "Deployment"), ("serving.knative.dev/v1", "Service"), ("v1", "ConfigMap")] {
+    for (api_version, kind) in [
+        ("apps/v1", "Deployment"),
+        ("serving.knative.dev/v1", "Service"),
+        ("v1", "ConfigMap"),
+    ] {
         assert!(ignored(api_version, kind).is_empty(), "{api_version} {kind}");
     }
     let unknown = error("apiVersion: culvert.dev/v1alpha1\nkind: AuthorisationPolicy\nmetadata: {name: a}\n");
-    assert_eq!((unknown.id, unknown.reason), (None, Reason::Syntax), "and so keeps what the file held before");
+    assert_eq!(
+        (unknown.id, unknown.reason),
+        (None, Reason::Syntax),
+        "and so keeps what the file held before"
+    );
 }
 
 #[test]
 fn a_mesh_config_is_read_for_its_namespace_and_only_by_its_name() {
     let config = |namespace: &str, name: &str, spec: &str| {
-        format!("apiVersion: culvert.dev/v1alpha1\nkind: MeshConfig\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec: {spec}\n")
+        format!(
+            "apiVersion: culvert.dev/v1alpha1\nkind: MeshConfig\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec: {spec}\n"
+        )
     };
     let read = good(&config("culvert-system", "default", "{mtls: Strict, excludedPorts: [22]}"));
-    let Object::MeshConfig(mesh) = &read[0].1 else { panic!("{read:?}") };
+    let Object::MeshConfig(mesh) = &read[0].1 else {
+        panic!("{read:?}")
+    };
     assert_eq!((mesh.mtls, mesh.excluded_ports.contains(&22)), (mesh_api::Mtls::Strict, true));
     assert_eq!(good(&config("shop", "default", "{mtls: Strict}")).len(), 1);
     let exclusion = error(&config("shop", "default", "{mtls: Strict, excludedPorts: [22]}"));
     assert_eq!(exclusion.reason, Reason::Field);
-    assert!(exclusion.message.starts_with("spec.excludedPorts: is for the whole mesh only"), "{}", exclusion.message);
+    assert!(
+        exclusion
+            .message
+            .starts_with("spec.excludedPorts: is for the whole mesh only"),
+        "{}",
+        exclusion.message
+    );
     let second = error(&config("shop", "other", "{mtls: Permissive}"));
     assert_eq!(second.reason, Reason::Conflict);
-    assert!(second.message.contains("only MeshConfig shop/default counts"), "{}", second.message);
+    assert!(
+        second.message.contains("only MeshConfig shop/default counts"),
+        "{}",
+        second.message
+    );
 }
