@@ -77,7 +77,7 @@ async fn another_pods_uid_takes_no_proof_away() {
     control.set_world(&of_folder);
     control.set_report("node-a", word(Proof::Proven));
     assert_eq!(control.status()["pods"]["shop/web"], "proven");
-    let twin = "apiVersion: v1\nkind: Pod\nmetadata: {name: twin, namespace: shop, uid: uid-web, labels: {culvert.dev/mesh: disabled}}\n";
+    let twin = "apiVersion: v1\nkind: Pod\nmetadata: {name: zz-twin, namespace: shop, uid: uid-web, labels: {culvert.dev/mesh: disabled}}\n";
     let scan: Scan = [
         ("!.yaml".to_owned(), Ok(Arc::from(twin))),
         ("0.yaml".to_owned(), Ok(Arc::from(MESH))),
