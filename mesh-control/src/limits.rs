@@ -10,11 +10,17 @@ pub const MAX_FILES: usize = 4096;
 pub const MAX_FILE_BYTES: u64 = 1 << 20;
 /// Bytes of all manifest files together: held once as objects, and once more while they are read.
 pub const MAX_FOLDER_BYTES: u64 = 256 << 20;
+/// Bytes of the file of last good forms: a manifest may be in it in several forms, and JSON escapes some characters.
+pub const MAX_LAST_GOOD_BYTES: u64 = 4 * MAX_FOLDER_BYTES;
+/// Bytes of the file that says that the registry had content: its being there is all that it says.
+pub const MAX_FILLED_BYTES: u64 = 64;
 /// Documents of a file, a List's items counted.
 pub const MAX_DOCUMENTS: usize = 2048;
 /// Rejections that are kept for `/status` (about 512 B each: 512 KiB); all are counted.
 pub const MAX_REJECTIONS: usize = 1024;
 
+/// Change events that wait. One is as good as many: what it says is only "read again".
+pub const FOLDER_EVENTS: usize = 1;
 /// Quiet time after a change in the folder before it is read, so that a program that writes many files is read once.
 pub const FOLDER_DEBOUNCE: Duration = Duration::from_millis(150);
 /// The longest that a stream of changes can put off reading.
@@ -64,6 +70,8 @@ pub const TOKEN_RECHECK: Duration = Duration::from_secs(15);
 /// Bytes of a NACK's message that are logged and kept.
 pub const MAX_NACK_BYTES: usize = 1024;
 
+/// PEM of the root and its key: about 1 KiB.
+pub const MAX_PEM_BYTES: u64 = 64 << 10;
 /// PEM of a certificate request; a P-256 request has about 400 B.
 pub const MAX_CSR_BYTES: usize = 16 << 10;
 pub const MIN_CERTIFICATE_LIFETIME: Duration = Duration::from_secs(60);

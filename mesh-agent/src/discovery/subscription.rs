@@ -161,7 +161,11 @@ impl Subscription {
             return Err(format!("more than {MAX_RESOURCES} resources of this type"));
         }
         // Told in one request after a reconnect: what does not fit there would cut every further stream off.
-        if self.held_bytes + entry_bytes(&resource.name, &resource.version) > MAX_RESUME_BYTES {
+        let before = self
+            .held
+            .get(&resource.name)
+            .map_or(0, |version| entry_bytes(&resource.name, version));
+        if self.held_bytes - before + entry_bytes(&resource.name, &resource.version) > MAX_RESUME_BYTES {
             return Err(format!(
                 "more than {MAX_RESUME_BYTES} bytes of names and versions of this type"
             ));
@@ -404,8 +408,35 @@ mod tests {
         assert!(received.reply.error_detail.is_some());
         assert_eq!(subscription.held(), 0, "asked for again");
         subscription.held.insert("bad-policy".into(), "0".into());
+        subscription.held_bytes = entry_bytes("bad-policy", "0");
         let received = receive(&mut subscription, response("2", vec![resource("bad-policy", "2")], &[]));
         assert_eq!(received.changes, [], "its last good form stands");
+    }
+
+    #[test]
+    fn what_is_held_fits_the_request_that_resumes_it() {
+        let mut subscription = Subscription::new(TYPE);
+        let name = |i: usize| format!("{i}-{}", "x".repeat(MAX_NAME_BYTES - 10));
+        let count = mesh_proto::MAX_REQUEST_BYTES / MAX_NAME_BYTES + 10;
+        let all = (0..count).map(|i| resource(&name(i), "1")).collect();
+        let received = receive(&mut subscription, response("1", all, &[]));
+        assert!(
+            received
+                .reply
+                .error_detail
+                .unwrap()
+                .message
+                .contains("bytes of names and versions")
+        );
+        assert!(subscription.held() > count / 2 && subscription.held() < count);
+        let resume = subscription.open(Node::default());
+        assert!(prost::Message::encoded_len(&resume) < mesh_proto::MAX_REQUEST_BYTES);
+        // What is held is still updated, and what goes makes room.
+        let received = receive(&mut subscription, response("2", vec![resource(&name(0), "2")], &[]));
+        assert_eq!(received.rejected, []);
+        let (gone, new) = (name(1), name(count));
+        let received = receive(&mut subscription, response("3", vec![resource(&new, "1")], &[&gone]));
+        assert_eq!(received.rejected, []);
     }
 
     #[test]

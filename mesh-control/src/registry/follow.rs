@@ -6,11 +6,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{Folder, LastGood, Registry};
 use crate::control_plane::ControlPlane;
+use crate::limits::MAX_FILLED_BYTES;
 use crate::state_dir::{StateDir, StateError};
 
 /// There once something was in force; see [`Registry::emptied`].
 const FILLED: &str = "registry-filled";
-const MAX_FILLED_BYTES: u64 = 64;
 
 pub struct Follow {
     stop: Arc<AtomicBool>,

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
-use crate::limits::{MAX_REPORTED_PODS, MAX_STREAMS_PER_NODE};
+use crate::limits::{MAX_ABSENT_NAMES, MAX_REPORTED_PODS, MAX_STREAMS_PER_NODE, MAX_TYPES};
 
 const SHORT: Duration = Duration::from_millis(200);
 /// Longer than any test.
@@ -150,6 +150,32 @@ async fn a_node_has_only_so_many_streams() {
         .report(authorized(ReceiverStream::new(receiver), &a.secret))
         .await;
     assert_eq!(fifth.expect_err("refused").code(), Code::ResourceExhausted);
+    bench.running.stop().await;
+}
+
+#[tokio::test]
+async fn of_types_that_do_not_exist_nothing_is_remembered_and_they_are_few() {
+    let bench = Bench::start_within(&web(), patient()).await;
+    let token = bench.token("node-a");
+    let other = |n: usize| DeltaDiscoveryRequest {
+        resource_names_subscribe: (0..=MAX_ABSENT_NAMES).map(|i| format!("name-{i}")).collect(),
+        ..first(&format!("type.googleapis.com/other-{n}"), "node-a")
+    };
+    let mut client = bench.discovery(&token, (0..MAX_TYPES).map(other).collect()).await;
+    for _ in 0..MAX_TYPES {
+        let response = client.take().await;
+        assert!(response.resources.is_empty() && response.removed_resources.is_empty());
+    }
+    client.requests.send(other(MAX_TYPES)).await.expect("an open stream");
+    assert_eq!(client.next().await.expect_err("cut").code(), Code::ResourceExhausted);
+    assert!(bench.metric("mesh_control_discovery_streams_cut_total{reason=\"too_much\"} 1"));
+    // Of a type that exists, they are bounded.
+    let names = DeltaDiscoveryRequest {
+        type_url: ADDRESS_TYPE_URL.to_owned(),
+        ..other(0)
+    };
+    let mut client = bench.discovery(&token, vec![names]).await;
+    assert_eq!(client.next().await.expect_err("cut").code(), Code::ResourceExhausted);
     bench.running.stop().await;
 }
 
