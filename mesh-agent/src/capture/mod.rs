@@ -7,6 +7,8 @@
 mod addresses;
 mod bpf_syscalls;
 mod enrolments;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod heartbeat;
 pub mod kernel;
 mod namespace;

@@ -217,7 +217,7 @@ impl Pods {
         // A failure leaves the entry, so that it is reported, listed and can be released again.
         let known = self.capture.release(&uid).await?;
         let enrolled = self.enrolled.lock().remove(&uid);
-        self.certificates.unwant(&uid);
+        self.proxy.forget(&self.certificates.unwant(&uid));
         if let Some(enrolled) = &enrolled {
             self.metrics.forget_pod(&enrolled.pod.namespace, &enrolled.pod.name);
             info!(pod = %enrolled.pod.name, namespace = %enrolled.pod.namespace, %uid, "Pod released");

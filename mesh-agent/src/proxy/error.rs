@@ -36,13 +36,20 @@ pub enum Refusal {
     DeniedByPolicy,
     PolicyMissing,
     IdentityMismatch,
-    ServiceVipNotSupported,
+    /// Discovery knows nobody at the address of a tunnel's peer.
+    IdentityUnknown,
+    /// The service has no such port.
+    ServicePortUnknown,
+    /// No endpoint of the service can be given a connection.
+    NoHealthyEndpoint,
     DestinationUnknown,
     DestinationLost,
     CertificateMissing,
     CertificateExpired,
     Limit,
     BadRequest,
+    /// Much data before the answer to a CONNECT.
+    EarlyData,
 }
 
 /// What took too long.
@@ -60,6 +67,8 @@ pub enum ResetBy {
     Destination,
     /// The connection's bounds: half-closed and silent for too long.
     Idle,
+    /// Held too much for an end that does not read.
+    Memory,
     /// Cut by the agent.
     Cut,
 }
@@ -86,6 +95,17 @@ impl From<h2::Error> for ProxyError {
 }
 
 impl ProxyError {
+    /// The destination, or its node, did not take the connection: another endpoint may. What was decided, by policy or
+    /// identity, is final.
+    #[must_use]
+    pub fn is_refusal_to_connect(&self) -> bool {
+        match self {
+            Self::Connect { .. } | Self::Timeout(Phase::Connect) | Self::Tunnel(_) => true,
+            Self::Answer(status) => *status == http::StatusCode::SERVICE_UNAVAILABLE,
+            Self::Refused(_) | Self::Capture(_) | Self::Timeout(_) | Self::Tls(_) | Self::Reset(_) => false,
+        }
+    }
+
     /// The label in metrics and the field in logs.
     #[must_use]
     pub fn reason(&self) -> &'static str {
@@ -104,6 +124,7 @@ impl ProxyError {
             Self::Reset(ResetBy::Source) => "reset_by_source",
             Self::Reset(ResetBy::Destination) => "reset_by_destination",
             Self::Reset(ResetBy::Idle) => "half_closed_idle",
+            Self::Reset(ResetBy::Memory) => "memory_limit",
             Self::Reset(ResetBy::Cut) => "cut",
         }
     }
@@ -118,13 +139,16 @@ impl Refusal {
             Self::DeniedByPolicy => "denied_by_policy",
             Self::PolicyMissing => "policy_missing",
             Self::IdentityMismatch => "identity_mismatch",
-            Self::ServiceVipNotSupported => "service_vip_not_supported",
+            Self::IdentityUnknown => "identity_unknown",
+            Self::ServicePortUnknown => "service_port_unknown",
+            Self::NoHealthyEndpoint => "no_healthy_endpoint",
             Self::DestinationUnknown => "destination_unknown",
             Self::DestinationLost => "destination_lost",
             Self::CertificateMissing => "certificate_missing",
             Self::CertificateExpired => "certificate_expired",
             Self::Limit => "limit",
             Self::BadRequest => "bad_request",
+            Self::EarlyData => "early_data",
         }
     }
 }
@@ -145,6 +169,7 @@ impl std::fmt::Display for ResetBy {
             Self::Source => "by the source",
             Self::Destination => "by the destination",
             Self::Idle => "half-closed and silent",
+            Self::Memory => "its reader has stalled and memory is short",
             Self::Cut => "cut",
         })
     }

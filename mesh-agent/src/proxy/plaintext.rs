@@ -62,8 +62,9 @@ async fn carry(
         },
     )?;
     authorize(proxy, context, None, client.ip(), destination, record).await?;
+    registered.decided();
     let socket = context.pod.network.upstream_socket(client.ip(), destination.ip())?;
     let application = Carried::connect(socket, destination, "application").await?;
     record.opened();
-    copy::plain(client_side, application, record, registered.cut()).await
+    copy::plain(client_side, application, record, &registered).await
 }
