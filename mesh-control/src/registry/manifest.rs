@@ -258,7 +258,7 @@ fn is_meant_for_the_mesh(api_version: &str, kind: &str) -> bool {
             "RequestAuthentication",
         ]
         .iter()
-        .any(|name| is(name))
+        .any(is)
         || (group.is_empty() && Kind::ALL.iter().any(|kind| is(&kind.as_str())))
 }
 
