@@ -166,7 +166,10 @@ impl Probes {
     }
 
     fn awaits(&self, pod_uid: &str, destination: OriginalDst) -> bool {
-        self.expected.lock().values().any(|expected| expected.is(pod_uid, destination))
+        self.expected
+            .lock()
+            .values()
+            .any(|expected| expected.is(pod_uid, destination))
     }
 
     fn take_turn<'a>(&'a self, pod_uid: &'a str) -> Turn<'a> {

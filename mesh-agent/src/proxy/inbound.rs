@@ -239,11 +239,11 @@ async fn carry(
         let peer = Peer::at(tunnel.peer).principal(Some(&tunnel.identity));
         record.source(peer.workload(source.as_deref()));
         authorize(proxy, context, Some(&tunnel.identity), tunnel.peer.ip(), destination, record).await?;
-        let socket = context.pod.network.upstream_socket(tunnel.peer.ip(), destination.ip())?;
-        let application = Carried::connect(socket, destination, "application").await?;
-        Ok((registered, application))
+        let upstream = context.pod.network.upstream_socket(tunnel.peer.ip(), destination)?;
+        let application = Carried::connect(upstream.socket, destination, "application").await?;
+        Ok((registered, upstream.lease, application))
     };
-    let (registered, application) = match connected.await {
+    let (registered, _lease, application) = match connected.await {
         Ok(connected) => connected,
         Err(error) => {
             answer(&mut respond, status(&error), true)?;

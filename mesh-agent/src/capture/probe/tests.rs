@@ -38,10 +38,7 @@ fn a_nonce_counts_once_and_only_from_its_pod_for_its_destination() {
     assert!(probes.settle("uid", destination("192.0.2.1:20001"), &said).is_none());
     assert!(probes.settle("uid", destination(OUTBOUND), &[0; GREETING_LEN]).is_none());
     assert!(expectation.arrived.try_recv().is_err());
-    assert_eq!(
-        probes.settle("uid", destination(OUTBOUND), &said),
-        Some(expectation.nonce)
-    );
+    assert_eq!(probes.settle("uid", destination(OUTBOUND), &said), Some(expectation.nonce));
     assert!(expectation.arrived.try_recv().is_ok());
     assert!(probes.settle("uid", destination(OUTBOUND), &said).is_none());
 }

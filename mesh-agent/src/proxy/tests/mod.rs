@@ -23,7 +23,7 @@ use tokio::task::JoinHandle;
 
 use super::*;
 use crate::addr::OriginalDst;
-use crate::capture::{CaptureError, PodNetwork, Probes};
+use crate::capture::{CaptureError, PodNetwork, Probes, Upstream, UpstreamLease};
 use crate::identity::Identity;
 use crate::identity::store::CertifiedKeyPair;
 use crate::state::{Change, Settings};
@@ -107,6 +107,9 @@ pub(super) fn identity(account: &str) -> Identity {
     Identity::new("cluster.local", "shop", account)
 }
 
+/// A client with this port is one of the agent's own connections to applications, come back. Beyond the ephemeral ones.
+pub(super) const OWN_UPSTREAM_PORT: u16 = 61_234;
+
 /// A Pod's network of plain sockets.
 #[derive(Debug)]
 struct LoopbackNetwork {
@@ -126,8 +129,15 @@ impl PodNetwork for LoopbackNetwork {
         Ok(socket_at(self.own))
     }
 
-    fn upstream_socket(&self, client: IpAddr, _: IpAddr) -> Result<TcpSocket, CaptureError> {
-        Ok(socket_at(client))
+    fn upstream_socket(&self, client: IpAddr, _: SocketAddr) -> Result<Upstream, CaptureError> {
+        Ok(Upstream {
+            socket: socket_at(client),
+            lease: UpstreamLease::default(),
+        })
+    }
+
+    fn is_own_upstream(&self, client: ClientAddr, _: OriginalDst) -> bool {
+        client.port() == OWN_UPSTREAM_PORT
     }
 }
 
