@@ -2,9 +2,12 @@
 
 use std::fs;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
 use mesh_agent::capture::kernel::LookupTarget;
+use mesh_agent::capture::netns::NetNamespace;
 
 use super::*;
 
@@ -12,8 +15,7 @@ use super::*;
 struct Inhabitant(Child);
 
 impl Inhabitant {
-    fn of(bed: &Bed) -> Self {
-        let path = bed.netns_path();
+    fn of(path: &Path) -> Self {
         let child = Command::new("nsenter")
             .arg(format!("--net={}", path.display()))
             .args(["sleep", "1000"])
@@ -23,16 +25,27 @@ impl Inhabitant {
         let wanted = fs::metadata(path).unwrap();
         // It enters a moment after it starts.
         for _ in 0..100 {
-            let inside = fs::metadata(format!("/proc/{}/ns/net", inhabitant.0.id()));
-            if inside
-                .is_ok_and(|inside| std::os::unix::fs::MetadataExt::ino(&inside) == std::os::unix::fs::MetadataExt::ino(&wanted))
-            {
+            if fs::metadata(inhabitant.path()).is_ok_and(|inside| inside.ino() == wanted.ino()) {
                 break;
             }
             std::thread::sleep(Duration::from_millis(50));
         }
         inhabitant
     }
+
+    fn path(&self) -> PathBuf {
+        format!("/proc/{}/ns/net", self.0.id()).into()
+    }
+}
+
+fn path_of(file: &fs::File) -> PathBuf {
+    format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()).into()
+}
+
+/// Another process's listener on a port of the agent's.
+fn application_at(netns: &Path) -> std::net::TcpListener {
+    let netns = NetNamespace::open(netns).unwrap();
+    netns.run(|| Ok(std::net::TcpListener::bind("127.0.0.1:15008").unwrap())).unwrap()
 }
 
 impl Drop for Inhabitant {
@@ -44,7 +57,7 @@ impl Drop for Inhabitant {
 
 fn unlink(bed: &Bed) {
     let path = bed.netns_path();
-    run(&format!("umount {0} && rm {0}", path.display()));
+    run(&format!("umount -l {0} && rm {0}", path.display()));
 }
 
 /// The Pod's entry and link are as they were.
@@ -73,7 +86,7 @@ async fn a_living_namespace_is_found_again_without_its_path() {
     let capture = bed.start();
     let cookie = capture.enroll(bed.pod("uid-1")).await.unwrap().netns_cookie;
     drop(capture);
-    let inhabitant = Inhabitant::of(&bed);
+    let inhabitant = Inhabitant::of(&bed.netns_path());
     unlink(&bed);
 
     let capture = bed.start();
@@ -108,17 +121,12 @@ async fn a_living_namespace_that_is_not_found_stays_closed() {
     assert!(refused.is_err(), "{refused:?}");
     assert!(capture.take_over("uid-1").await.is_err());
 
-    run(&format!(
-        "touch {0} && mount --bind /proc/{1}/fd/{2} {0}",
-        bed.netns_path().display(),
-        std::process::id(),
-        held.as_raw_fd()
-    ));
+    // Whoever enters it makes it visible.
+    let inhabitant = Inhabitant::of(&path_of(&held));
     let pod = capture.take_over("uid-1").await.unwrap().unwrap();
     let tasks = serve(&capture, pod);
     capture.prove("uid-1").await.unwrap();
-    drop((tasks, capture, held));
-    unlink(&bed);
+    drop((tasks, capture, held, inhabitant));
     // Now it is gone, and the kernel says so.
     let capture = bed.start();
     assert!(capture.recover().await.is_empty());
@@ -141,8 +149,7 @@ async fn a_pod_whose_record_is_unreadable_stays_closed_and_can_be_enrolled_again
     fs::write(&record, &text[..text.len() / 2]).unwrap();
     // And once no process is seen in it.
     let held = fs::File::open(bed.netns_path()).unwrap();
-    let path = bed.netns_path();
-    run(&format!("umount {}", path.display()));
+    unlink(&bed);
 
     let capture = bed.start();
     assert!(capture.recover().await.is_empty());
@@ -155,18 +162,15 @@ async fn a_pod_whose_record_is_unreadable_stays_closed_and_can_be_enrolled_again
     let (second, _netns) = bed.second_pod("uid-2");
     let other = capture.enroll(second).await.unwrap();
     assert_ne!(other.slot, slot);
-    run(&format!(
-        "mount --bind /proc/{}/fd/{} {}",
-        std::process::id(),
-        held.as_raw_fd(),
-        path.display()
-    ));
+    let inhabitant = Inhabitant::of(&path_of(&held));
+    let mut again = bed.pod("uid-1");
+    again.netns_path = inhabitant.path();
     // An enrolment that fails does not let it go, either.
-    let taken = bed.application("127.0.0.1:15008");
-    assert!(capture.enroll(bed.pod("uid-1")).await.is_err());
+    let taken = application_at(&inhabitant.path());
+    assert!(capture.enroll(again.clone()).await.is_err());
     assert_captured(&bed, cookie);
     drop(taken);
-    let _tasks = serve(&capture, capture.enroll(bed.pod("uid-1")).await.unwrap());
+    let _tasks = serve(&capture, capture.enroll(again).await.unwrap());
     capture.prove("uid-1").await.unwrap();
     assert!(capture.release("uid-1").await.unwrap());
     assert!(capture.release("uid-2").await.unwrap());
