@@ -22,7 +22,6 @@ use nix::sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, statfs};
 use nix::time::{ClockId, clock_gettime};
 use parking_lot::Mutex;
 
-pub use self::inspect::LookupTarget;
 use self::pin_names::{pin_name, pod_uid};
 use super::CaptureError;
 use super::bpf_syscalls::{self, AttachType};
@@ -595,7 +594,7 @@ fn cgroup2_mount(mountinfo: &str) -> Option<PathBuf> {
         is_root.then(|| PathBuf::from(point.replace("\\040", " ")))
     })
 }
-mod inspect;
+pub mod inspect;
 mod pin_names;
 #[cfg(test)]
 mod tests;

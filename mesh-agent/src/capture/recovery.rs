@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::enrol::{Established, Inner};
 use super::enrolments::{EnrolmentRecord, PodToEnroll};
-use super::kernel::LookupTarget;
+use super::kernel::inspect::LookupTarget;
 use super::netns::NetNamespace;
 use super::network::CaptureError;
 use super::search;

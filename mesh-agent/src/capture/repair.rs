@@ -4,7 +4,7 @@ use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 
 use super::enrol::{Established, Inner, pod_value};
-use super::kernel::LookupTarget;
+use super::kernel::inspect::LookupTarget;
 use super::network::CaptureError;
 use super::{routing, sockets};
 

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
-use mesh_agent::capture::kernel::LookupTarget;
+use mesh_agent::capture::kernel::inspect::LookupTarget;
 use mesh_agent::capture::netns::NetNamespace;
 
 use super::*;
@@ -45,7 +45,9 @@ fn path_of(file: &fs::File) -> PathBuf {
 /// Another process's listener on a port of the agent's.
 fn application_at(netns: &Path) -> std::net::TcpListener {
     let netns = NetNamespace::open(netns).unwrap();
-    netns.run(|| Ok(std::net::TcpListener::bind("127.0.0.1:15008").unwrap())).unwrap()
+    netns
+        .run(|| Ok(std::net::TcpListener::bind("127.0.0.1:15008").unwrap()))
+        .unwrap()
 }
 
 impl Drop for Inhabitant {
