@@ -5,6 +5,9 @@ use std::process::Command;
 
 use mesh_agent::capture::CaptureConfig;
 use mesh_agent::capture::kernel::KernelConfig;
+use mesh_agent::proxy::ProxyError;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use socket2::{Domain, Socket, Type};
 use tokio::net::TcpSocket;
 use tokio::task::JoinSet;
 
@@ -155,5 +158,37 @@ async fn an_upstream_connection_that_comes_back_goes_no_further_round() {
         assert_eq!(*CAME_BACK.lock().unwrap() - before, u32::try_from(round).unwrap() + 1);
     }
     bed.enter_cgroup();
+    assert!(capture.release("uid-1").await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn local_ports_that_run_out_are_named() {
+    let Some(bed) = Bed::new("local_ports_that_run_out_are_named") else {
+        return;
+    };
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+    let capture = bed.start();
+    let pod = capture.enroll(bed.pod("uid-1")).await.unwrap();
+    let application = SocketAddr::new(POD_V4.parse().unwrap(), 8080);
+    let client = NODE_V4.parse().unwrap();
+    assert!(pod.network.upstream_socket(client, application).is_ok());
+    let taken: Vec<_> = bed
+        .netns()
+        .run(|| {
+            let bound = |port| {
+                let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+                socket.bind(&SocketAddr::from(([0, 0, 0, 0], port)).into()).unwrap();
+                socket
+            };
+            Ok((20_000..32_768).map(bound).collect())
+        })
+        .unwrap();
+    let error = pod.network.upstream_socket(client, application).unwrap_err();
+    assert_eq!(error.reason(), "local_ports_exhausted", "{error}");
+    assert_eq!(ProxyError::from(error).reason(), "local_ports_exhausted");
+    drop(taken);
+    assert!(pod.network.upstream_socket(client, application).is_ok());
+    drop(pod);
     assert!(capture.release("uid-1").await.unwrap());
 }
