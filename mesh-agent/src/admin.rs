@@ -3,8 +3,9 @@
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashMap;
 use std::convert::Infallible;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,18 +16,32 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-/// Connections of one server at a time; further ones wait in the kernel's queue. A scraper needs one.
-const CONNECTIONS: usize = 32;
-/// A connection that has not sent its request's head by then is closed.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
-/// A connection lives no longer, so that idle ones cannot hold the places.
-const CONNECTION_LIFETIME: Duration = Duration::from_secs(60);
+/// Of one server.
+#[derive(Clone, Copy, Debug)]
+struct Bounds {
+    /// Connections at a time; further ones wait in the kernel's queue. 128 × about 20 KiB = 2.5 MiB.
+    connections: usize,
+    /// Of those, from one address; further ones are closed. A scraper needs one; sixteen clients, not one, would take all.
+    per_client: usize,
+    /// A connection that has not sent its request's head by then, first or next, is closed.
+    head_timeout: Duration,
+    /// A connection lives no longer, so that one whose answer is not read cannot keep its place.
+    lifetime: Duration,
+}
+
+const BOUNDS: Bounds = Bounds {
+    connections: 128,
+    per_client: 8,
+    head_timeout: Duration::from_secs(2),
+    lifetime: Duration::from_secs(30),
+};
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 
 /// An answer.
@@ -80,7 +95,12 @@ pub async fn listen(flag: &'static str, address: SocketAddr) -> anyhow::Result<T
 
 /// Serves `pages` until `stop`.
 pub async fn serve(listener: TcpListener, pages: Pages, stop: CancellationToken) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    serve_within(BOUNDS, listener, pages, stop).await;
+}
+
+async fn serve_within(bounds: Bounds, listener: TcpListener, pages: Pages, stop: CancellationToken) {
+    let places = Arc::new(Semaphore::new(bounds.connections));
+    let clients = Arc::<Clients>::default();
     loop {
         let Ok(place) = places.clone().acquire_owned().await else {
             return;
@@ -89,34 +109,75 @@ pub async fn serve(listener: TcpListener, pages: Pages, stop: CancellationToken)
             () = stop.cancelled() => return,
             accepted = listener.accept() => accepted,
         };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
+        let (stream, client) = match accepted {
+            Ok((stream, client)) => (stream, client.ip().to_canonical()),
             Err(error) => {
                 warn!(%error, "accept on an HTTP address");
                 sleep(ACCEPT_RETRY).await;
                 continue;
             }
         };
+        let Some(client_place) = clients.take(client, bounds.per_client) else {
+            debug!(%client, "a client has all the HTTP connections that it may have");
+            continue;
+        };
         let (pages, stop) = (pages.clone(), stop.clone());
         tokio::spawn(async move {
-            let _place = place;
+            let _places = (place, client_place);
             let service = service_fn(move |request| {
                 let answer = answer(&pages, &request);
                 async move { Ok::<_, Infallible>(answer) }
             });
             let connection = http1::Builder::new()
                 .timer(TokioTimer::new())
-                .header_read_timeout(HEAD_TIMEOUT)
+                .header_read_timeout(bounds.head_timeout)
                 .serve_connection(TokioIo::new(stream), service);
             tokio::select! {
                 () = stop.cancelled() => {}
-                ended = timeout(CONNECTION_LIFETIME, connection) => {
+                ended = timeout(bounds.lifetime, connection) => {
                     if let Ok(Err(error)) = ended {
                         debug!(%error, "an HTTP connection");
                     }
                 }
             }
         });
+    }
+}
+
+/// Connections by their client's address; as many as there are connections.
+#[derive(Debug, Default)]
+struct Clients(Mutex<HashMap<IpAddr, usize>>);
+
+/// Given back when dropped.
+struct ClientPlace {
+    clients: Arc<Clients>,
+    client: IpAddr,
+}
+
+impl Clients {
+    fn take(self: &Arc<Self>, client: IpAddr, limit: usize) -> Option<ClientPlace> {
+        let mut taken = self.0.lock();
+        let count = taken.entry(client).or_default();
+        if *count >= limit {
+            return None;
+        }
+        *count += 1;
+        Some(ClientPlace {
+            clients: self.clone(),
+            client,
+        })
+    }
+}
+
+impl Drop for ClientPlace {
+    fn drop(&mut self) {
+        let mut taken = self.clients.0.lock();
+        if let Some(count) = taken.get_mut(&self.client) {
+            *count -= 1;
+            if *count == 0 {
+                taken.remove(&self.client);
+            }
+        }
     }
 }
 

@@ -28,7 +28,7 @@ use crate::identity::renewal::Certificates;
 use crate::identity::store::CertificateStore;
 use crate::local::{self, LocalSocket};
 use crate::pods::{Pods, TrustDomain};
-use crate::proxy::Proxy;
+use crate::proxy::{Buffers, Proxy};
 use crate::state::SharedState;
 use crate::telemetry::{AccessLog, Metrics};
 use metrics::AgentMetrics;
@@ -47,6 +47,7 @@ struct Agent {
     certificates: Arc<Certificates>,
     metrics: Arc<Metrics>,
     pods: Arc<Pods>,
+    buffers: Arc<Buffers>,
     discovery: watch::Receiver<DiscoveryStatus>,
 }
 
@@ -120,6 +121,7 @@ async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
     ));
 
     let proxy = Proxy::new(state.clone(), store.clone(), metrics.clone(), access_log);
+    let buffers = proxy.registry().buffers().clone();
     let pods = Pods::new(capture.clone(), proxy, certificates.clone(), metrics.clone(), trust_domain);
     pods.recover().await;
     tasks.spawn(report::run(control.clone(), pods.status(), discovery.clone(), stop.clone()));
@@ -134,6 +136,7 @@ async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
         certificates,
         metrics,
         pods: pods.clone(),
+        buffers,
         discovery,
     });
     let shown = agent.clone();
@@ -246,6 +249,7 @@ impl Agent {
                 "synced": discovery.synced,
                 "enforced_versions": discovery.enforced_versions,
                 "rejected": discovery.rejected,
+                "denying_stand_ins": discovery.stand_ins,
             },
             "state": known,
             "pods": self.pods.list(),

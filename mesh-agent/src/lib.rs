@@ -4,9 +4,12 @@
 pub mod addr;
 pub mod admin;
 pub mod app;
+pub mod balance;
 pub mod capture;
 pub mod config;
 pub mod discovery;
+#[cfg(fuzzing)]
+pub mod fuzz;
 pub mod identity;
 pub mod local;
 pub mod pods;

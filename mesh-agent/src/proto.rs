@@ -12,7 +12,8 @@ use ipnet::IpNet;
 use mesh_proto::discovery::Resource;
 use mesh_proto::mesh::{Capture, Settings as WireSettings, capture};
 use mesh_proto::workload::{
-    Address, Service as WireService, TunnelProtocol, Workload as WireWorkload, WorkloadType as WireWorkloadType, address,
+    Address, NetworkMode, Port as WirePort, Service as WireService, TunnelProtocol, Workload as WireWorkload,
+    WorkloadStatus as WireStatus, WorkloadType as WireWorkloadType, address, load_balancing::HealthPolicy,
 };
 use mesh_proto::{CAPTURE_EXTENSION, CAPTURE_TYPE_URL, ROOT_NAMESPACE, SETTINGS_NAME};
 use prost::Message as _;
@@ -20,7 +21,7 @@ use prost::Message as _;
 use crate::identity::Identity;
 use crate::policy::{Action, Policy, Rule, Scope};
 use crate::state::{Change, Settings, service_name};
-use crate::workload::{Membership, Service, Workload, WorkloadType};
+use crate::workload::{Membership, Service, ServicePort, Workload, WorkloadType};
 
 /// What the wire leaves empty means these.
 pub const DEFAULT_TRUST_DOMAIN: &str = "cluster.local";
@@ -91,11 +92,7 @@ pub fn denying(name: &str) -> Option<Change> {
     Some(Change::Policy(Arc::new(Policy {
         name: name.into(),
         namespace: namespace.into(),
-        scope: if namespace == ROOT_NAMESPACE {
-            Scope::Global
-        } else {
-            Scope::Namespace
-        },
+        scope: widest_scope(namespace),
         action: Action::Deny,
         rules: vec![Rule {
             clauses: Vec::new(),
@@ -103,6 +100,15 @@ pub fn denying(name: &str) -> Option<Change> {
         }],
         dry_run: false,
     })))
+}
+
+/// All whom a policy of the namespace may have been for.
+fn widest_scope(namespace: &str) -> Scope {
+    if namespace == ROOT_NAMESPACE {
+        Scope::Global
+    } else {
+        Scope::Namespace
+    }
 }
 
 /// # Errors
@@ -154,7 +160,9 @@ impl TryFrom<WireWorkload> for Workload {
             .iter()
             .map(|bytes| ip(bytes).ok_or_else(|| field("addresses", format!("has an address of {} bytes", bytes.len()))))
             .collect::<Result<_, _>>()?;
-        let (membership, pod_uid) = membership(&wire)?;
+        let membership = membership(&wire)?;
+        let network_mode = NetworkMode::try_from(wire.network_mode)
+            .map_err(|e| field("network_mode", format!("is {}, which is not known", e.0)))?;
         let workload_type = match WireWorkloadType::try_from(wire.workload_type) {
             Ok(WireWorkloadType::Deployment) => WorkloadType::Deployment,
             Ok(WireWorkloadType::Cronjob) => WorkloadType::CronJob,
@@ -162,9 +170,13 @@ impl TryFrom<WireWorkload> for Workload {
             // Only a label: an unknown kind of owner is no reason to refuse a workload.
             Ok(WireWorkloadType::Pod) | Err(_) => WorkloadType::Pod,
         };
+        let services = wire
+            .services
+            .into_iter()
+            .map(|(service, list)| Ok((service.into(), service_ports("services", &list.ports)?)))
+            .collect::<Result<_, ProtoError>>()?;
         let locality = wire.locality.unwrap_or_default();
         Ok(Self {
-            pod_uid: pod_uid.into(),
             workload_name: non_empty(&wire.workload_name, &wire.name).into(),
             canonical_name: non_empty(&wire.canonical_name, &wire.name).into(),
             canonical_revision: non_empty(&wire.canonical_revision, "latest").into(),
@@ -173,27 +185,29 @@ impl TryFrom<WireWorkload> for Workload {
             namespace: wire.namespace.into(),
             identity,
             addresses,
-            node: wire.node.into(),
+            host_network: network_mode == NetworkMode::HostNetwork,
             workload_type,
             cluster: wire.cluster_id.into(),
             region: locality.region.into(),
             zone: locality.zone.into(),
             membership,
             policies: wire.authorization_policies.into_iter().map(Into::into).collect(),
+            services,
+            healthy: WireStatus::try_from(wire.status) == Ok(WireStatus::Healthy),
+            weight: wire.capacity.unwrap_or(1),
         })
     }
 }
 
 /// Our control plane tells by its extension; another's workloads have only `tunnel_protocol`.
-fn membership(wire: &WireWorkload) -> Result<(Membership, String), ProtoError> {
+fn membership(wire: &WireWorkload) -> Result<Membership, ProtoError> {
     let tunnel = TunnelProtocol::try_from(wire.tunnel_protocol)
         .map_err(|e| field("tunnel_protocol", format!("is {}, which is not known", e.0)))?;
     let Some(extension) = wire.extensions.iter().find(|extension| extension.name == CAPTURE_EXTENSION) else {
-        let membership = match tunnel {
+        return Ok(match tunnel {
             TunnelProtocol::Hbone => Membership::Proven,
             TunnelProtocol::None => Membership::Outside,
-        };
-        return Ok((membership, String::new()));
+        });
     };
     let config = extension
         .config
@@ -201,14 +215,25 @@ fn membership(wire: &WireWorkload) -> Result<(Membership, String), ProtoError> {
         .filter(|any| any.type_url == CAPTURE_TYPE_URL)
         .ok_or_else(|| field("extensions", "has a capture extension of another type"))?;
     let capture = Capture::decode(config.value.as_slice())?;
-    let membership = match capture::State::try_from(capture.state) {
-        Ok(capture::State::Pending) => Membership::Pending,
-        Ok(capture::State::Lost) => Membership::Lost,
-        Ok(capture::State::Proven) if tunnel == TunnelProtocol::Hbone => Membership::Proven,
-        Ok(capture::State::Proven) => return Err(field("tunnel_protocol", "is NONE although the capture is proven")),
-        Ok(capture::State::Unspecified) | Err(_) => return Err(field("extensions", "has a capture state that is not known")),
-    };
-    Ok((membership, capture.pod_uid))
+    match capture::State::try_from(capture.state) {
+        Ok(capture::State::Pending) => Ok(Membership::Pending),
+        Ok(capture::State::Lost) => Ok(Membership::Lost),
+        Ok(capture::State::Proven) if tunnel == TunnelProtocol::Hbone => Ok(Membership::Proven),
+        Ok(capture::State::Proven) => Err(field("tunnel_protocol", "is NONE although the capture is proven")),
+        Ok(capture::State::Unspecified) | Err(_) => Err(field("extensions", "has a capture state that is not known")),
+    }
+}
+
+fn service_ports(name: &'static str, wire: &[WirePort]) -> Result<Vec<ServicePort>, ProtoError> {
+    let port = |number: u32| u16::try_from(number).map_err(|_| field(name, format!("has the port {number}")));
+    wire.iter()
+        .map(|wire| {
+            Ok(ServicePort {
+                port: port(wire.service_port)?,
+                target: port(wire.target_port)?,
+            })
+        })
+        .collect()
 }
 
 impl TryFrom<WireService> for Service {
@@ -230,18 +255,17 @@ impl TryFrom<WireService> for Service {
                 addresses.push(ip);
             }
         }
-        let port = |number: u32| u16::try_from(number).map_err(|_| field("ports", format!("has the port {number}")));
-        let ports = wire
-            .ports
-            .iter()
-            .map(|p| Ok((port(p.service_port)?, port(p.target_port)?)))
-            .collect::<Result<_, ProtoError>>()?;
+        let ports = service_ports("ports", &wire.ports)?;
+        let only_healthy = wire
+            .load_balancing
+            .is_none_or(|balancing| balancing.health_policy() == HealthPolicy::OnlyHealthy);
         Ok(Self {
             name: wire.name.into(),
             namespace: wire.namespace.into(),
             hostname: wire.hostname.into(),
             addresses,
             ports,
+            only_healthy,
         })
     }
 }
@@ -261,7 +285,6 @@ impl TryFrom<WireSettings> for Settings {
         Ok(Self {
             trust_domain,
             pod_ranges,
-            trust_bundle_pem: wire.trust_bundle,
         })
     }
 }

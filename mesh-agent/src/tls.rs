@@ -5,7 +5,7 @@ mod verify;
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
@@ -49,12 +49,14 @@ pub struct TlsPeer {
 
 /// What is made once a certificate: rebuilt when the store has a newer one.
 struct Generation {
-    pair: Arc<CertifiedKeyPair>,
+    /// The pair's own life is the store's to decide.
+    pair: Weak<CertifiedKeyPair>,
     server: Arc<ServerConfig>,
     client_key: Arc<dyn ResolvesClientCert>,
 }
 
-/// TLS configurations by identity. Bounded like the certificate store: one for each identity, replaced with its certificate.
+/// TLS configurations by identity. Bounded like the certificate store: one for each identity, replaced with its certificate, dropped
+/// with its last Pod.
 #[derive(Default)]
 pub struct TlsConfigs {
     generations: Mutex<HashMap<Identity, Arc<Generation>>>,
@@ -117,18 +119,30 @@ impl TlsConfigs {
     fn generation(&self, pair: &Arc<CertifiedKeyPair>) -> Result<Arc<Generation>, TlsError> {
         let mut generations = self.generations.lock();
         if let Some(generation) = generations.get(&pair.identity)
-            && Arc::ptr_eq(&generation.pair, pair)
+            && std::ptr::eq(generation.pair.as_ptr(), Arc::as_ptr(pair))
         {
             return Ok(generation.clone());
         }
-        let generation = Arc::new(Generation::new(pair.clone()).map_err(TlsError::OwnCertificate)?);
+        let generation = Arc::new(Generation::new(pair).map_err(TlsError::OwnCertificate)?);
+        // A handshake may have had the pair from before its identity was dropped: what that left goes here.
+        generations.retain(|_, generation| generation.pair.strong_count() > 0);
         generations.insert(pair.identity.clone(), generation.clone());
         Ok(generation)
+    }
+
+    /// Nothing of this identity's key is kept.
+    pub fn forget(&self, identity: &Identity) {
+        self.generations.lock().remove(identity);
+    }
+
+    #[cfg(test)]
+    pub(crate) fn identities(&self) -> Vec<Identity> {
+        self.generations.lock().keys().cloned().collect()
     }
 }
 
 impl Generation {
-    fn new(pair: Arc<CertifiedKeyPair>) -> Result<Self, String> {
+    fn new(pair: &Arc<CertifiedKeyPair>) -> Result<Self, String> {
         let provider = provider();
         let key =
             CertifiedKey::from_der(pair.chain.clone(), pair.key.clone_key(), &provider).map_err(|error| error.to_string())?;
@@ -144,7 +158,7 @@ impl Generation {
         server.send_tls13_tickets = 0;
         server.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
         Ok(Self {
-            pair,
+            pair: Arc::downgrade(pair),
             server: Arc::new(server),
             client_key: key,
         })

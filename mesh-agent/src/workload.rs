@@ -22,13 +22,12 @@ pub enum Membership {
 pub struct Workload {
     /// "cluster/group/kind/namespace/name".
     pub uid: Arc<str>,
-    /// The Pod's metadata.uid; empty where another control plane does not tell.
-    pub pod_uid: Arc<str>,
     pub name: Arc<str>,
     pub namespace: Arc<str>,
     pub identity: Identity,
     pub addresses: Vec<IpAddr>,
-    pub node: Arc<str>,
+    /// Its addresses are its node's: they name no workload.
+    pub host_network: bool,
     /// The owner, as in metrics and baggage: "deployment", "pod", "job" or "cronjob", and its name.
     pub workload_type: WorkloadType,
     pub workload_name: Arc<str>,
@@ -40,6 +39,12 @@ pub struct Workload {
     pub membership: Membership,
     /// "namespace/name" of the selector policies that apply.
     pub policies: Vec<Arc<str>>,
+    /// The services that it is an endpoint of, by "namespace/hostname".
+    pub services: Vec<(Arc<str>, Vec<ServicePort>)>,
+    /// Ready, and not about to end: to be given new connections of a service.
+    pub healthy: bool,
+    /// Its share of a service's connections; 0 gets none.
+    pub weight: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +74,14 @@ pub struct Service {
     pub namespace: Arc<str>,
     pub hostname: Arc<str>,
     pub addresses: Vec<IpAddr>,
-    /// (service port, target port).
-    pub ports: Vec<(u16, u16)>,
+    pub ports: Vec<ServicePort>,
+    /// Whether only healthy workloads are its endpoints.
+    pub only_healthy: bool,
+}
+
+/// A port of a service, and the workload's port behind it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServicePort {
+    pub port: u16,
+    pub target: u16,
 }

@@ -247,3 +247,11 @@ fn request_key(pem: &str) -> Result<SubjectPublicKeyInfo, AuthorityError> {
         .map_err(|_| bad("its signature is not by its key"))?;
     SubjectPublicKeyInfo::from_der(key.raw).map_err(|error| bad(&error.to_string()))
 }
+
+/// What is taken is a key of the one kind that is signed for.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(pem: &str) {
+    if let Ok(key) = request_key(pem) {
+        assert_eq!(key.der_bytes().len(), 65, "an uncompressed point of P-256");
+    }
+}

@@ -14,6 +14,8 @@ pub mod compile;
 pub mod config;
 pub mod control_plane;
 pub mod discovery;
+#[cfg(fuzzing)]
+pub mod fuzz;
 pub mod limits;
 pub mod metrics;
 pub mod node_reports;

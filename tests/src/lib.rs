@@ -6,6 +6,7 @@
 
 pub mod access_log;
 pub mod app;
+pub mod bench;
 pub mod binaries;
 pub mod cgroup;
 pub mod demo;

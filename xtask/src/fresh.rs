@@ -104,13 +104,14 @@ impl Machine {
     fn command(&self, line: &str) -> Result<Command> {
         let home = PathBuf::from(std::env::var_os("HOME").context("HOME")?);
         let root = self.root.display();
-        let mut script = String::from("set -eu\n");
+        // The root of a machine is a mount, which `ip` counts on.
+        let mut script = format!("set -eu\nmount --bind {root} {root}\n");
         for (kind, path) in [("proc", "proc"), ("sysfs", "sys"), ("tmpfs", "run"), ("tmpfs", "tmp")] {
             script += &format!("mount -t {kind} {kind} {root}/{path}\n");
         }
         script += &format!("mount --rbind /dev {root}/dev\nmkdir -p {root}/sys/fs/cgroup\n");
         script += &format!("mount -t cgroup2 cgroup2 {root}/sys/fs/cgroup\nmount -t bpf bpf {root}/sys/fs/bpf\n");
-        for folder in [home.join(".rustup"), home.join(".cargo/bin"), home.join(".cargo/registry")] {
+        for folder in [home.join(".rustup"), home.join(".cargo/bin")] {
             if folder.is_dir() {
                 let inside = format!("{root}{GUEST_HOME}/{}", folder.strip_prefix(&home)?.display());
                 script += &format!("mkdir -p {inside}\nmount --bind {} {inside}\n", folder.display());

@@ -1,8 +1,10 @@
 //! The project's commands. `cargo xtask --help` lists them.
 
+mod bench;
 mod demo;
 mod ebpf;
 mod fresh;
+mod fuzz;
 mod test;
 mod tidy;
 mod tools;
@@ -28,6 +30,10 @@ enum Command {
     Demo(demo::Arguments),
     /// Runs the tests that this machine can run, and says which it cannot
     Test(test::Arguments),
+    /// Measures direct connections against meshed ones, side by side on this machine (root)
+    Bench(bench::Arguments),
+    /// Feeds every parser of bytes from outside with what it does not expect
+    Fuzz(fuzz::Arguments),
     /// Builds the kernel programs to <target>/ebpf/mesh-ebpf.o
     BuildEbpf,
     /// Builds the kernel programs, then mesh-agent with them inside and mesh-control
@@ -53,6 +59,8 @@ fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Demo(arguments) => demo::run(&workspace, &arguments),
         Command::Test(arguments) => test::run(&workspace, &arguments),
+        Command::Bench(arguments) => bench::run(&workspace, &arguments),
+        Command::Fuzz(arguments) => fuzz::run(&workspace, &arguments),
         Command::BuildEbpf => {
             let object = ebpf::object(&workspace)?;
             tools::say(&format!("the kernel programs are in {}", object.display()));

@@ -14,6 +14,7 @@ pub const USER_HALF: [&str; 3] = ["--workspace", "--exclude", "mesh-ebpf"];
 pub struct Workspace {
     pub root: PathBuf,
     pub target: PathBuf,
+    profile: &'static str,
 }
 
 impl Workspace {
@@ -27,7 +28,20 @@ impl Workspace {
             Some(path) => std::path::absolute(path)?,
             None => root.join("target"),
         };
-        Ok(Self { root, target })
+        Ok(Self {
+            root,
+            target,
+            profile: "dev",
+        })
+    }
+
+    /// The same one, optimized: what is measured must be what runs in production.
+    pub fn for_release(&self) -> Self {
+        Self {
+            root: self.root.clone(),
+            target: self.target.clone(),
+            profile: "release",
+        }
     }
 
     /// Cargo in the workspace.
@@ -43,12 +57,12 @@ impl Workspace {
     /// Builds the kernel programs and then all binaries with them; answers the folder of the binaries.
     pub fn build(&self) -> Result<PathBuf> {
         let object = ebpf::object(self)?;
-        let mut cargo = self.cargo(&["build", "--locked", "--bins"]);
+        let mut cargo = self.cargo(&["build", "--locked", "--bins", "--profile", self.profile]);
         tools::run(cargo.args(USER_HALF).env(ebpf::OBJECT_VARIABLE, object))?;
         Ok(self.binaries())
     }
 
     pub fn binaries(&self) -> PathBuf {
-        self.target.join("debug")
+        self.target.join(if self.profile == "dev" { "debug" } else { self.profile })
     }
 }

@@ -3,20 +3,25 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use prometheus::{IntGauge, IntGaugeVec, Opts, Registry};
+use parking_lot::Mutex;
+use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
 
 use super::Agent;
+use crate::telemetry::take_over;
 
-/// Gauges and counters that are copied at each scrape. Counters are kept as gauges of rising values, under their counter's name.
+/// Gauges and counters that are copied at each scrape.
 #[derive(Debug)]
 pub struct AgentMetrics {
     discovery_connected: IntGauge,
     discovery_synced: IntGauge,
-    discovery: IntGaugeVec,
-    certificate_requests: IntGaugeVec,
+    discovery: IntCounterVec,
+    certificate_requests: IntCounterVec,
     certificates: IntGauge,
     pods: IntGaugeVec,
-    local_refused: IntGauge,
+    local_refused: IntCounter,
+    buffered_bytes: IntGauge,
+    /// Of two scrapes at a time, none may bring older numbers after newer ones.
+    copying: Mutex<()>,
 }
 
 impl AgentMetrics {
@@ -33,28 +38,40 @@ impl AgentMetrics {
             registry.register(Box::new(gauges.clone()))?;
             Ok::<_, prometheus::Error>(gauges)
         };
+        let counters = |name: &str, help: &str, label: &str| {
+            let counters = IntCounterVec::new(Opts::new(name, help), &[label])?;
+            registry.register(Box::new(counters.clone()))?;
+            Ok::<_, prometheus::Error>(counters)
+        };
+        let local_refused = IntCounter::new(
+            "mesh_local_refused_total",
+            "Connections to the local socket that were not root's.",
+        )?;
+        registry.register(Box::new(local_refused.clone()))?;
         Ok(Self {
             discovery_connected: gauge("mesh_discovery_connected", "1 while the discovery stream is open.")?,
             discovery_synced: gauge("mesh_discovery_synced", "1 once every resource type has been answered for.")?,
-            discovery: gauges(
+            discovery: counters(
                 "mesh_discovery_events_total",
                 "Streams opened, responses, and resources that could not be used.",
                 "event",
             )?,
-            certificate_requests: gauges("mesh_certificate_requests_total", "Requests for certificates.", "result")?,
+            certificate_requests: counters("mesh_certificate_requests_total", "Requests for certificates.", "result")?,
             certificates: gauge("mesh_certificates", "Identities that the agent holds a certificate of.")?,
             pods: gauges("mesh_pods", "Enrolled Pods by the state of their proof.", "proof")?,
-            local_refused: gauge(
-                "mesh_local_refused_total",
-                "Connections to the local socket that were not root's.",
+            local_refused,
+            buffered_bytes: gauge(
+                "mesh_buffered_bytes",
+                "Data of all Pods' connections that waits in the agent for a reader.",
             )?,
+            copying: Mutex::default(),
         })
     }
 
     /// Everything, in the Prometheus text format.
     #[must_use]
     pub(super) fn render(&self, agent: &Arc<Agent>) -> String {
-        let number = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+        let _one_at_a_time = self.copying.lock();
         let size = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
         {
             let status = agent.discovery.borrow();
@@ -65,16 +82,17 @@ impl AgentMetrics {
                 ("response", status.responses),
                 ("rejected_resource", status.rejected_resources),
             ] {
-                self.discovery.with_label_values(&[event]).set(number(count));
+                take_over(&self.discovery.with_label_values(&[event]), count);
             }
         }
         for (result, count) in [
             ("ok", &agent.certificates.fetched_total),
             ("failed", &agent.certificates.failed_total),
         ] {
-            self.certificate_requests
-                .with_label_values(&[result])
-                .set(number(count.load(Ordering::Relaxed)));
+            take_over(
+                &self.certificate_requests.with_label_values(&[result]),
+                count.load(Ordering::Relaxed),
+            );
         }
         self.certificates.set(size(agent.store.identities().len()));
         let pods = agent.pods.list();
@@ -83,8 +101,9 @@ impl AgentMetrics {
                 .with_label_values(&[proof])
                 .set(size(pods.iter().filter(|pod| pod.proof == proof).count()));
         }
-        self.local_refused.set(number(agent.socket.refused()));
-        agent.metrics.set_capture_events(&agent.capture.counters());
+        take_over(&self.local_refused, agent.socket.refused());
+        self.buffered_bytes.set(size(agent.buffers.held_bytes()));
+        agent.metrics.set_capture_events(|| agent.capture.counters());
         agent.metrics.render()
     }
 }

@@ -10,6 +10,8 @@ mod cgroup_root;
 mod enrol;
 mod enrolments;
 mod events;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod heartbeat;
 pub mod kernel;
 mod namespace;

@@ -276,6 +276,17 @@ fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(offset..offset + 4)?.try_into().ok()?))
 }
 
+#[cfg(fuzzing)]
+pub(super) fn fuzz(bytes: &[u8]) {
+    let mut rest = bytes;
+    while let Some((_, body, further)) = split_message(rest) {
+        assert!(further.len() < rest.len(), "no progress");
+        let _ = parse_address(body);
+        rest = further;
+    }
+    let _ = parse_address(bytes);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

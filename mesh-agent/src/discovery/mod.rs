@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_proto::discovery::{DeltaDiscoveryResponse, Node};
+use mesh_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
 use mesh_proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, SETTINGS_TYPE_URL};
 use prost_types::{Struct, Value, value::Kind};
 use tokio::sync::{mpsc, watch};
@@ -25,7 +25,7 @@ use crate::proto;
 use crate::state::{Change, SharedState};
 use backoff::Backoff;
 pub use subscription::MAX_REJECTED_NAMED;
-use subscription::{Received, Subscription, Unusable, refuse_unknown_type};
+use subscription::{Received, Subscription, refuse_unknown_type};
 use transport::ControlPlane;
 
 /// Waits between streams: doubled from the first up to the longest, jittered.
@@ -49,6 +49,8 @@ pub struct DiscoveryStatus {
     pub enforced_versions: BTreeMap<&'static str, String>,
     /// "type name: reason" of what the last response of a type had that cannot be used.
     pub rejected: Vec<String>,
+    /// Policies that could never be read, and deny until they can, or are gone; at most [`MAX_REJECTED_NAMED`], in order.
+    pub stand_ins: Vec<String>,
     /// Counted since the start.
     pub connections: u64,
     pub responses: u64,
@@ -96,31 +98,33 @@ impl Subscriptions {
     }
 
     fn each(&self) -> [&Subscription; 3] {
-        // Settings and policies before those who are subject to them.
         [&self.settings, &self.authorizations, &self.addresses]
+    }
+
+    /// The first requests of a new stream: settings and policies before those who are subject to them.
+    fn open(&mut self, node: &NodeName) -> [DeltaDiscoveryRequest; 3] {
+        [&mut self.settings, &mut self.authorizations, &mut self.addresses].map(|subscription| subscription.open(node.wire()))
     }
 
     fn receive(&mut self, response: DeltaDiscoveryResponse) -> Result<Received<Change>, DeltaDiscoveryResponse> {
         let received = match response.type_url.as_str() {
             ADDRESS_TYPE_URL => self.addresses.receive(
                 response,
-                |resource| proto::address(resource).map_err(|e| e.to_string().into()),
+                |resource| proto::address(resource).map_err(|e| e.to_string()),
                 |name| Some(Change::RemoveAddress(name)),
+                |_| None,
             ),
             AUTHORIZATION_TYPE_URL => self.authorizations.receive(
                 response,
-                |resource| {
-                    proto::authorization(resource).map_err(|e| Unusable {
-                        reason: e.to_string(),
-                        stand_in: proto::denying(&resource.name),
-                    })
-                },
+                |resource| proto::authorization(resource).map_err(|e| e.to_string()),
                 |name| Some(Change::RemovePolicy(name)),
+                proto::denying,
             ),
             // Settings that are gone say nothing of what holds instead: the last ones stay.
             SETTINGS_TYPE_URL => self.settings.receive(
                 response,
-                |resource| proto::settings(resource).map_err(|e| e.to_string().into()),
+                |resource| proto::settings(resource).map_err(|e| e.to_string()),
+                |_| None,
                 |_| None,
             ),
             _ => return Err(response),
@@ -176,9 +180,9 @@ async fn stream(
     backoff: &mut Backoff,
 ) -> tonic::Status {
     let (requests, receiver) = mpsc::channel(REQUEST_QUEUE);
-    for subscription in subscriptions.each() {
+    for opening in subscriptions.open(node) {
         // The queue has room for the three: this never waits.
-        if requests.send(subscription.open(node.wire())).await.is_err() {
+        if requests.send(opening).await.is_err() {
             return tonic::Status::internal("the request stream is closed");
         }
     }
@@ -229,7 +233,7 @@ fn apply(
     state: &SharedState,
     subscriptions: &mut Subscriptions,
     status: &watch::Sender<DiscoveryStatus>,
-) -> mesh_proto::discovery::DeltaDiscoveryRequest {
+) -> DeltaDiscoveryRequest {
     let Received {
         changes,
         reply,
@@ -252,11 +256,15 @@ fn apply(
         .take(MAX_REJECTED_NAMED)
         .map(|resource| format!("{short} {}: {}", resource.name, resource.reason))
         .collect();
+    let mut stand_ins: Vec<String> = subscriptions.authorizations.stand_ins().iter().cloned().collect();
+    stand_ins.sort_unstable();
+    stand_ins.truncate(MAX_REJECTED_NAMED);
     subscriptions.rejected.insert(type_url, named);
     status.send_modify(|status| {
         status.responses += 1;
         status.rejected_resources += rejected_count;
         status.enforced_versions.insert(type_url, version);
+        status.stand_ins = stand_ins;
         status.rejected = subscriptions
             .rejected
             .values()

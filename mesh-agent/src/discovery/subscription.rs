@@ -1,6 +1,6 @@
 //! One resource type of the delta protocol, without I/O: what is held, and what to answer to a response.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use mesh_proto::PARTIAL_VERSION;
 use mesh_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status};
@@ -22,19 +22,6 @@ pub struct Rejected {
     pub reason: String,
 }
 
-/// Why a resource cannot be used, and what stands in for one that has no earlier form.
-#[derive(Debug)]
-pub struct Unusable<C> {
-    pub reason: String,
-    pub stand_in: Option<C>,
-}
-
-impl<C> From<String> for Unusable<C> {
-    fn from(reason: String) -> Self {
-        Self { reason, stand_in: None }
-    }
-}
-
 /// What a response means: to be applied first, and only then answered.
 #[derive(Debug)]
 pub struct Received<C> {
@@ -50,6 +37,10 @@ pub struct Subscription {
     type_url: &'static str,
     /// name → version of what the agent's state holds.
     held: HashMap<String, String>,
+    /// Names that cannot be used and never could: the agent's state holds something in their place.
+    stand_ins: HashSet<String>,
+    /// Those of streams before that this stream has not named yet. No server is told of them, so none says that they are gone.
+    unnamed: HashSet<String>,
     /// system_version_info of the last response.
     version: String,
     answered: bool,
@@ -61,6 +52,8 @@ impl Subscription {
         Self {
             type_url,
             held: HashMap::new(),
+            stand_ins: HashSet::new(),
+            unnamed: HashSet::new(),
             version: String::new(),
             answered: false,
         }
@@ -87,9 +80,16 @@ impl Subscription {
         self.held.len()
     }
 
+    /// What is in force although it could not be used.
+    #[must_use]
+    pub fn stand_ins(&self) -> &HashSet<String> {
+        &self.stand_ins
+    }
+
     /// The first request on a new stream: the wildcard, with what is held from streams before.
     #[must_use]
-    pub fn open(&self, node: Node) -> DeltaDiscoveryRequest {
+    pub fn open(&mut self, node: Node) -> DeltaDiscoveryRequest {
+        self.unnamed.clone_from(&self.stand_ins);
         DeltaDiscoveryRequest {
             node: Some(node),
             type_url: self.type_url.to_owned(),
@@ -98,41 +98,57 @@ impl Subscription {
         }
     }
 
-    /// Takes a response apart. `decode` turns a resource into a change, or says why it cannot; `remove` names one that is gone.
+    /// Takes a response apart. `decode` turns a resource into a change, or says why it cannot; `remove` names one that is gone;
+    /// `stand_in` is what holds in the place of a name that cannot be used and never could.
     ///
-    /// A rejected resource leaves what was held of that name in place, here as in the state; where nothing was held, its
-    /// stand-in is a change, and still counts as not held: the next server is asked for it again.
+    /// A rejected resource leaves what was held of that name in place, here as in the state. A stand-in counts as not held: the
+    /// next server is asked for it again, and it is dropped when that one answers without it.
     pub fn receive<C>(
         &mut self,
         response: DeltaDiscoveryResponse,
-        mut decode: impl FnMut(&Resource) -> Result<C, Unusable<C>>,
+        mut decode: impl FnMut(&Resource) -> Result<C, String>,
         mut remove: impl FnMut(String) -> Option<C>,
+        mut stand_in: impl FnMut(&str) -> Option<C>,
     ) -> Received<C> {
         let mut changes = Vec::with_capacity(response.resources.len() + response.removed_resources.len());
         let mut rejected = Vec::new();
         // Removals first: a name that is both gone and there is there.
         for name in response.removed_resources {
-            self.held.remove(&name);
+            self.forget(&name);
             changes.extend(remove(name));
         }
         for resource in &response.resources {
-            match self.checked(resource).map_err(Unusable::from).and_then(|()| decode(resource)) {
+            match self.checked(resource).and_then(|()| decode(resource)) {
                 Ok(change) => {
+                    self.forget(&resource.name);
                     self.held.insert(resource.name.clone(), resource.version.clone());
                     changes.push(change);
                 }
-                Err(Unusable { reason, stand_in }) => {
+                Err(reason) => {
                     rejected.push(Rejected {
                         name: shortened(&resource.name, MAX_NAME_BYTES),
                         reason: shortened(&reason, MAX_REASON_BYTES),
                     });
-                    if !self.held.contains_key(&resource.name) {
-                        changes.extend(stand_in);
+                    self.unnamed.remove(&resource.name);
+                    if !self.held.contains_key(&resource.name)
+                        && self.has_room(&resource.name)
+                        && let Some(change) = stand_in(&resource.name)
+                    {
+                        self.stand_ins.insert(resource.name.clone());
+                        changes.push(change);
                     }
                 }
             }
         }
-        self.answered |= !response.system_version_info.ends_with(PARTIAL_VERSION);
+        let is_whole = !response.system_version_info.ends_with(PARTIAL_VERSION);
+        if is_whole {
+            // The wildcard is answered, and everything that was not told as held was sent: what was not is gone.
+            for name in std::mem::take(&mut self.unnamed) {
+                self.forget(&name);
+                changes.extend(remove(name));
+            }
+        }
+        self.answered |= is_whole;
         self.version = shortened(&response.system_version_info, MAX_NAME_BYTES);
         let reply = DeltaDiscoveryRequest {
             type_url: self.type_url.to_owned(),
@@ -147,11 +163,23 @@ impl Subscription {
         }
     }
 
+    fn forget(&mut self, name: &str) {
+        self.held.remove(name);
+        self.stand_ins.remove(name);
+        self.unnamed.remove(name);
+    }
+
+    /// Names of at most 1,024 bytes, and not too many.
+    fn has_room(&self, name: &str) -> bool {
+        let known = self.held.contains_key(name) || self.stand_ins.contains(name);
+        is_name(name) && (known || self.held.len() + self.stand_ins.len() < MAX_RESOURCES)
+    }
+
     fn checked(&self, resource: &Resource) -> Result<(), String> {
-        if resource.name.is_empty() || resource.name.len() > MAX_NAME_BYTES {
+        if !is_name(&resource.name) {
             return Err("has no name of at most 1024 bytes".to_owned());
         }
-        if self.held.len() >= MAX_RESOURCES && !self.held.contains_key(&resource.name) {
+        if !self.has_room(&resource.name) {
             return Err(format!("more than {MAX_RESOURCES} resources of this type"));
         }
         let url = resource.resource.as_ref().map(|any| any.type_url.as_str());
@@ -161,6 +189,10 @@ impl Subscription {
             None => Err("is empty".to_owned()),
         }
     }
+}
+
+fn is_name(name: &str) -> bool {
+    !name.is_empty() && name.len() <= MAX_NAME_BYTES
 }
 
 /// The NACK of a response whose type was never asked for.
@@ -249,22 +281,17 @@ mod tests {
             response,
             |r| {
                 if r.name.contains("bad") {
-                    Err(Unusable {
-                        reason: "is bad".to_owned(),
-                        stand_in: r
-                            .name
-                            .contains("policy")
-                            .then(|| Change::Set(format!("denies for {}", r.name))),
-                    })
+                    Err("is bad".to_owned())
                 } else {
                     Ok(Change::Set(r.name.clone()))
                 }
             },
             |name| Some(Change::Remove(name)),
+            |name| name.contains("policy").then(|| Change::Set(format!("denies for {name}"))),
         )
     }
 
-    fn held(subscription: &Subscription) -> BTreeMap<String, String> {
+    fn held(subscription: &mut Subscription) -> BTreeMap<String, String> {
         subscription
             .open(Node::default())
             .initial_resource_versions
@@ -314,7 +341,7 @@ mod tests {
                 Change::Set("a".into())
             ]
         );
-        assert_eq!(held(&subscription), versions(&[("a", "2")]));
+        assert_eq!(held(&mut subscription), versions(&[("a", "2")]));
         assert_eq!(subscription.version(), "v-2");
     }
 
@@ -350,7 +377,7 @@ mod tests {
             assert!(detail.message.contains(named), "{}", detail.message);
         }
         assert_eq!(received.rejected.len(), 4);
-        assert_eq!(held(&subscription), versions(&[("good", "1")]));
+        assert_eq!(held(&mut subscription), versions(&[("good", "1")]));
     }
 
     #[test]
@@ -359,11 +386,12 @@ mod tests {
         receive(&mut subscription, response("1", vec![resource("x", "1")], &[]));
         let received = subscription.receive(
             response("2", vec![resource("x", "2")], &[]),
-            |_| Err::<Change, _>("broken".to_owned().into()),
+            |_| Err::<Change, _>("broken".to_owned()),
+            |_| None,
             |_| None,
         );
         assert!(received.changes.is_empty() && received.reply.error_detail.is_some());
-        assert_eq!(held(&subscription), versions(&[("x", "1")]));
+        assert_eq!(held(&mut subscription), versions(&[("x", "1")]));
     }
 
     #[test]
@@ -389,6 +417,72 @@ mod tests {
         subscription.held.insert("bad-policy".into(), "0".into());
         let received = receive(&mut subscription, response("2", vec![resource("bad-policy", "2")], &[]));
         assert_eq!(received.changes, [], "its last good form stands");
+    }
+
+    #[test]
+    fn what_is_no_resource_of_the_type_has_a_stand_in_too() {
+        let mut subscription = Subscription::new(TYPE);
+        let mut foreign = resource("foreign-policy", "1");
+        foreign.resource = Some(Any {
+            type_url: "other".to_owned(),
+            value: vec![],
+        });
+        let mut empty = resource("empty-policy", "1");
+        empty.resource = None;
+        let received = receive(&mut subscription, response("1", vec![foreign, empty], &[]));
+        assert_eq!(
+            received.changes,
+            [
+                Change::Set("denies for foreign-policy".into()),
+                Change::Set("denies for empty-policy".into())
+            ]
+        );
+        assert_eq!(subscription.stand_ins().len(), 2);
+    }
+
+    #[test]
+    fn a_stand_in_ends_with_its_resource() {
+        let mut subscription = Subscription::new(TYPE);
+        let names = [
+            "bad-policy-good-later",
+            "bad-policy-removed",
+            "bad-policy-gone",
+            "bad-policy-still",
+        ];
+        let all = names.iter().map(|name| resource(name, "1")).collect();
+        assert_eq!(receive(&mut subscription, response("1", all, &[])).changes.len(), 4);
+        // On the stream: the server says so.
+        receive(&mut subscription, response("2", vec![], &["bad-policy-removed"]));
+        assert_eq!(subscription.stand_ins().len(), 3);
+
+        // Deleted while there was no stream: nobody says so, for no server knows that it is held.
+        assert!(held(&mut subscription).is_empty());
+        let mut part = response("1", vec![resource("bad-policy-still", "1")], &[]);
+        part.system_version_info.push_str(PARTIAL_VERSION);
+        assert_eq!(
+            receive(&mut subscription, part).changes,
+            [Change::Set("denies for bad-policy-still".into())],
+            "more may come"
+        );
+        let good = subscription.receive(
+            response("2", vec![resource("bad-policy-good-later", "2")], &[]),
+            |r| Ok(Change::Set(r.name.clone())),
+            |name| Some(Change::Remove(name)),
+            |_| None,
+        );
+        assert_eq!(
+            good.changes,
+            [
+                Change::Set("bad-policy-good-later".into()),
+                Change::Remove("bad-policy-gone".into())
+            ]
+        );
+        assert_eq!(subscription.stand_ins(), &HashSet::from(["bad-policy-still".to_owned()]));
+        assert!(
+            receive(&mut subscription, response("3", vec![], &[])).changes.is_empty(),
+            "once a stream"
+        );
+        assert_eq!(held(&mut subscription), versions(&[("bad-policy-good-later", "2")]));
     }
 
     #[test]

@@ -373,9 +373,37 @@ async fn a_policy_that_cannot_be_read_denies_until_it_can() {
     let denies = |namespace: &str| policy.scope == crate::policy::Scope::Namespace && &*policy.namespace == namespace;
     assert!(denies("shop") && policy.has_unknown_part() && !policy.dry_run);
     assert_eq!(policy.action, crate::policy::Action::Deny);
+    assert_eq!(client.status.borrow().stand_ins, ["shop/broken"]);
     peer.respond(AUTHORIZATION_TYPE_URL, "n2", vec![], &["shop/broken"]).await;
     assert!(peer.request().await.error_detail.is_none());
     assert_eq!(client.state.read(|state| state.policies().count()), 0);
+    assert!(client.status.borrow().stand_ins.is_empty());
+}
+
+#[tokio::test]
+async fn an_unreadable_policy_that_is_deleted_meanwhile_denies_no_longer() {
+    let pki = pki(transport::CONTROL_SERVER_NAME);
+    let (address, mut peers, _stop) = serve(ANY_PORT, pki.tls).await;
+    let client = Client::start(address, pki.root_sha256);
+    let mut peer = next(&mut peers).await;
+    peer.openings().await;
+    // Of another type: not even looked into.
+    peer.respond(AUTHORIZATION_TYPE_URL, "n", vec![resource("shop/broken", "1", vec![])], &[])
+        .await;
+    assert!(peer.request().await.error_detail.is_some());
+    let policies = || client.state.read(|state| state.policies().count());
+    assert_eq!(policies(), 1, "stands in");
+    drop(peer);
+    let mut peer = next(&mut peers).await;
+    assert!(
+        peer.openings().await[AUTHORIZATION_TYPE_URL]
+            .initial_resource_versions
+            .is_empty()
+    );
+    assert_eq!(policies(), 1, "until the server has answered");
+    peer.respond(AUTHORIZATION_TYPE_URL, "n", vec![], &[]).await;
+    peer.request().await;
+    assert_eq!(policies(), 0);
 }
 
 #[tokio::test]

@@ -1,5 +1,8 @@
 //! The task that keeps a current certificate for every identity of the node's Pods, as [`Rotation`] decides.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -83,14 +86,17 @@ impl Certificates {
         self.due.notify_one();
     }
 
-    /// The Pod is gone; a certificate that no other Pod needs is dropped.
-    pub fn unwant(&self, pod_uid: &str) {
+    /// The Pod is gone; a certificate that no other Pod needs is dropped. Returns whose they were.
+    #[must_use = "what was made of these certificates is to be dropped, too"]
+    pub fn unwant(&self, pod_uid: &str) -> Vec<Identity> {
         let mut rotation = self.rotation.lock();
-        for identity in rotation.unwant(pod_uid) {
-            self.failures.lock().remove(&identity);
-            self.store.remove(&identity);
+        let dropped = rotation.unwant(pod_uid);
+        for identity in &dropped {
+            self.failures.lock().remove(identity);
+            self.store.remove(identity);
             info!(%identity, "certificate dropped: its last Pod is gone");
         }
+        dropped
     }
 
     /// The control plane is back: what failed is tried at once.

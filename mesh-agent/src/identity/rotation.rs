@@ -62,11 +62,6 @@ impl Rotation {
         dropped
     }
 
-    #[must_use]
-    pub fn wanted(&self, identity: &Identity) -> bool {
-        self.identities.contains_key(identity)
-    }
-
     /// Takes the identities that are due at the authority, at most `limit`; each is answered by [`Self::fetched`] or [`Self::failed`].
     pub fn take_due(&mut self, now: SystemTime, limit: usize) -> Vec<Identity> {
         self.identities

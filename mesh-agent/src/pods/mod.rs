@@ -211,7 +211,7 @@ impl Pods {
 
     fn forget(&self, uid: &Arc<str>) -> bool {
         let enrolled = self.enrolled.lock().remove(uid);
-        self.certificates.unwant(uid);
+        self.proxy.forget(&self.certificates.unwant(uid));
         let Some(enrolled) = enrolled else { return false };
         enrolled.stop.cancel();
         self.metrics.forget_pod(&enrolled.pod.namespace, &enrolled.pod.name);

@@ -94,6 +94,9 @@ pub struct ServiceAccountMatch {
 pub struct Connection<'a> {
     /// The proven identity of the source; a plaintext connection has none.
     pub source: Option<&'a Identity>,
+    /// Who has the source's address by discovery, where nothing is proven: whom DENY names cannot come in by leaving its tunnel.
+    /// Counts for DENY only, beside the missing principal.
+    pub claimed: Option<&'a Identity>,
     pub source_ip: IpAddr,
     pub destination_ip: IpAddr,
     pub destination_port: u16,
@@ -130,13 +133,19 @@ pub struct Verdict {
 /// Decides about a connection by the policies that apply to its destination.
 #[must_use]
 pub fn evaluate(policies: &[Arc<Policy>], connection: &Connection<'_>) -> Verdict {
-    let subject = Subject {
-        principal: connection.source.map(Identity::principal),
-        connection,
+    let proven = Subject::new(connection, connection.source);
+    let claimed = connection.claimed.filter(|_| connection.source.is_none());
+    let claimed = claimed.map(|identity| Subject::new(connection, Some(identity)));
+    let matches = |policy: &Policy| {
+        let denied_as_claimed = || {
+            let claimed = claimed.as_ref();
+            policy.action == Action::Deny && claimed.is_some_and(|claimed| policy.matches(claimed))
+        };
+        policy.matches(&proven) || denied_as_claimed()
     };
     let dry_run_matches = policies
         .iter()
-        .filter(|policy| policy.dry_run && policy.matches(&subject))
+        .filter(|policy| policy.dry_run && matches(policy))
         .map(|policy| policy.name.clone())
         .collect();
     let enforced = |action| {
@@ -145,13 +154,13 @@ pub fn evaluate(policies: &[Arc<Policy>], connection: &Connection<'_>) -> Verdic
             .filter(move |policy| !policy.dry_run && policy.action == action)
     };
 
-    let decision = if let Some(policy) = enforced(Action::Deny).find(|policy| policy.matches(&subject)) {
+    let decision = if let Some(policy) = enforced(Action::Deny).find(|policy| matches(policy)) {
         Decision::Deny {
             policy: Some(policy.name.clone()),
         }
     } else if enforced(Action::Allow).next().is_none() {
         Decision::Allow { policy: None }
-    } else if let Some(policy) = enforced(Action::Allow).find(|policy| policy.matches(&subject)) {
+    } else if let Some(policy) = enforced(Action::Allow).find(|policy| matches(policy)) {
         Decision::Allow {
             policy: Some(policy.name.clone()),
         }
@@ -164,10 +173,21 @@ pub fn evaluate(policies: &[Arc<Policy>], connection: &Connection<'_>) -> Verdic
     }
 }
 
-/// A connection with what the matching needs, made once.
+/// A connection as somebody's, with what the matching needs, made once.
 struct Subject<'a> {
+    identity: Option<&'a Identity>,
     principal: Option<String>,
     connection: &'a Connection<'a>,
+}
+
+impl<'a> Subject<'a> {
+    fn new(connection: &'a Connection<'a>, identity: Option<&'a Identity>) -> Self {
+        Self {
+            identity,
+            principal: identity.map(Identity::principal),
+            connection,
+        }
+    }
 }
 
 impl Policy {
@@ -208,7 +228,7 @@ impl Match {
     fn matches(&self, subject: &Subject<'_>) -> bool {
         let connection = subject.connection;
         let principal = subject.principal.as_deref();
-        let namespace = connection.source.map(|identity| &*identity.namespace);
+        let namespace = subject.identity.map(|identity| &*identity.namespace);
         let (source_ip, destination_ip) = (connection.source_ip.to_canonical(), connection.destination_ip.to_canonical());
         let port = connection.destination_port;
 
@@ -220,7 +240,7 @@ impl Match {
             })
             && kind(&self.destination_ports, &self.not_destination_ports, |p| *p == port)
             && kind(&self.service_accounts, &self.not_service_accounts, |m| {
-                m.matches(connection.source)
+                m.matches(subject.identity)
             })
     }
 }

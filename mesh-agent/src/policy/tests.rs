@@ -36,6 +36,7 @@ fn decide(policies: &[Arc<Policy>], source: Option<&Identity>) -> Verdict {
         policies,
         &Connection {
             source,
+            claimed: None,
             source_ip: "10.0.0.1".parse().unwrap(),
             destination_ip: "10.0.1.2".parse().unwrap(),
             destination_port: 8080,
@@ -349,6 +350,96 @@ fn dry_run_is_reported_and_not_enforced() {
     assert_eq!(verdict.dry_run_matches, ["shop/d".into(), "shop/a".into()]);
 }
 
+#[test]
+fn who_comes_without_its_tunnel_is_denied_all_the_same_and_never_allowed() {
+    let (web, db) = (identity("shop", "web"), identity("shop", "db"));
+    let by = |m: Match| vec![rule(vec![m])];
+    let principals = |not: bool, values| {
+        by(match not {
+            false => Match {
+                principals: values,
+                ..Match::default()
+            },
+            true => Match {
+                not_principals: values,
+                ..Match::default()
+            },
+        })
+    };
+    let namespace = by(Match {
+        namespaces: exact("shop"),
+        ..Match::default()
+    });
+    let account = by(Match {
+        service_accounts: vec![ServiceAccountMatch {
+            namespace: "shop".into(),
+            service_account: "web".into(),
+        }],
+        ..Match::default()
+    });
+    let web_only = exact("cluster.local/ns/shop/sa/web");
+    use Action::{Allow, Deny};
+    let table = [
+        // (name, action, rules, proven, claimed, allowed)
+        (
+            "by principal",
+            Deny,
+            principals(false, web_only.clone()),
+            None,
+            Some(&web),
+            false,
+        ),
+        ("by namespace", Deny, namespace.clone(), None, Some(&web), false),
+        ("by account", Deny, account.clone(), None, Some(&web), false),
+        ("somebody else", Deny, account, None, Some(&db), true),
+        ("an outsider", Deny, namespace.clone(), None, None, true),
+        (
+            "no principal",
+            Deny,
+            principals(true, vec![StringMatch::Presence]),
+            None,
+            Some(&web),
+            false,
+        ),
+        (
+            "none but that",
+            Deny,
+            principals(true, web_only.clone()),
+            None,
+            Some(&web),
+            false,
+        ),
+        (
+            "what is proven counts",
+            Deny,
+            principals(false, web_only.clone()),
+            Some(&db),
+            Some(&web),
+            true,
+        ),
+        (
+            "ALLOW by principal",
+            Allow,
+            principals(false, web_only),
+            None,
+            Some(&web),
+            false,
+        ),
+        ("ALLOW by namespace", Allow, namespace, None, Some(&web), false),
+    ];
+    for (name, action, rules, source, claimed, allowed) in table {
+        let connection = Connection {
+            source,
+            claimed,
+            source_ip: "10.0.0.1".parse().unwrap(),
+            destination_ip: "10.0.1.2".parse().unwrap(),
+            destination_port: 8080,
+        };
+        let verdict = evaluate(&[policy("p", action, rules)], &connection);
+        assert_eq!(verdict.decision.is_allow(), allowed, "{name}");
+    }
+}
+
 proptest! {
     /// Against a naive reading of the rules, on policies that match by port only.
     #[test]
@@ -370,7 +461,7 @@ proptest! {
         let mut allows = policies.iter().filter(|(deny, dry, _)| !deny && !dry).peekable();
         let expected = !denied && (allows.peek().is_none() || allows.any(|(_, _, rules)| hit(rules)));
         let ip = "10.0.0.1".parse().unwrap();
-        let connection = Connection { source: None, source_ip: ip, destination_ip: ip, destination_port: port };
+        let connection = Connection { source: None, claimed: None, source_ip: ip, destination_ip: ip, destination_port: port };
         prop_assert_eq!(evaluate(&built, &connection).decision.is_allow(), expected);
     }
 }

@@ -33,10 +33,10 @@ pub fn decode(bytes: &[u8]) -> Result<Policy, ProtoError> {
         Ok(WireScope::WorkloadSelector) => Scope::WorkloadSelector,
         Err(_) => {
             whole_unknown = true;
-            Scope::Namespace
+            super::widest_scope(&wire.namespace)
         }
     };
-    let rules = wire
+    let mut rules: Vec<Rule> = wire
         .rules
         .into_iter()
         .enumerate()
@@ -45,6 +45,13 @@ pub fn decode(bytes: &[u8]) -> Result<Policy, ProtoError> {
             ..rule(wire)
         })
         .collect();
+    // What we do not know may stand where rules stood: a policy without any would never match.
+    if whole_unknown && rules.is_empty() {
+        rules.push(Rule {
+            clauses: Vec::new(),
+            unknown: true,
+        });
+    }
     Ok(Policy {
         name: format!("{}/{}", wire.namespace, wire.name).into(),
         namespace: wire.namespace.into(),

@@ -117,6 +117,23 @@ fn a_workloads_errors_name_their_field() {
         }),
         "tunnel_protocol",
     );
+    fails_at(
+        Workload::try_from(WireWorkload {
+            network_mode: 9,
+            ..wire_workload()
+        }),
+        "network_mode",
+    );
+}
+
+#[test]
+fn a_workload_on_the_hosts_network() {
+    assert!(!Workload::try_from(wire_workload()).unwrap().host_network);
+    let on_host = Workload::try_from(WireWorkload {
+        network_mode: NetworkMode::HostNetwork.into(),
+        ..wire_workload()
+    });
+    assert!(on_host.unwrap().host_network);
 }
 
 #[test]
@@ -135,10 +152,6 @@ fn membership_comes_from_the_extension_and_else_from_the_tunnel_protocol() {
     ] {
         assert_eq!(membership(with_capture(state.into(), tunnel)).unwrap(), expected);
     }
-    assert_eq!(
-        &*Workload::try_from(with_capture(1, TunnelProtocol::None)).unwrap().pod_uid,
-        "uid-1"
-    );
     // Never cleartext by a state that we do not understand.
     for (state, tunnel) in [
         (0, TunnelProtocol::None),
@@ -194,7 +207,7 @@ fn a_service_has_its_virtual_addresses_only() {
         service.addresses,
         ["10.96.0.1".parse::<IpAddr>().unwrap(), "10.96.0.2".parse().unwrap()]
     );
-    assert_eq!(service.ports, [(80, 8080)]);
+    assert_eq!(service.ports, [crate::workload::ServicePort { port: 80, target: 8080 }]);
     let mut broken = wire;
     broken.ports[0].service_port = 65_536;
     assert!(matches!(
@@ -373,6 +386,52 @@ fn an_unknown_field_action_or_scope_of_the_whole_marks_every_rule() {
         assert!(policy(bytes).rules.iter().all(|rule| rule.unknown));
     }
     assert_eq!(policy(action).action, Action::Deny);
+}
+
+#[test]
+fn an_unknown_part_of_the_whole_denies_even_without_rules() {
+    let without_rules = Authorization {
+        name: "policy".to_owned(),
+        namespace: "shop".to_owned(),
+        action: WireAction::Deny.into(),
+        ..Authorization::default()
+    };
+    assert!(
+        policy(without_rules.encode_to_vec()).rules.is_empty(),
+        "wholly known: never matches"
+    );
+    let mut with_field = without_rules.encode_to_vec();
+    with_field.extend(UNKNOWN_FIELD);
+    let with_action = Authorization {
+        action: 9,
+        ..without_rules.clone()
+    };
+    let with_scope = Authorization {
+        scope: 9,
+        ..without_rules
+    };
+    for bytes in [with_field, with_action.encode_to_vec(), with_scope.encode_to_vec()] {
+        let policy = policy(bytes);
+        assert_eq!(policy.action, Action::Deny);
+        assert!(policy.rules.iter().any(|rule| rule.unknown), "{policy:?}");
+    }
+}
+
+#[test]
+fn an_unknown_scope_is_the_widest() {
+    for (namespace, scope) in [("shop", Scope::Namespace), (ROOT_NAMESPACE, Scope::Global)] {
+        let wire = Authorization {
+            namespace: namespace.to_owned(),
+            scope: 9,
+            ..wire_authorization(vec![])
+        };
+        let name = format!("{namespace}/policy");
+        let change = super::authorization(&resource(&name, AUTHORIZATION_TYPE_URL, wire.encode_to_vec()));
+        assert!(
+            matches!(change, Ok(Change::Policy(policy)) if policy.scope == scope),
+            "{namespace}"
+        );
+    }
 }
 
 proptest::proptest! {

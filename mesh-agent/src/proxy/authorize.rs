@@ -23,8 +23,11 @@ pub(super) async fn authorize(
     record: &mut ConnectionRecord,
 ) -> Result<(), ProxyError> {
     let applicable = applicable_policies(proxy, context).await?;
+    // A Pod that speaks TCP itself evades its capture, and with it its principal.
+    let claimed = proxy.state.read(|state| state.member_at(source_ip));
     let connection = Connection {
         source,
+        claimed: claimed.as_ref().map(|workload| &workload.identity),
         source_ip,
         destination_ip: destination.ip(),
         destination_port: destination.port(),
@@ -59,21 +62,15 @@ async fn applicable_policies(proxy: &Proxy, context: &PodContext) -> Result<Appl
         .ok_or(ProxyError::Refused(Refusal::PolicyMissing))
 }
 
-/// What discovery knows at the address of a tunnel's peer; an error when it is someone else than the certificate says, so that a
-/// certificate stolen from one node is of no use on another. An unknown address contradicts nothing.
-pub(super) async fn confirm_source(
-    proxy: &Proxy,
-    address: IpAddr,
-    identity: &Identity,
-) -> Result<Option<Arc<Workload>>, ProxyError> {
-    let confirmed = |state: &State| match state.by_address(address) {
-        Some(workload) if workload.identity == *identity => Some(Some(workload)),
-        Some(_) => None,
-        None => Some(None),
-    };
-    proxy
-        .state
-        .wait_for(FRESHNESS_PATIENCE, confirmed)
-        .await
-        .ok_or(ProxyError::Refused(Refusal::IdentityMismatch))
+/// Whom discovery knows at the address of a tunnel's peer; an error when it is nobody, or someone else than the certificate says, so
+/// that a certificate stolen from one node is of no use on another.
+pub(super) async fn confirm_source(proxy: &Proxy, address: IpAddr, identity: &Identity) -> Result<Arc<Workload>, ProxyError> {
+    // Before everything was told, the address may have a later holder than the one that is known.
+    let known = |state: &State| state.by_address(address).filter(|_| state.is_synced());
+    let confirmed = |state: &State| known(state).filter(|workload| workload.identity == *identity);
+    match proxy.state.wait_for(FRESHNESS_PATIENCE, confirmed).await {
+        Some(workload) => Ok(workload),
+        None if proxy.state.read(known).is_some() => Err(Refusal::IdentityMismatch.into()),
+        None => Err(Refusal::IdentityUnknown.into()),
+    }
 }

@@ -36,7 +36,12 @@ pub enum Refusal {
     DeniedByPolicy,
     PolicyMissing,
     IdentityMismatch,
-    ServiceVipNotSupported,
+    /// Discovery knows nobody at the address of a tunnel's peer.
+    IdentityUnknown,
+    /// The service has no such port.
+    ServicePortUnknown,
+    /// No endpoint of the service can be given a connection.
+    NoHealthyEndpoint,
     DestinationUnknown,
     DestinationLost,
     CertificateMissing,
@@ -45,6 +50,8 @@ pub enum Refusal {
     /// A connection of the agent's own that came back to it.
     UpstreamLoop,
     BadRequest,
+    /// Much data before the answer to a CONNECT.
+    EarlyData,
 }
 
 /// What took too long.
@@ -62,6 +69,8 @@ pub enum ResetBy {
     Destination,
     /// The connection's bounds: half-closed and silent for too long.
     Idle,
+    /// Held too much for an end that does not read.
+    Memory,
     /// Cut by the agent.
     Cut,
 }
@@ -92,6 +101,17 @@ impl From<h2::Error> for ProxyError {
 }
 
 impl ProxyError {
+    /// The destination, or its node, did not take the connection: another endpoint may. What was decided, by policy or
+    /// identity, is final.
+    #[must_use]
+    pub fn is_refusal_to_connect(&self) -> bool {
+        match self {
+            Self::Connect { .. } | Self::Timeout(Phase::Connect) | Self::Tunnel(_) => true,
+            Self::Answer(status) => *status == http::StatusCode::SERVICE_UNAVAILABLE,
+            Self::Refused(_) | Self::Capture(_) | Self::Timeout(_) | Self::Tls(_) | Self::Reset(_) => false,
+        }
+    }
+
     /// The label in metrics and the field in logs.
     #[must_use]
     pub fn reason(&self) -> &'static str {
@@ -115,6 +135,7 @@ impl ProxyError {
             Self::Reset(ResetBy::Source) => "reset_by_source",
             Self::Reset(ResetBy::Destination) => "reset_by_destination",
             Self::Reset(ResetBy::Idle) => "half_closed_idle",
+            Self::Reset(ResetBy::Memory) => "memory_limit",
             Self::Reset(ResetBy::Cut) => "cut",
         }
     }
@@ -129,7 +150,9 @@ impl Refusal {
             Self::DeniedByPolicy => "denied_by_policy",
             Self::PolicyMissing => "policy_missing",
             Self::IdentityMismatch => "identity_mismatch",
-            Self::ServiceVipNotSupported => "service_vip_not_supported",
+            Self::IdentityUnknown => "identity_unknown",
+            Self::ServicePortUnknown => "service_port_unknown",
+            Self::NoHealthyEndpoint => "no_healthy_endpoint",
             Self::DestinationUnknown => "destination_unknown",
             Self::DestinationLost => "destination_lost",
             Self::CertificateMissing => "certificate_missing",
@@ -137,6 +160,7 @@ impl Refusal {
             Self::Limit => "limit",
             Self::UpstreamLoop => "upstream_loop",
             Self::BadRequest => "bad_request",
+            Self::EarlyData => "early_data",
         }
     }
 }
@@ -157,6 +181,7 @@ impl std::fmt::Display for ResetBy {
             Self::Source => "by the source",
             Self::Destination => "by the destination",
             Self::Idle => "half-closed and silent",
+            Self::Memory => "its reader has stalled and memory is short",
             Self::Cut => "cut",
         })
     }

@@ -1,6 +1,7 @@
 //! The tunnels of other Pods to this one: mutual TLS, then for each CONNECT its own check, authorization and connect to the
 //! application, which sees the true client's address.
 
+use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -13,11 +14,11 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, interval, sleep};
 
 use super::authorize::{authorize, confirm_source};
-use super::copy::{self, End};
-use super::error::{Phase, ProxyError, Refusal};
+use super::buffers::Windows;
+use super::copy::{self, End, Incoming};
+use super::error::{Phase, ProxyError, Refusal, ResetBy};
 use super::limits::{
-    CONNECTION_WINDOW_BYTES, FRAME_BYTES, HANDSHAKE_TIMEOUT, HEADER_LIST_BYTES, IDLE_INBOUND_TUNNEL, SEND_BUFFER_BYTES,
-    STREAM_WINDOW_BYTES, STREAMS_PER_INBOUND_TUNNEL,
+    CONNECTION_WINDOW_BYTES, EARLY_BYTES, FRAME_BYTES, HEADER_LIST_BYTES, SEND_BUFFER_BYTES, STREAMS_PER_INBOUND_TUNNEL,
 };
 use super::pod::PodContext;
 use super::pool::keep_alive;
@@ -26,6 +27,8 @@ use super::socket::{Carried, within};
 use super::{Accepted, Proxy};
 use crate::identity::Identity;
 use crate::telemetry::{ConnectionPath, ConnectionRecord, Direction, Peer, SecurityPolicy};
+use crate::tls::TlsError;
+use crate::workload::Membership;
 
 /// A tunnel after its handshake.
 struct Tunnel {
@@ -60,9 +63,19 @@ pub(super) async fn serve(proxy: Arc<Proxy>, context: Arc<PodContext>, accepted:
 /// An error only before the first stream.
 async fn serve_tunnel(proxy: &Arc<Proxy>, context: &Arc<PodContext>, accepted: Accepted) -> Result<(), ProxyError> {
     let stream = Carried::new(accepted.stream);
-    let limit = |_| ProxyError::Refused(Refusal::Limit);
-    let _tunnel_permit = context.inbound_tunnels.try_acquire().map_err(limit)?;
-    let handshake_permit = context.handshakes.try_acquire().map_err(limit)?;
+    let limit = ProxyError::Refused(Refusal::Limit);
+    let address = accepted.client.ip();
+    let is_member = proxy.state.read(|state| {
+        let known = state.by_address(address);
+        known.is_some_and(|workload| workload.membership != Membership::Outside)
+    });
+    let _tunnel_place = context.inbound_tunnels.take(address, is_member).ok_or(limit.clone())?;
+    // Whoever says nothing costs no handshake.
+    within(proxy.limits.first_bytes_timeout, Phase::Handshake, async {
+        stream.peek(&mut [0]).await.map_err(|error| TlsError::Handshake(error.into()))
+    })
+    .await?;
+    let handshake_place = context.handshakes.take(address, is_member).ok_or(limit)?;
     let pair = proxy
         .certificates
         .current(&context.pod.identity)
@@ -70,10 +83,11 @@ async fn serve_tunnel(proxy: &Arc<Proxy>, context: &Arc<PodContext>, accepted: A
     if pair.is_expired(SystemTime::now()) {
         return Err(Refusal::CertificateExpired.into());
     }
+    let windows = context.buffers.windows();
     let handshake = async {
         let (tls, peer) = proxy.tls.accept(&pair, stream.into_inner()).await?;
         let connection = h2::server::Builder::new()
-            .initial_window_size(STREAM_WINDOW_BYTES)
+            .initial_window_size(windows.stream_window())
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .max_frame_size(FRAME_BYTES)
             .max_header_list_size(HEADER_LIST_BYTES)
@@ -83,8 +97,8 @@ async fn serve_tunnel(proxy: &Arc<Proxy>, context: &Arc<PodContext>, accepted: A
             .await?;
         Ok::<_, ProxyError>((connection, peer))
     };
-    let (connection, peer) = within(HANDSHAKE_TIMEOUT, Phase::Handshake, handshake).await?;
-    drop(handshake_permit);
+    let (connection, peer) = within(proxy.limits.handshake_timeout, Phase::Handshake, handshake).await?;
+    drop(handshake_place);
     proxy.metrics.count_tunnel("accepted");
     let tunnel = Arc::new(Tunnel {
         identity: peer.identity,
@@ -92,7 +106,7 @@ async fn serve_tunnel(proxy: &Arc<Proxy>, context: &Arc<PodContext>, accepted: A
         local: accepted.listener.ip(),
         usable_until: peer.not_after.min(pair.not_after),
     });
-    serve_streams(proxy, context, connection, tunnel).await;
+    serve_streams(proxy, context, connection, windows, tunnel).await;
     Ok(())
 }
 
@@ -100,12 +114,14 @@ async fn serve_streams<T: AsyncRead + AsyncWrite + Unpin>(
     proxy: &Arc<Proxy>,
     context: &Arc<PodContext>,
     mut connection: Connection<T, Bytes>,
+    mut windows: Windows,
     tunnel: Arc<Tunnel>,
 ) {
-    let lost = keep_alive(connection.ping_pong());
+    let lost = keep_alive(connection.ping_pong(), &proxy.limits);
     let expired = sleep(tunnel.usable_until.duration_since(SystemTime::now()).unwrap_or_default());
     tokio::pin!(lost, expired);
-    let mut idle_check = interval(IDLE_INBOUND_TUNNEL / 4);
+    let patience = proxy.limits.idle_inbound_tunnel;
+    let mut idle_check = interval(patience / 4);
     let mut last_used = Instant::now();
     let mut closing = false;
     loop {
@@ -125,6 +141,7 @@ async fn serve_streams<T: AsyncRead + AsyncWrite + Unpin>(
                 tracing::debug!(peer = %tunnel.peer, "the tunnel's peer no longer answers");
                 return;
             }
+            () = windows.changed() => windows.apply(|size| connection.set_initial_window_size(size)),
             // The peer opens another one; streams that are open go on.
             () = &mut expired, if !closing => {
                 closing = true;
@@ -134,7 +151,7 @@ async fn serve_streams<T: AsyncRead + AsyncWrite + Unpin>(
                 // Each stream's task holds the tunnel.
                 if Arc::strong_count(&tunnel) > 1 {
                     last_used = Instant::now();
-                } else if last_used.elapsed() >= IDLE_INBOUND_TUNNEL {
+                } else if last_used.elapsed() >= patience {
                     closing = true;
                     connection.graceful_shutdown();
                 }
@@ -201,7 +218,7 @@ async fn serve_stream(
 }
 
 /// Method CONNECT, and an authority whose address is the one that the tunnel was opened to.
-fn requested_destination(request: &Request<RecvStream>, local: IpAddr) -> Option<SocketAddr> {
+pub(super) fn requested_destination<Body>(request: &Request<Body>, local: IpAddr) -> Option<SocketAddr> {
     let authority = request.uri().authority()?.as_str();
     let destination: SocketAddr = authority.parse().ok()?;
     let destination = crate::addr::canonical(destination);
@@ -233,18 +250,35 @@ async fn carry(
             destination,
         },
     );
-    let connected = async {
-        let registered = registered?;
-        let source = confirm_source(proxy, tunnel.peer.ip(), &tunnel.identity).await?;
-        let peer = Peer::at(tunnel.peer).principal(Some(&tunnel.identity));
-        record.source(peer.workload(source.as_deref()));
-        authorize(proxy, context, Some(&tunnel.identity), tunnel.peer.ip(), destination, record).await?;
-        let upstream = context.pod.network.upstream_socket(tunnel.peer.ip(), destination)?;
-        let application = Carried::connect(upstream.socket, destination, "application").await?;
-        Ok((registered, upstream.lease, application))
+    let connected = match registered {
+        Ok(registered) => {
+            let mut incoming = Incoming::new(receive, &registered);
+            let connect = async {
+                let source = confirm_source(proxy, tunnel.peer.ip(), &tunnel.identity).await?;
+                let peer = Peer::at(tunnel.peer).principal(Some(&tunnel.identity));
+                record.source(peer.workload(Some(&source)));
+                authorize(proxy, context, Some(&tunnel.identity), tunnel.peer.ip(), destination, record).await?;
+                registered.decided();
+                let upstream = context.pod.network.upstream_socket(tunnel.peer.ip(), destination)?;
+                let application = Carried::connect(upstream.socket, destination, "application").await?;
+                Ok((upstream.lease, application))
+            };
+            // Whoever gives up, or sends much too early, is not waited for.
+            tokio::select! {
+                connected = connect => connected.map(|(lease, application)| (registered, incoming, lease, application)),
+                error = given_up(&mut respond) => Err(error),
+                error = incoming.early(EARLY_BYTES) => Err(error),
+                () = registered.account().evicted().cancelled() => Err(ProxyError::Reset(ResetBy::Memory)),
+            }
+        }
+        Err(error) => Err(error),
     };
-    let (registered, _lease, application) = match connected.await {
+    let (registered, incoming, _lease, application) = match connected {
         Ok(connected) => connected,
+        Err(error @ ProxyError::Reset(_)) => {
+            respond.send_reset(Reason::CANCEL);
+            return Err(error);
+        }
         Err(error) => {
             answer(&mut respond, status(&error), true)?;
             return Err(error);
@@ -252,7 +286,14 @@ async fn carry(
     };
     let send = answer(&mut respond, StatusCode::OK, false)?;
     record.opened();
-    copy::tunnel(application, End::Destination, send, receive, record, registered.cut()).await
+    copy::tunnel(application, End::Destination, send, incoming, record, &registered).await
+}
+
+/// Resolves when the peer resets a stream that is not answered.
+async fn given_up(respond: &mut SendResponse<Bytes>) -> ProxyError {
+    // An error is the tunnel's end.
+    let _ = poll_fn(|cx| respond.poll_reset(cx)).await;
+    ProxyError::Reset(ResetBy::Source)
 }
 
 fn answer(
@@ -269,7 +310,11 @@ fn status(error: &ProxyError) -> StatusCode {
     match error {
         ProxyError::Refused(Refusal::BadRequest) => StatusCode::BAD_REQUEST,
         ProxyError::Refused(
-            Refusal::DeniedByPolicy | Refusal::PolicyMissing | Refusal::IdentityMismatch | Refusal::DestinationUnknown,
+            Refusal::DeniedByPolicy
+            | Refusal::PolicyMissing
+            | Refusal::IdentityMismatch
+            | Refusal::IdentityUnknown
+            | Refusal::DestinationUnknown,
         ) => StatusCode::UNAUTHORIZED,
         _ => StatusCode::SERVICE_UNAVAILABLE,
     }

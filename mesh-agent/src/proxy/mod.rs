@@ -3,14 +3,18 @@
 //! decides for both ways in, [`copy`] carries the bytes.
 
 mod authorize;
+mod buffers;
 mod copy;
 mod error;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod inbound;
 pub mod limits;
 mod outbound;
 mod plaintext;
 mod pod;
 mod pool;
+mod quota;
 mod registry;
 mod socket;
 #[cfg(test)]
@@ -22,7 +26,9 @@ use std::sync::Arc;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{sleep, timeout};
 
+pub use self::buffers::Buffers;
 pub use self::error::{Phase, ProxyError, Refusal, ResetBy};
+pub use self::limits::Limits;
 pub use self::pod::ProxyPod;
 pub use self::registry::{ConnectionInfo, Registered, Registry};
 
@@ -31,6 +37,7 @@ use self::pod::PodContext;
 use self::pool::Pool;
 use crate::addr::{ClientAddr, ListenerAddr};
 use crate::capture::PodListeners;
+use crate::identity::Identity;
 use crate::identity::store::CertificateStore;
 use crate::state::SharedState;
 use crate::telemetry::{AccessLog, Metrics};
@@ -46,6 +53,7 @@ pub struct Proxy {
     registry: Arc<Registry>,
     tls: Arc<TlsConfigs>,
     pool: Arc<Pool>,
+    limits: Limits,
 }
 
 impl Proxy {
@@ -56,15 +64,28 @@ impl Proxy {
         metrics: Arc<Metrics>,
         access_log: AccessLog,
     ) -> Arc<Self> {
+        Self::with_limits(state, certificates, metrics, access_log, Limits::default())
+    }
+
+    /// With other bounds than a node's.
+    #[must_use]
+    pub fn with_limits(
+        state: Arc<SharedState>,
+        certificates: Arc<CertificateStore>,
+        metrics: Arc<Metrics>,
+        access_log: AccessLog,
+        limits: Limits,
+    ) -> Arc<Self> {
         let tls = Arc::<TlsConfigs>::default();
         Arc::new(Self {
-            pool: Pool::new(certificates.clone(), tls.clone(), metrics.clone()),
+            pool: Pool::new(certificates.clone(), tls.clone(), metrics.clone(), limits.clone()),
             state,
             certificates,
             metrics,
             access_log,
-            registry: Arc::default(),
+            registry: Arc::new(Registry::new(&limits)),
             tls,
+            limits,
         })
     }
 
@@ -74,10 +95,18 @@ impl Proxy {
         &self.registry
     }
 
+    /// These identities are no Pod's of this node any longer: their keys are dropped.
+    pub fn forget(&self, identities: &[Identity]) {
+        for identity in identities {
+            self.tls.forget(identity);
+        }
+    }
+
     /// Serves a Pod until its handle is shut down.
     #[must_use]
     pub fn serve(self: &Arc<Self>, pod: ProxyPod, listeners: PodListeners) -> PodProxyHandle {
-        let context = PodContext::new(pod);
+        let buffers = self.registry.buffers().pod(&pod.pod_uid);
+        let context = PodContext::new(pod, &self.limits, buffers);
         let PodListeners {
             outbound,
             tunnel,

@@ -1,5 +1,5 @@
 //! What an application of the Pod opens: into a tunnel when its destination is in the mesh, passed on when it is a known outsider,
-//! refused otherwise.
+//! to an endpoint of a service when it is a service's address, refused otherwise.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -8,17 +8,18 @@ use http::{Method, Request, Uri};
 
 use super::copy::{self, End};
 use super::error::{ProxyError, Refusal};
-use super::limits::DISCOVERY_PATIENCE;
+use super::limits::{DISCOVERY_PATIENCE, ENDPOINT_TRIES};
 use super::pod::PodContext;
-use super::pool::PoolKey;
+use super::pool::{OpenStream, PoolKey};
 use super::registry::ConnectionInfo;
 use super::socket::Carried;
-use super::{Accepted, Proxy};
+use super::{Accepted, Proxy, Registered};
 use crate::addr::{ClientAddr, OriginalDst};
+use crate::balance;
 use crate::capture::is_probe;
-use crate::state::{Destination, State};
+use crate::state::{Destination, Endpoint, Endpoints, State};
 use crate::telemetry::{ConnectionPath, ConnectionRecord, Direction, Peer, SecurityPolicy};
-use crate::workload::Workload;
+use crate::workload::{Service, Workload};
 
 pub(super) async fn serve(proxy: Arc<Proxy>, context: Arc<PodContext>, accepted: Accepted) {
     let Accepted {
@@ -76,29 +77,23 @@ async fn carry(
             destination: destination.socket_addr(),
         },
     )?;
-    let unprotected = match resolve(proxy, destination).await? {
-        Destination::Mesh(workload) => {
-            if mesh_common::is_agent_port(destination.port()) {
-                return Err(Refusal::AgentPort.into());
-            }
-            let ends = Ends {
-                client,
-                destination,
-                workload,
-            };
-            return tunnel(proxy, context, application, &ends, &registered, record).await;
+    let far = match resolve(proxy, destination).await? {
+        Destination::ServiceVip(service) => {
+            record.service(&service);
+            reach_service(proxy, context, client, destination, &service, &registered, record).await?
         }
-        Destination::Lost(_) => return Err(Refusal::DestinationLost.into()),
-        Destination::Unknown => return Err(Refusal::DestinationUnknown.into()),
-        Destination::ServiceVip(_) => return Err(Refusal::ServiceVipNotSupported.into()),
-        Destination::Pending(_) => "pending",
-        Destination::Outside(_) => "outside",
+        standing => reach(proxy, context, client, destination, standing, &registered, record).await?,
     };
-    proxy.metrics.count_passthrough(unprotected);
-    let socket = context.pod.network.outbound_socket(destination.ip())?;
-    let outside = Carried::connect(socket, destination.socket_addr(), "passthrough").await?;
     record.opened();
-    copy::plain(application, outside, record, registered.cut()).await
+    match far {
+        Far::Plain(outside) => copy::plain(application, outside, record, &registered).await,
+        Far::Tunnel(stream) => {
+            let receive = copy::Incoming::new(stream.receive, &registered);
+            let result = copy::tunnel(application, End::Source, stream.send, receive, record, &registered).await;
+            drop(stream.guard);
+            result
+        }
+    }
 }
 
 /// What stands at the destination, after waiting for discovery where it may soon say something better.
@@ -113,6 +108,80 @@ async fn resolve(proxy: &Proxy, destination: OriginalDst) -> Result<Destination,
     }
 }
 
+/// The far half of a connection, open.
+enum Far {
+    Tunnel(OpenStream),
+    Plain(Carried),
+}
+
+/// Opens the far half to one address.
+async fn reach(
+    proxy: &Arc<Proxy>,
+    context: &PodContext,
+    client: ClientAddr,
+    destination: OriginalDst,
+    standing: Destination,
+    registered: &Registered,
+    record: &mut ConnectionRecord,
+) -> Result<Far, ProxyError> {
+    let unprotected = match standing {
+        Destination::Mesh(workload) => {
+            if mesh_common::is_agent_port(destination.port()) {
+                return Err(Refusal::AgentPort.into());
+            }
+            let ends = Ends {
+                client,
+                destination,
+                workload,
+            };
+            return tunnel(proxy, context, &ends, registered, record).await.map(Far::Tunnel);
+        }
+        Destination::Lost(_) => return Err(Refusal::DestinationLost.into()),
+        // A service behind a service's address is nothing that an endpoint can be.
+        Destination::Unknown | Destination::ServiceVip(_) => return Err(Refusal::DestinationUnknown.into()),
+        Destination::Pending(_) => "pending",
+        Destination::Outside(_) => "outside",
+    };
+    proxy.metrics.count_passthrough(unprotected);
+    let socket = context.pod.network.outbound_socket(destination.ip())?;
+    let outside = Carried::connect(socket, destination.socket_addr(), "passthrough").await?;
+    Ok(Far::Plain(outside))
+}
+
+/// Opens the far half to an endpoint of a service, and to another one if that refuses. Nothing of the application's was sent by
+/// then, so it cannot be sent twice.
+async fn reach_service(
+    proxy: &Arc<Proxy>,
+    context: &PodContext,
+    client: ClientAddr,
+    asked: OriginalDst,
+    service: &Service,
+    registered: &Registered,
+    record: &mut ConnectionRecord,
+) -> Result<Far, ProxyError> {
+    let mut candidates = match proxy.state.read(|state| state.endpoints(service, asked)) {
+        Endpoints::NoSuchPort => return Err(Refusal::ServicePortUnknown.into()),
+        Endpoints::Of(candidates) => candidates,
+    };
+    let mut failed = None;
+    for _ in 0..ENDPOINT_TRIES {
+        let weight = |endpoint: &Endpoint| endpoint.workload.weight;
+        let Some(endpoint) = balance::take(&mut candidates, weight, rand::random()) else {
+            break;
+        };
+        if failed.is_some() {
+            proxy.metrics.count_endpoint_retry();
+        }
+        record.destination(Peer::at(endpoint.address.socket_addr()).workload(Some(&endpoint.workload)));
+        let standing = Destination::of(endpoint.workload);
+        match reach(proxy, context, client, endpoint.address, standing, registered, record).await {
+            Err(error) if error.is_refusal_to_connect() => failed = Some(error),
+            result => return result,
+        }
+    }
+    Err(failed.unwrap_or(Refusal::NoHealthyEndpoint.into()))
+}
+
 /// Between whom a tunnelled connection is.
 struct Ends {
     client: ClientAddr,
@@ -123,11 +192,10 @@ struct Ends {
 async fn tunnel(
     proxy: &Arc<Proxy>,
     context: &PodContext,
-    application: Carried,
     ends: &Ends,
-    registered: &super::Registered,
+    registered: &Registered,
     record: &mut ConnectionRecord,
-) -> Result<(), ProxyError> {
+) -> Result<OpenStream, ProxyError> {
     let pod = &context.pod;
     record.path(ConnectionPath::Tunnel, SecurityPolicy::MutualTls);
     let source = proxy
@@ -147,24 +215,13 @@ async fn tunnel(
     };
     let own = proxy.state.read(|state| context.workload(state));
     let request = connect_request(ends, own.as_deref())?;
-    let stream = tokio::select! {
-        stream = proxy.pool.open(context, &key, &request) => stream?,
-        () = registered.cut().cancelled() => return Err(ProxyError::Reset(super::ResetBy::Cut)),
-    };
-    record.opened();
-    let result = copy::tunnel(
-        application,
-        End::Source,
-        stream.send,
-        stream.receive,
-        record,
-        registered.cut(),
-    )
-    .await;
-    drop(stream.guard);
-    result
+    tokio::select! {
+        stream = proxy.pool.open(context, &key, &request) => stream,
+        () = registered.cut().cancelled() => Err(ProxyError::Reset(super::ResetBy::Cut)),
+    }
 }
 
+/// No `traceparent`: that is passed on, and an application's bytes are opaque here: there is none to pass on.
 fn connect_request(ends: &Ends, source: Option<&Workload>) -> Result<Request<()>, ProxyError> {
     let bad = |_| ProxyError::Refused(Refusal::BadRequest);
     let authority = Uri::builder().authority(ends.destination.to_string()).build().map_err(bad)?;

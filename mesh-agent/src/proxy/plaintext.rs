@@ -69,9 +69,10 @@ async fn carry(
         },
     )?;
     authorize(proxy, context, None, client.ip(), destination, record).await?;
+    registered.decided();
     let upstream = context.pod.network.upstream_socket(client.ip(), destination)?;
     let _lease = upstream.lease;
     let application = Carried::connect(upstream.socket, destination, "application").await?;
     record.opened();
-    copy::plain(client_side, application, record, registered.cut()).await
+    copy::plain(client_side, application, record, &registered).await
 }

@@ -5,7 +5,9 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::limits::{HANDSHAKES_PER_POD, INBOUND_TUNNELS_PER_POD, OUTBOUND_TUNNELS_PER_POD};
+use super::buffers::PodBuffers;
+use super::limits::Limits;
+use super::quota::Quota;
 use crate::capture::{PodNetwork, Probes};
 use crate::identity::Identity;
 use crate::state::State;
@@ -34,20 +36,23 @@ pub(super) struct PodContext {
     pub stop_accepting: CancellationToken,
     pub tasks: TaskTracker,
     pub outbound_tunnels: Arc<Semaphore>,
-    pub inbound_tunnels: Arc<Semaphore>,
-    pub handshakes: Arc<Semaphore>,
+    pub inbound_tunnels: Arc<Quota>,
+    pub handshakes: Arc<Quota>,
+    /// What its connections hold.
+    pub buffers: Arc<PodBuffers>,
 }
 
 impl PodContext {
-    pub(super) fn new(pod: ProxyPod) -> Arc<Self> {
+    pub(super) fn new(pod: ProxyPod, limits: &Limits, buffers: Arc<PodBuffers>) -> Arc<Self> {
         Arc::new(Self {
             pod,
             shutdown: CancellationToken::new(),
             stop_accepting: CancellationToken::new(),
             tasks: TaskTracker::new(),
-            outbound_tunnels: Arc::new(Semaphore::new(OUTBOUND_TUNNELS_PER_POD)),
-            inbound_tunnels: Arc::new(Semaphore::new(INBOUND_TUNNELS_PER_POD)),
-            handshakes: Arc::new(Semaphore::new(HANDSHAKES_PER_POD)),
+            outbound_tunnels: Arc::new(Semaphore::new(limits.outbound_tunnels_per_pod)),
+            inbound_tunnels: Quota::new(limits.inbound_tunnels),
+            handshakes: Quota::new(limits.handshakes),
+            buffers,
         })
     }
 

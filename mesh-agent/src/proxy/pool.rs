@@ -17,10 +17,11 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::buffers::Windows;
 use super::error::{Phase, ProxyError, Refusal};
 use super::limits::{
-    CONNECTION_WINDOW_BYTES, FRAME_BYTES, HANDSHAKE_TIMEOUT, HEADER_LIST_BYTES, IDLE_TUNNEL, PING_INTERVAL, PING_TIMEOUT,
-    RESPONSE_TIMEOUT, SEND_BUFFER_BYTES, STREAM_WINDOW_BYTES, STREAMS_PER_OUTBOUND_TUNNEL,
+    CONNECTION_WINDOW_BYTES, FRAME_BYTES, HEADER_LIST_BYTES, Limits, RESPONSE_TIMEOUT, SEND_BUFFER_BYTES,
+    STREAMS_PER_OUTBOUND_TUNNEL,
 };
 use super::pod::PodContext;
 use super::socket::{Carried, connect, within};
@@ -47,6 +48,7 @@ pub(super) struct Pool {
     certificates: Arc<CertificateStore>,
     tls: Arc<TlsConfigs>,
     metrics: Arc<Metrics>,
+    limits: Limits,
     /// Bounded by the tunnels of each Pod.
     slots: Mutex<HashMap<PoolKey, Arc<Slot>>>,
 }
@@ -81,11 +83,17 @@ pub(super) struct OpenStream {
 }
 
 impl Pool {
-    pub(super) fn new(certificates: Arc<CertificateStore>, tls: Arc<TlsConfigs>, metrics: Arc<Metrics>) -> Arc<Self> {
+    pub(super) fn new(
+        certificates: Arc<CertificateStore>,
+        tls: Arc<TlsConfigs>,
+        metrics: Arc<Metrics>,
+        limits: Limits,
+    ) -> Arc<Self> {
         Arc::new(Self {
             certificates,
             tls,
             metrics,
+            limits,
             slots: Mutex::default(),
         })
     }
@@ -142,7 +150,7 @@ impl Pool {
         }
         let since = Instant::now();
         // As long as one handshake may take; then this one has waited enough.
-        let mut last_failure = timeout(HANDSHAKE_TIMEOUT, slot.connecting.lock())
+        let mut last_failure = timeout(self.limits.handshake_timeout, slot.connecting.lock())
             .await
             .map_err(|_| ProxyError::Timeout(Phase::Handshake))?;
         if let Some(guard) = slot.claim(&pair) {
@@ -183,10 +191,11 @@ impl Pool {
         let stream = connect(socket, SocketAddr::new(key.destination, TUNNEL_PORT), "tunnel").await?;
         let stream = Carried::new(stream).into_inner();
         let handshake = self.tls.connect(&pair, &key.expected, key.destination, stream);
-        let (tls, peer) = within(HANDSHAKE_TIMEOUT, Phase::Handshake, handshake).await?;
+        let (tls, peer) = within(self.limits.handshake_timeout, Phase::Handshake, handshake).await?;
+        let windows = pod.buffers.windows();
         let (send, connection) = h2::client::Builder::new()
             .enable_push(false)
-            .initial_window_size(STREAM_WINDOW_BYTES)
+            .initial_window_size(windows.stream_window())
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .max_frame_size(FRAME_BYTES)
             .max_header_list_size(HEADER_LIST_BYTES)
@@ -211,7 +220,7 @@ impl Pool {
         let shutdown = pod.shutdown.clone();
         pod.tasks.spawn(async move {
             tokio::select! {
-                () = driver.run(connection) => {}
+                () = driver.run(connection, windows) => {}
                 () = shutdown.cancelled() => {}
             }
         });
@@ -297,13 +306,22 @@ struct Driver {
 }
 
 impl Driver {
-    async fn run<T: AsyncRead + AsyncWrite + Unpin>(self, mut connection: h2::client::Connection<T, Bytes>) {
-        let pings = connection.ping_pong();
-        let result = tokio::select! {
-            result = &mut connection => result.map_err(ProxyError::from),
-            () = keep_alive(pings) => Err(ProxyError::Timeout(Phase::Response)),
-            // Retired, nobody holds it but its last streams, whose end closes it.
-            () = self.retire_when_idle() => Ok(()),
+    async fn run<T: AsyncRead + AsyncWrite + Unpin>(
+        self,
+        mut connection: h2::client::Connection<T, Bytes>,
+        mut windows: Windows,
+    ) {
+        let lost = keep_alive(connection.ping_pong(), &self.pool.limits);
+        let idle = self.retire_when_idle();
+        tokio::pin!(lost, idle);
+        let result = loop {
+            tokio::select! {
+                result = &mut connection => break result.map_err(ProxyError::from),
+                () = &mut lost => break Err(ProxyError::Timeout(Phase::Response)),
+                // Retired, nobody holds it but its last streams, whose end closes it.
+                () = &mut idle => break Ok(()),
+                () = windows.changed() => windows.apply(|size| connection.set_initial_window_size(size)),
+            }
         };
         if let Err(error) = result {
             tracing::debug!(%error, destination = %self.key.destination, "tunnel ended");
@@ -313,13 +331,13 @@ impl Driver {
     /// Never resolves: an idle tunnel is only let go of.
     async fn retire_when_idle(&self) {
         loop {
-            sleep(IDLE_TUNNEL / 4).await;
+            sleep(self.pool.limits.idle_tunnel / 4).await;
             let (Some(slot), Some(tunnel)) = (self.slot.upgrade(), self.tunnel.upgrade()) else {
                 continue;
             };
             // Claims happen under this lock.
             let mut tunnels = slot.tunnels.lock();
-            if tunnel.streams.load(Ordering::Relaxed) == 0 && tunnel.last_used.lock().elapsed() >= IDLE_TUNNEL {
+            if tunnel.streams.load(Ordering::Relaxed) == 0 && tunnel.last_used.lock().elapsed() >= self.pool.limits.idle_tunnel {
                 tunnels.retain(|other| !Arc::ptr_eq(other, &tunnel));
             }
         }
@@ -344,13 +362,13 @@ fn is_tunnels_end(error: &h2::Error) -> bool {
 }
 
 /// Resolves when the peer no longer answers.
-pub(super) async fn keep_alive(pings: Option<PingPong>) {
+pub(super) async fn keep_alive(pings: Option<PingPong>, limits: &Limits) {
     let Some(mut pings) = pings else {
         return std::future::pending().await;
     };
     loop {
-        sleep(PING_INTERVAL).await;
-        match timeout(PING_TIMEOUT, pings.ping(Ping::opaque())).await {
+        sleep(limits.ping_interval).await;
+        match timeout(limits.ping_timeout, pings.ping(Ping::opaque())).await {
             Ok(Ok(_)) => {}
             Ok(Err(_)) | Err(_) => return,
         }

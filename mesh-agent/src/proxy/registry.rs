@@ -2,14 +2,16 @@
 //! in which a connection is allowed and not yet here.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
+use super::buffers::{Account, Buffers, PodBuffers};
 use super::error::{ProxyError, Refusal};
-use super::limits::CONNECTIONS_PER_POD;
+use super::limits::Limits;
 use crate::identity::Identity;
 use crate::telemetry::{ConnectionPath, Direction};
 
@@ -33,47 +35,89 @@ struct Entry {
 #[derive(Debug, Default)]
 struct Inner {
     next_id: u64,
-    pods: HashMap<Arc<str>, HashMap<u64, Entry>>,
+    pods: HashMap<Arc<str>, Connections>,
+}
+
+/// A Pod's.
+#[derive(Debug)]
+struct Connections {
+    entries: HashMap<u64, Entry>,
+    /// Inbound ones that are not decided, by their source's address.
+    undecided: HashMap<IpAddr, usize>,
+    buffers: Arc<PodBuffers>,
 }
 
 #[derive(Debug)]
 pub struct Registry {
     inner: Mutex<Inner>,
-    per_pod: usize,
+    buffers: Arc<Buffers>,
+    limits: Limits,
 }
 
 impl Default for Registry {
     fn default() -> Self {
-        Self::with_limit(CONNECTIONS_PER_POD)
+        Self::new(&Limits::default())
     }
 }
 
 impl Registry {
     #[must_use]
-    pub fn with_limit(per_pod: usize) -> Self {
+    pub fn new(limits: &Limits) -> Self {
         Self {
             inner: Mutex::default(),
-            per_pod,
+            buffers: Buffers::new(limits),
+            limits: limits.clone(),
         }
     }
 
+    #[must_use]
+    pub fn with_limit(per_pod: usize) -> Self {
+        Self::new(&Limits {
+            connections_per_pod: per_pod,
+            ..Limits::default()
+        })
+    }
+
+    /// What the connections hold.
+    #[must_use]
+    pub fn buffers(&self) -> &Arc<Buffers> {
+        &self.buffers
+    }
+
     /// # Errors
-    /// The Pod has as many connections as it may have.
+    /// The Pod has as many connections as it may have, or as many from this source that are not decided.
     pub fn register(self: &Arc<Self>, pod_uid: &Arc<str>, info: ConnectionInfo) -> Result<Registered, ProxyError> {
         let mut inner = self.inner.lock();
         let id = inner.next_id;
-        let connections = inner.pods.entry(pod_uid.clone()).or_default();
-        if connections.len() >= self.per_pod {
+        let connections = inner.pods.entry(pod_uid.clone()).or_insert_with(|| Connections {
+            entries: HashMap::new(),
+            undecided: HashMap::new(),
+            buffers: self.buffers.pod(pod_uid),
+        });
+        if connections.entries.len() >= self.limits.connections_per_pod {
             return Err(Refusal::Limit.into());
         }
+        let mut undecided_from = None;
+        if info.direction == Direction::Inbound {
+            let source = info.source_address.ip();
+            let undecided = connections.undecided.get(&source).copied().unwrap_or(0);
+            if undecided >= self.limits.undecided_per_source {
+                return Err(Refusal::Limit.into());
+            }
+            connections.undecided.insert(source, undecided + 1);
+            undecided_from = Some(source);
+        }
         let cut = CancellationToken::new();
-        connections.insert(id, Entry { info, cut: cut.clone() });
+        connections.entries.insert(id, Entry { info, cut: cut.clone() });
+        let account = connections.buffers.account();
         inner.next_id += 1;
         Ok(Registered {
             registry: self.clone(),
             pod_uid: pod_uid.clone(),
             id,
+            undecided_from: Mutex::new(undecided_from),
             cut,
+            account,
         })
     }
 
@@ -83,14 +127,18 @@ impl Registry {
         let denied = inner
             .pods
             .iter()
-            .flat_map(|(pod, connections)| connections.values().map(move |entry| (pod, entry)))
+            .flat_map(|(pod, connections)| connections.entries.values().map(move |entry| (pod, entry)))
             .filter(|(pod, entry)| is_denied(pod, &entry.info));
         denied.map(|(_, entry)| entry.cut.cancel()).count()
     }
 
     #[must_use]
     pub fn count(&self, pod_uid: &str) -> usize {
-        self.inner.lock().pods.get(pod_uid).map_or(0, HashMap::len)
+        self.inner
+            .lock()
+            .pods
+            .get(pod_uid)
+            .map_or(0, |connections| connections.entries.len())
     }
 }
 
@@ -100,7 +148,9 @@ pub struct Registered {
     registry: Arc<Registry>,
     pod_uid: Arc<str>,
     id: u64,
+    undecided_from: Mutex<Option<IpAddr>>,
     cut: CancellationToken,
+    account: Arc<Account>,
 }
 
 impl Registered {
@@ -108,14 +158,48 @@ impl Registered {
     pub fn cut(&self) -> &CancellationToken {
         &self.cut
     }
+
+    /// What it holds of data.
+    pub(super) fn account(&self) -> &Arc<Account> {
+        &self.account
+    }
+
+    pub(super) fn half_closed_idle(&self) -> Duration {
+        self.registry.limits.half_closed_idle
+    }
+
+    /// It may go on to its destination.
+    pub(super) fn decided(&self) {
+        self.account.opened();
+        if let Some(source) = self.undecided_from.lock().take()
+            && let Some(connections) = self.registry.inner.lock().pods.get_mut(&self.pod_uid)
+        {
+            connections.no_longer_undecided(source);
+        }
+    }
+}
+
+impl Connections {
+    fn no_longer_undecided(&mut self, source: IpAddr) {
+        if let Some(undecided) = self.undecided.get_mut(&source) {
+            *undecided -= 1;
+            if *undecided == 0 {
+                self.undecided.remove(&source);
+            }
+        }
+    }
 }
 
 impl Drop for Registered {
     fn drop(&mut self) {
+        let undecided_from = self.undecided_from.get_mut().take();
         let mut inner = self.registry.inner.lock();
         if let Some(connections) = inner.pods.get_mut(&self.pod_uid) {
-            connections.remove(&self.id);
-            if connections.is_empty() {
+            connections.entries.remove(&self.id);
+            if let Some(source) = undecided_from {
+                connections.no_longer_undecided(source);
+            }
+            if connections.entries.is_empty() {
                 inner.pods.remove(&self.pod_uid);
             }
         }

@@ -50,6 +50,17 @@ impl Carried {
         SockRef::from(&self.0).shutdown(Shutdown::Write)
     }
 
+    /// As much as the socket takes now.
+    pub(super) fn try_write_some(&self, data: &[u8]) -> io::Result<usize> {
+        if data.is_empty() {
+            return Ok(0);
+        }
+        match self.0.try_write(data) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+            result => result,
+        }
+    }
+
     /// All of it, with the back-pressure of the socket.
     pub(super) async fn write_all(&self, mut data: &[u8]) -> io::Result<()> {
         while !data.is_empty() {

@@ -8,7 +8,8 @@ mod tests;
 pub use shared::SharedState;
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::hash::Hash;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -38,7 +39,6 @@ pub struct Settings {
     pub trust_domain: String,
     /// Where Pods have their addresses: an unknown one in here is waited for, never taken for an outsider.
     pub pod_ranges: Vec<IpNet>,
-    pub trust_bundle_pem: Vec<String>,
 }
 
 /// What stands at an original destination.
@@ -55,6 +55,33 @@ pub enum Destination {
     Outside(Option<Arc<Workload>>),
     /// Not known, and inside the Pod ranges, or told of later.
     Unknown,
+}
+
+impl Destination {
+    /// What stands where a workload is reached.
+    #[must_use]
+    pub fn of(workload: Arc<Workload>) -> Self {
+        match workload.membership {
+            Membership::Proven => Self::Mesh(workload),
+            Membership::Pending => Self::Pending(workload),
+            Membership::Lost => Self::Lost(workload),
+            Membership::Outside => Self::Outside(Some(workload)),
+        }
+    }
+}
+
+/// A workload behind a service, and where it is reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    pub workload: Arc<Workload>,
+    pub address: OriginalDst,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Endpoints {
+    NoSuchPort,
+    /// Maybe none.
+    Of(Vec<Endpoint>),
 }
 
 /// The policies that apply to a workload.
@@ -75,6 +102,8 @@ pub struct State {
     /// By "namespace/hostname".
     services: HashMap<Arc<str>, Arc<Service>>,
     vips: HashMap<IpAddr, Vec<Arc<Service>>>,
+    /// Service → its workloads, which may be told before it is.
+    endpoints: HashMap<Arc<str>, Vec<Arc<Workload>>>,
     policies: HashMap<Arc<str>, Arc<Policy>>,
     settings: Settings,
     synced: bool,
@@ -105,6 +134,19 @@ impl State {
     #[must_use]
     pub fn by_address(&self, ip: IpAddr) -> Option<Arc<Workload>> {
         self.addresses.get(&ip.to_canonical())?.last().cloned()
+    }
+
+    /// Who of the mesh has this address, proven or not; an outsider is nobody.
+    #[must_use]
+    pub fn member_at(&self, ip: IpAddr) -> Option<Arc<Workload>> {
+        self.by_address(ip)
+            .filter(|workload| workload.membership != Membership::Outside)
+    }
+
+    /// Whether everything was told once.
+    #[must_use]
+    pub fn is_synced(&self) -> bool {
+        self.synced
     }
 
     #[must_use]
@@ -142,12 +184,7 @@ impl State {
     pub fn destination(&self, destination: OriginalDst) -> Destination {
         let ip = destination.ip();
         if let Some(workload) = self.by_address(ip) {
-            return match workload.membership {
-                Membership::Proven => Destination::Mesh(workload),
-                Membership::Pending => Destination::Pending(workload),
-                Membership::Lost => Destination::Lost(workload),
-                Membership::Outside => Destination::Outside(Some(workload)),
-            };
+            return Destination::of(workload);
         }
         if let Some(service) = self.vips.get(&ip).and_then(|services| services.last()) {
             return Destination::ServiceVip(service.clone());
@@ -156,6 +193,20 @@ impl State {
             return Destination::Unknown;
         }
         Destination::Outside(None)
+    }
+
+    /// Where connections to a port of a service can go. Addresses are of the family that was asked for: the application behind
+    /// must be able to see its client. A workload whose capture is lost is none, as it would be refused.
+    #[must_use]
+    pub fn endpoints(&self, service: &Service, asked: OriginalDst) -> Endpoints {
+        if !service.ports.iter().any(|port| port.port == asked.port()) {
+            return Endpoints::NoSuchPort;
+        }
+        let workloads = self.endpoints.get(&*service_name(service)).into_iter().flatten();
+        let usable = workloads.filter(|workload| {
+            workload.membership != Membership::Lost && workload.weight > 0 && (workload.healthy || !service.only_healthy)
+        });
+        Endpoints::Of(usable.filter_map(|workload| endpoint(workload, service, asked)).collect())
     }
 
     /// Its namespace's, the global ones, and those that it lists.
@@ -189,8 +240,14 @@ impl State {
     fn insert_workload(&mut self, workload: Workload) {
         self.remove_workload(&workload.uid);
         let workload = Arc::new(workload);
-        for ip in &workload.addresses {
+        // A node's address stands for all that run there; and whoever merely claims to be on the host's network must not take the
+        // place of the Pod that has the address.
+        let own = if workload.host_network { &[][..] } else { &workload.addresses };
+        for ip in own {
             self.addresses.entry(ip.to_canonical()).or_default().push(workload.clone());
+        }
+        for (service, _) in &workload.services {
+            self.endpoints.entry(service.clone()).or_default().push(workload.clone());
         }
         self.workloads.insert(workload.uid.clone(), workload);
     }
@@ -198,7 +255,10 @@ impl State {
     fn remove_workload(&mut self, uid: &str) {
         let Some(old) = self.workloads.remove(uid) else { return };
         for ip in &old.addresses {
-            forget(&mut self.addresses, ip.to_canonical(), &old);
+            forget(&mut self.addresses, &ip.to_canonical(), &old);
+        }
+        for (service, _) in &old.services {
+            forget(&mut self.endpoints, service, &old);
         }
     }
 
@@ -215,9 +275,21 @@ impl State {
     fn remove_service(&mut self, name: &str) {
         let Some(old) = self.services.remove(name) else { return };
         for ip in &old.addresses {
-            forget(&mut self.vips, ip.to_canonical(), &old);
+            forget(&mut self.vips, &ip.to_canonical(), &old);
         }
     }
+}
+
+fn endpoint(workload: &Arc<Workload>, service: &Service, asked: OriginalDst) -> Option<Endpoint> {
+    let name = service_name(service);
+    let (_, ports) = workload.services.iter().find(|(service, _)| **service == *name)?;
+    // A workload that names no port of its own has the service's.
+    let target = ports.iter().find(|port| port.port == asked.port())?.target;
+    let ip = workload.addresses.iter().find(|ip| ip.is_ipv4() == asked.ip().is_ipv4())?;
+    Some(Endpoint {
+        address: OriginalDst::new(SocketAddr::new(*ip, target)),
+        workload: workload.clone(),
+    })
 }
 
 /// The name that a service's resource has.
@@ -226,11 +298,11 @@ pub fn service_name(service: &Service) -> String {
     format!("{}/{}", service.namespace, service.hostname)
 }
 
-fn forget<T>(holders: &mut HashMap<IpAddr, Vec<Arc<T>>>, ip: IpAddr, old: &Arc<T>) {
-    if let Some(list) = holders.get_mut(&ip) {
+fn forget<K: Hash + Eq, T>(holders: &mut HashMap<K, Vec<Arc<T>>>, key: &K, old: &Arc<T>) {
+    if let Some(list) = holders.get_mut(key) {
         list.retain(|holder| !Arc::ptr_eq(holder, old));
         if list.is_empty() {
-            holders.remove(&ip);
+            holders.remove(key);
         }
     }
 }

@@ -3,17 +3,16 @@ use std::time::Duration;
 use super::*;
 use crate::identity::Identity;
 use crate::policy::{Action, Rule};
-use crate::workload::WorkloadType;
+use crate::workload::{ServicePort, WorkloadType};
 
 fn workload(name: &str, ip: &str, membership: Membership) -> Workload {
     Workload {
         uid: format!("Kubernetes//Pod/shop/{name}").into(),
-        pod_uid: name.into(),
         name: name.into(),
         namespace: "shop".into(),
         identity: Identity::new("cluster.local", "shop", name),
         addresses: vec![ip.parse().unwrap()],
-        node: "node-a".into(),
+        host_network: false,
         workload_type: WorkloadType::Pod,
         workload_name: name.into(),
         canonical_name: name.into(),
@@ -23,6 +22,9 @@ fn workload(name: &str, ip: &str, membership: Membership) -> Workload {
         zone: "".into(),
         membership,
         policies: vec![],
+        services: vec![],
+        healthy: true,
+        weight: 1,
     }
 }
 
@@ -64,7 +66,8 @@ fn what_stands_at_a_destination() {
             namespace: "shop".into(),
             hostname: "web.shop.svc.cluster.local".into(),
             addresses: vec!["10.96.0.1".parse().unwrap()],
-            ports: vec![(80, 8080)],
+            ports: vec![ServicePort { port: 80, target: 8080 }],
+            only_healthy: true,
         }),
     ]);
     assert!(matches!(state.destination(to("10.0.0.1:80")), Destination::Mesh(w) if &*w.name == "proven"));
@@ -107,6 +110,34 @@ fn an_address_that_is_given_to_the_next_pod() {
 }
 
 #[test]
+fn a_pod_on_the_hosts_network_has_no_address_of_its_own() {
+    let ip: IpAddr = "10.0.0.1".parse().unwrap();
+    let on_host = |name| Workload {
+        host_network: true,
+        ..workload(name, "10.0.0.1", Membership::Outside)
+    };
+    let mut state = State::default();
+    state.apply(vec![
+        Change::Settings(Settings {
+            pod_ranges: vec!["10.0.0.0/16".parse().unwrap()],
+            ..Settings::default()
+        }),
+        Change::Synced,
+        Change::Workload(workload("victim", "10.0.0.1", Membership::Proven)),
+        Change::Workload(on_host("shadow")),
+    ]);
+    assert!(
+        matches!(state.destination(to("10.0.0.1:80")), Destination::Mesh(w) if &*w.name == "victim"),
+        "never in clear"
+    );
+    assert!(state.pod_at(ip, "shop", "shadow").is_none());
+    assert!(state.by_uid("Kubernetes//Pod/shop/shadow").is_some());
+    // Neither when it is the only one, nor when a Pod moves onto the host's network.
+    state.apply(vec![Change::Workload(on_host("victim"))]);
+    assert_eq!(state.destination(to("10.0.0.1:80")), Destination::Unknown);
+}
+
+#[test]
 fn policies_by_scope() {
     let mut web = workload("web", "10.0.0.1", Membership::Proven);
     web.policies = vec!["shop/selected".into()];
@@ -131,6 +162,73 @@ fn policies_by_scope() {
 
     state.apply(vec![Change::RemovePolicy("root/all".into())]);
     assert_eq!(names(&state.policies_for(&web)), ["shop/here", "shop/selected"]);
+}
+
+#[test]
+fn endpoints_of_a_service() {
+    let port = |port, target| ServicePort { port, target };
+    let service = Service {
+        name: "web".into(),
+        namespace: "shop".into(),
+        hostname: "web.shop.svc".into(),
+        addresses: vec!["10.96.0.1".parse().unwrap(), "fd96::1".parse().unwrap()],
+        ports: vec![port(80, 8080), port(81, 8081)],
+        only_healthy: true,
+    };
+    let of = |name: &str, addresses: &[&str], target| Workload {
+        addresses: addresses.iter().map(|ip| ip.parse().unwrap()).collect(),
+        services: vec![("shop/web.shop.svc".into(), vec![port(80, target)])],
+        ..workload(name, "10.0.0.1", Membership::Proven)
+    };
+    let mut state = State::default();
+    // Workloads may be told before their service.
+    state.apply(vec![
+        Change::Workload(of("dual", &["10.0.0.1", "fd00::1"], 8080)),
+        Change::Workload(of("six", &["fd00::2"], 8080)),
+        Change::Workload(of("own-port", &["10.0.0.3"], 9090)),
+        Change::Workload(Workload {
+            membership: Membership::Lost,
+            ..of("lost", &["10.0.0.4"], 8080)
+        }),
+        Change::Workload(Workload {
+            weight: 0,
+            ..of("drained", &["10.0.0.5"], 8080)
+        }),
+        Change::Workload(Workload {
+            healthy: false,
+            ..of("unready", &["10.0.0.6"], 8080)
+        }),
+        Change::Workload(workload("other", "10.0.0.7", Membership::Proven)),
+        Change::Service(service.clone()),
+    ]);
+    let endpoints = |state: &State, service: &Service, asked: &str| match state.endpoints(service, to(asked)) {
+        Endpoints::NoSuchPort => vec!["no such port".to_owned()],
+        Endpoints::Of(endpoints) => {
+            let mut all: Vec<String> = endpoints.iter().map(|endpoint| endpoint.address.to_string()).collect();
+            all.sort();
+            all
+        }
+    };
+    assert_eq!(
+        endpoints(&state, &service, "10.96.0.1:80"),
+        ["10.0.0.1:8080", "10.0.0.3:9090"]
+    );
+    assert_eq!(
+        endpoints(&state, &service, "[fd96::1]:80"),
+        ["[fd00::1]:8080", "[fd00::2]:8080"]
+    );
+    assert!(endpoints(&state, &service, "10.96.0.1:81").is_empty(), "nobody has it");
+    assert_eq!(endpoints(&state, &service, "10.96.0.1:82"), ["no such port"]);
+    let unready_too = Service {
+        only_healthy: false,
+        ..service.clone()
+    };
+    assert_eq!(endpoints(&state, &unready_too, "10.96.0.1:80").len(), 3);
+    state.apply(vec![
+        Change::RemoveAddress("Kubernetes//Pod/shop/own-port".into()),
+        Change::Workload(of("dual", &["10.0.0.9"], 8080)),
+    ]);
+    assert_eq!(endpoints(&state, &service, "10.96.0.1:80"), ["10.0.0.9:8080"]);
 }
 
 #[tokio::test(start_paused = true)]

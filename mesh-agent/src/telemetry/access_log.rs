@@ -13,17 +13,11 @@ pub const QUEUE_LINES: usize = 8_192;
 /// One JSON object a line, written by a thread of its own: a slow disk or pipe holds up no connection.
 #[derive(Clone, Debug)]
 pub struct AccessLog {
-    /// `None`: no access log is wanted.
-    lines: Option<SyncSender<String>>,
+    lines: SyncSender<String>,
     metrics: Arc<Metrics>,
 }
 
 impl AccessLog {
-    #[must_use]
-    pub fn disabled(metrics: Arc<Metrics>) -> Self {
-        Self { lines: None, metrics }
-    }
-
     /// Appends to a file that only root can read: it tells who talks to whom.
     ///
     /// # Errors
@@ -45,16 +39,11 @@ impl AccessLog {
         std::thread::Builder::new()
             .name("access-log".into())
             .spawn(move || write_lines(output, &receiver, &writer_metrics))?;
-        Ok(Self {
-            lines: Some(sender),
-            metrics,
-        })
+        Ok(Self { lines: sender, metrics })
     }
 
     pub(super) fn write(&self, line: String) {
-        if let Some(lines) = &self.lines
-            && lines.try_send(line).is_err()
-        {
+        if self.lines.try_send(line).is_err() {
             self.metrics.access_log_dropped.inc();
         }
     }

@@ -1,3 +1,6 @@
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -12,7 +15,7 @@ const MAX_DRY_RUN_SERIES: usize = 1_000;
 /// Stands for everything that found no room.
 const OVERFLOW: &str = "_other";
 
-const CONNECTION_LABELS: [&str; 8] = [
+const CONNECTION_LABELS: [&str; 9] = [
     "reporter",
     "source_workload",
     "source_workload_namespace",
@@ -20,6 +23,7 @@ const CONNECTION_LABELS: [&str; 8] = [
     "destination_workload",
     "destination_workload_namespace",
     "destination_principal",
+    "destination_service",
     "connection_security_policy",
 ];
 
@@ -40,11 +44,13 @@ pub struct ConnectionLabels {
     pub destination_workload: Arc<str>,
     pub destination_workload_namespace: Arc<str>,
     pub destination_principal: Arc<str>,
+    /// The hostname of the service that was asked for; only the source knows it.
+    pub destination_service: Arc<str>,
     pub connection_security_policy: &'static str,
 }
 
 impl ConnectionLabels {
-    fn values(&self) -> [&str; 8] {
+    fn values(&self) -> [&str; 9] {
         [
             match self.reporter {
                 Reporter::Source => "source",
@@ -56,6 +62,7 @@ impl ConnectionLabels {
             &self.destination_workload,
             &self.destination_workload_namespace,
             &self.destination_principal,
+            &self.destination_service,
             self.connection_security_policy,
         ]
     }
@@ -68,7 +75,8 @@ impl ConnectionLabels {
             source_principal: other.clone(),
             destination_workload: other.clone(),
             destination_workload_namespace: other.clone(),
-            destination_principal: other,
+            destination_principal: other.clone(),
+            destination_service: other,
             ..self.clone()
         }
     }
@@ -95,13 +103,28 @@ pub struct Metrics {
     series: Mutex<HashMap<ConnectionLabels, Arc<ConnectionCounters>>>,
     series_overflow: IntCounter,
     passthrough: IntCounterVec,
+    endpoint_retries: IntCounter,
     dry_run: IntCounterVec,
     dry_run_policies: Mutex<HashMap<Arc<str>, IntCounter>>,
     tunnels: IntCounterVec,
     accept_errors: IntCounterVec,
     pub(super) access_log_dropped: IntCounter,
     capture_events: IntCounterVec,
+    taking_over: Mutex<()>,
     pod_protected: IntGaugeVec,
+}
+
+/// Brings a counter to where something that counts by itself is; one that has begun again begins again here, too. For one caller
+/// at a time.
+pub fn take_over(counter: &IntCounter, count: u64) {
+    let shown = counter.get();
+    match count.checked_sub(shown) {
+        Some(rise) => counter.inc_by(rise),
+        None => {
+            counter.reset();
+            counter.inc_by(count);
+        }
+    }
 }
 
 impl Default for Metrics {
@@ -162,6 +185,10 @@ impl Default for Metrics {
                 "Connections passed on in clear: to known outsiders, or to Pods of the mesh that are not protected yet",
                 &["destination"],
             ),
+            endpoint_retries: counter(
+                "mesh_endpoint_retries_total",
+                "Connections to a service that were tried on another endpoint after one had refused",
+            ),
             dry_run: counters(
                 "mesh_policy_dry_run_matches_total",
                 "Connections that a dry-run policy matched",
@@ -175,6 +202,7 @@ impl Default for Metrics {
                 "Access-log lines dropped because the writer was behind or failed",
             ),
             capture_events: counters("mesh_capture_events_total", "What the kernel programs counted", &["event"]),
+            taking_over: Mutex::default(),
             pod_protected,
             registry,
         }
@@ -240,6 +268,11 @@ impl Metrics {
         self.passthrough.with_label_values(&[destination]).inc();
     }
 
+    /// An endpoint refused, and another one of the service is tried.
+    pub fn count_endpoint_retry(&self) {
+        self.endpoint_retries.inc();
+    }
+
     pub fn count_dry_run(&self, policy: &Arc<str>) {
         let mut policies = self.dry_run_policies.lock();
         let name = if policies.contains_key(policy) || policies.len() < MAX_DRY_RUN_SERIES {
@@ -262,14 +295,12 @@ impl Metrics {
         self.accept_errors.with_label_values(&[listener]).inc();
     }
 
-    /// Takes over the kernel's counters, which only rise while the programs stay loaded.
-    pub fn set_capture_events(&self, events: &[(&'static str, u64)]) {
-        for (event, count) in events {
-            let counter = self.capture_events.with_label_values(&[event]);
-            if *count < counter.get() {
-                counter.reset();
-            }
-            counter.inc_by(count - counter.get());
+    /// Takes over the kernel's counters, which only rise while the programs stay loaded. They are read in here: of two scrapes at a
+    /// time, none may bring older numbers after newer ones.
+    pub fn set_capture_events(&self, read: impl FnOnce() -> Vec<(&'static str, u64)>) {
+        let _one_at_a_time = self.taking_over.lock();
+        for (event, count) in read() {
+            take_over(&self.capture_events.with_label_values(&[event]), count);
         }
     }
 

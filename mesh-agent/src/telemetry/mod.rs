@@ -5,5 +5,5 @@ mod metrics;
 mod record;
 
 pub use access_log::AccessLog;
-pub use metrics::{ConnectionCounters, ConnectionLabels, Metrics, Reporter};
+pub use metrics::{ConnectionCounters, ConnectionLabels, Metrics, Reporter, take_over};
 pub use record::{ConnectionPath, ConnectionRecord, Direction, Peer, SecurityPolicy};

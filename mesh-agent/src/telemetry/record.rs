@@ -10,7 +10,7 @@ use time::format_description::well_known::Rfc3339;
 use super::AccessLog;
 use super::metrics::{ConnectionCounters, ConnectionLabels, Metrics, Reporter};
 use crate::identity::Identity;
-use crate::workload::Workload;
+use crate::workload::{Service, Workload};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -91,6 +91,8 @@ pub struct ConnectionRecord {
     source: Peer,
     destination: Peer,
     policy: Option<Arc<str>>,
+    /// The hostname of the service that was asked for.
+    service: Option<Arc<str>>,
     started: Instant,
     /// From the source towards the destination.
     received_bytes: AtomicU64,
@@ -117,6 +119,7 @@ struct Line<'a> {
     destination_principal: &'a str,
     destination_workload: &'a str,
     destination_workload_namespace: &'a str,
+    destination_service: &'a str,
     bytes_sent: u64,
     bytes_received: u64,
     duration_ms: u128,
@@ -134,6 +137,7 @@ impl ConnectionRecord {
             source,
             destination,
             policy: None,
+            service: None,
             started: Instant::now(),
             received_bytes: AtomicU64::new(0),
             sent_bytes: AtomicU64::new(0),
@@ -154,6 +158,11 @@ impl ConnectionRecord {
 
     pub fn destination(&mut self, destination: Peer) {
         self.destination = destination;
+    }
+
+    /// The service whose address was asked for.
+    pub fn service(&mut self, service: &Service) {
+        self.service = Some(service.hostname.clone());
     }
 
     /// The policy that decided.
@@ -209,6 +218,7 @@ impl ConnectionRecord {
             destination_workload: self.destination.workload.clone(),
             destination_workload_namespace: self.destination.namespace.clone(),
             destination_principal: self.destination.principal_text(),
+            destination_service: self.service.clone().unwrap_or_default(),
             connection_security_policy: self.security.as_str(),
         };
         if self.counters.is_none() {
@@ -254,6 +264,7 @@ impl ConnectionRecord {
             destination_principal: &self.destination.principal_text(),
             destination_workload: &self.destination.workload,
             destination_workload_namespace: &self.destination.namespace,
+            destination_service: self.service.as_deref().unwrap_or_default(),
             bytes_sent: self.sent_bytes.load(Ordering::Relaxed),
             bytes_received: self.received_bytes.load(Ordering::Relaxed),
             duration_ms: self.started.elapsed().as_millis(),

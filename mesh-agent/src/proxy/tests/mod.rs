@@ -1,8 +1,13 @@
 //! Two agents' proxies over plain loopback sockets: every Pod has an address of 127/8 of its own, everything else is as in a node.
 
+mod admission;
+mod bounds;
 mod carry;
+mod memory;
 mod pool;
+mod raw;
 mod refuse;
+mod service;
 mod tls;
 
 use std::collections::HashMap;
@@ -159,14 +164,24 @@ pub(super) struct Node {
 
 impl Node {
     pub(super) fn new() -> Self {
+        Self::with_limits(Limits::default())
+    }
+
+    pub(super) fn with_limits(limits: Limits) -> Self {
+        let node = Self::unsynced(limits);
+        node.state.apply(vec![Change::Synced]);
+        node
+    }
+
+    /// An agent that discovery has not told everything yet.
+    pub(super) fn unsynced(limits: Limits) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let log = folder.path().join("access.log");
         let metrics = Metrics::new();
         let access_log = AccessLog::to_file(&log, metrics.clone()).unwrap();
         let (state, certificates) = (SharedState::new(), CertificateStore::new());
-        state.apply(vec![Change::Synced]);
         Self {
-            proxy: Proxy::new(state.clone(), certificates.clone(), metrics.clone(), access_log),
+            proxy: Proxy::with_limits(state.clone(), certificates.clone(), metrics.clone(), access_log, limits),
             state,
             certificates,
             metrics,
@@ -213,15 +228,19 @@ pub(super) struct Pod {
 
 impl Mesh {
     pub(super) fn new() -> Self {
+        Self::with_limits(Limits::default())
+    }
+
+    /// Both agents with these bounds.
+    pub(super) fn with_limits(limits: Limits) -> Self {
         let mesh = Self {
             authority: Authority::new(),
-            near: Node::new(),
-            far: Node::new(),
+            near: Node::with_limits(limits.clone()),
+            far: Node::with_limits(limits),
         };
         mesh.tell(vec![Change::Settings(Settings {
             trust_domain: "cluster.local".into(),
             pod_ranges: vec!["127.250.0.0/16".parse().unwrap()],
-            trust_bundle_pem: vec![],
         })]);
         mesh
     }
@@ -241,9 +260,14 @@ impl Mesh {
 
     /// A Pod that discovery does not know.
     pub(super) async fn unannounced_pod(&self, node: &Node, name: &str) -> Pod {
+        node.certificates.insert(self.authority.issue(&identity(name)));
+        self.pod_of_account(node, name, name).await
+    }
+
+    /// A Pod that discovery does not know, of a service account that its node has the certificate of.
+    pub(super) async fn pod_of_account(&self, node: &Node, name: &str, account: &str) -> Pod {
         let ip = fresh_address();
-        let identity = identity(name);
-        node.certificates.insert(self.authority.issue(&identity));
+        let identity = identity(account);
         let network = Arc::new(LoopbackNetwork {
             own: ip,
             destinations: Mutex::default(),
@@ -265,7 +289,10 @@ impl Mesh {
         };
         Pod {
             ip,
-            workload: workload(name, ip),
+            workload: Workload {
+                identity,
+                ..workload(name, ip)
+            },
             network,
             handle: node.proxy.serve(pod, listeners),
         }
@@ -275,12 +302,11 @@ impl Mesh {
 pub(super) fn workload(name: &str, ip: IpAddr) -> Workload {
     Workload {
         uid: format!("Kubernetes//Pod/shop/{name}").into(),
-        pod_uid: name.into(),
         name: name.into(),
         namespace: "shop".into(),
         identity: identity(name),
         addresses: vec![ip],
-        node: "node".into(),
+        host_network: false,
         workload_type: WorkloadType::Pod,
         workload_name: name.into(),
         canonical_name: name.into(),
@@ -290,6 +316,9 @@ pub(super) fn workload(name: &str, ip: IpAddr) -> Workload {
         zone: "".into(),
         membership: Membership::Proven,
         policies: vec![],
+        services: vec![],
+        healthy: true,
+        weight: 1,
     }
 }
 
@@ -335,6 +364,16 @@ pub(super) async fn assert_refused(mut stream: TcpStream) {
         .await
         .expect("neither refused nor served");
     assert_eq!(read.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+/// Until `holds`, which a hang only keeps from it.
+pub(super) async fn until(what: &str, holds: impl Fn() -> bool) {
+    let wait = async {
+        while !holds() {
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    assert!(timeout(PATIENCE, wait).await.is_ok(), "{what}");
 }
 
 /// Sends, and gets back the same.

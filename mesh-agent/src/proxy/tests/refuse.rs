@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::policy::{Action, Clause, Match, Policy, Rule, Scope, StringMatch};
-use crate::workload::Service;
 
 fn policy(name: &str, action: Action, m: Match) -> Change {
     Change::Policy(Arc::new(Policy {
@@ -32,6 +31,87 @@ async fn plaintext(mesh: &Mesh, pod: &Pod, port: u16) -> TcpStream {
         .proxy
         .accept(&pod.handle.context, listener, "plaintext", plaintext::serve);
     TcpStream::connect(SocketAddr::new(pod.ip, port)).await.unwrap()
+}
+
+/// A connection that arrives at the Pod's application outside of a tunnel, with the application behind the proxy.
+async fn plaintext_to_echo(mesh: &Mesh, from: IpAddr, pod: &Pod) -> TcpStream {
+    let listener = pod.listen().await;
+    let client = socket_at(from).connect(pod.application()).await.unwrap();
+    let (stream, address) = listener.accept().await.unwrap();
+    // Both stand at one address: the application comes after the proxy has accepted.
+    drop(listener);
+    let echo = pod.echo().await;
+    let accepted = Accepted {
+        stream,
+        client: ClientAddr::new(address),
+        listener: ListenerAddr::new(pod.application()),
+    };
+    let serving = plaintext::serve(mesh.far.proxy.clone(), pod.handle.context.clone(), accepted);
+    tokio::spawn(async move {
+        serving.await;
+        echo.abort();
+    });
+    client
+}
+
+#[tokio::test]
+async fn whom_deny_names_does_not_come_in_without_its_tunnel() {
+    let mesh = Mesh::new();
+    let client = mesh.pod(&mesh.near, "client").await;
+    let server = mesh.pod(&mesh.far, "server").await;
+    mesh.tell(vec![policy("not-client", Action::Deny, principal("client"))]);
+    // As a Pod with NET_RAW does: past its own capture, to the application's port.
+    assert_refused(plaintext_to_echo(&mesh, client.ip, &server).await).await;
+    let line = mesh.far.logs_reason("denied_by_policy").await;
+    assert_eq!(
+        (&line["path"], &line["policy"]),
+        (&"plaintext".into(), &"shop/not-client".into())
+    );
+    assert_eq!(line["source_principal"], "", "nothing is proven");
+
+    let outsider = fresh_address();
+    let mut unnamed = workload("client", outsider);
+    unnamed.membership = Membership::Outside;
+    mesh.tell(vec![Change::Workload(Workload {
+        uid: "outsider".into(),
+        ..unnamed
+    })]);
+    assert_echo(
+        &mut plaintext_to_echo(&mesh, outsider, &server).await,
+        "an outsider has no identity",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_valid_certificate_from_an_address_that_nobody_has() {
+    let mesh = Mesh::new();
+    let client = mesh.unannounced_pod(&mesh.near, "client").await;
+    let server = mesh.pod(&mesh.far, "server").await;
+    let _echo = server.echo().await;
+    assert_refused(client.connect(server.application()).await).await;
+    mesh.far.logs_reason("identity_unknown").await;
+    mesh.near.logs_reason("denied_by_destination").await;
+    // In time, it is waited for.
+    let mut stream = client.connect(server.application()).await;
+    sleep(Duration::from_millis(50)).await;
+    mesh.tell(vec![Change::Workload(client.workload.clone())]);
+    assert_echo(&mut stream, "hello").await;
+}
+
+#[tokio::test]
+async fn nobody_is_confirmed_before_everything_was_told() {
+    let mut mesh = Mesh::new();
+    mesh.far = Node::unsynced(Limits::default());
+    let client = mesh.pod(&mesh.near, "client").await;
+    let server = mesh.pod(&mesh.far, "server").await;
+    let _echo = server.echo().await;
+    assert_refused(client.connect(server.application()).await).await;
+    mesh.far.logs_reason("identity_unknown").await;
+    let mut stream = client.connect(server.application()).await;
+    sleep(Duration::from_millis(50)).await;
+    mesh.tell(vec![Change::Synced]);
+    assert_echo(&mut stream, "hello").await;
 }
 
 #[tokio::test]
@@ -100,17 +180,6 @@ async fn what_the_source_refuses() {
 
     assert_refused(client.connect(SocketAddr::new(server.ip, TUNNEL_PORT)).await).await;
     mesh.near.logs_reason("agent_port").await;
-
-    let vip = fresh_address();
-    mesh.tell(vec![Change::Service(Service {
-        name: "web".into(),
-        namespace: "shop".into(),
-        hostname: "web.shop.svc.cluster.local".into(),
-        addresses: vec![vip],
-        ports: vec![(80, 8080)],
-    })]);
-    assert_refused(client.connect(SocketAddr::new(vip, 80)).await).await;
-    mesh.near.logs_reason("service_vip_not_supported").await;
 
     // Not redirected by our programs.
     assert_refused(TcpStream::connect(SocketAddr::new(client.ip, OUTBOUND_PORT)).await.unwrap()).await;

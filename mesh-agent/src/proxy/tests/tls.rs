@@ -4,9 +4,12 @@ use bytes::Bytes;
 use h2::client::SendRequest;
 use http::{Method, Request, StatusCode, Uri};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::{DigitallySignedStruct, SignatureScheme, SupportedProtocolVersion};
+use rustls::crypto::aws_lc_rs::cipher_suite;
+use rustls::{
+    ClientConfig, DigitallySignedStruct, HandshakeKind, SignatureScheme, SupportedCipherSuite, SupportedProtocolVersion,
+};
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
-use tokio_rustls::{TlsAcceptor, TlsConnector};
+use tokio_rustls::{TlsAcceptor, TlsConnector, client};
 
 use super::*;
 
@@ -52,6 +55,8 @@ struct Attempt<'a> {
     versions: &'a [&'static SupportedProtocolVersion],
     alpn: &'a [&'a [u8]],
     pair: Option<Arc<CertifiedKeyPair>>,
+    /// All that the provider has, where none are given.
+    ciphers: Vec<SupportedCipherSuite>,
 }
 
 impl<'a> Attempt<'a> {
@@ -60,13 +65,16 @@ impl<'a> Attempt<'a> {
             versions: TLS13_ONLY,
             alpn: &[b"h2"],
             pair: Some(pair),
+            ciphers: Vec::new(),
         }
     }
 
-    /// Ready to send requests, once the far side has sent its settings: it does only for those whom it takes.
-    async fn connect(self, from: IpAddr, to: IpAddr) -> Result<SendRequest<Bytes>, String> {
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let builder = rustls::ClientConfig::builder_with_provider(provider)
+    fn config(self) -> Arc<ClientConfig> {
+        let mut provider = rustls::crypto::aws_lc_rs::default_provider();
+        if !self.ciphers.is_empty() {
+            provider.cipher_suites = self.ciphers;
+        }
+        let builder = ClientConfig::builder_with_provider(Arc::new(provider))
             .with_protocol_versions(self.versions)
             .unwrap()
             .dangerous()
@@ -78,12 +86,13 @@ impl<'a> Attempt<'a> {
             None => builder.with_no_client_auth(),
         };
         config.alpn_protocols = self.alpn.iter().map(|protocol| protocol.to_vec()).collect();
+        Arc::new(config)
+    }
+
+    /// Ready to send requests, once the far side has sent its settings: it does only for those whom it takes.
+    async fn connect(self, from: IpAddr, to: IpAddr) -> Result<SendRequest<Bytes>, String> {
         let attempt = async {
-            let stream = socket_at(from).connect(SocketAddr::new(to, TUNNEL_PORT)).await.unwrap();
-            let tls = TlsConnector::from(Arc::new(config))
-                .connect(ServerName::IpAddress(to.into()), stream)
-                .await
-                .map_err(|error| error.to_string())?;
+            let tls = handshake(self.config(), from, to).await?;
             let (send, mut connection) = h2::client::handshake(tls).await.map_err(|error| error.to_string())?;
             let mut pings = connection.ping_pong().unwrap();
             let driver = tokio::spawn(connection);
@@ -93,6 +102,14 @@ impl<'a> Attempt<'a> {
         };
         timeout(PATIENCE, attempt).await.expect("neither taken nor refused")
     }
+}
+
+async fn handshake(config: Arc<ClientConfig>, from: IpAddr, to: IpAddr) -> Result<client::TlsStream<TcpStream>, String> {
+    let stream = socket_at(from).connect(SocketAddr::new(to, TUNNEL_PORT)).await.unwrap();
+    TlsConnector::from(config)
+        .connect(ServerName::IpAddress(to.into()), stream)
+        .await
+        .map_err(|error| error.to_string())
 }
 
 async fn status(send: &SendRequest<Bytes>, method: Method, authority: &str) -> StatusCode {
@@ -159,6 +176,22 @@ async fn whom_the_server_takes() {
             ),
         ),
         (
+            "no clientAuth",
+            Attempt::with(mesh.authority.issue_with(
+                &client,
+                &[&client.to_string()],
+                &[ExtendedKeyUsagePurpose::ServerAuth],
+                hour,
+            )),
+        ),
+        (
+            "ChaCha20 only",
+            Attempt {
+                ciphers: vec![cipher_suite::TLS13_CHACHA20_POLY1305_SHA256],
+                ..Attempt::with(good.clone())
+            },
+        ),
+        (
             "no identity",
             Attempt::with(mesh.authority.issue_with(&client, &["https://example.com/"], &[], hour)),
         ),
@@ -179,7 +212,75 @@ async fn whom_the_server_takes() {
         ..Attempt::with(good.clone())
     };
     private_first.connect(from, server.ip).await.expect("picks h2");
+    for suite in [cipher_suite::TLS13_AES_256_GCM_SHA384, cipher_suite::TLS13_AES_128_GCM_SHA256] {
+        let one = Attempt {
+            ciphers: vec![suite],
+            ..Attempt::with(good.clone())
+        };
+        one.connect(from, server.ip).await.expect("AES-GCM of either length");
+    }
     Attempt::with(good).connect(from, server.ip).await.expect("a good one");
+}
+
+/// A resumed session has no certificates to check: whose identity it had, and until when it holds, would be forgotten.
+#[tokio::test]
+async fn no_session_is_resumed() {
+    let mesh = Mesh::new();
+    let server = mesh.pod(&mesh.far, "server").await;
+    // The client would: it keeps every ticket that it is given.
+    let config = Attempt::with(mesh.authority.issue(&identity("client"))).config();
+    for round in 1..=3 {
+        let mut tls = handshake(config.clone(), fresh_address(), server.ip).await.unwrap();
+        // The server's settings: by now it has sent its tickets, too, had it any.
+        let mut settings = [0];
+        timeout(PATIENCE, tls.read_exact(&mut settings)).await.unwrap().unwrap();
+        let connection = tls.get_ref().1;
+        assert_eq!(connection.handshake_kind(), Some(HandshakeKind::Full), "round {round}");
+        assert_eq!(connection.tls13_tickets_received(), 0, "round {round}");
+    }
+}
+
+#[tokio::test]
+async fn a_renewed_certificate_serves_the_next_tunnel_and_a_dropped_one_none() {
+    let mesh = Mesh::new();
+    let server = mesh.pod(&mesh.far, "server").await;
+    let config = Attempt::with(mesh.authority.issue(&identity("client"))).config();
+    let presented = async || {
+        let tls = handshake(config.clone(), fresh_address(), server.ip).await?;
+        let leaf = tls.get_ref().1.peer_certificates().unwrap()[0].clone();
+        Ok::<_, String>(leaf)
+    };
+    let current = || mesh.far.certificates.current(&identity("server")).unwrap().chain[0].clone();
+    let first = current();
+    assert_eq!(presented().await.unwrap(), first);
+    mesh.far.certificates.insert(mesh.authority.issue(&identity("server")));
+    assert_ne!(current(), first);
+    assert_eq!(presented().await.unwrap(), current());
+
+    let kept = || mesh.far.proxy.tls.identities();
+    assert_eq!(kept(), [identity("server")]);
+    mesh.far.certificates.remove(&identity("server"));
+    mesh.far.proxy.forget(&[identity("server")]);
+    assert_eq!(kept(), [], "no key is left");
+    assert!(presented().await.is_err());
+    mesh.far.logs_reason("certificate_missing").await;
+}
+
+/// A handshake that began before its identity was dropped puts nothing back for good.
+#[tokio::test]
+async fn what_is_made_of_a_certificate_ends_with_it() {
+    let authority = Authority::new();
+    let configs = TlsConfigs::default();
+    for account in ["first", "second", "third"] {
+        let pair = authority.issue(&identity(account));
+        // Nobody is there: enough to have its configuration made.
+        let listener = TcpListener::bind((fresh_address(), 0)).await.unwrap();
+        let connect = TcpStream::connect(listener.local_addr().unwrap());
+        let (accepted, client) = tokio::join!(listener.accept(), connect);
+        drop(client.unwrap());
+        assert!(configs.accept(&pair, accepted.unwrap().0).await.is_err());
+        assert_eq!(configs.identities(), [identity(account)], "the others' pairs are gone");
+    }
 }
 
 #[tokio::test]
@@ -188,7 +289,9 @@ async fn what_a_connect_is_answered() {
     let server = mesh.pod(&mesh.far, "server").await;
     let _echo = server.echo().await;
     let good = mesh.authority.issue(&identity("client"));
-    let send = Attempt::with(good).connect(fresh_address(), server.ip).await.unwrap();
+    let from = fresh_address();
+    mesh.tell(vec![Change::Workload(workload("client", from))]);
+    let send = Attempt::with(good).connect(from, server.ip).await.unwrap();
     let own = |port: u16| SocketAddr::new(server.ip, port).to_string();
     let elsewhere = SocketAddr::new(fresh_address(), APPLICATION_PORT).to_string();
     let table = [

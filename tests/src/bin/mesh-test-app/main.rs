@@ -2,6 +2,7 @@
 //! as any other: it knows nothing of the mesh, and runs unprivileged.
 
 mod client;
+mod load;
 mod server;
 
 use std::io::Write as _;
@@ -17,7 +18,13 @@ const USAGE: &str = "usage:
   mesh-test-app swarm ADDRESS:PORT COUNT           so many connections at the same time
   mesh-test-app chat ADDRESS:PORT                  one connection; lines of standard input go through the echo server
   mesh-test-app mptcp ADDRESS:PORT                 asks for a multipath TCP socket
-  mesh-test-app udp ADDRESS:PORT                   a datagram through the echo server";
+  mesh-test-app udp ADDRESS:PORT                   a datagram through the echo server
+load, for benchmarks:
+  mesh-test-app load-serve PORT
+  mesh-test-app load-up|load-down ADDRESS:PORT STREAMS BYTES
+  mesh-test-app load-ping-pong ADDRESS:PORT COUNT
+  mesh-test-app load-connects ADDRESS:PORT THREADS COUNT
+  mesh-test-app load-idle ADDRESS:PORT COUNT            held until standard input ends";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -31,6 +38,12 @@ fn main() -> ExitCode {
         ["chat", address] => client::chat(address),
         ["mptcp", address] => client::mptcp(address),
         ["udp", address] => client::udp(address),
+        ["load-serve", port] => load::serve(port),
+        ["load-up", address, streams, bytes] => load::bulk(address, streams, bytes, true),
+        ["load-down", address, streams, bytes] => load::bulk(address, streams, bytes, false),
+        ["load-ping-pong", address, count] => load::ping_pong(address, count),
+        ["load-connects", address, threads, count] => load::connects(address, threads, count),
+        ["load-idle", address, count] => load::idle(address, count),
         _ => {
             let _ = writeln!(std::io::stderr(), "{USAGE}");
             return ExitCode::from(2);

@@ -1,0 +1,148 @@
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+};
+
+use tokio::sync::Semaphore;
+
+use super::*;
+
+/// Longer than anything here takes on a loaded machine; only a hang meets it.
+const PATIENCE: Duration = Duration::from_secs(60);
+const LIFETIME: Duration = Duration::from_secs(4);
+
+/// Answers one request for each permit: fails as often as it is told, then signs for [`LIFETIME`].
+#[derive(Clone)]
+struct Flaky {
+    permits: Arc<Semaphore>,
+    failures_left: Arc<AtomicU64>,
+    asked: Arc<AtomicU64>,
+    issuer: Arc<Issuer<'static, KeyPair>>,
+    root_pem: String,
+}
+
+impl Flaky {
+    fn new(failures: u64) -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let root_pem = params.self_signed(&key).unwrap().pem();
+        Self {
+            permits: Arc::new(Semaphore::new(1000)),
+            failures_left: Arc::new(AtomicU64::new(failures)),
+            asked: Arc::default(),
+            issuer: Arc::new(Issuer::new(params, key)),
+            root_pem,
+        }
+    }
+}
+
+impl Authority for Flaky {
+    async fn sign(&self, _: &Identity, csr_pem: String) -> Result<Vec<String>, CertificateError> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        self.permits.acquire().await.unwrap().forget();
+        let failed = self
+            .failures_left
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
+        if failed.is_ok() {
+            return Err(Box::new(tonic::Status::unavailable("not now")).into());
+        }
+        let mut request = CertificateSigningRequestParams::from_pem(&csr_pem).unwrap();
+        let now = SystemTime::now();
+        // As authorities do, for skewed clocks: of so short a life, half of the whole is already over.
+        request.params.not_before = (now - Duration::from_secs(60)).into();
+        request.params.not_after = (now + LIFETIME).into();
+        request.params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        Ok(vec![request.signed_by(&*self.issuer).unwrap().pem(), self.root_pem.clone()])
+    }
+}
+
+fn identity(account: &str) -> Identity {
+    Identity::new("cluster.local", "shop", account)
+}
+
+struct Running {
+    certificates: Arc<Certificates>,
+    store: Arc<CertificateStore>,
+    stop: CancellationToken,
+}
+
+impl Running {
+    fn start(authority: Flaky) -> Self {
+        let (store, stop) = (CertificateStore::new(), CancellationToken::new());
+        let certificates = Certificates::new(store.clone());
+        tokio::spawn(certificates.clone().run(authority, stop.clone()));
+        Self {
+            certificates,
+            store,
+            stop,
+        }
+    }
+
+    /// Waits for what attempts bring about.
+    async fn until(&self, mut what: impl FnMut() -> bool) {
+        let mut attempts = self.certificates.attempts.subscribe();
+        let change = async {
+            while !what() {
+                attempts.changed().await.unwrap();
+            }
+        };
+        tokio::time::timeout(PATIENCE, change).await.expect("it never came");
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+#[tokio::test]
+async fn failures_are_told_and_overcome_and_a_certificate_is_renewed_before_it_ends() {
+    let running = Running::start(Flaky::new(2));
+    let (web, pod) = (identity("web"), Arc::from("pod"));
+    running.certificates.want(&web, &pod);
+    running.until(|| running.certificates.failures().contains_key(&web)).await;
+    let why = running.certificates.ready(&web, Duration::ZERO).await.unwrap_err();
+    assert!(why.contains("not now"), "{why}");
+
+    let first = running.certificates.ready(&web, PATIENCE).await.unwrap();
+    let counted = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    assert_eq!(
+        (
+            counted(&running.certificates.failed_total),
+            counted(&running.certificates.fetched_total)
+        ),
+        (2, 1)
+    );
+    assert!(running.certificates.failures().is_empty(), "overcome");
+
+    let current = || running.store.current(&web).unwrap();
+    running.until(|| current().fingerprint() != first.fingerprint()).await;
+    assert!(!first.is_expired(SystemTime::now()), "there was one that holds all the time");
+    assert!(current().not_after > first.not_after);
+
+    assert_eq!(running.certificates.unwant("pod"), [web.clone()]);
+    assert!(running.store.current(&web).is_none());
+}
+
+#[tokio::test]
+async fn a_certificate_whose_pod_left_meanwhile_is_not_kept() {
+    let authority = Flaky {
+        permits: Arc::new(Semaphore::new(0)),
+        ..Flaky::new(0)
+    };
+    let (permits, asked) = (authority.permits.clone(), authority.asked.clone());
+    let running = Running::start(authority);
+    running.certificates.want(&identity("web"), &"first".into());
+    let is_asked = async {
+        while asked.load(Ordering::Relaxed) == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, is_asked).await.expect("nobody asks");
+    assert_eq!(running.certificates.unwant("first"), [identity("web")]);
+    permits.add_permits(1);
+    let settled = || running.certificates.fetched_total.load(Ordering::Relaxed) == 1;
+    running.until(settled).await;
+    assert!(running.store.identities().is_empty(), "the answer came too late");
+}

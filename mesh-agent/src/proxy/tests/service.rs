@@ -1,0 +1,117 @@
+//! A service's address: an endpoint is chosen, another one tried when it refuses, and what was decided is final.
+
+use super::*;
+use crate::policy::{Action, Policy, Rule, Scope};
+use crate::workload::{Service, ServicePort};
+
+const SERVICE: &str = "shop/web.shop.svc.cluster.local";
+const PORT: u16 = 80;
+/// Enough that each of two endpoints is chosen at least once, but for one run in 2⁵⁹.
+const MANY: usize = 60;
+
+fn ports() -> Vec<ServicePort> {
+    vec![ServicePort {
+        port: PORT,
+        target: APPLICATION_PORT,
+    }]
+}
+
+impl Mesh {
+    fn service(&self) -> IpAddr {
+        let vip = fresh_address();
+        self.tell(vec![Change::Service(Service {
+            name: "web".into(),
+            namespace: "shop".into(),
+            hostname: "web.shop.svc.cluster.local".into(),
+            addresses: vec![vip],
+            ports: ports(),
+            only_healthy: true,
+        })]);
+        vip
+    }
+
+    async fn endpoint(&self, name: &str) -> Pod {
+        let mut pod = self.unannounced_pod(&self.far, name).await;
+        pod.workload.services = vec![(SERVICE.into(), ports())];
+        self.tell(vec![Change::Workload(pod.workload.clone())]);
+        pod
+    }
+}
+
+#[tokio::test]
+async fn an_endpoint_that_refuses_is_stood_in_for() {
+    let mesh = Mesh::new();
+    let client = mesh.pod(&mesh.near, "client").await;
+    let vip = SocketAddr::new(mesh.service(), PORT);
+    let _closed = mesh.endpoint("closed").await;
+    let open = mesh.endpoint("open").await;
+    let _application = open.echo().await;
+    for _ in 0..MANY {
+        assert_echo(&mut client.connect(vip).await, "by the service").await;
+    }
+    let metrics = mesh.near.metrics.render();
+    let retries = metrics
+        .lines()
+        .find_map(|line| line.strip_prefix("mesh_endpoint_retries_total "))
+        .unwrap();
+    let retries: usize = retries.parse().unwrap();
+    assert!((1..MANY).contains(&retries), "{retries}");
+    let line = mesh.near.log_line(|line| line["result"] == "ok").await;
+    assert_eq!(line["destination_service"], "web.shop.svc.cluster.local");
+    assert_eq!(line["destination_address"], open.application().to_string());
+    assert_eq!(line["destination_principal"], open.workload.identity.to_string());
+}
+
+#[tokio::test]
+async fn what_no_endpoint_can_take_is_refused_with_its_reason() {
+    let mesh = Mesh::new();
+    let client = mesh.pod(&mesh.near, "client").await;
+    let vip = mesh.service();
+    assert_refused(client.connect(SocketAddr::new(vip, PORT)).await).await;
+    mesh.near.logs_reason("no_healthy_endpoint").await;
+    let mut endpoint = mesh.endpoint("server").await;
+    assert_refused(client.connect(SocketAddr::new(vip, PORT + 1)).await).await;
+    mesh.near.logs_reason("service_port_unknown").await;
+    assert_refused(client.connect(SocketAddr::new(vip, PORT)).await).await;
+    mesh.near.logs_reason("connect_failed_at_destination").await;
+    let _application = endpoint.echo().await;
+    assert_echo(&mut client.connect(SocketAddr::new(vip, PORT)).await, "the only one").await;
+    endpoint.workload.healthy = false;
+    mesh.tell(vec![Change::Workload(endpoint.workload.clone())]);
+    assert_refused(client.connect(SocketAddr::new(vip, PORT)).await).await;
+}
+
+#[tokio::test]
+async fn a_denial_is_not_asked_of_another_endpoint() {
+    let mesh = Mesh::new();
+    let client = mesh.pod(&mesh.near, "client").await;
+    let vip = SocketAddr::new(mesh.service(), PORT);
+    let mut running = Vec::new();
+    for name in ["denies", "allows"] {
+        let mut endpoint = mesh.endpoint(name).await;
+        if name == "denies" {
+            endpoint.workload.policies = vec!["shop/deny".into()];
+            mesh.tell(vec![
+                Change::Policy(Arc::new(Policy {
+                    name: "shop/deny".into(),
+                    namespace: "shop".into(),
+                    scope: Scope::WorkloadSelector,
+                    action: Action::Deny,
+                    rules: vec![Rule::default()],
+                    dry_run: false,
+                })),
+                Change::Workload(endpoint.workload.clone()),
+            ]);
+        }
+        running.push((endpoint.echo().await, endpoint));
+    }
+    let mut refused = 0;
+    for _ in 0..MANY {
+        let mut stream = client.connect(vip).await;
+        stream.write_all(b"x").await.unwrap();
+        let mut byte = [0];
+        refused += usize::from(timeout(PATIENCE, stream.read(&mut byte)).await.unwrap().is_err());
+    }
+    assert!((1..MANY).contains(&refused), "{refused}");
+    mesh.near.logs_reason("denied_by_destination").await;
+}

@@ -1,0 +1,89 @@
+//! `cargo xtask bench`: the same topology, direct and through the mesh, side by side in one run. Every round measures every system
+//! once, so that what the machine does meanwhile happens to all of them.
+
+mod measure;
+mod report;
+
+use anyhow::{Result, bail};
+
+use crate::mesh::{Mesh, PodSpec};
+use crate::requirements;
+use crate::topology::NodeName;
+use measure::Bench;
+pub use report::Format;
+use report::Results;
+
+const LOAD_PORT: u16 = 9100;
+
+const fn pod(name: &'static str, node: NodeName, host: u8, meshed: bool) -> PodSpec {
+    PodSpec {
+        name,
+        node,
+        host,
+        meshed,
+        annotations: "",
+    }
+}
+
+const PODS: [PodSpec; 5] = [
+    pod("client", NodeName::One, 10, true),
+    pod("local", NodeName::One, 11, true),
+    pod("server", NodeName::Two, 20, true),
+    pod("plain-client", NodeName::One, 12, false),
+    pod("plain-server", NodeName::Two, 21, false),
+];
+
+/// A way from a client to a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum System {
+    /// Two Pods outside the mesh, on two nodes.
+    Direct,
+    /// Two Pods of the mesh, on two nodes.
+    Mesh,
+    /// Two Pods of the mesh, on one node.
+    MeshSameNode,
+}
+
+impl System {
+    pub const ALL: [Self; 3] = [Self::Direct, Self::Mesh, Self::MeshSameNode];
+
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::Mesh => "mesh",
+            Self::MeshSameNode => "mesh_same_node",
+        }
+    }
+
+    fn client(self) -> &'static str {
+        match self {
+            Self::Direct => "plain-client",
+            Self::Mesh | Self::MeshSameNode => "client",
+        }
+    }
+
+    fn server(self) -> &'static str {
+        match self {
+            Self::Direct => "plain-server",
+            Self::Mesh => "server",
+            Self::MeshSameNode => "local",
+        }
+    }
+}
+
+/// Runs so many rounds and prints the results.
+///
+/// # Errors
+/// What is missing on this machine, or the first measurement that failed.
+pub fn run(rounds: usize, format: Format) -> Result<()> {
+    let missing = requirements::missing();
+    if !missing.is_empty() {
+        bail!("the benchmarks cannot run here; missing:\n  - {}", missing.join("\n  - "));
+    }
+    let mut results = Results::default();
+    let mut mesh = Mesh::start(&PODS, &mut |step| report::progress(step))?;
+    let outcome = Bench::start(&mut mesh).and_then(|bench| bench.run(rounds, &mut results));
+    outcome.map_err(|error| mesh.with_logs(error))?;
+    results.print(format)
+}
