@@ -7,6 +7,12 @@
 
 #[path = "capture/bed.rs"]
 mod bed;
+#[path = "capture/defences.rs"]
+mod defences;
+#[path = "capture/recovery.rs"]
+mod recovery;
+#[path = "capture/repair.rs"]
+mod repair;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -16,7 +22,7 @@ use bed::{Bed, NODE_V4, NODE_V6, POD_V4, POD_V6, run, serve};
 use mesh_agent::capture::kernel::Kernel;
 use mesh_agent::capture::{Capture, CaptureError, PodNetwork, ProofError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 const A_WHILE: Duration = Duration::from_secs(10);
@@ -148,8 +154,8 @@ async fn the_application_sees_the_true_client() {
         assert_eq!((heard.as_str(), answer.as_str()), ("there", "and back"));
         // A closed port is told at once: without fwmark_reflect its reset would not come back to the agent.
         let closed = SocketAddr::new(pod.parse().unwrap(), 81);
-        let upstream = network.upstream_socket(node.parse().unwrap(), closed.ip()).unwrap();
-        let refused = timeout(Duration::from_secs(1), upstream.connect(closed))
+        let upstream = network.upstream_socket(node.parse().unwrap(), closed).unwrap();
+        let refused = timeout(Duration::from_secs(1), upstream.socket.connect(closed))
             .await
             .unwrap()
             .unwrap_err();
@@ -159,10 +165,15 @@ async fn the_application_sees_the_true_client() {
         assert!(matches!(ended, Ok(0) | Err(_)), "{ended:?}");
     }
     // The Pod itself as client, as when it reaches itself through a service.
-    let mut itself = timeout(A_WHILE, connect_from_pod_to_itself(&bed)).await.unwrap();
-    let (mut served, _) = timeout(A_WHILE, application.accept()).await.unwrap().unwrap();
-    itself.write_all(b"x").await.unwrap();
-    assert_eq!(timeout(A_WHILE, served.read_u8()).await.unwrap().unwrap(), b'x');
+    for pod in [POD_V4, POD_V6] {
+        let own = SocketAddr::new(pod.parse().unwrap(), 8080);
+        let upstream = network.upstream_socket(own.ip(), own).unwrap();
+        let mut itself = timeout(A_WHILE, upstream.socket.connect(own)).await.unwrap().unwrap();
+        let (mut served, peer) = timeout(A_WHILE, application.accept()).await.unwrap().unwrap();
+        assert_eq!(peer.ip().to_canonical(), own.ip());
+        itself.write_all(b"x").await.unwrap();
+        assert_eq!(timeout(A_WHILE, served.read_u8()).await.unwrap().unwrap(), b'x');
+    }
     assert!(capture.release("uid-1").await.unwrap());
 }
 
@@ -264,9 +275,4 @@ async fn settle_to(bed: &Bed, before: &str) {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     assert_eq!(bed.snapshot(), before);
-}
-
-async fn connect_from_pod_to_itself(bed: &Bed) -> TcpStream {
-    let socket = bed.netns().run(|| Ok(TcpSocket::new_v4().unwrap())).unwrap();
-    socket.connect(format!("{POD_V4}:8080").parse().unwrap()).await.unwrap()
 }

@@ -365,6 +365,7 @@ fn is_missing(error: &aya::maps::MapError) -> bool {
 }
 
 mod destinations;
+pub mod inspect;
 mod pin_names;
 mod pins;
 mod programs;

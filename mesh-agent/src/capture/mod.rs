@@ -6,7 +6,10 @@
 
 mod addresses;
 mod bpf_syscalls;
+mod cgroup_root;
+mod enrol;
 mod enrolments;
+mod events;
 #[cfg(fuzzing)]
 pub mod fuzz;
 mod heartbeat;
@@ -17,36 +20,39 @@ pub mod netns;
 pub mod network;
 pub mod probe;
 mod probe_child;
+mod recovery;
+mod repair;
 mod routing;
+mod search;
+mod self_test;
 mod sockets;
+mod upstreams;
 
-use std::collections::HashMap;
 use std::net::IpAddr;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use futures_util::future::{BoxFuture, FutureExt, try_join_all};
-use mesh_common::limits::{MAX_POD_ADDRESSES, MAX_PODS};
-use mesh_common::{PLAINTEXT_LISTENER, PodValue, TUNNEL_LISTENER};
 use parking_lot::Mutex;
-use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 
 use self::addresses::{normal_addresses, wait_for_addresses};
-use self::enrolments::{EnrolmentRecord, Enrolments, boot_id, check_uid};
+use self::enrol::{Enrolment, Established, Inner};
+use self::enrolments::{Enrolments, boot_id, check_uid};
+use self::events::Events;
 use self::heartbeat::Heartbeat;
 use self::kernel::{CleanupReport, Kernel, KernelConfig};
 use self::netns::NetNamespace;
-use self::network::IoContext;
 use self::probe::{PROBE_ADDRESS_V4, PROBE_ADDRESS_V6};
 use self::probe_child::ProbeCgroup;
-use self::sockets::StdListeners;
-use crate::addr::address_bytes;
+use self::upstreams::MAX_UPSTREAMS;
 
 pub use self::enrolments::PodToEnroll;
 pub use self::namespace::PodNamespace;
-pub use self::network::{CaptureError, PodListeners, PodNetwork};
+pub use self::network::{CaptureError, PodListeners, PodNetwork, Upstream};
 pub use self::probe::{Probes, ProofError, is_probe};
+pub use self::repair::Repairs;
+pub use self::upstreams::UpstreamLease;
 
 #[derive(Clone, Debug)]
 pub struct CaptureConfig {
@@ -94,29 +100,6 @@ impl std::fmt::Debug for Capture {
     }
 }
 
-struct Inner {
-    kernel: Arc<Kernel>,
-    enrolments: Enrolments,
-    node_cookie: u64,
-    boot_id: String,
-    /// One enrolment or release at a time. Taken before `pods`, and on blocking threads only.
-    change: Mutex<()>,
-    pods: Mutex<HashMap<String, Enrolment>>,
-}
-
-struct Enrolment {
-    record: EnrolmentRecord,
-    /// `None` until it is recovered: its listeners are not ours yet, and its connections are refused.
-    active: Option<Arc<PodNamespace>>,
-}
-
-/// What an enrolment has made, before the runtime has it.
-struct Established {
-    record: EnrolmentRecord,
-    network: Arc<PodNamespace>,
-    listeners: StdListeners,
-}
-
 /// What [`Capture::cleanup`] undid.
 #[derive(Debug)]
 pub struct CleanupSummary {
@@ -132,17 +115,20 @@ impl Capture {
     /// # Errors
     /// The kernel lacks something, the rights are missing, or the run directory cannot be used.
     pub fn start(config: CaptureConfig) -> Result<Arc<Self>, CaptureError> {
-        let cgroup_root = match &config.kernel.cgroup_root {
-            Some(root) => root.clone(),
-            None => kernel::detect_cgroup_root()?,
+        let mut config = config;
+        let cgroup_root = match config.kernel.cgroup_root.take() {
+            Some(root) => root,
+            None => cgroup_root::detect()?,
         };
+        config.kernel.cgroup_root = Some(cgroup_root.clone());
         let enrolments = Enrolments::open(&config.run_dir)?;
         let pods = enrolments
             .load()?
             .into_iter()
-            .map(|(uid, record)| (uid, Enrolment { record, active: None }))
+            .map(|(uid, record)| (uid, Enrolment::of(record)))
             .collect();
         let kernel = Arc::new(Kernel::load(&config.kernel)?);
+        self_test::upstream_connects_are_noted(&kernel, &cgroup_root)?;
         let heartbeat = Heartbeat::start(Arc::clone(&kernel))?;
         probe_child::sweep_probe_cgroups(&cgroup_root);
         Ok(Arc::new(Self {
@@ -153,6 +139,8 @@ impl Capture {
                 boot_id: boot_id()?,
                 change: Mutex::default(),
                 pods: Mutex::new(pods),
+                upstreams: Arc::new(Semaphore::new(MAX_UPSTREAMS)),
+                events: Events::default(),
             }),
             probes: Arc::default(),
             cgroup_root,
@@ -161,8 +149,8 @@ impl Capture {
         }))
     }
 
-    /// Takes over the Pods that an earlier agent enrolled; to be called once, after start. A Pod whose namespace is gone is
-    /// released. One that cannot be taken over stays closed, and may be tried again with [`Capture::enroll`].
+    /// Takes over the Pods that an earlier agent enrolled; to be called once, after start. A Pod whose namespace is gone for sure is
+    /// released. One that cannot be taken over stays closed, and may be tried again with [`Capture::take_over`].
     #[allow(clippy::result_large_err, reason = "the Pod comes back with its error; a handful at start")]
     pub async fn recover(&self) -> Vec<Result<CapturedPod, (PodToEnroll, CaptureError)>> {
         let inner = Arc::clone(&self.inner);
@@ -179,6 +167,42 @@ impl Capture {
                 })
             })
             .collect()
+    }
+
+    /// Tries again to take over one that [`Capture::recover`] could not. `None`: its namespace is gone, and it is released.
+    ///
+    /// # Errors
+    /// It still cannot be taken over, and stays closed; or it is served already.
+    pub async fn take_over(&self, uid: &str) -> Result<Option<CapturedPod>, CaptureError> {
+        let (inner, uid) = (Arc::clone(&self.inner), uid.to_owned());
+        let established = blocking(move || inner.take_over(&uid)).await?;
+        established.map(Established::into_captured).transpose()
+    }
+
+    /// Puts back what is missing of a Pod's capture. Nothing is taken away on the way, so that it is never open. Lost listeners
+    /// are only told of: whoever serves the others closes them first, and then calls [`Capture::reopen`].
+    ///
+    /// # Errors
+    /// Something is missing and cannot be put back.
+    pub async fn repair(&self, uid: &str) -> Result<Repairs, CaptureError> {
+        let (inner, uid) = (Arc::clone(&self.inner), uid.to_owned());
+        blocking(move || inner.repair(&uid)).await
+    }
+
+    /// New listeners for a Pod whose own are closed. Until then its connections are refused.
+    ///
+    /// # Errors
+    /// Another process of the Pod took a port meanwhile, say.
+    pub async fn reopen(&self, uid: &str) -> Result<CapturedPod, CaptureError> {
+        let (inner, uid) = (Arc::clone(&self.inner), uid.to_owned());
+        blocking(move || inner.reopen(&uid)).await?.into_captured()
+    }
+
+    /// After a failed [`Capture::reopen`]: the Pod stays closed until [`Capture::take_over`].
+    pub fn give_up(&self, uid: &str) {
+        if let Some(enrolment) = self.inner.pods.lock().get_mut(uid) {
+            enrolment.active = None;
+        }
     }
 
     /// The same Pod again (same uid and namespace, listeners in use) is [`CaptureError::AlreadyEnrolled`] and changes nothing.
@@ -265,10 +289,12 @@ impl Capture {
         Arc::clone(&self.probes)
     }
 
-    /// What the programs counted.
+    /// What the programs counted, and this half.
     #[must_use]
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
-        self.inner.kernel.counters()
+        let mut counters = self.inner.kernel.counters();
+        counters.extend(self.inner.events.counts());
+        counters
     }
 
     /// Undoes everything, of any version, without a running agent.
@@ -288,7 +314,7 @@ impl Capture {
             let boot_id = boot_id()?;
             let enrolments = Enrolments::open(&run_dir)?;
             for (uid, record) in enrolments.load()? {
-                let undone = match living_netns(&record, &boot_id) {
+                let undone = match recovery::find(&record, &boot_id) {
                     Some(netns) => netns.run(|| routing::undo(&record.before)),
                     None => Ok(()),
                 };
@@ -303,237 +329,10 @@ impl Capture {
     }
 }
 
-impl Inner {
-    fn enroll(&self, pod: PodToEnroll, netns: NetNamespace) -> Result<Established, CaptureError> {
-        let _change = self.change.lock();
-        let cookie = netns.cookie();
-        let (known, slot) = {
-            let pods = self.pods.lock();
-            if let Some(other) = pods
-                .values()
-                .find(|e| e.record.netns_cookie == cookie && e.record.pod.uid != pod.uid)
-            {
-                return Err(CaptureError::Refused(format!(
-                    "the network namespace {} is enrolled for Pod {} already",
-                    pod.netns_path.display(),
-                    other.record.pod.uid
-                )));
-            }
-            let known = pods.get(&pod.uid).map(|e| (e.record.clone(), e.active.is_some()));
-            (known, free_slot(pods.values().map(|e| e.record.slot)))
-        };
-        let resumed = match known {
-            Some((record, _)) if record.netns_cookie != cookie => {
-                return Err(CaptureError::Refused(format!(
-                    "Pod {} is enrolled with another network namespace: release it first",
-                    record.pod.uid
-                )));
-            }
-            Some((record, true)) => return Err(CaptureError::AlreadyEnrolled(record.pod.uid)),
-            // A recovery that failed is tried again, with what was there before the *first* attempt.
-            Some((record, false)) => Some(EnrolmentRecord {
-                pod: pod.clone(),
-                ..record
-            }),
-            None => None,
-        };
-        let is_new = resumed.is_none();
-        let record = match resumed {
-            Some(record) => record,
-            None => EnrolmentRecord {
-                boot_id: self.boot_id.clone(),
-                netns_cookie: cookie,
-                slot: slot.ok_or_else(|| CaptureError::Refused(format!("the node's {MAX_PODS} slots for Pods are taken")))?,
-                before: netns.run(routing::observe)?,
-                pod,
-            },
-        };
-        self.enrolments.save(&record)?;
-        let uid = record.pod.uid.clone();
-        self.pods.lock().insert(
-            uid.clone(),
-            Enrolment {
-                record: record.clone(),
-                active: None,
-            },
-        );
-        self.establish(record, netns).inspect_err(|_| {
-            if is_new && let Err(error) = self.undo(&uid) {
-                tracing::error!(uid, %error, "a failed enrolment cannot be undone: release the Pod to try again");
-            }
-        })
-    }
-
-    /// Every step is fine with what is there already.
-    fn establish(&self, record: EnrolmentRecord, netns: NetNamespace) -> Result<Established, CaptureError> {
-        let listeners = netns.run(|| {
-            routing::set_up(&record.before)?;
-            StdListeners::open(&self.kernel, record.slot)
-        })?;
-        self.kernel
-            .set_listener(record.slot, TUNNEL_LISTENER, listeners.tunnel.as_fd())?;
-        self.kernel
-            .set_listener(record.slot, PLAINTEXT_LISTENER, listeners.plaintext.as_fd())?;
-        self.kernel.attach_lookup(record.slot, &record.pod.uid, netns.as_fd())?;
-        self.kernel.add_pod(record.netns_cookie, &pod_value(&record))?;
-        let network = Arc::new(PodNamespace::new(
-            Arc::clone(&self.kernel),
-            netns,
-            record.slot,
-            record.pod.addresses.clone(),
-        ));
-        if let Some(enrolment) = self.pods.lock().get_mut(&record.pod.uid) {
-            enrolment.active = Some(Arc::clone(&network));
-        }
-        Ok(Established {
-            record,
-            network,
-            listeners,
-        })
-    }
-
-    fn release(&self, uid: &str) -> Result<bool, CaptureError> {
-        let _change = self.change.lock();
-        if !self.pods.lock().contains_key(uid) {
-            return Ok(false);
-        }
-        self.undo(uid)?;
-        Ok(true)
-    }
-
-    /// Backwards. The record goes last: until then undoing again completes it.
-    fn undo(&self, uid: &str) -> Result<(), CaptureError> {
-        let (record, active) = {
-            let pods = self.pods.lock();
-            let Some(enrolment) = pods.get(uid) else { return Ok(()) };
-            (enrolment.record.clone(), enrolment.active.clone())
-        };
-        self.forget_in_kernel(&record)?;
-        match active {
-            Some(network) => network.netns().run(|| routing::undo(&record.before))?,
-            None => {
-                if let Some(netns) = living_netns(&record, &self.boot_id) {
-                    netns.run(|| routing::undo(&record.before))?;
-                }
-            }
-        }
-        self.enrolments.remove(uid)?;
-        self.pods.lock().remove(uid);
-        Ok(())
-    }
-
-    fn forget_in_kernel(&self, record: &EnrolmentRecord) -> Result<(), CaptureError> {
-        self.kernel.remove_pod(record.netns_cookie)?;
-        self.kernel.detach_lookup(&record.pod.uid)?;
-        self.kernel.clear_listeners(record.slot);
-        Ok(())
-    }
-
-    fn recover(&self) -> Vec<Result<Established, (PodToEnroll, CaptureError)>> {
-        let _change = self.change.lock();
-        if let Err(error) = self.remove_orphans() {
-            tracing::error!(%error, "what a Pod without a record left in the kernel cannot be removed");
-        }
-        let records: Vec<_> = {
-            let pods = self.pods.lock();
-            pods.values()
-                .filter(|e| e.active.is_none())
-                .map(|e| e.record.clone())
-                .collect()
-        };
-        let mut recovered = Vec::new();
-        for record in records {
-            let pod = record.pod.clone();
-            match living_netns(&record, &self.boot_id) {
-                Some(netns) => recovered.push(self.establish(record, netns).map_err(|error| (pod, error))),
-                None => {
-                    tracing::info!(uid = pod.uid, "the network namespace of an enrolled Pod is gone: released");
-                    if let Err(error) = self.undo(&pod.uid) {
-                        recovered.push(Err((pod, error)));
-                    }
-                }
-            }
-        }
-        recovered
-    }
-
-    /// What the kernel holds for Pods without a record: their namespaces cannot be found any more.
-    fn remove_orphans(&self) -> Result<(), CaptureError> {
-        let (cookies, uids): (Vec<u64>, Vec<String>) = {
-            let pods = self.pods.lock();
-            pods.values()
-                .map(|e| (e.record.netns_cookie, e.record.pod.uid.clone()))
-                .unzip()
-        };
-        for (cookie, value) in self.kernel.pods()? {
-            if !cookies.contains(&cookie) {
-                tracing::warn!(cookie, "a captured network namespace has no record: released");
-                self.kernel.remove_pod(cookie)?;
-                self.kernel.clear_listeners(value.slot);
-            }
-        }
-        for uid in self.kernel.attached_pods()? {
-            if !uids.contains(&uid) {
-                self.kernel.detach_lookup(&uid)?;
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Established {
-    fn into_captured(self) -> Result<CapturedPod, CaptureError> {
-        const STEP: &str = "giving a listener to the runtime";
-        Ok(CapturedPod {
-            pod: self.record.pod,
-            netns_cookie: self.record.netns_cookie,
-            slot: self.record.slot,
-            network: self.network,
-            listeners: PodListeners {
-                outbound: TcpListener::from_std(self.listeners.outbound).step(STEP)?,
-                tunnel: TcpListener::from_std(self.listeners.tunnel).step(STEP)?,
-                plaintext: TcpListener::from_std(self.listeners.plaintext).step(STEP)?,
-            },
-        })
-    }
-}
-
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, CaptureError> + Send + 'static) -> Result<T, CaptureError> {
     tokio::task::spawn_blocking(work)
         .await
         .map_err(|error| CaptureError::Other(format!("a step of the capture did not end: {error}")))?
-}
-
-/// The namespace of a record, if it is still the same one.
-fn living_netns(record: &EnrolmentRecord, boot_id: &str) -> Option<NetNamespace> {
-    if record.boot_id != boot_id {
-        return None;
-    }
-    NetNamespace::open(&record.pod.netns_path)
-        .ok()
-        .filter(|netns| netns.cookie() == record.netns_cookie)
-}
-
-fn free_slot(taken: impl Iterator<Item = u32>) -> Option<u32> {
-    let mut is_free = vec![true; MAX_PODS as usize];
-    for slot in taken {
-        if let Some(entry) = is_free.get_mut(slot as usize) {
-            *entry = false;
-        }
-    }
-    (0..MAX_PODS).find(|slot| is_free[*slot as usize])
-}
-
-fn pod_value(record: &EnrolmentRecord) -> PodValue {
-    let mut addresses = [[0; 16]; MAX_POD_ADDRESSES];
-    for (bytes, address) in addresses.iter_mut().zip(&record.pod.addresses) {
-        *bytes = address_bytes(*address);
-    }
-    PodValue {
-        slot: record.slot,
-        address_count: record.pod.addresses.len().min(MAX_POD_ADDRESSES) as u32,
-        addresses,
-    }
 }
 
 #[cfg(test)]

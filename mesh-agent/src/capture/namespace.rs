@@ -1,6 +1,6 @@
 //! A Pod's network namespace as the proxy uses it.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
@@ -9,8 +9,9 @@ use tokio::net::TcpSocket;
 
 use super::kernel::Kernel;
 use super::netns::NetNamespace;
-use super::network::{CaptureError, PodNetwork};
+use super::network::{CaptureError, IoContext, PodNetwork, Upstream};
 use super::sockets;
+use super::upstreams::Upstreams;
 use crate::addr::{ClientAddr, ListenerAddr, OriginalDst, address_bytes, ip_from_bytes};
 
 /// The kernel's [`PodNetwork`].
@@ -21,10 +22,11 @@ pub struct PodNamespace {
     addresses: Vec<IpAddr>,
     /// Counts the upstream sockets; gives each its local port.
     next_port: AtomicU32,
+    upstreams: Upstreams,
 }
 
 impl PodNamespace {
-    pub(super) fn new(kernel: Arc<Kernel>, netns: NetNamespace, slot: u32, addresses: Vec<IpAddr>) -> Self {
+    pub(super) fn new(kernel: Arc<Kernel>, netns: NetNamespace, slot: u32, addresses: Vec<IpAddr>, upstreams: Upstreams) -> Self {
         // A restarted agent starts elsewhere in the range: connections of its predecessor may be in TIME_WAIT.
         let next_port = AtomicU32::new(rand::random());
         Self {
@@ -33,6 +35,7 @@ impl PodNamespace {
             slot,
             addresses,
             next_port,
+            upstreams,
         }
     }
 
@@ -78,9 +81,19 @@ impl PodNetwork for PodNamespace {
         self.netns.run(|| sockets::outbound(&self.kernel, self.slot, towards))
     }
 
-    fn upstream_socket(&self, client: IpAddr, towards: IpAddr) -> Result<TcpSocket, CaptureError> {
+    fn upstream_socket(&self, client: IpAddr, application: SocketAddr) -> Result<Upstream, CaptureError> {
+        let mut lease = self.upstreams.reserve()?;
         let client_is_pod = self.addresses.contains(&client.to_canonical());
-        self.netns
-            .run(|| sockets::upstream(&self.kernel, self.slot, &self.next_port, client, client_is_pod, towards))
+        let towards = application.ip();
+        let socket = self
+            .netns
+            .run(|| sockets::upstream(&self.kernel, self.slot, &self.next_port, client, client_is_pod, towards))?;
+        let local = socket.local_addr().step("reading an upstream socket's address")?;
+        self.upstreams.register(&mut lease, local, application);
+        Ok(Upstream { socket, lease })
+    }
+
+    fn is_own_upstream(&self, client: ClientAddr, application: OriginalDst) -> bool {
+        self.upstreams.is_live(client, application)
     }
 }

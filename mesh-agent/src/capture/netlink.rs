@@ -107,17 +107,17 @@ impl Netlink {
         Ok(addresses)
     }
 
-    /// `ip rule add pref <preference> fwmark <mark> lookup <table>`; one that exists is fine.
-    pub(super) fn add_mark_rule(&self, family: Family, preference: u32, mark: u32, table: u32) -> io::Result<()> {
+    /// `ip rule add pref <preference> fwmark <mark> lookup <table>`; one that exists is fine, and told by `false`.
+    pub(super) fn add_mark_rule(&self, family: Family, preference: u32, mark: u32, table: u32) -> io::Result<bool> {
         self.change_mark_rule(Change::Add, family, preference, mark, table)
     }
 
     /// One that is gone is fine.
-    pub(super) fn remove_mark_rule(&self, family: Family, preference: u32, mark: u32, table: u32) -> io::Result<()> {
+    pub(super) fn remove_mark_rule(&self, family: Family, preference: u32, mark: u32, table: u32) -> io::Result<bool> {
         self.change_mark_rule(Change::Remove, family, preference, mark, table)
     }
 
-    fn change_mark_rule(&self, change: Change, family: Family, preference: u32, mark: u32, table: u32) -> io::Result<()> {
+    fn change_mark_rule(&self, change: Change, family: Family, preference: u32, mark: u32, table: u32) -> io::Result<bool> {
         const FR_ACT_TO_TBL: u8 = 1;
         const FRA_PRIORITY: u16 = 6;
         const FRA_FWMARK: u16 = 10;
@@ -136,17 +136,17 @@ impl Netlink {
         self.change(change, (RTM_NEWRULE, RTM_DELRULE), &body)
     }
 
-    /// `ip route add local default dev lo table <table>`; one that exists is fine.
-    pub(super) fn add_local_default(&self, family: Family, table: u32) -> io::Result<()> {
+    /// `ip route add local default dev lo table <table>`; one that exists is fine, and told by `false`.
+    pub(super) fn add_local_default(&self, family: Family, table: u32) -> io::Result<bool> {
         self.change_local_default(Change::Add, family, table)
     }
 
     /// One that is gone is fine.
-    pub(super) fn remove_local_default(&self, family: Family, table: u32) -> io::Result<()> {
+    pub(super) fn remove_local_default(&self, family: Family, table: u32) -> io::Result<bool> {
         self.change_local_default(Change::Remove, family, table)
     }
 
-    fn change_local_default(&self, change: Change, family: Family, table: u32) -> io::Result<()> {
+    fn change_local_default(&self, change: Change, family: Family, table: u32) -> io::Result<bool> {
         const RTA_OIF: u16 = 4;
         const RTA_TABLE: u16 = 15;
         const RTPROT_STATIC: u8 = 4;
@@ -172,16 +172,17 @@ impl Netlink {
         self.change(change, (RTM_NEWROUTE, RTM_DELROUTE), &body)
     }
 
-    fn change(&self, change: Change, (add, remove): (u16, u16), body: &[u8]) -> io::Result<()> {
+    /// Whether anything changed.
+    fn change(&self, change: Change, (add, remove): (u16, u16), body: &[u8]) -> io::Result<bool> {
         let result = match change {
             Change::Add => self.request(add, NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, body, |_, _| {}),
             Change::Remove => self.request(remove, NLM_F_REQUEST | NLM_F_ACK, body, |_, _| {}),
         };
         match (change, result.as_ref().err().and_then(io::Error::raw_os_error)) {
-            (Change::Add, Some(libc::EEXIST)) => Ok(()),
+            (Change::Add, Some(libc::EEXIST)) => Ok(false),
             // No such rule; no such route; no such device; the family is gone with its rules and routes.
-            (Change::Remove, Some(libc::ENOENT | libc::ESRCH | libc::ENODEV | libc::EAFNOSUPPORT)) => Ok(()),
-            _ => result,
+            (Change::Remove, Some(libc::ENOENT | libc::ESRCH | libc::ENODEV | libc::EAFNOSUPPORT)) => Ok(false),
+            _ => result.map(|()| true),
         }
     }
 

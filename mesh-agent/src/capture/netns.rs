@@ -37,6 +37,15 @@ impl NetNamespace {
         Ok(Self { fd, cookie })
     }
 
+    /// # Errors
+    /// No descriptor is free.
+    pub fn try_clone(&self) -> Result<Self, CaptureError> {
+        Ok(Self {
+            fd: self.fd.try_clone().step("duplicating a network namespace's descriptor")?,
+            cookie: self.cookie,
+        })
+    }
+
     /// Unique over the life of the kernel, unlike the inode, and what the programs know a Pod by.
     #[must_use]
     pub fn cookie(&self) -> u64 {

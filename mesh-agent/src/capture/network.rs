@@ -1,10 +1,11 @@
 //! The seam between the datapath and the proxy: what the proxy may ask of a Pod's network namespace.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::{fmt, io};
 
 use tokio::net::{TcpListener, TcpSocket};
 
+use super::upstreams::UpstreamLease;
 use crate::addr::{ClientAddr, ListenerAddr, OriginalDst};
 
 /// A Pod's network namespace as the proxy uses it. The kernel's is `capture::PodNamespace`; the tunnel's tests have one of plain
@@ -26,8 +27,19 @@ pub trait PodNetwork: Send + Sync + fmt::Debug + 'static {
     /// the application.
     ///
     /// # Errors
-    /// The socket cannot be made, marked or bound.
-    fn upstream_socket(&self, client: IpAddr, towards: IpAddr) -> Result<TcpSocket, CaptureError>;
+    /// The socket cannot be made, marked or bound; there are too many.
+    fn upstream_socket(&self, client: IpAddr, application: SocketAddr) -> Result<Upstream, CaptureError>;
+
+    /// Whether an accepted connection is a live upstream socket's: the programs did not note it, and it came back. To be refused,
+    /// or it would go round for ever.
+    fn is_own_upstream(&self, client: ClientAddr, application: OriginalDst) -> bool;
+}
+
+/// A socket towards an application, to be connected to it, and its place in the bounds, to be held until it is closed.
+#[derive(Debug)]
+pub struct Upstream {
+    pub socket: TcpSocket,
+    pub lease: UpstreamLease,
 }
 
 /// The three listeners inside a Pod's netns; dual-stack where the kernel has IPv6.
@@ -48,6 +60,10 @@ pub enum CaptureError {
     /// The request cannot be granted as it stands; the text says what to change.
     #[error("{0}")]
     Refused(String),
+    #[error("too many connections to applications: the bound of the {0} is reached")]
+    UpstreamLimit(&'static str),
+    #[error("no local port is free for another connection to the application with the address of {0}")]
+    PortsExhausted(IpAddr),
     #[error("{step}: {source}")]
     Io { step: &'static str, source: io::Error },
     #[error("{0}")]
@@ -62,6 +78,8 @@ impl CaptureError {
             Self::NoOriginalDestination => "no_original_destination",
             Self::AlreadyEnrolled(_) => "already_enrolled",
             Self::Refused(_) => "refused",
+            Self::UpstreamLimit(_) => "limit",
+            Self::PortsExhausted(_) => "local_ports_exhausted",
             Self::Io { .. } => "io",
             Self::Other(_) => "capture",
         }

@@ -2,19 +2,21 @@
 //! unprivileged child in the Pod's namespace connects to a test address; inbound, the agent connects from the node's namespace to
 //! the Pod. Each carries a nonce that [`Probes`] waits for.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::process::{ExitCode, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use mesh_common::PROBE_PORT;
+use nix::unistd::geteuid;
 use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use super::netns::NetNamespace;
@@ -31,10 +33,14 @@ pub const CHILD_COMMAND: &str = "probe-connect";
 /// One probe, all told.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 const NONCE_LEN: usize = 16;
-/// Connections to probe addresses that are read at a time, of all Pods: an application may make them, too.
-const MAX_ANSWERS: usize = 64;
+/// Connections to a probe's destination that are read at a time, of one Pod. Anyone may make them and be silent: one more ends the
+/// oldest, so that a probe, which speaks at once, is heard through any number of them.
+const MAX_ANSWERS: usize = 32;
 
 type Nonce = [u8; NONCE_LEN];
+
+/// What a probe says: its nonce, and the user id it runs as.
+const GREETING_LEN: usize = NONCE_LEN + size_of::<u32>();
 
 /// Whether a connection is for [`Probes::answer`] instead of the mesh.
 #[must_use]
@@ -43,17 +49,47 @@ pub fn is_probe(destination: OriginalDst) -> bool {
 }
 
 /// The probes that are under way.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Probes {
     expected: Mutex<HashMap<Nonce, Expected>>,
-    answers: Semaphore,
+    /// By Pod: the connections that are read, oldest first. Dropping one ends it.
+    answers: Mutex<HashMap<String, VecDeque<Answer>>>,
+    next_answer: AtomicU64,
 }
 
 #[derive(Debug)]
 struct Expected {
     pod_uid: String,
     destination: SocketAddr,
+    /// From a process of the Pod's, which must have no rights of the agent's.
+    unprivileged: bool,
     arrived: oneshot::Sender<()>,
+}
+
+#[derive(Debug)]
+struct Answer {
+    id: u64,
+    _alive: oneshot::Sender<()>,
+}
+
+/// The place of a connection among its Pod's [`Answer`]s.
+struct Turn<'a> {
+    probes: &'a Probes,
+    pod_uid: &'a str,
+    id: u64,
+    displaced: oneshot::Receiver<()>,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut answers = self.probes.answers.lock();
+        if let Some(of_pod) = answers.get_mut(self.pod_uid) {
+            of_pod.retain(|answer| answer.id != self.id);
+            if of_pod.is_empty() {
+                answers.remove(self.pod_uid);
+            }
+        }
+    }
 }
 
 /// A nonce that is waited for until this is dropped.
@@ -61,6 +97,19 @@ struct Expectation {
     probes: Arc<Probes>,
     nonce: Nonce,
     arrived: oneshot::Receiver<()>,
+}
+
+impl Expected {
+    fn is(&self, pod_uid: &str, destination: OriginalDst) -> bool {
+        self.pod_uid == pod_uid && OriginalDst::new(self.destination) == destination
+    }
+}
+
+fn greeting(nonce: &Nonce) -> [u8; GREETING_LEN] {
+    let mut greeting = [0; GREETING_LEN];
+    greeting[..NONCE_LEN].copy_from_slice(nonce);
+    greeting[NONCE_LEN..].copy_from_slice(&geteuid().as_raw().to_be_bytes());
+    greeting
 }
 
 impl Drop for Expectation {
@@ -91,51 +140,75 @@ impl ProofError {
     }
 }
 
-impl Default for Probes {
-    fn default() -> Self {
-        Self {
-            expected: Mutex::default(),
-            answers: Semaphore::new(MAX_ANSWERS),
-        }
-    }
-}
-
 impl Probes {
-    /// Takes a connection for which [`is_probe`] holds. `pod_uid` is the Pod whose listener accepted it.
+    /// Takes a connection for which [`is_probe`] holds. `pod_uid` is the Pod whose listener accepted it. Dropped at once unless
+    /// that very Pod is being probed at that very destination.
     pub async fn answer(&self, pod_uid: &str, destination: OriginalDst, mut stream: TcpStream) {
-        let Ok(_permit) = self.answers.try_acquire() else {
-            tracing::debug!(pod_uid, "too many connections to probe addresses: one dropped");
+        if !self.awaits(pod_uid, destination) {
             return;
-        };
-        let mut nonce = [0; NONCE_LEN];
-        match timeout(PROBE_TIMEOUT, stream.read_exact(&mut nonce)).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(_)) | Err(_) => return,
         }
-        if self.settle(pod_uid, destination, &nonce) {
+        let mut turn = self.take_turn(pod_uid);
+        let mut greeting = [0; GREETING_LEN];
+        tokio::select! {
+            read = timeout(PROBE_TIMEOUT, stream.read_exact(&mut greeting)) => match read {
+                Ok(Ok(_)) => {}
+                Ok(Err(_)) | Err(_) => return,
+            },
+            _ = &mut turn.displaced => {
+                tracing::debug!(pod_uid, "too many connections to a probe's destination: the oldest is dropped");
+                return;
+            }
+        }
+        if let Some(nonce) = self.settle(pod_uid, destination, &greeting) {
             // The child tells by its exit code that it saw its nonce again; the proof does not depend on it.
             let _ = timeout(PROBE_TIMEOUT, stream.write_all(&nonce)).await;
         }
     }
 
-    /// Whether the nonce was waited for, from that very Pod, for that very destination.
-    fn settle(&self, pod_uid: &str, destination: OriginalDst, nonce: &Nonce) -> bool {
-        let mut expected = self.expected.lock();
-        let matches = expected
-            .get(nonce)
-            .is_some_and(|expected| expected.pod_uid == pod_uid && OriginalDst::new(expected.destination) == destination);
-        matches
-            && expected
-                .remove(nonce)
-                .is_some_and(|expected| expected.arrived.send(()).is_ok())
+    fn awaits(&self, pod_uid: &str, destination: OriginalDst) -> bool {
+        self.expected
+            .lock()
+            .values()
+            .any(|expected| expected.is(pod_uid, destination))
     }
 
-    fn expect(self: &Arc<Self>, pod_uid: &str, destination: SocketAddr) -> Expectation {
+    fn take_turn<'a>(&'a self, pod_uid: &'a str) -> Turn<'a> {
+        let id = self.next_answer.fetch_add(1, Ordering::Relaxed);
+        let (alive, displaced) = oneshot::channel();
+        let mut answers = self.answers.lock();
+        let of_pod = answers.entry(pod_uid.to_owned()).or_default();
+        if of_pod.len() >= MAX_ANSWERS {
+            of_pod.pop_front();
+        }
+        of_pod.push_back(Answer { id, _alive: alive });
+        Turn {
+            probes: self,
+            pod_uid,
+            id,
+            displaced,
+        }
+    }
+
+    /// The nonce, if it was waited for, from that very Pod, for that very destination, by a process of the expected rights.
+    fn settle(&self, pod_uid: &str, destination: OriginalDst, greeting: &[u8; GREETING_LEN]) -> Option<Nonce> {
+        let (nonce, user) = greeting.split_first_chunk::<NONCE_LEN>()?;
+        let user = u32::from_be_bytes(user.try_into().ok()?);
+        let mut expected = self.expected.lock();
+        let probe = expected.get(nonce).filter(|expected| expected.is(pod_uid, destination))?;
+        if probe.unprivileged && user == 0 {
+            tracing::error!(pod_uid, "the probe runs as root inside the Pod: it proves nothing");
+            return None;
+        }
+        expected.remove(nonce)?.arrived.send(()).ok().map(|()| *nonce)
+    }
+
+    fn expect(self: &Arc<Self>, pod_uid: &str, destination: SocketAddr, unprivileged: bool) -> Expectation {
         let nonce: Nonce = rand::random();
         let (sender, arrived) = oneshot::channel();
         let expected = Expected {
             pod_uid: pod_uid.to_owned(),
             destination,
+            unprivileged,
             arrived: sender,
         };
         self.expected.lock().insert(nonce, expected);
@@ -156,7 +229,7 @@ impl Probes {
     ) -> Result<(), ProofError> {
         // A fresh port each time: an answer is that of this very connect.
         let destination = SocketAddr::new(address, rand::random_range(20_000..60_000));
-        let mut expectation = self.expect(pod_uid, destination);
+        let mut expectation = self.expect(pod_uid, destination, true);
         let failed = |why: String| ProofError::Outbound { destination, why };
         let mut child = tokio::process::Command::from(
             probe_child::command(program, netns, cgroup).map_err(|error| failed(format!("{}: {error}", cgroup.display())))?,
@@ -196,11 +269,11 @@ impl Probes {
 
     pub(super) async fn prove_inbound(self: &Arc<Self>, pod_uid: &str, address: IpAddr) -> Result<(), ProofError> {
         let destination = SocketAddr::new(address, PROBE_PORT);
-        let mut expectation = self.expect(pod_uid, destination);
-        let nonce = expectation.nonce;
+        let mut expectation = self.expect(pod_uid, destination, false);
+        let greeting = greeting(&expectation.nonce);
         let outcome = timeout(PROBE_TIMEOUT, async {
             let mut stream = TcpStream::connect(destination).await?;
-            stream.write_all(&nonce).await?;
+            stream.write_all(&greeting).await?;
             (&mut expectation.arrived).await.map_err(io::Error::other)
         })
         .await;
@@ -235,10 +308,11 @@ fn child(args: impl IntoIterator<Item = String>) -> io::Result<()> {
     let mut stream = std::net::TcpStream::connect_timeout(&destination, PROBE_TIMEOUT)?;
     stream.set_read_timeout(Some(PROBE_TIMEOUT))?;
     stream.set_write_timeout(Some(PROBE_TIMEOUT))?;
-    stream.write_all(&nonce)?;
+    let nonce = Nonce::try_from(nonce).map_err(|_| io::Error::other("a nonce of another length"))?;
+    stream.write_all(&greeting(&nonce))?;
     let mut answer = vec![0; nonce.len()];
     stream.read_exact(&mut answer)?;
-    if answer == nonce {
+    if answer == nonce[..] {
         Ok(())
     } else {
         Err(io::Error::other("something else answered"))
@@ -246,54 +320,4 @@ fn child(args: impl IntoIterator<Item = String>) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn destination(text: &str) -> OriginalDst {
-        OriginalDst::new(text.parse().unwrap())
-    }
-
-    #[test]
-    fn probe_destinations_are_known() {
-        for probe in [
-            "192.0.2.1:80",
-            "[2001:db8::1]:443",
-            "[::ffff:192.0.2.1]:1",
-            "10.0.0.1:15009",
-            "[fd00::1]:15009",
-        ] {
-            assert!(is_probe(destination(probe)), "{probe}");
-        }
-        for other in ["192.0.2.2:80", "10.0.0.1:80", "[fd00::1]:15008"] {
-            assert!(!is_probe(destination(other)), "{other}");
-        }
-    }
-
-    #[test]
-    fn a_nonce_counts_once_and_only_from_its_pod_for_its_destination() {
-        let probes = Arc::new(Probes::default());
-        let mut expectation = probes.expect("uid", "192.0.2.1:20000".parse().unwrap());
-        let nonce = expectation.nonce;
-        assert!(!probes.settle("other", destination("192.0.2.1:20000"), &nonce));
-        assert!(!probes.settle("uid", destination("192.0.2.1:20001"), &nonce));
-        assert!(!probes.settle("uid", destination("192.0.2.1:20000"), &[0; NONCE_LEN]));
-        assert!(expectation.arrived.try_recv().is_err());
-        assert!(probes.settle("uid", destination("192.0.2.1:20000"), &nonce));
-        assert!(expectation.arrived.try_recv().is_ok());
-        assert!(!probes.settle("uid", destination("192.0.2.1:20000"), &nonce));
-    }
-
-    #[test]
-    fn what_is_no_longer_waited_for_is_forgotten() {
-        let probes = Arc::new(Probes::default());
-        drop(probes.expect("uid", "192.0.2.1:20000".parse().unwrap()));
-        assert!(probes.expected.lock().is_empty());
-    }
-
-    #[test]
-    fn the_child_refuses_odd_arguments() {
-        assert!(child([]).is_err());
-        assert!(child(["nowhere".to_owned(), "00".to_owned()]).is_err());
-        assert!(child(["127.0.0.1:1".to_owned(), "xy".to_owned()]).is_err());
-    }
-}
+mod tests;

@@ -51,21 +51,27 @@ pub(super) fn observe() -> Result<Before, CaptureError> {
     Ok(Before { ipv6, settings })
 }
 
-/// What is there already is left as it is: a half-done attempt is completed.
-pub(super) fn set_up(before: &Before) -> Result<(), CaptureError> {
+/// What is there already is left as it is: a half-done attempt is completed. Names what was missing.
+pub(super) fn set_up(before: &Before) -> Result<Vec<&'static str>, CaptureError> {
+    let mut missing = Vec::new();
     let netlink = Netlink::open().step("opening a netlink socket in the Pod")?;
     for family in families(before.ipv6) {
-        netlink
+        let added = netlink
             .add_local_default(family, TABLE)
             .step("adding the return route in the Pod")?;
-        netlink
+        missing.extend(added.then_some("return_route"));
+        let added = netlink
             .add_mark_rule(family, RULE_PREFERENCE, RETURN_PATH_MARK, TABLE)
             .step("adding the return rule in the Pod")?;
+        missing.extend(added.then_some("return_rule"));
     }
     for setting in wanted_settings(before.ipv6) {
-        write_setting(setting, WANTED)?;
+        if read_setting(setting)? != WANTED {
+            write_setting(setting, WANTED)?;
+            missing.push(setting);
+        }
     }
-    Ok(())
+    Ok(missing)
 }
 
 /// What is gone already is fine. A setting that somebody changed since is left to them. Goes on after an error, and returns the
@@ -92,12 +98,14 @@ pub(super) fn undo(before: &Before) -> Result<(), CaptureError> {
                 keep(
                     netlink
                         .remove_mark_rule(family, RULE_PREFERENCE, RETURN_PATH_MARK, TABLE)
-                        .step("removing the return rule in the Pod"),
+                        .step("removing the return rule in the Pod")
+                        .map(|_| ()),
                 );
                 keep(
                     netlink
                         .remove_local_default(family, TABLE)
-                        .step("removing the return route in the Pod"),
+                        .step("removing the return route in the Pod")
+                        .map(|_| ()),
                 );
             }
         }

@@ -1,12 +1,15 @@
 //! The agent's sockets inside a Pod's namespace. Every function here runs inside it (`NetNamespace::run`).
 
-use std::io;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use mesh_common::{AgentSocketValue, OUTBOUND_PORT, PLAINTEXT_INBOUND_PORT, TUNNEL_PORT, socket_kind};
 use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::stat::fstat;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::TcpSocket;
 
@@ -43,6 +46,37 @@ impl StdListeners {
             plaintext: listener(kernel, slot, PLAINTEXT_INBOUND_PORT)?,
         })
     }
+
+    pub(super) fn inodes(&self) -> Result<[u64; 3], CaptureError> {
+        let inode = |listener: &TcpListener| {
+            let status = fstat(listener).map_err(io::Error::from).step("looking at a listener")?;
+            Ok(status.st_ino)
+        };
+        Ok([inode(&self.outbound)?, inode(&self.tunnel)?, inode(&self.plaintext)?])
+    }
+}
+
+/// Whether all of these sockets listen in the namespace of the calling thread.
+pub(super) fn are_listening(inodes: &[u64]) -> Result<bool, CaptureError> {
+    const LISTEN: &str = "0A";
+    let mut listening = Vec::new();
+    for table in ["tcp", "tcp6"] {
+        let file = match File::open(Path::new("/proc/thread-self/net").join(table)) {
+            // A kernel without IPv6.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            file => file.step("looking for the listeners")?,
+        };
+        for line in BufReader::new(file).lines().skip(1) {
+            let line = line.step("looking for the listeners")?;
+            let mut fields = line.split_ascii_whitespace().skip(3);
+            // The kernel shows listeners first; connections may be many.
+            if fields.next() != Some(LISTEN) {
+                break;
+            }
+            listening.extend(fields.nth(5).and_then(|inode| inode.parse::<u64>().ok()));
+        }
+    }
+    Ok(inodes.iter().all(|inode| listening.contains(inode)))
 }
 
 /// Dual-stack where the kernel has IPv6. Never SO_REUSEPORT: another process of the Pod could join the group.
@@ -106,10 +140,13 @@ pub(super) fn upstream(
     let socket = stream_socket(towards)?;
     mark(kernel, &socket, socket_kind::INBOUND_UPSTREAM, slot)?;
     if client_is_pod {
-        // The port is chosen at connect, per 4-tuple, out of the ephemeral range.
-        setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)
-            .map_err(io::Error::from)
-            .step("setting IP_BIND_ADDRESS_NO_PORT")?;
+        if client == towards {
+            // The port is chosen at connect, per 4-tuple, out of the ephemeral range. The Pod's sk_lookup passes what an address
+            // sends to itself: this one cannot come back, and need not be known by its port.
+            setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)
+                .map_err(io::Error::from)
+                .step("setting IP_BIND_ADDRESS_NO_PORT")?;
+        }
         socket
             .bind(&SocketAddr::new(client, 0).into())
             .step("binding to the Pod's address")?;
@@ -140,7 +177,7 @@ fn bind_in_own_range(socket: &Socket, next_port: &AtomicU32, client: IpAddr) -> 
             Err(error) => return Err(error).step("binding to the client's address"),
         }
     }
-    Err(io::Error::from(io::ErrorKind::AddrInUse)).step("no port is free for the client's address")
+    Err(CaptureError::PortsExhausted(client))
 }
 
 fn upstream_port(counter: u32) -> u16 {

@@ -1,6 +1,8 @@
 use super::addresses::unready;
+use super::enrol::free_slot;
 use super::netlink::AddressState;
 use super::*;
+use mesh_common::limits::MAX_PODS;
 
 fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()

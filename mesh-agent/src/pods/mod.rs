@@ -1,7 +1,10 @@
 //! The Pods of this node, from their enrolment to their release: captured, served, given a certificate, and proven again and again.
 
+mod proving;
+mod standing;
 mod trust_domain;
 
+use standing::Standing;
 pub use trust_domain::TrustDomain;
 
 use std::collections::{BTreeMap, HashSet};
@@ -26,19 +29,8 @@ use crate::telemetry::Metrics;
 const ENROLMENT_PATIENCE: Duration = Duration::from_secs(10);
 /// How long another change of the same Pod is waited for.
 const BUSY_PATIENCE: Duration = Duration::from_secs(30);
-/// Proven Pods are proven again this often; others are tried as often, after some quick attempts.
-const PROOF_INTERVAL: Duration = Duration::from_secs(5);
-/// Waits before the first attempts.
-const FIRST_PROOFS: [Duration; 4] = [
-    Duration::ZERO,
-    Duration::from_millis(200),
-    Duration::from_millis(500),
-    Duration::from_secs(1),
-];
 /// Proofs at a time on the node; each starts a process for each family of addresses.
 const CONCURRENT_PROOFS: usize = 4;
-/// A proof that fails so often in a row is lost.
-const FAILURES_UNTIL_LOST: u32 = 2;
 
 #[derive(Debug, thiserror::Error)]
 pub enum PodError {
@@ -71,11 +63,7 @@ struct Enrolled {
     uid: Arc<str>,
     identity: Identity,
     netns_cookie: u64,
-    proof: Proof,
-    reason: String,
-    /// Found at the start: an earlier agent may have proven it, so a failed proof is a lost one.
-    recovered: bool,
-    failures: u32,
+    standing: Standing,
     /// `None`: its listeners could not be taken over; its connections are refused until they are.
     handle: Option<PodProxyHandle>,
     /// Ends its proofs.
@@ -216,14 +204,19 @@ impl Pods {
         }
         // A failure leaves the entry, so that it is reported, listed and can be released again.
         let known = self.capture.release(&uid).await?;
-        let enrolled = self.enrolled.lock().remove(&uid);
-        self.proxy.forget(&self.certificates.unwant(&uid));
-        if let Some(enrolled) = &enrolled {
-            self.metrics.forget_pod(&enrolled.pod.namespace, &enrolled.pod.name);
-            info!(pod = %enrolled.pod.name, namespace = %enrolled.pod.namespace, %uid, "Pod released");
-        }
+        let was_enrolled = self.forget(&uid);
         self.publish();
-        Ok(known || enrolled.is_some())
+        Ok(known || was_enrolled)
+    }
+
+    fn forget(&self, uid: &Arc<str>) -> bool {
+        let enrolled = self.enrolled.lock().remove(uid);
+        self.proxy.forget(&self.certificates.unwant(uid));
+        let Some(enrolled) = enrolled else { return false };
+        enrolled.stop.cancel();
+        self.metrics.forget_pod(&enrolled.pod.namespace, &enrolled.pod.name);
+        info!(pod = %enrolled.pod.name, namespace = %enrolled.pod.namespace, %uid, "Pod released");
+        true
     }
 
     #[must_use]
@@ -239,8 +232,8 @@ impl Pods {
                 identity: enrolled.identity.to_string(),
                 addresses: enrolled.pod.addresses.clone(),
                 netns_cookie: enrolled.netns_cookie,
-                proof: enrolled.proof.as_str(),
-                reason: enrolled.reason.clone(),
+                proof: enrolled.standing.proof().as_str(),
+                reason: enrolled.standing.reason().to_owned(),
                 served: enrolled.handle.is_some(),
                 connections: registry.count(&enrolled.uid),
             })
@@ -318,10 +311,7 @@ impl Pods {
             uid: uid.clone(),
             identity,
             netns_cookie,
-            proof: Proof::Pending,
-            reason,
-            recovered,
-            failures: 0,
+            standing: Standing::new(recovered, reason),
             handle,
             stop: stop.clone(),
         };
@@ -341,115 +331,6 @@ impl Pods {
         Identity::new(&self.trust_domain.current(), &pod.namespace, &pod.service_account)
     }
 
-    async fn prove_for_ever(self: &Arc<Self>, uid: &Arc<str>) {
-        let mut first = FIRST_PROOFS.into_iter();
-        loop {
-            let settled = self
-                .enrolled
-                .lock()
-                .get(uid)
-                .is_none_or(|enrolled| enrolled.proof == Proof::Proven);
-            let wait = if settled {
-                PROOF_INTERVAL
-            } else {
-                first.next().unwrap_or(PROOF_INTERVAL)
-            };
-            // Jittered, so that Pods enrolled together are not proven together for ever.
-            sleep(wait.mul_f64(rand::random_range(0.8..=1.0))).await;
-            let unserved = self
-                .enrolled
-                .lock()
-                .get(uid)
-                .filter(|enrolled| enrolled.handle.is_none())
-                .map(|enrolled| enrolled.pod.clone());
-            if let Some(pod) = unserved {
-                // Succeeds by replacing this entry, and with it this task.
-                self.take_over_again(uid, pod);
-                continue;
-            }
-            let Ok(_permit) = self.proofs.acquire().await else { return };
-            let result = self.prove(uid).await;
-            self.settle(uid, result);
-        }
-    }
-
-    /// A Pod that could not be recovered. In a task of its own: a takeover is awaited to its end, whoever is cancelled meanwhile.
-    fn take_over_again(self: &Arc<Self>, uid: &Arc<str>, pod: PodToEnroll) {
-        let (pods, uid) = (self.clone(), uid.clone());
-        tokio::spawn(async move {
-            let Ok(_change) = pods.exclusively(&uid).await else { return };
-            let still_unserved = pods
-                .enrolled
-                .lock()
-                .get(&uid)
-                .is_some_and(|enrolled| enrolled.handle.is_none() && !enrolled.stop.is_cancelled());
-            if !still_unserved {
-                return;
-            }
-            match pods.capture.enroll(pod).await {
-                Ok(captured) => {
-                    info!(%uid, "an enrolled Pod is taken over after all");
-                    pods.serve(captured, true);
-                }
-                Err(error) => {
-                    if let Some(enrolled) = pods.enrolled.lock().get_mut(&uid) {
-                        enrolled.reason = error.to_string();
-                    }
-                }
-            }
-            pods.publish();
-        });
-    }
-
-    /// A Pod is proven by its capture; for the first time only once it has a certificate to be reached by.
-    async fn prove(&self, uid: &str) -> Result<(), String> {
-        self.capture.prove(uid).await.map_err(|error| error.to_string())?;
-        let identity = self
-            .enrolled
-            .lock()
-            .get(uid)
-            .filter(|enrolled| enrolled.proof != Proof::Proven)
-            .map(|enrolled| enrolled.identity.clone());
-        match identity {
-            Some(identity) => self.certificates.ready(&identity, PROOF_INTERVAL).await.map(|_| ()),
-            None => Ok(()),
-        }
-    }
-
-    fn settle(&self, uid: &str, result: Result<(), String>) {
-        {
-            let mut enrolled = self.enrolled.lock();
-            let Some(enrolled) = enrolled.get_mut(uid) else { return };
-            let (namespace, name) = (&enrolled.pod.namespace, &enrolled.pod.name);
-            match result {
-                Ok(()) => {
-                    enrolled.failures = 0;
-                    if enrolled.proof == Proof::Proven {
-                        return;
-                    }
-                    info!(%namespace, pod = %name, "the Pod's capture is proven");
-                    enrolled.proof = Proof::Proven;
-                    enrolled.reason.clear();
-                    self.metrics.set_pod_protected(namespace, name, true);
-                }
-                Err(reason) => {
-                    enrolled.failures = enrolled.failures.saturating_add(1);
-                    warn!(%namespace, pod = %name, %reason, failures = enrolled.failures, "the Pod cannot be proven to be in the mesh");
-                    let had_proof = enrolled.proof == Proof::Proven || enrolled.recovered;
-                    if had_proof && enrolled.failures >= FAILURES_UNTIL_LOST && enrolled.proof != Proof::Lost {
-                        error!(%namespace, pod = %name, %reason, "the proof of the Pod's capture is LOST: the mesh refuses its connections until it is proven again");
-                        enrolled.proof = Proof::Lost;
-                        self.metrics.set_pod_protected(namespace, name, false);
-                    }
-                    if enrolled.proof != Proof::Proven {
-                        enrolled.reason = reason;
-                    }
-                }
-            }
-        }
-        self.publish();
-    }
-
     fn publish(&self) {
         let pods: Vec<PodStatus> = self
             .enrolled
@@ -460,8 +341,8 @@ impl Pods {
                 namespace: enrolled.pod.namespace.as_str().into(),
                 name: enrolled.pod.name.as_str().into(),
                 netns_cookie: enrolled.netns_cookie,
-                proof: enrolled.proof,
-                reason: enrolled.reason.clone(),
+                proof: enrolled.standing.proof(),
+                reason: enrolled.standing.reason().to_owned(),
             })
             .collect();
         self.status.send_if_modified(|current| {

@@ -47,6 +47,8 @@ pub enum Refusal {
     CertificateMissing,
     CertificateExpired,
     Limit,
+    /// A connection of the agent's own that came back to it.
+    UpstreamLoop,
     BadRequest,
     /// Much data before the answer to a CONNECT.
     EarlyData,
@@ -83,6 +85,10 @@ impl From<CaptureError> for ProxyError {
     fn from(error: CaptureError) -> Self {
         match error {
             CaptureError::NoOriginalDestination => Self::Refused(Refusal::NoOriginalDestination),
+            CaptureError::UpstreamLimit(of) => {
+                tracing::debug!(of, "too many connections to applications: one refused");
+                Self::Refused(Refusal::Limit)
+            }
             error => Self::Capture(error.into()),
         }
     }
@@ -111,7 +117,12 @@ impl ProxyError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Refused(refusal) => refusal.reason(),
-            Self::Capture(_) => "capture",
+            Self::Capture(error) => match **error {
+                CaptureError::PortsExhausted(_) => error.reason(),
+                _ => "capture",
+            },
+            // No port is left for this destination.
+            Self::Connect { source, .. } if source.kind() == std::io::ErrorKind::AddrNotAvailable => "local_ports_exhausted",
             Self::Connect { .. } => "connect_failed",
             Self::Timeout(Phase::Connect) => "connect_timeout",
             Self::Timeout(Phase::Handshake) => "handshake_timeout",
@@ -147,6 +158,7 @@ impl Refusal {
             Self::CertificateMissing => "certificate_missing",
             Self::CertificateExpired => "certificate_expired",
             Self::Limit => "limit",
+            Self::UpstreamLoop => "upstream_loop",
             Self::BadRequest => "bad_request",
             Self::EarlyData => "early_data",
         }

@@ -260,12 +260,13 @@ async fn carry(
                 record.source(peer.workload(Some(&source)));
                 authorize(proxy, context, Some(&tunnel.identity), tunnel.peer.ip(), destination, record).await?;
                 registered.decided();
-                let socket = context.pod.network.upstream_socket(tunnel.peer.ip(), destination.ip())?;
-                Carried::connect(socket, destination, "application").await
+                let upstream = context.pod.network.upstream_socket(tunnel.peer.ip(), destination)?;
+                let application = Carried::connect(upstream.socket, destination, "application").await?;
+                Ok((upstream.lease, application))
             };
             // Whoever gives up, or sends much too early, is not waited for.
             tokio::select! {
-                application = connect => application.map(|application| (registered, incoming, application)),
+                connected = connect => connected.map(|(lease, application)| (registered, incoming, lease, application)),
                 error = given_up(&mut respond) => Err(error),
                 error = incoming.early(EARLY_BYTES) => Err(error),
                 () = registered.account().evicted().cancelled() => Err(ProxyError::Reset(ResetBy::Memory)),
@@ -273,7 +274,7 @@ async fn carry(
         }
         Err(error) => Err(error),
     };
-    let (registered, incoming, application) = match connected {
+    let (registered, incoming, _lease, application) = match connected {
         Ok(connected) => connected,
         Err(error @ ProxyError::Reset(_)) => {
             respond.send_reset(Reason::CANCEL);

@@ -52,6 +52,13 @@ async fn carry(
     if mesh_common::is_agent_port(destination.port()) {
         return Err(Refusal::AgentPort.into());
     }
+    if context
+        .pod
+        .network
+        .is_own_upstream(ClientAddr::new(client), OriginalDst::new(destination))
+    {
+        return Err(Refusal::UpstreamLoop.into());
+    }
     let registered = proxy.registry.register(
         &context.pod.pod_uid,
         ConnectionInfo {
@@ -64,8 +71,9 @@ async fn carry(
     )?;
     authorize(proxy, context, None, client.ip(), destination, record).await?;
     registered.decided();
-    let socket = context.pod.network.upstream_socket(client.ip(), destination.ip())?;
-    let application = Carried::connect(socket, destination, "application").await?;
+    let upstream = context.pod.network.upstream_socket(client.ip(), destination)?;
+    let _lease = upstream.lease;
+    let application = Carried::connect(upstream.socket, destination, "application").await?;
     record.opened();
     let result = copy::plain(client_side, application, record, &registered).await;
     review::name_policy(record, &registered);

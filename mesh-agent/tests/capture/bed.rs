@@ -5,12 +5,14 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard};
 
 use mesh_agent::addr::{ClientAddr, ListenerAddr, OriginalDst};
 use mesh_agent::capture::kernel::{self, KernelConfig};
 use mesh_agent::capture::netns::NetNamespace;
-use mesh_agent::capture::{Capture, CaptureConfig, CapturedPod, PodNamespace, PodNetwork, PodToEnroll, Probes, is_probe};
+use mesh_agent::capture::{
+    Capture, CaptureConfig, CapturedPod, PodNamespace, PodNetwork, PodToEnroll, Probes, UpstreamLease, is_probe,
+};
 use nix::fcntl::{Flock, FlockArg};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
@@ -19,6 +21,11 @@ pub const POD_V4: &str = "10.213.77.2";
 pub const POD_V6: &str = "fd13:77::2";
 pub const NODE_V4: &str = "10.213.77.1";
 pub const NODE_V6: &str = "fd13:77::1";
+pub const SECOND_V4: &str = "10.213.78.2";
+const NODE_OF_SECOND_V4: &str = "10.213.78.1";
+
+/// Upstream connections that were steered back to their agent.
+pub static CAME_BACK: LazyLock<Arc<Mutex<u32>>> = LazyLock::new(Arc::default);
 
 /// The tests share this process's cgroup,
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -82,7 +89,7 @@ impl Bed {
         let _ = Command::new("sh")
             .args([
                 "-c",
-                &format!("ip netns del {name}; ip netns del {name}b; ip link del {name}n"),
+                &format!("ip netns del {name}; ip netns del {name}b; ip link del {name}n; ip link del {name}m"),
             ])
             .output();
         run(&format!(
@@ -119,6 +126,19 @@ impl Bed {
             pin_path: self.folder.path().join("bpf/culvert"),
             cgroup_root: Some(self.cgroup.clone()),
         }
+    }
+
+    pub fn cgroup(&self) -> &Path {
+        &self.cgroup
+    }
+
+    /// Moves this process out of the cgroup that the programs are attached to.
+    pub fn leave_cgroup(&self) {
+        fs::write(self.cgroup_before.join("cgroup.procs"), "0").unwrap();
+    }
+
+    pub fn enter_cgroup(&self) {
+        fs::write(self.cgroup.join("agent/cgroup.procs"), "0").unwrap();
     }
 
     pub fn config(&self) -> CaptureConfig {
@@ -160,6 +180,23 @@ impl Bed {
         ))
     }
 
+    /// A second Pod of the node, in a namespace `<name>b`, that lives until the returned value is dropped.
+    pub fn second_pod(&self, uid: &str) -> (PodToEnroll, OtherNetns) {
+        let name = &self.name;
+        let other = OtherNetns(format!("{name}b"), format!("{name}m"));
+        run(&format!(
+            "ip netns add {name}b && ip -n {name}b link set lo up \
+             && ip link add {name}m type veth peer name eth0 netns {name}b \
+             && ip addr add {NODE_OF_SECOND_V4}/24 dev {name}m && ip link set {name}m up \
+             && ip -n {name}b addr add {SECOND_V4}/24 dev eth0 && ip -n {name}b link set eth0 up \
+             && ip -n {name}b route add default via {NODE_OF_SECOND_V4}"
+        ));
+        let mut pod = self.pod(uid);
+        pod.netns_path = format!("/run/netns/{name}b").into();
+        pod.addresses = vec![SECOND_V4.parse().unwrap()];
+        (pod, other)
+    }
+
     /// A listener of the application in the Pod.
     pub fn application(&self, address: &str) -> TcpListener {
         let address: SocketAddr = address.parse().unwrap();
@@ -169,6 +206,17 @@ impl Bed {
             .unwrap();
         listener.set_nonblocking(true).unwrap();
         TcpListener::from_std(listener).unwrap()
+    }
+}
+
+/// A namespace and the link to it.
+pub struct OtherNetns(String, String);
+
+impl Drop for OtherNetns {
+    fn drop(&mut self) {
+        let _ = Command::new("sh")
+            .args(["-c", &format!("ip netns del {}; ip link del {}", self.0, self.1)])
+            .output();
     }
 }
 
@@ -213,10 +261,16 @@ pub fn serve(capture: &Capture, pod: CapturedPod) -> JoinSet<()> {
         }
     });
     let (probes, network) = (capture.probes(), pod.network);
+    let came_back = Arc::clone(&CAME_BACK);
     tasks.spawn(async move {
         loop {
             let (stream, peer) = plaintext.accept().await.unwrap();
             let destination = OriginalDst::new(stream.local_addr().unwrap());
+            if network.is_own_upstream(ClientAddr::new(peer), destination) {
+                println!("came back: {peer} -> {destination}");
+                *came_back.lock().unwrap() += 1;
+                continue;
+            }
             hand(&probes, &network, &uid, destination, stream, Some(ClientAddr::new(peer).ip()));
         }
     });
@@ -243,11 +297,14 @@ fn hand(
         if is_probe(destination) {
             return probes.answer(&uid, destination, stream).await;
         }
-        let socket = match client {
-            Some(client) => network.upstream_socket(client, destination.ip()),
-            None => network.outbound_socket(destination.ip()),
+        let (socket, _lease) = match client {
+            Some(client) => {
+                let upstream = network.upstream_socket(client, destination.socket_addr()).unwrap();
+                (upstream.socket, upstream.lease)
+            }
+            None => (network.outbound_socket(destination.ip()).unwrap(), UpstreamLease::default()),
         };
-        match socket.unwrap().connect(destination.socket_addr()).await {
+        match socket.connect(destination.socket_addr()).await {
             Ok(mut upstream) => {
                 let _ = tokio::io::copy_bidirectional(&mut stream, &mut upstream).await;
             }

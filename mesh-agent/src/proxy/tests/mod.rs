@@ -29,7 +29,7 @@ use tokio::task::JoinHandle;
 
 use super::*;
 use crate::addr::OriginalDst;
-use crate::capture::{CaptureError, PodNetwork, Probes};
+use crate::capture::{CaptureError, PodNetwork, Probes, Upstream, UpstreamLease};
 use crate::identity::Identity;
 use crate::identity::store::CertifiedKeyPair;
 use crate::policy::{Action, Clause, Match, Policy, Rule, Scope, StringMatch};
@@ -114,6 +114,9 @@ pub(super) fn identity(account: &str) -> Identity {
     Identity::new("cluster.local", "shop", account)
 }
 
+/// A client with this port is one of the agent's own connections to applications, come back. Beyond the ephemeral ones.
+pub(super) const OWN_UPSTREAM_PORT: u16 = 61_234;
+
 /// A Pod's network of plain sockets.
 struct LoopbackNetwork {
     own: IpAddr,
@@ -140,11 +143,18 @@ impl PodNetwork for LoopbackNetwork {
         Ok(socket_at(self.own))
     }
 
-    fn upstream_socket(&self, client: IpAddr, _: IpAddr) -> Result<TcpSocket, CaptureError> {
+    fn upstream_socket(&self, client: IpAddr, _: SocketAddr) -> Result<Upstream, CaptureError> {
         if let Some(meanwhile) = self.once_decided.lock().take() {
             meanwhile();
         }
-        Ok(socket_at(client))
+        Ok(Upstream {
+            socket: socket_at(client),
+            lease: UpstreamLease::default(),
+        })
+    }
+
+    fn is_own_upstream(&self, client: ClientAddr, _: OriginalDst) -> bool {
+        client.port() == OWN_UPSTREAM_PORT
     }
 }
 

@@ -157,6 +157,22 @@ async fn policy_decides_on_plaintext_without_a_principal() {
 }
 
 #[tokio::test]
+async fn a_connection_of_the_agents_own_that_comes_back_is_refused() {
+    let mesh = Mesh::new();
+    let server = mesh.pod(&mesh.far, "server").await;
+    let _echo = server.echo().await;
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind(SocketAddr::new(fresh_address(), OWN_UPSTREAM_PORT)).unwrap();
+    let port = 8081;
+    drop(plaintext(&mesh, &server, port).await);
+    match socket.connect(SocketAddr::new(server.ip, port)).await {
+        Ok(looping) => assert_refused(looping).await,
+        Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset),
+    }
+    mesh.far.logs_reason("upstream_loop").await;
+}
+
+#[tokio::test]
 async fn what_the_source_refuses() {
     let mesh = Mesh::new();
     let client = mesh.pod(&mesh.near, "client").await;

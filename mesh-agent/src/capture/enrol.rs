@@ -1,0 +1,243 @@
+//! Bringing a Pod's network namespace into the mesh, and out of it again. Everything here blocks, briefly.
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use mesh_common::limits::{MAX_POD_ADDRESSES, MAX_PODS};
+use mesh_common::{PLAINTEXT_LISTENER, PodValue, TUNNEL_LISTENER};
+use parking_lot::Mutex;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+
+use super::enrolments::{EnrolmentRecord, Enrolments, PodToEnroll};
+use super::events::Events;
+use super::kernel::Kernel;
+use super::namespace::PodNamespace;
+use super::netns::NetNamespace;
+use super::network::{CaptureError, IoContext, PodListeners};
+use super::recovery::Place;
+use super::sockets::StdListeners;
+use super::upstreams::Upstreams;
+use super::{CapturedPod, routing};
+use crate::addr::address_bytes;
+
+pub(super) struct Inner {
+    pub(super) kernel: Arc<Kernel>,
+    pub(super) enrolments: Enrolments,
+    pub(super) node_cookie: u64,
+    pub(super) boot_id: String,
+    /// One enrolment or release at a time. Taken before `pods`, and on blocking threads only.
+    pub(super) change: Mutex<()>,
+    pub(super) pods: Mutex<HashMap<String, Enrolment>>,
+    /// The node's bound of connections to applications.
+    pub(super) upstreams: Arc<Semaphore>,
+    pub(super) events: Events,
+}
+
+pub(super) struct Enrolment {
+    pub(super) record: EnrolmentRecord,
+    /// Of the listeners that were opened for it, as /proc/net/tcp shows them.
+    pub(super) listeners: [u64; 3],
+    /// `None` until it is recovered: its listeners are not ours yet, and its connections are refused.
+    pub(super) active: Option<Arc<PodNamespace>>,
+}
+
+/// What an enrolment has made, before the runtime has it.
+pub(super) struct Established {
+    pub(super) record: EnrolmentRecord,
+    pub(super) network: Arc<PodNamespace>,
+    pub(super) listeners: StdListeners,
+}
+
+impl Enrolment {
+    /// Not taken over yet.
+    pub(super) fn of(record: EnrolmentRecord) -> Self {
+        Self {
+            record,
+            listeners: [0; 3],
+            active: None,
+        }
+    }
+}
+
+impl Inner {
+    pub(super) fn enroll(&self, pod: PodToEnroll, netns: NetNamespace) -> Result<Established, CaptureError> {
+        let _change = self.change.lock();
+        let cookie = netns.cookie();
+        let in_kernel = self.kernel.pods()?;
+        let is_captured = in_kernel.iter().any(|(of, _)| *of == cookie);
+        let (known, slot) = {
+            let pods = self.pods.lock();
+            if let Some(other) = pods
+                .values()
+                .find(|e| e.record.netns_cookie == cookie && e.record.pod.uid != pod.uid)
+            {
+                return Err(CaptureError::Refused(format!(
+                    "the network namespace {} is enrolled for Pod {} already",
+                    pod.netns_path.display(),
+                    other.record.pod.uid
+                )));
+            }
+            let known = pods.get(&pod.uid).map(|e| (e.record.clone(), e.active.is_some()));
+            // Those of Pods whose records are lost: their programs still steer to these slots.
+            let without_record = in_kernel.iter().filter(|(of, _)| *of != cookie).map(|(_, value)| value.slot);
+            (known, free_slot(pods.values().map(|e| e.record.slot).chain(without_record)))
+        };
+        let resumed = match known {
+            Some((record, _)) if record.netns_cookie != cookie => {
+                return Err(CaptureError::Refused(format!(
+                    "Pod {} is enrolled with another network namespace: release it first",
+                    record.pod.uid
+                )));
+            }
+            Some((record, true)) => return Err(CaptureError::AlreadyEnrolled(record.pod.uid)),
+            // A recovery that failed is tried again, with what was there before the *first* attempt.
+            Some((record, false)) => Some(EnrolmentRecord {
+                pod: pod.clone(),
+                ..record
+            }),
+            None => None,
+        };
+        let is_new = resumed.is_none();
+        let record = match resumed {
+            Some(record) => record,
+            None => EnrolmentRecord {
+                boot_id: self.boot_id.clone(),
+                netns_cookie: cookie,
+                slot: slot.ok_or_else(|| CaptureError::Refused(format!("the node's {MAX_PODS} slots for Pods are taken")))?,
+                before: netns.run(routing::observe)?,
+                pod,
+            },
+        };
+        self.enrolments.save(&record)?;
+        let uid = record.pod.uid.clone();
+        self.pods.lock().insert(uid.clone(), Enrolment::of(record.clone()));
+        self.establish(record, netns).inspect_err(|_| {
+            // One that an earlier agent captured, and whose record was lost, stays as closed as it is.
+            if is_new
+                && !is_captured
+                && let Err(error) = self.undo(&uid)
+            {
+                tracing::error!(uid, %error, "a failed enrolment cannot be undone: release the Pod to try again");
+            }
+        })
+    }
+
+    /// Every step is fine with what is there already.
+    pub(super) fn establish(&self, record: EnrolmentRecord, netns: NetNamespace) -> Result<Established, CaptureError> {
+        let listeners = netns.run(|| {
+            routing::set_up(&record.before)?;
+            StdListeners::open(&self.kernel, record.slot)
+        })?;
+        self.kernel
+            .set_listener(record.slot, TUNNEL_LISTENER, listeners.tunnel.as_fd())?;
+        self.kernel
+            .set_listener(record.slot, PLAINTEXT_LISTENER, listeners.plaintext.as_fd())?;
+        self.kernel.attach_lookup(record.slot, &record.pod.uid, netns.as_fd())?;
+        self.kernel.add_pod(record.netns_cookie, &pod_value(&record))?;
+        let network = Arc::new(PodNamespace::new(
+            Arc::clone(&self.kernel),
+            netns,
+            record.slot,
+            record.pod.addresses.clone(),
+            Upstreams::new(Arc::clone(&self.upstreams)),
+        ));
+        let inodes = listeners.inodes()?;
+        if let Some(enrolment) = self.pods.lock().get_mut(&record.pod.uid) {
+            enrolment.active = Some(Arc::clone(&network));
+            enrolment.listeners = inodes;
+        }
+        Ok(Established {
+            record,
+            network,
+            listeners,
+        })
+    }
+
+    pub(super) fn release(&self, uid: &str) -> Result<bool, CaptureError> {
+        let _change = self.change.lock();
+        if !self.pods.lock().contains_key(uid) {
+            return Ok(false);
+        }
+        self.undo(uid)?;
+        Ok(true)
+    }
+
+    /// Backwards. The record goes last: until then undoing again completes it.
+    pub(super) fn undo(&self, uid: &str) -> Result<(), CaptureError> {
+        let (record, active) = {
+            let pods = self.pods.lock();
+            let Some(enrolment) = pods.get(uid) else { return Ok(()) };
+            (enrolment.record.clone(), enrolment.active.clone())
+        };
+        // Found before its link is gone, by which it may be found. Whoever releases knows: it need not be.
+        let found = match active {
+            Some(_) => None,
+            None => match self.locate(&record, Instant::now()) {
+                Ok(Place::Living(netns)) => Some(netns),
+                Ok(Place::Gone) => None,
+                Err(error) => {
+                    tracing::warn!(uid, %error, "released; its routes and settings stay");
+                    None
+                }
+            },
+        };
+        self.forget_in_kernel(&record)?;
+        match (active, found) {
+            (Some(network), _) => network.netns().run(|| routing::undo(&record.before))?,
+            (None, Some(netns)) => netns.run(|| routing::undo(&record.before))?,
+            (None, None) => {}
+        }
+        self.enrolments.remove(uid)?;
+        self.pods.lock().remove(uid);
+        Ok(())
+    }
+
+    fn forget_in_kernel(&self, record: &EnrolmentRecord) -> Result<(), CaptureError> {
+        self.kernel.remove_pod(record.netns_cookie)?;
+        self.kernel.detach_lookup(&record.pod.uid)?;
+        self.kernel.clear_listeners(record.slot);
+        Ok(())
+    }
+}
+
+impl Established {
+    pub(super) fn into_captured(self) -> Result<CapturedPod, CaptureError> {
+        const STEP: &str = "giving a listener to the runtime";
+        Ok(CapturedPod {
+            pod: self.record.pod,
+            netns_cookie: self.record.netns_cookie,
+            slot: self.record.slot,
+            network: self.network,
+            listeners: PodListeners {
+                outbound: TcpListener::from_std(self.listeners.outbound).step(STEP)?,
+                tunnel: TcpListener::from_std(self.listeners.tunnel).step(STEP)?,
+                plaintext: TcpListener::from_std(self.listeners.plaintext).step(STEP)?,
+            },
+        })
+    }
+}
+
+pub(super) fn free_slot(taken: impl Iterator<Item = u32>) -> Option<u32> {
+    let mut is_free = vec![true; MAX_PODS as usize];
+    for slot in taken {
+        if let Some(entry) = is_free.get_mut(slot as usize) {
+            *entry = false;
+        }
+    }
+    (0..MAX_PODS).find(|slot| is_free[*slot as usize])
+}
+
+pub(super) fn pod_value(record: &EnrolmentRecord) -> PodValue {
+    let mut addresses = [[0; 16]; MAX_POD_ADDRESSES];
+    for (bytes, address) in addresses.iter_mut().zip(&record.pod.addresses) {
+        *bytes = address_bytes(*address);
+    }
+    PodValue {
+        slot: record.slot,
+        address_count: record.pod.addresses.len().min(MAX_POD_ADDRESSES) as u32,
+        addresses,
+    }
+}

@@ -1,0 +1,172 @@
+//! Each Pod's own task: what is missing is put back, then the capture is proven, again and again.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::sleep;
+use tracing::{error, info, warn};
+
+use super::Pods;
+use super::standing::Turn;
+use crate::discovery::report::Proof;
+
+/// Proven Pods are proven again this often; others are tried as often, after some quick attempts.
+const PROOF_INTERVAL: Duration = Duration::from_secs(5);
+/// Waits before the first attempts.
+const FIRST_PROOFS: [Duration; 4] = [
+    Duration::ZERO,
+    Duration::from_millis(200),
+    Duration::from_millis(500),
+    Duration::from_secs(1),
+];
+
+impl Pods {
+    pub(super) async fn prove_for_ever(self: &Arc<Self>, uid: &Arc<str>) {
+        let mut first = FIRST_PROOFS.into_iter();
+        loop {
+            let settled = self
+                .enrolled
+                .lock()
+                .get(uid)
+                .is_none_or(|enrolled| enrolled.standing.proof() == Proof::Proven);
+            let wait = if settled {
+                PROOF_INTERVAL
+            } else {
+                first.next().unwrap_or(PROOF_INTERVAL)
+            };
+            // Jittered, so that Pods enrolled together are not proven together for ever.
+            sleep(wait.mul_f64(rand::random_range(0.8..=1.0))).await;
+            let is_unserved = self
+                .enrolled
+                .lock()
+                .get(uid)
+                .is_some_and(|enrolled| enrolled.handle.is_none());
+            if is_unserved {
+                // Succeeds by replacing this entry, and with it this task.
+                self.take_over_again(uid);
+                continue;
+            }
+            let result = self.prove(uid).await;
+            self.settle(uid, result);
+        }
+    }
+
+    /// A Pod that could not be recovered. In a task of its own: a takeover is awaited to its end, whoever is cancelled meanwhile.
+    fn take_over_again(self: &Arc<Self>, uid: &Arc<str>) {
+        let (pods, uid) = (self.clone(), uid.clone());
+        tokio::spawn(async move {
+            let Ok(_change) = pods.exclusively(&uid).await else { return };
+            let still_unserved = pods
+                .enrolled
+                .lock()
+                .get(&uid)
+                .is_some_and(|enrolled| enrolled.handle.is_none() && !enrolled.stop.is_cancelled());
+            if !still_unserved {
+                return;
+            }
+            match pods.capture.take_over(&uid).await {
+                Ok(Some(captured)) => {
+                    info!(%uid, "an enrolled Pod is taken over after all");
+                    pods.serve(captured, true);
+                }
+                Ok(None) => {
+                    pods.forget(&uid);
+                }
+                Err(error) => {
+                    if let Some(enrolled) = pods.enrolled.lock().get_mut(&uid) {
+                        enrolled.standing.explain(error.to_string());
+                    }
+                }
+            }
+            pods.publish();
+        });
+    }
+
+    /// In a task of its own, as above. The Pod's connections end with its old listeners; there is no other way to have them closed
+    /// before new ones take their ports.
+    fn reopen(self: &Arc<Self>, uid: &Arc<str>) {
+        let (pods, uid) = (self.clone(), uid.clone());
+        tokio::spawn(async move {
+            let Ok(_change) = pods.exclusively(&uid).await else { return };
+            let handle = {
+                let mut enrolled = pods.enrolled.lock();
+                let enrolled = enrolled.get_mut(&uid).filter(|enrolled| !enrolled.stop.is_cancelled());
+                enrolled.and_then(|enrolled| Some((enrolled.handle.take()?, enrolled.standing.clone())))
+            };
+            let Some((handle, standing)) = handle else { return };
+            handle.shutdown().await;
+            match pods.capture.reopen(&uid).await {
+                Ok(captured) => {
+                    pods.serve(captured, true);
+                    // What it was proven to be does not start anew.
+                    if let Some(enrolled) = pods.enrolled.lock().get_mut(&uid) {
+                        let is_proven = standing.proof() == Proof::Proven;
+                        pods.metrics
+                            .set_pod_protected(&enrolled.pod.namespace, &enrolled.pod.name, is_proven);
+                        enrolled.standing = standing;
+                    }
+                }
+                Err(error) => {
+                    error!(%uid, %error, "closed listeners of the agent cannot be opened again: the Pod's connections are refused");
+                    // Its handle is gone: what it is now is what a failed recovery is.
+                    pods.capture.give_up(&uid);
+                    if let Some(enrolled) = pods.enrolled.lock().get_mut(&uid) {
+                        enrolled.standing.settle(Err(error.to_string()));
+                    }
+                }
+            }
+            pods.publish();
+        });
+    }
+
+    /// A Pod is proven by its capture; for the first time only once it has a certificate to be reached by.
+    async fn prove(self: &Arc<Self>, uid: &Arc<str>) -> Result<(), String> {
+        {
+            // Held for the probes alone: a Pod without a certificate must not keep others from being proven.
+            let Ok(_permit) = self.proofs.acquire().await else {
+                return Err("the agent stops".to_owned());
+            };
+            let repairs = self.capture.repair(uid).await.map_err(|error| error.to_string())?;
+            if repairs.is_listener_lost {
+                self.reopen(uid);
+                return Err("a listener of the agent in the Pod was closed".to_owned());
+            }
+            self.capture.prove(uid).await.map_err(|error| error.to_string())?;
+        }
+        let identity = self
+            .enrolled
+            .lock()
+            .get(uid)
+            .filter(|enrolled| enrolled.standing.proof() != Proof::Proven)
+            .map(|enrolled| enrolled.identity.clone());
+        match identity {
+            Some(identity) => self.certificates.ready(&identity, PROOF_INTERVAL).await.map(|_| ()),
+            None => Ok(()),
+        }
+    }
+
+    fn settle(&self, uid: &str, result: Result<(), String>) {
+        {
+            let mut enrolled = self.enrolled.lock();
+            let Some(enrolled) = enrolled.get_mut(uid) else { return };
+            let (namespace, name) = (&enrolled.pod.namespace, &enrolled.pod.name);
+            let reason = result.as_ref().err().cloned().unwrap_or_default();
+            let turn = enrolled.standing.settle(result);
+            if !reason.is_empty() {
+                warn!(%namespace, pod = %name, %reason, failures = enrolled.standing.failures(), "the Pod cannot be proven to be in the mesh");
+            }
+            match turn {
+                Turn::Proven => {
+                    info!(%namespace, pod = %name, "the Pod's capture is proven");
+                    self.metrics.set_pod_protected(namespace, name, true);
+                }
+                Turn::Lost => {
+                    error!(%namespace, pod = %name, %reason, "the proof of the Pod's capture is LOST: the mesh refuses its connections until it is proven again");
+                    self.metrics.set_pod_protected(namespace, name, false);
+                }
+                Turn::None => {}
+            }
+        }
+        self.publish();
+    }
+}
