@@ -11,6 +11,7 @@ use mesh_agent::addr::{ClientAddr, ListenerAddr, OriginalDst};
 use mesh_agent::capture::kernel::{self, KernelConfig};
 use mesh_agent::capture::netns::NetNamespace;
 use mesh_agent::capture::{Capture, CaptureConfig, CapturedPod, PodNamespace, PodNetwork, PodToEnroll, Probes, is_probe};
+use nix::fcntl::{Flock, FlockArg};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
@@ -19,15 +20,17 @@ pub const POD_V6: &str = "fd13:77::2";
 pub const NODE_V4: &str = "10.213.77.1";
 pub const NODE_V6: &str = "fd13:77::1";
 
-/// The tests share this machine's addresses and this process's cgroup.
+/// The tests share this process's cgroup,
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+/// and with another run of them this machine's addresses.
+const ONE_RUN_AT_A_TIME: &str = "/run/culvert-capture-tests.lock";
 
 pub struct Bed {
     pub folder: tempfile::TempDir,
     pub name: String,
     cgroup: PathBuf,
     cgroup_before: PathBuf,
-    _turn: MutexGuard<'static, ()>,
+    _turn: (MutexGuard<'static, ()>, Flock<fs::File>),
 }
 
 pub fn run(command: &str) -> String {
@@ -55,6 +58,10 @@ impl Bed {
             return None;
         }
         let turn = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let lock = fs::File::create(ONE_RUN_AT_A_TIME).unwrap();
+        let lock = Flock::lock(lock, FlockArg::LockExclusive)
+            .map_err(|(_, error)| error)
+            .unwrap();
         let name = format!("cvcap{}", std::process::id());
         let folder = tempfile::tempdir().unwrap();
         let bpf = folder.path().join("bpf");
@@ -99,7 +106,7 @@ impl Bed {
             name,
             cgroup,
             cgroup_before: unified.join(relative),
-            _turn: turn,
+            _turn: (turn, lock),
         })
     }
 
