@@ -1,9 +1,6 @@
 //! Each hook with real sockets in network namespaces: IPv4, IPv6 and v4-mapped. Needs root and the kernel programs.
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test file")]
 
-#[path = "hooks/testbed.rs"]
-mod testbed;
-
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::AsFd;
 use std::time::Duration;
@@ -15,8 +12,10 @@ use mesh_common::{
     AgentSocketValue, HEARTBEAT_LEASE_NS, OUTBOUND_PORT, PLAINTEXT_INBOUND_PORT, PLAINTEXT_LISTENER, TUNNEL_LISTENER,
     TUNNEL_PORT, socket_kind,
 };
-use socket2::SockAddr;
 use testbed::*;
+
+#[path = "hooks/testbed.rs"]
+mod testbed;
 
 /// A test that says so loudly where it cannot run.
 macro_rules! hook_test {
@@ -33,6 +32,17 @@ macro_rules! hook_test {
     };
 }
 
+#[path = "hooks/applications.rs"]
+mod applications;
+#[path = "hooks/bounds.rs"]
+mod bounds;
+#[path = "hooks/disguises.rs"]
+mod disguises;
+#[path = "hooks/ports.rs"]
+mod ports;
+#[path = "hooks/upstreams.rs"]
+mod upstreams;
+
 /// What an application's socket family and address look like, and the addresses that they stand for.
 const FAMILIES: [(&str, &str, &str, &str); 3] = [
     ("4", "203.0.113.9", "203.0.113.9", POD_V4),
@@ -44,7 +54,7 @@ hook_test! {
     fn a_connect_is_redirected_and_the_application_sees_what_it_asked_for(testbed) {
         let kernel = testbed.enrolled();
         let cookie = testbed.cookie();
-        let listener = listen(&testbed.pod(), OUTBOUND_PORT);
+        let listener = listen_as_agent(&kernel, &testbed.pod(), OUTBOUND_PORT);
         for (family, address, meant, own) in FAMILIES {
             let client = testbed.connect(family, address, 8080);
             assert_eq!(client.said(), format!("{address} 8080 from {own}"));
@@ -61,7 +71,7 @@ hook_test! {
     fn a_connection_that_closed_before_it_was_accepted_keeps_its_destination(testbed) {
         let kernel = testbed.enrolled();
         let cookie = testbed.cookie();
-        let listener = listen(&testbed.pod(), OUTBOUND_PORT);
+        let listener = listen_as_agent(&kernel, &testbed.pod(), OUTBOUND_PORT);
         testbed.connect("4", "203.0.113.9", 80).end();
         let (_stream, key) = accept(&listener, cookie);
         assert_eq!(kernel.take_original_destination(&key).unwrap().unwrap().port, 80);
@@ -71,16 +81,20 @@ hook_test! {
 hook_test! {
     fn nothing_stays_of_a_connect_that_failed(testbed) {
         let kernel = testbed.enrolled();
-        // No listener: the kernel refuses at once.
-        for (family, address, _, _) in FAMILIES {
-            assert_eq!(testbed.connect(family, address, 80).said(), "ECONNREFUSED");
+        let _listener = listen_as_agent(&kernel, &testbed.pod(), OUTBOUND_PORT);
+        let entries = || destinations(&testbed, testbed.cookie()).iter().count();
+        // From an address that answers do not come back to: it stays in SYN_SENT until it is given up.
+        for (family, option, from, address) in
+            [("4", "IP, 19", "203.0.113.1", "203.0.113.9"), ("6", "IPV6, 75", "2001:db8:9::1", "2001:db8:9::9")]
+        {
+            let mut client = testbed.script_as_root(&testbed.pod(), &format!(
+                "s = stream('{family}'); s.setsockopt(socket.IPPROTO_{option}, 1); s.bind(('{from}', 0)); s.setblocking(False)
+say(errno.errorcode[s.connect_ex(('{address}', 80))]); told(); s.close(); say('closed')"
+            ));
+            assert_eq!((client.said(), entries()), ("EINPROGRESS", 1));
+            client.tell();
+            assert_eq!((client.hear().as_str(), entries()), ("closed", 0));
         }
-        let map = testbed.pin_path.join("v1/ORIGINAL_DESTINATIONS");
-        let map = aya::maps::MapData::from_pin(map).unwrap();
-        let map: aya::maps::HashMap<_, mesh_common::RedirectedConnectionKey, mesh_common::OriginalDestinationValue> =
-            aya::maps::Map::HashMap(map).try_into().unwrap();
-        assert_eq!(map.iter().count(), 0);
-        drop(kernel);
     }
 }
 
@@ -109,7 +123,7 @@ hook_test! {
 hook_test! {
     fn the_ports_of_the_agent_are_refused_everywhere(testbed) {
         let kernel = testbed.enrolled();
-        let _listener = listen(&testbed.pod(), OUTBOUND_PORT);
+        let _listener = listen_as_agent(&kernel, &testbed.pod(), OUTBOUND_PORT);
         let mut refused = 0;
         for port in [OUTBOUND_PORT, PLAINTEXT_INBOUND_PORT, TUNNEL_PORT, mesh_common::PROBE_PORT] {
             for (family, address) in [
@@ -138,7 +152,7 @@ hook_test! {
     fn a_silent_agent_means_refusal(testbed) {
         let kernel = testbed.loaded();
         kernel.add_pod(testbed.cookie(), &pod_value()).unwrap();
-        let _listener = listen(&testbed.pod(), OUTBOUND_PORT);
+        let _listener = listen_as_agent(&kernel, &testbed.pod(), OUTBOUND_PORT);
         let all_refused = || FAMILIES.iter().all(|(family, address, _, _)| testbed.connect(family, address, 80).said() == "ECONNREFUSED");
         assert!(all_refused(), "before the first beat");
         kernel.beat().unwrap();
@@ -146,17 +160,6 @@ hook_test! {
         thread::sleep(Duration::from_nanos(HEARTBEAT_LEASE_NS) + Duration::from_millis(100));
         assert!(all_refused(), "after the lease");
         assert_eq!(counter(&kernel, "refused_agent_silent"), 6);
-    }
-}
-
-hook_test! {
-    fn mptcp_is_refused_in_the_pod_only(testbed) {
-        let kernel = testbed.enrolled();
-        let outside = testbed.client(&testbed.outsider(), &["mptcp"]).said().to_owned();
-        assert_eq!(testbed.client(&testbed.pod(), &["mptcp"]).said(), "EPROTONOSUPPORT");
-        assert_ne!(outside, "EPERM");
-        // Where the kernel has no MPTCP the socket fails by itself, after our program.
-        assert_eq!(counter(&kernel, "refused_mptcp"), 1);
     }
 }
 
@@ -197,8 +200,8 @@ hook_test! {
 fn steered(testbed: &Testbed) -> (Kernel, TcpListener, TcpListener) {
     let kernel = testbed.enrolled();
     let (tunnel, plaintext) = (
-        listen(&testbed.pod(), TUNNEL_PORT),
-        listen(&testbed.pod(), PLAINTEXT_INBOUND_PORT),
+        listen_as_agent(&kernel, &testbed.pod(), TUNNEL_PORT),
+        listen_as_agent(&kernel, &testbed.pod(), PLAINTEXT_INBOUND_PORT),
     );
     kernel.set_listener(SLOT, TUNNEL_LISTENER, tunnel.as_fd()).unwrap();
     kernel.set_listener(SLOT, PLAINTEXT_LISTENER, plaintext.as_fd()).unwrap();
@@ -232,55 +235,6 @@ hook_test! {
     }
 }
 
-/// A connect from outside the Pod by the agent, from a port of choice.
-fn agent_connects(
-    testbed: &Testbed,
-    kernel: &Kernel,
-    mark: Option<AgentSocketValue>,
-    from_port: u16,
-    to: &str,
-) -> socket2::Socket {
-    let destination: IpAddr = to.parse().unwrap();
-    let socket = socket_in(&testbed.outsider(), destination);
-    socket.set_reuse_address(true).unwrap();
-    let any = if destination.is_ipv4() { "0.0.0.0" } else { "::" };
-    socket
-        .bind(&SockAddr::from(SocketAddr::new(any.parse().unwrap(), from_port)))
-        .unwrap();
-    if let Some(mark) = mark {
-        kernel.mark_socket(socket.as_fd(), mark).unwrap();
-    }
-    socket.connect(&SocketAddr::new(destination, 8080).into()).unwrap();
-    socket
-}
-
-hook_test! {
-    fn only_upstream_connects_to_this_pod_pass_while_they_live(testbed) {
-        let (kernel, _tunnel, plaintext) = steered(&testbed);
-        let application = listen(&testbed.pod(), 8080);
-        let mark = |kind, slot| Some(AgentSocketValue { kind, slot });
-        for (i, address) in [POD_V4, POD_V6, "::ffff:10.99.0.2"].into_iter().enumerate() {
-            let port = 20_000 + 10 * i as u16;
-            let upstream = agent_connects(&testbed, &kernel, mark(socket_kind::INBOUND_UPSTREAM, SLOT), port, address);
-            application.accept().unwrap();
-            assert_eq!(counter(&kernel, "passed_upstream"), 1 + i as u64);
-            // Another kind of mark, another Pod's slot, no mark: to the agent.
-            let _others = [
-                agent_connects(&testbed, &kernel, mark(socket_kind::OUTBOUND, SLOT), port + 1, address),
-                agent_connects(&testbed, &kernel, mark(socket_kind::INBOUND_UPSTREAM, SLOT + 1), port + 2, address),
-                agent_connects(&testbed, &kernel, None, port + 3, address),
-            ];
-            (0..3).for_each(|_| drop(plaintext.accept().unwrap()));
-            // Closed by reset, so that the port is free at once: its mark is gone.
-            upstream.set_linger(Some(Duration::ZERO)).unwrap();
-            drop(upstream);
-            let _again = agent_connects(&testbed, &kernel, None, port, address);
-            plaintext.accept().unwrap();
-        }
-        assert_eq!(counter(&kernel, "passed_upstream"), 3);
-    }
-}
-
 hook_test! {
     fn without_listeners_or_beats_inbound_connections_are_refused(testbed) {
         let (kernel, _tunnel, _plaintext) = steered(&testbed);
@@ -310,7 +264,7 @@ hook_test! {
     fn pins_outlive_the_agent_and_a_new_one_takes_over(testbed) {
         let (first, tunnel, plaintext) = steered(&testbed);
         let cookie = testbed.cookie();
-        let outbound = listen(&testbed.pod(), OUTBOUND_PORT);
+        let outbound = listen_as_agent(&first, &testbed.pod(), OUTBOUND_PORT);
         drop(first);
         // Nobody is there: still redirected, to the listener that lives.
         let between = testbed.connect("4", "203.0.113.9", 80);
@@ -343,30 +297,15 @@ hook_test! {
         let kernel = testbed.enrolled();
         kernel.attach_lookup(SLOT, "pod.uid", netns_file(&testbed.pod()).as_fd()).unwrap();
         drop(kernel);
-        fs::rename(testbed.pin_path.join("v1"), testbed.pin_path.join("v999")).unwrap();
+        fs::rename(testbed.pins(), testbed.pin_path.join("v999")).unwrap();
         let error = Kernel::load(&testbed.config()).unwrap_err().to_string();
         assert!(error.contains("v999") && error.contains("mesh-agent cleanup"), "{error}");
         let report = Kernel::cleanup(&testbed.pin_path).unwrap();
-        assert_eq!((report.links_detached, report.maps_removed), (9, 8));
+        assert_eq!((report.links_detached, report.maps_removed), (11, 8));
         assert!(!testbed.pin_path.exists());
         assert_eq!(Kernel::cleanup(&testbed.pin_path).unwrap(), CleanupReport::default());
         // The Pod is as it was: its connects go where they are sent.
         let _server = listen(&testbed.outsider(), 8080);
         assert_eq!(testbed.connect("4", OUTSIDER_V4, 8080).said(), format!("{OUTSIDER_V4} 8080 from {POD_V4}"));
-    }
-}
-
-hook_test! {
-    fn a_socket_that_connects_again_is_decided_anew(testbed) {
-        let kernel = testbed.enrolled();
-        // The first connect is refused by the kernel (no agent listener), the second goes within the Pod.
-        let _server = listen(&testbed.pod(), 8080);
-        let socket = socket_in(&testbed.pod(), POD_V4.parse().unwrap());
-        let refused = socket.connect(&SocketAddr::new("203.0.113.9".parse().unwrap(), 80).into()).unwrap_err();
-        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
-        let own = SocketAddr::new(POD_V4.parse().unwrap(), 8080);
-        socket.connect(&own.into()).unwrap();
-        assert_eq!(socket.peer_addr().unwrap().as_socket(), Some(own));
-        assert_eq!(counter(&kernel, "redirected"), 1);
     }
 }

@@ -18,6 +18,8 @@ pub mod limits {
     pub const MAX_PRINCIPAL: usize = 255 + 4 + 63 + 4 + 253;
     /// Bytes of a namespace's name (RFC 1123 label).
     pub const MAX_NAMESPACE: usize = 63;
+    /// Ports, and address ranges, that a `MeshConfig` excludes from capture: each is a comparison for every new connection.
+    pub const MAX_EXCLUSIONS: usize = 64;
     /// Errors told at once.
     pub const MAX_ERRORS: usize = 16;
 }
@@ -100,7 +102,7 @@ pub struct Source {
     pub namespaces: Option<Vec<String>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub not_namespaces: Option<Vec<String>>,
-    /// Client addresses, `10.0.0.0/8` or a single address.
+    /// Client addresses, `10.0.0.0/8` or a single address. IPv4 is written as IPv4, never as `::ffff:…`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ip_blocks: Option<Vec<String>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -3,12 +3,14 @@
 
 mod authorization_policy;
 mod matcher;
+mod mesh_config;
 mod validation;
 
 pub use authorization_policy::{
     AuthorizationPolicy, AuthorizationPolicySpec, Destination, Mode, PolicyAction, Rule, Selector, Source, limits,
 };
 pub use matcher::StringMatch;
+pub use mesh_config::{MeshConfig, MeshConfigScope, MeshConfigSpec, Mtls, ValidMeshConfig};
 pub use validation::{FieldError, ValidDestination, ValidPolicy, ValidRule, ValidSource, ValidationErrors};
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
@@ -22,5 +24,5 @@ pub const API_VERSION: &str = "culvert.dev/v1alpha1";
 /// The definitions to install in a cluster.
 #[must_use]
 pub fn custom_resource_definitions() -> Vec<CustomResourceDefinition> {
-    vec![AuthorizationPolicy::crd()]
+    vec![AuthorizationPolicy::crd(), MeshConfig::crd()]
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::authorization_policy::{AuthorizationPolicySpec, Mode, PolicyAction, Rule, Selector, limits};
 use crate::matcher::StringMatch;
@@ -108,12 +108,12 @@ impl AuthorizationPolicySpec {
 }
 
 #[derive(Default)]
-struct Check {
-    errors: Vec<FieldError>,
+pub(crate) struct Check {
+    pub(crate) errors: Vec<FieldError>,
 }
 
 impl Check {
-    fn fail(&mut self, path: &str, problem: impl Into<String>) {
+    pub(crate) fn fail(&mut self, path: &str, problem: impl Into<String>) {
         if self.errors.len() < limits::MAX_ERRORS {
             self.errors.push(FieldError {
                 path: path.to_owned(),
@@ -263,8 +263,15 @@ impl Check {
         }
     }
 
-    fn ip_block(text: &str) -> Result<IpNet, String> {
+    pub(crate) fn ip_block(text: &str) -> Result<IpNet, String> {
         let block = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
+        if let Ok(IpNet::V6(block)) = &block
+            && let Some(ipv4) = mapped(block)
+        {
+            return Err(format!(
+                "{text:?} is IPv4 written as IPv6, which no connection matches; write {ipv4}"
+            ));
+        }
         match block {
             Err(_) => Err(format!(
                 "{text:?} is no address range; give one like 10.1.0.0/16, 2001:db8::/64 or a single address"
@@ -274,12 +281,19 @@ impl Check {
         }
     }
 
-    fn port(port: &i64) -> Result<u16, String> {
+    pub(crate) fn port(port: &i64) -> Result<u16, String> {
         u16::try_from(*port)
             .ok()
             .filter(|port| *port != 0)
             .ok_or_else(|| format!("{port} is no port; give 1-65535"))
     }
+}
+
+/// Addresses are compared as what they are: an IPv4 client never has an IPv6 address here.
+fn mapped(block: &Ipv6Net) -> Option<IpNet> {
+    let address = block.network().to_ipv4_mapped()?;
+    let length = block.prefix_len().checked_sub(96)?;
+    Ipv4Net::new(address, length).ok().map(|block| IpNet::V4(block.trunc()))
 }
 
 fn wildcard(text: &str, longest: usize, what: &str) -> Result<StringMatch, String> {

@@ -8,7 +8,7 @@ pub mod limits;
 
 /// Version of everything pinned: map layouts, program semantics. Raise it with any change of the types in this crate; an
 /// agent refuses to use pins of another version.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Ports of the agent's listeners inside each Pod's network namespace.
 pub const OUTBOUND_PORT: u16 = 15001;
@@ -18,7 +18,8 @@ pub const TUNNEL_PORT: u16 = 15008;
 /// any other; never forwarded to the application.
 pub const PROBE_PORT: u16 = 15009;
 
-/// Whether a port is the agent's own inside a Pod: an application may not name it as a destination in the mesh (it would loop).
+/// Whether a port is the agent's own inside a Pod: an application may neither name it as a destination in the mesh (it would
+/// loop) nor bind it.
 #[must_use]
 pub const fn is_agent_port(port: u16) -> bool {
     matches!(port, OUTBOUND_PORT | PLAINTEXT_INBOUND_PORT | TUNNEL_PORT | PROBE_PORT)
@@ -53,7 +54,7 @@ pub struct SocketDestinationValue {
     pub recorded: u16,
 }
 
-/// Key of map `ORIGINAL_DESTINATIONS`: a redirected connection as the agent sees it when it accepts.
+/// Key of a Pod's map in `ORIGINAL_DESTINATIONS`: a redirected connection as the agent sees it when it accepts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct RedirectedConnectionKey {
@@ -67,7 +68,7 @@ pub struct RedirectedConnectionKey {
     pub _pad: u32,
 }
 
-/// Value of map `ORIGINAL_DESTINATIONS`.
+/// Value of a Pod's map in `ORIGINAL_DESTINATIONS`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct OriginalDestinationValue {
@@ -78,7 +79,8 @@ pub struct OriginalDestinationValue {
     pub _pad: [u16; 3],
 }
 
-/// Key of map `UPSTREAM_CONNECTIONS`: a connect of the agent to the application of a Pod, which the Pod's sk_lookup passes.
+/// Key of map `UPSTREAM_CONNECTIONS`: a connect of the agent to the application of a Pod, which the Pod's sk_lookup passes
+/// until the application's end is established.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct UpstreamConnectionKey {
@@ -94,7 +96,7 @@ pub struct UpstreamConnectionKey {
 pub mod socket_kind {
     /// A tunnel or a pass-through: connect hooks leave it alone; a destination Pod steers it like anyone's.
     pub const OUTBOUND: u32 = 1;
-    /// Towards the application of the Pod whose slot is in the mark: passed by that Pod's sk_lookup, while it lives.
+    /// Towards the application of the Pod whose slot is in the mark: passed by that Pod's sk_lookup, while it connects.
     pub const INBOUND_UPSTREAM: u32 = 2;
     /// A listener; accepted sockets inherit it (BPF_F_CLONE).
     pub const LISTENER: u32 = 3;
@@ -131,9 +133,9 @@ pub enum Counter {
     RefusedMptcp = 4,
     /// Connects to link-local addresses, left alone.
     LinkLocalLeftAlone = 5,
-    /// Original destinations that did not fit into their full map; the agent refuses those connections.
+    /// Original destinations that did not fit into their Pod's full map; the agent refuses those connections.
     DestinationsFull = 6,
-    /// Upstream marks that did not fit into their full map; those connects of the agent are steered back and refused.
+    /// Connects of the agent to applications that did not fit into their full map: steered back to the agent.
     UpstreamsFull = 7,
     /// Inbound SYNs steered to the tunnel listener.
     SteeredTunnel = 8,
@@ -145,10 +147,16 @@ pub enum Counter {
     DroppedNoListener = 11,
     /// Inbound SYNs dropped: the heartbeat's lease was over.
     DroppedAgentSilent = 12,
+    /// Connects refused because their socket is bound to an interface, from which the agent in the Pod cannot be reached.
+    RefusedBoundDevice = 13,
+    /// Binds of an application to a port of the agent, refused.
+    RefusedBind = 14,
+    /// Connects refused because the agent does not listen in the Pod, or somebody else does at its port.
+    RefusedNoListener = 15,
 }
 
 impl Counter {
-    pub const ALL: [(Counter, &'static str); 13] = [
+    pub const ALL: [(Counter, &'static str); 16] = [
         (Counter::Redirected, "redirected"),
         (Counter::RefusedAgentSilent, "refused_agent_silent"),
         (Counter::RefusedAgentPort, "refused_agent_port"),
@@ -162,6 +170,9 @@ impl Counter {
         (Counter::PassedUpstream, "passed_upstream"),
         (Counter::DroppedNoListener, "dropped_no_listener"),
         (Counter::DroppedAgentSilent, "dropped_agent_silent"),
+        (Counter::RefusedBoundDevice, "refused_bound_device"),
+        (Counter::RefusedBind, "refused_bind"),
+        (Counter::RefusedNoListener, "refused_no_listener"),
     ];
     pub const COUNT: u32 = Self::ALL.len() as u32;
 }

@@ -64,12 +64,16 @@ fn answer(request: &Request<Incoming>, control: &ControlPlane) -> Response<Full<
             Ok(metrics) => text(StatusCode::OK, "text/plain; version=0.0.4", metrics),
             Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, "text/plain", format!("{error}\n")),
         },
-        "/healthz/ready" if control.is_ready() => text(StatusCode::OK, "text/plain", "ready\n".to_owned()),
-        "/healthz/ready" => text(
-            StatusCode::SERVICE_UNAVAILABLE,
-            "text/plain",
-            "the registry is not read yet\n".to_owned(),
-        ),
+        "/healthz/ready" => {
+            // What is in force is still served, and certificates are signed for it: not to be ready would stop that, too.
+            let (status, body) = match (control.is_ready(), control.registry_problem()) {
+                (true, None) => (StatusCode::OK, "ready".to_owned()),
+                (true, Some(problem)) => (StatusCode::OK, format!("ready, with what was in force before: {problem}")),
+                (false, None) => (StatusCode::SERVICE_UNAVAILABLE, "the registry is not read yet".to_owned()),
+                (false, Some(problem)) => (StatusCode::SERVICE_UNAVAILABLE, problem),
+            };
+            text(status, "text/plain", body + "\n")
+        }
         "/status" => text(StatusCode::OK, "application/json", format!("{:#}\n", control.status())),
         _ => text(
             StatusCode::NOT_FOUND,

@@ -24,8 +24,8 @@ use crate::config::{NodeTokenArgs, ServeArgs};
 use crate::control_plane::ControlPlane;
 use crate::discovery::Discovery;
 use crate::limits::{
-    HTTP2_KEEPALIVE, HTTP2_KEEPALIVE_TIMEOUT, MAX_REPORT_BYTES, MAX_REQUEST_BYTES, MAX_STREAMS_PER_CONNECTION, SERVING_CHECK,
-    SHUTDOWN_GRACE,
+    ACCEPTED_WAITING, Bounds, HTTP2_KEEPALIVE, HTTP2_KEEPALIVE_TIMEOUT, MAX_REPORT_BYTES, MAX_REQUEST_BYTES,
+    MAX_STREAMS_PER_CONNECTION, SERVING_CHECK, SHUTDOWN_GRACE,
 };
 use crate::metrics::Metrics;
 use crate::node_reports::Reports;
@@ -51,6 +51,7 @@ pub struct Running {
     server: JoinHandle<Result<(), tonic::transport::Error>>,
     admin_task: JoinHandle<()>,
     serving_task: JoinHandle<()>,
+    publishing_task: JoinHandle<()>,
     follow: Follow,
 }
 
@@ -59,6 +60,7 @@ impl Running {
     pub async fn stop(mut self) {
         self.follow.stop();
         self.serving_task.abort();
+        self.publishing_task.abort();
         self.control.close();
         // The server may have ended by itself.
         let _ = self.stop.send(());
@@ -96,6 +98,10 @@ impl Running {
 /// # Errors
 /// The state directory or a socket cannot be used.
 pub async fn start(args: &ServeArgs) -> anyhow::Result<Running> {
+    start_within(args, Bounds::default()).await
+}
+
+async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Running> {
     if !args.admin.ip().is_loopback() {
         bail!(
             "--admin {}: only loopback addresses are allowed: it is not authenticated",
@@ -116,7 +122,8 @@ pub async fn start(args: &ServeArgs) -> anyhow::Result<Running> {
         pod_ranges: args.pod_cidr.clone(),
         trust_bundle: vec![authority.root_pem().to_owned()],
     };
-    let control = Arc::new(ControlPlane::new(parameters, state.clone(), Arc::clone(&metrics)).context("state directory")?);
+    let control =
+        Arc::new(ControlPlane::new(parameters, state.clone(), Arc::clone(&metrics), bounds).context("state directory")?);
 
     let certificate = Arc::new(ServingCertificate::new(Arc::clone(&authority)));
     let names = ServerNames {
@@ -137,6 +144,7 @@ pub async fn start(args: &ServeArgs) -> anyhow::Result<Running> {
     let follow = Follow::start(registry, state, Arc::clone(&control))?;
     let admin_task = tokio::spawn(admin::serve(admin_listener, Arc::clone(&control)));
     let serving_task = tokio::spawn(keep_serving_certificate(certificate, names, Arc::clone(&metrics)));
+    let publishing_task = tokio::spawn(Arc::clone(&control).publish_when_due());
 
     let authenticator = Authenticator::new(tokens, Arc::clone(&metrics));
     let discovery = Discovery {
@@ -153,9 +161,8 @@ pub async fn start(args: &ServeArgs) -> anyhow::Result<Running> {
         control: Arc::clone(&control),
         authenticator,
     };
-    // Finished handshakes that wait for the server to take them.
-    let (connections, incoming) = mpsc::channel(16);
-    tokio::spawn(serving::accept(listener, tls, metrics, connections));
+    let (connections, incoming) = mpsc::channel(ACCEPTED_WAITING);
+    tokio::spawn(serving::accept(listener, tls, metrics, bounds, connections));
     let (stop, stopped) = oneshot::channel();
     let server = Server::builder()
         .http2_keepalive_interval(Some(HTTP2_KEEPALIVE))
@@ -179,6 +186,7 @@ pub async fn start(args: &ServeArgs) -> anyhow::Result<Running> {
         server,
         admin_task,
         serving_task,
+        publishing_task,
         follow,
     })
 }

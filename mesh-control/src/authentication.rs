@@ -1,17 +1,15 @@
 //! Who calls: the node that the bearer token names.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use parking_lot::Mutex;
-use tonic::Status;
-use tonic::metadata::MetadataMap;
+use tonic::{Request, Status};
 
+use crate::limits::FAILURE_LOG_INTERVAL;
 use crate::metrics::Metrics;
+use crate::serving::Authenticated;
 use crate::tokens::{Refusal, Tokens};
-
-/// Failures are logged at most this often; the metric counts them all.
-const LOG_INTERVAL: Duration = Duration::from_secs(5);
 
 #[derive(Clone)]
 pub struct Authenticator {
@@ -45,13 +43,19 @@ impl Authenticator {
 
     /// # Errors
     /// `UNAUTHENTICATED`, without saying why.
-    pub async fn authenticate(&self, metadata: &MetadataMap) -> Result<Caller, Status> {
-        let header = metadata.get("authorization").and_then(|value| value.to_str().ok());
+    pub async fn authenticate<T>(&self, request: &Request<T>) -> Result<Caller, Status> {
+        let connection = request.extensions().get::<Authenticated>().cloned();
+        let header = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
         let Some(secret) = header.and_then(|value| value.strip_prefix("Bearer ")).map(str::to_owned) else {
             return Err(self.refuse(Refusal::Missing));
         };
         match self.check(&secret).await {
-            Ok(node) => Ok(Caller { node, secret }),
+            Ok(node) => {
+                if let Some(connection) = connection {
+                    connection.set();
+                }
+                Ok(Caller { node, secret })
+            }
             Err(refusal) => Err(self.refuse(refusal)),
         }
     }
@@ -84,7 +88,7 @@ impl Authenticator {
             .with_label_values(&[refusal.reason()])
             .inc();
         let mut log = self.log.lock();
-        if log.last.is_none_or(|last| last.elapsed() >= LOG_INTERVAL) {
+        if log.last.is_none_or(|last| last.elapsed() >= FAILURE_LOG_INTERVAL) {
             tracing::warn!(
                 reason = refusal.reason(),
                 more = log.unlogged,

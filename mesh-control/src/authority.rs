@@ -18,7 +18,7 @@ use x509_parser::oid_registry::{OID_EC_P256, OID_KEY_TYPE_EC_PUBLIC_KEY};
 use x509_parser::prelude::FromDer as _;
 
 use crate::limits::{
-    CLOCK_SKEW, MAX_CERTIFICATE_LIFETIME, MAX_CSR_BYTES, MIN_CERTIFICATE_LIFETIME, ROOT_LIFETIME, SERVING_LIFETIME,
+    CLOCK_SKEW, MAX_CERTIFICATE_LIFETIME, MAX_CSR_BYTES, MAX_PEM_BYTES, MIN_CERTIFICATE_LIFETIME, ROOT_LIFETIME, SERVING_LIFETIME,
 };
 use crate::state_dir::{StateDir, StateError};
 
@@ -27,7 +27,6 @@ mod tests;
 
 /// Key and certificate in one file, so that there is never half a root.
 const ROOT: &str = "root.pem";
-const MAX_PEM_BYTES: u64 = 64 << 10;
 
 #[derive(Debug, thiserror::Error)]
 pub enum AuthorityError {

@@ -2,6 +2,10 @@
 //!
 //! A proof falls only by its own agent's word or with the Pod, never with a stream, a report that leaves the Pod out, or a
 //! restart of either side. A Pod proven once never becomes pending again: that would send it cleartext.
+//!
+//! A Pod that its agent has released while its manifest stays is told as lost, not left proven: nobody takes tunnels there any
+//! more, so that peers must be refused at once instead of trying; and not forgotten: it was proven, and what it would be sent
+//! in clear was meant for a captured Pod. It ends with the manifest, with the Pod's opting out, or with a new proof.
 
 use std::collections::BTreeMap;
 

@@ -35,7 +35,7 @@ impl IstioCertificateService for Certificates {
         &self,
         request: Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
-        let caller = self.authenticator.authenticate(request.metadata()).await?;
+        let caller = self.authenticator.authenticate(&request).await?;
         let request = request.into_inner();
         let node = &caller.node;
         let Some(identity) = proto::text_field(request.metadata.as_ref(), "ImpersonatedIdentity") else {

@@ -150,6 +150,7 @@ mod tests {
         let serve = cli.expect("serve").serve;
         assert_eq!(serve.admin.port(), 15014);
         assert_eq!(serve.pod_cidr.len(), 1);
+        assert_eq!(serve.certificate_lifetime, Duration::from_secs(24 * 3600));
         let cli = Cli::try_parse_from(["mesh-control", "node-token", "n", "--state-dir", "s", "--address", "h:1"]);
         assert!(matches!(cli.expect("token").command, Some(Command::NodeToken(_))));
         assert!(

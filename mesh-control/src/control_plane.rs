@@ -6,24 +6,37 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use serde::Serialize;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, sleep_until};
 
 use crate::capture_states::{CaptureState, CaptureStates, PodKey, Proof, pod_key};
 use crate::compile::{Parameters, Snapshot, compile};
-use crate::limits::{MAX_CAPTURE_FILE_BYTES, MAX_REJECTIONS, MAX_REPORTED_PODS};
+use crate::limits::{Bounds, MAX_CAPTURE_FILE_BYTES, MAX_REJECTIONS, MAX_REPORTED_PODS, PUBLISH_SHARE};
 use crate::metrics::Metrics;
 use crate::objects::{Kind, World};
 use crate::proto::PodWord;
-use crate::registry::Rejection;
+use crate::registry::{Registry, Rejection};
 use crate::state_dir::{StateDir, StateError};
 
 const CAPTURE_STATES: &str = "capture-states.json";
 
+#[cfg(test)]
+mod tests;
+
+const NO_POD_RANGES: &str = "no address ranges of Pods are known: Pods that discovery has not told yet are reached IN CLEAR; \
+                             give Node manifests with spec.podCIDRs, or --pod-cidr";
+
 pub struct ControlPlane {
     pub parameters: Parameters,
     pub metrics: Arc<Metrics>,
+    pub bounds: Bounds,
     state_dir: StateDir,
     inner: Mutex<Inner>,
+    /// Reports wait for this before they are published.
+    publish_after: Mutex<Instant>,
+    publish_wanted: Notify,
+    /// Why the folder as it is now is not in force.
+    registry_problem: Mutex<Option<String>>,
     snapshot: watch::Sender<Arc<Snapshot>>,
     /// Set once the folder was read: before, every resource would seem to be gone.
     ready: AtomicBool,
@@ -39,6 +52,9 @@ struct Inner {
     rejections: Vec<Rejection>,
     /// The states differ from those on disk.
     unsaved: bool,
+    /// The states differ from those published.
+    unpublished: bool,
+    ignored: usize,
 }
 
 /// What a node last said of itself.
@@ -56,7 +72,7 @@ pub struct NodeStatus {
 impl ControlPlane {
     /// # Errors
     /// The capture states on disk cannot be read: to go on without them would send proven Pods cleartext.
-    pub fn new(parameters: Parameters, state_dir: StateDir, metrics: Arc<Metrics>) -> Result<Self, StateError> {
+    pub fn new(parameters: Parameters, state_dir: StateDir, metrics: Arc<Metrics>, bounds: Bounds) -> Result<Self, StateError> {
         let captures = match state_dir.read(CAPTURE_STATES, MAX_CAPTURE_FILE_BYTES)? {
             None => CaptureStates::default(),
             Some(bytes) => serde_json::from_slice(&bytes)
@@ -68,12 +84,18 @@ impl ControlPlane {
             reports: BTreeMap::new(),
             rejections: Vec::new(),
             unsaved: false,
+            unpublished: false,
+            ignored: 0,
         };
         Ok(Self {
             parameters,
             metrics,
+            bounds,
             state_dir,
             inner: Mutex::new(inner),
+            publish_after: Mutex::new(Instant::now()),
+            publish_wanted: Notify::new(),
+            registry_problem: Mutex::default(),
             snapshot: watch::Sender::new(Arc::default()),
             ready: AtomicBool::new(false),
             nodes: Mutex::default(),
@@ -84,6 +106,27 @@ impl ControlPlane {
     #[must_use]
     pub fn is_ready(&self) -> bool {
         self.ready.load(Ordering::Acquire)
+    }
+
+    /// Why the folder as it is now is not in force; `None` when it is.
+    #[must_use]
+    pub fn registry_problem(&self) -> Option<String> {
+        self.registry_problem.lock().clone()
+    }
+
+    /// What was in force stays so; said until the folder can be read again (`None`).
+    pub fn set_registry_problem(&self, problem: Option<String>) {
+        self.metrics.registry_stale.set(i64::from(problem.is_some()));
+        let mut current = self.registry_problem.lock();
+        if let Some(problem) = &problem {
+            self.metrics.registry_reads_failed.inc();
+            if current.is_none() {
+                tracing::error!("{problem}; everything that was read before stays in force");
+            }
+        } else if current.is_some() {
+            tracing::info!("the registry folder can be read again");
+        }
+        *current = problem;
     }
 
     #[must_use]
@@ -107,7 +150,8 @@ impl ControlPlane {
     }
 
     /// Takes over what the registry says is in force. Blocking.
-    pub fn set_world(&self, world: Arc<World>, rejections: &[Rejection]) {
+    pub fn set_world(&self, registry: &Registry) {
+        let (world, rejections) = (registry.world(), registry.rejections());
         let mut inner = self.inner.lock();
         for rejection in rejections.iter().filter(|new| !inner.rejections.contains(new)) {
             self.metrics
@@ -129,14 +173,11 @@ impl ControlPlane {
         }
         self.metrics.set_rejections(rejections);
         inner.rejections = rejections.iter().take(MAX_REJECTIONS).cloned().collect();
-        for kind in [
-            Kind::Namespace,
-            Kind::Node,
-            Kind::ServiceAccount,
-            Kind::Service,
-            Kind::Pod,
-            Kind::AuthorizationPolicy,
-        ] {
+        inner.ignored = registry.ignored();
+        self.metrics
+            .manifests_ignored
+            .set(i64::try_from(inner.ignored).unwrap_or(i64::MAX));
+        for kind in Kind::ALL {
             let count = world.keys().filter(|id| id.kind == kind).count();
             self.metrics
                 .objects
@@ -161,11 +202,35 @@ impl ControlPlane {
         let changed = inner.take_words(&snapshot, node, &words);
         inner.reports.insert(node.to_owned(), words);
         if changed || inner.unsaved {
-            self.publish(&mut inner);
+            if Instant::now() >= *self.publish_after.lock() {
+                self.publish(&mut inner);
+            } else {
+                inner.unpublished = true;
+                self.publish_wanted.notify_one();
+            }
+        }
+    }
+
+    /// Publishes what reports have changed, once it is time for it.
+    pub async fn publish_when_due(self: Arc<Self>) {
+        loop {
+            self.publish_wanted.notified().await;
+            let after = *self.publish_after.lock();
+            sleep_until(after).await;
+            let control = Arc::clone(&self);
+            let published = tokio::task::spawn_blocking(move || {
+                let mut inner = control.inner.lock();
+                if inner.unpublished {
+                    control.publish(&mut inner);
+                }
+            });
+            drop(published.await);
         }
     }
 
     fn publish(&self, inner: &mut Inner) {
+        let began = Instant::now();
+        inner.unpublished = false;
         let mut snapshot = compile(&inner.world, &inner.captures, &self.parameters);
         // A Pod that its agent proved before it was in the world, or that moved.
         let reports = std::mem::take(&mut inner.reports);
@@ -214,12 +279,23 @@ impl ControlPlane {
                 .with_label_values(&[label])
                 .set(i64::try_from(count(state)).unwrap_or(i64::MAX));
         }
-        self.snapshot.send_replace(Arc::new(snapshot));
+        let ranges = snapshot.pod_ranges.len();
+        self.metrics.pod_ranges.set(i64::try_from(ranges).unwrap_or(i64::MAX));
+        let before = self.snapshot.send_replace(Arc::new(snapshot));
+        if ranges == 0 && (before.types.is_empty() || !before.pod_ranges.is_empty()) {
+            tracing::warn!("{NO_POD_RANGES}");
+        }
+        self.metrics.snapshots.inc();
+        let pause = self
+            .bounds
+            .publish_interval
+            .max(began.elapsed().saturating_mul(PUBLISH_SHARE));
+        *self.publish_after.lock() = Instant::now() + pause;
     }
 
     /// Changes what is known of a node. Only authenticated nodes get here, so that their number is bounded by the tokens'.
-    pub fn with_node(&self, node: &str, change: impl FnOnce(&mut NodeStatus)) {
-        change(self.nodes.lock().entry(node.to_owned()).or_default());
+    pub fn with_node<T>(&self, node: &str, change: impl FnOnce(&mut NodeStatus) -> T) -> T {
+        change(self.nodes.lock().entry(node.to_owned()).or_default())
     }
 
     /// For `/status`.
@@ -259,8 +335,16 @@ impl ControlPlane {
             .iter()
             .map(|(url, of_type)| (*url, of_type.version.as_str()))
             .collect();
+        let ranges: Vec<String> = snapshot.pod_ranges.iter().map(ToString::to_string).collect();
+        let mut warnings: Vec<String> = self.registry_problem().into_iter().collect();
+        if self.is_ready() && ranges.is_empty() {
+            warnings.push(NO_POD_RANGES.to_owned());
+        }
         serde_json::json!({
             "ready": self.is_ready(),
+            "warnings": warnings,
+            "pod_ranges": ranges,
+            "ignored_manifests": inner.ignored,
             "versions": versions,
             "nodes": *self.nodes.lock(),
             "pods": pods,

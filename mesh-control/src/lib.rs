@@ -19,6 +19,7 @@ pub mod fuzz;
 pub mod limits;
 pub mod metrics;
 pub mod node_reports;
+pub mod node_streams;
 pub mod objects;
 pub mod proto;
 pub mod registry;

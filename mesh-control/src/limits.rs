@@ -2,17 +2,25 @@
 
 use std::time::Duration;
 
+pub use mesh_proto::{MAX_REQUEST_BYTES, MAX_RESOURCES};
+
 /// Files read from the registry folder. More: those that sort last are refused and said.
 pub const MAX_FILES: usize = 4096;
 /// Bytes of a manifest file: a Pod as `kubectl get -o yaml` prints it has about 6 KiB, so some 170 Pods a file.
 pub const MAX_FILE_BYTES: u64 = 1 << 20;
 /// Bytes of all manifest files together: held once as objects, and once more while they are read.
 pub const MAX_FOLDER_BYTES: u64 = 256 << 20;
+/// Bytes of the file of last good forms: a manifest may be in it in several forms, and JSON escapes some characters.
+pub const MAX_LAST_GOOD_BYTES: u64 = 4 * MAX_FOLDER_BYTES;
+/// Bytes of the file that says that the registry had content: its being there is all that it says.
+pub const MAX_FILLED_BYTES: u64 = 64;
 /// Documents of a file, a List's items counted.
 pub const MAX_DOCUMENTS: usize = 2048;
 /// Rejections that are kept for `/status` (about 512 B each: 512 KiB); all are counted.
 pub const MAX_REJECTIONS: usize = 1024;
 
+/// Change events that wait. One is as good as many: what it says is only "read again".
+pub const FOLDER_EVENTS: usize = 1;
 /// Quiet time after a change in the folder before it is read, so that a program that writes many files is read once.
 pub const FOLDER_DEBOUNCE: Duration = Duration::from_millis(150);
 /// The longest that a stream of changes can put off reading.
@@ -22,9 +30,13 @@ pub const FOLDER_RESCAN: Duration = Duration::from_secs(10);
 
 /// Connections at once: one or two a node. 10,000 × about 64 KiB (TLS, HTTP/2) = 640 MiB at worst.
 pub const MAX_CONNECTIONS: usize = 10_000;
-/// Connections from one address, so that one host cannot take them all.
+/// Connections from one address (IPv6: one /64, which is what one host may have), so that one host cannot take them all.
 pub const MAX_CONNECTIONS_PER_ADDRESS: usize = 256;
 pub const TLS_HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// A connection without an authenticated call within this is closed: who has no token cannot keep others out for long.
+pub const AUTHENTICATE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Finished handshakes that wait for the server to take them.
+pub const ACCEPTED_WAITING: usize = 16;
 /// A TCP accept that failed for want of descriptors is tried again after this.
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// gRPC streams of one connection.
@@ -33,15 +45,20 @@ pub const MAX_STREAMS_PER_CONNECTION: u32 = 64;
 pub const HTTP2_KEEPALIVE: Duration = Duration::from_secs(30);
 pub const HTTP2_KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Bytes of a discovery request: 100,000 initial versions of about 110 B.
-pub const MAX_REQUEST_BYTES: usize = 16 << 20;
 /// Bytes of resources in one discovery response; gRPC clients refuse messages beyond 4 MiB by default. The rest follows once
 /// this part is acknowledged.
 pub const MAX_RESPONSE_BYTES: usize = 3 << 20;
-/// Resource types of a stream; the mesh has three.
-pub const MAX_TYPES: usize = 16;
-/// Names subscribed to, and resources known of, of a type in a stream: 200,000 × about 128 B = 25 MiB.
-pub const MAX_NAMES: usize = 200_000;
+/// Discovery streams, and streams of reports, of one node: one each, and those that have yet to be found dead.
+pub const MAX_STREAMS_PER_NODE: usize = 4;
+/// Responses that wait for a client to read them. One, so that the next is made of the newest state.
+pub const RESPONSES_WAITING: usize = 1;
+/// Receipts that wait for an agent to read them.
+pub const RECEIPTS_WAITING: usize = 4;
+/// Resource types of a stream; the mesh has three, and of others nothing is remembered. At worst a node makes us remember
+/// 4 streams × 3 types × one request of [`MAX_REQUEST_BYTES`] = 192 MiB, until [`ACKNOWLEDGE_TIMEOUT`].
+pub const MAX_TYPES: usize = 4;
+/// Names subscribed to, of a type in a stream, that are no resource's at present: 4,096 × 512 B = 2 MiB.
+pub const MAX_ABSENT_NAMES: usize = 4096;
 /// Bytes of a resource's name.
 pub const MAX_NAME_BYTES: usize = 512;
 /// A client that does not acknowledge a response within this is cut off; it comes back and resumes.
@@ -53,6 +70,8 @@ pub const TOKEN_RECHECK: Duration = Duration::from_secs(15);
 /// Bytes of a NACK's message that are logged and kept.
 pub const MAX_NACK_BYTES: usize = 1024;
 
+/// PEM of the root and its key: about 1 KiB.
+pub const MAX_PEM_BYTES: u64 = 64 << 10;
 /// PEM of a certificate request; a P-256 request has about 400 B.
 pub const MAX_CSR_BYTES: usize = 16 << 10;
 pub const MIN_CERTIFICATE_LIFETIME: Duration = Duration::from_secs(60);
@@ -72,6 +91,14 @@ pub const MAX_NODES: usize = 5000;
 /// Bytes of a token record.
 pub const MAX_TOKEN_BYTES: u64 = 4096;
 
+/// After a change by a report, the next one waits at least this long, and [`PUBLISH_SHARE`] times as long as the last took: an
+/// agent whose Pods go to and fro makes few compilations, writes and pushes of it.
+pub const PUBLISH_INTERVAL: Duration = Duration::from_millis(250);
+pub const PUBLISH_SHARE: u32 = 4;
+/// A stream's next report is read this long after the last.
+pub const REPORT_PACE: Duration = Duration::from_millis(20);
+/// Rejected resources in a report; as the interface says.
+pub const MAX_REJECTED: usize = 64;
 /// Pods in a node's report (mesh-common's limit of Pods on a node).
 pub const MAX_REPORTED_PODS: usize = 1024;
 /// Bytes of a report: 1,024 Pods × about 512 B, doubled.
@@ -86,3 +113,32 @@ pub const MAX_ADMIN_CONNECTIONS: usize = 64;
 pub const ADMIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long streams may go on after SIGTERM.
 pub const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
+
+/// Failed authentications are logged at most this often; all are counted.
+pub const FAILURE_LOG_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Those that tests set smaller.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    pub connections: usize,
+    pub connections_per_address: usize,
+    pub authenticate: Duration,
+    pub acknowledge: Duration,
+    pub send: Duration,
+    pub token_recheck: Duration,
+    pub publish_interval: Duration,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self {
+            connections: MAX_CONNECTIONS,
+            connections_per_address: MAX_CONNECTIONS_PER_ADDRESS,
+            authenticate: AUTHENTICATE_TIMEOUT,
+            acknowledge: ACKNOWLEDGE_TIMEOUT,
+            send: SEND_TIMEOUT,
+            token_recheck: TOKEN_RECHECK,
+            publish_interval: PUBLISH_INTERVAL,
+        }
+    }
+}

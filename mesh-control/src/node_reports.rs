@@ -6,17 +6,15 @@ use std::sync::Arc;
 use mesh_proto::node::node_reports_server::NodeReports;
 use mesh_proto::node::{NodeReport, ReportReceipt};
 use tokio::sync::mpsc;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::authentication::{Authenticator, Caller};
 use crate::control_plane::ControlPlane;
-use crate::limits::{MAX_NACK_BYTES, MAX_REPORTED_PODS, MAX_TYPES, SEND_TIMEOUT, TOKEN_RECHECK};
+use crate::limits::{MAX_NACK_BYTES, MAX_REJECTED, MAX_REPORTED_PODS, MAX_TYPES, RECEIPTS_WAITING, REPORT_PACE};
+use crate::node_streams::{NodeStream, StreamKind};
 use crate::proto;
-
-/// As the interface says.
-const MAX_REJECTED: usize = 64;
 
 pub struct Reports {
     pub control: Arc<ControlPlane>,
@@ -28,15 +26,16 @@ impl NodeReports for Reports {
     type ReportStream = Pin<Box<dyn tokio_stream::Stream<Item = Result<ReportReceipt, Status>> + Send + 'static>>;
 
     async fn report(&self, request: Request<Streaming<NodeReport>>) -> Result<Response<Self::ReportStream>, Status> {
-        let caller = self.authenticator.authenticate(request.metadata()).await?;
-        let (receipts, receiver) = mpsc::channel(4);
+        let caller = self.authenticator.authenticate(&request).await?;
+        let open = NodeStream::open(&self.control, &caller.node, StreamKind::Reports)?;
+        let (receipts, receiver) = mpsc::channel(RECEIPTS_WAITING);
         let (control, authenticator) = (Arc::clone(&self.control), self.authenticator.clone());
         tokio::spawn(async move {
+            let _open = open;
             let node = caller.node.clone();
-            control.with_node(&node, |node| node.report_streams += 1);
-            let counted = Counted(control, node.clone());
-            if let Err(status) = serve(&counted.0, &authenticator, &caller, request.into_inner(), &receipts).await {
-                tracing::warn!(node, "report stream ended: {}", status.message());
+            if let Err(Cut(reason, status)) = serve(&control, &authenticator, &caller, request.into_inner(), &receipts).await {
+                control.metrics.report_streams_cut.with_label_values(&[reason]).inc();
+                tracing::warn!(node, reason, "report stream ended: {}", status.message());
                 drop(receipts.try_send(Err(status)));
             }
         });
@@ -44,14 +43,8 @@ impl NodeReports for Reports {
     }
 }
 
-struct Counted(Arc<ControlPlane>, String);
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0
-            .with_node(&self.1, |node| node.report_streams = node.report_streams.saturating_sub(1));
-    }
-}
+/// Why a stream was ended from this side: metric label and answer.
+struct Cut(&'static str, Status);
 
 async fn serve(
     control: &Arc<ControlPlane>,
@@ -59,8 +52,8 @@ async fn serve(
     caller: &Caller,
     mut reports: Streaming<NodeReport>,
     receipts: &mpsc::Sender<Result<ReportReceipt, Status>>,
-) -> Result<(), Status> {
-    let mut recheck = interval(TOKEN_RECHECK);
+) -> Result<(), Cut> {
+    let mut recheck = interval(control.bounds.token_recheck);
     recheck.set_missed_tick_behavior(MissedTickBehavior::Delay);
     recheck.reset();
     let closed = control.closed();
@@ -72,28 +65,31 @@ async fn serve(
                 // The stream's end withdraws nothing.
                 Ok(None) | Err(_) => return Ok(()),
             },
-            () = &mut closed => return Err(Status::unavailable("the control plane ends")),
+            () = &mut closed => return Err(Cut("shutdown", Status::unavailable("the control plane ends"))),
             _ = recheck.tick() => {
-                authenticator.recheck(caller).await?;
+                authenticator.recheck(caller).await.map_err(|status| Cut("token", status))?;
                 continue;
             }
         };
         if report.pods.len() > MAX_REPORTED_PODS {
-            return Err(Status::resource_exhausted(format!(
-                "more than {MAX_REPORTED_PODS} Pods in a report"
-            )));
+            let status = Status::resource_exhausted(format!("more than {MAX_REPORTED_PODS} Pods in a report"));
+            return Err(Cut("too_much", status));
         }
         let sequence = report.sequence;
-        take(control, &caller.node, report).await?;
-        match timeout(SEND_TIMEOUT, receipts.send(Ok(ReportReceipt { sequence }))).await {
+        take(control, &caller.node, report)
+            .await
+            .map_err(|status| Cut("failed", status))?;
+        match timeout(control.bounds.send, receipts.send(Ok(ReportReceipt { sequence }))).await {
             Ok(Ok(())) => {}
             Ok(Err(_)) => return Ok(()),
-            Err(_) => return Err(Status::deadline_exceeded("receipts are not read")),
+            Err(_) => return Err(Cut("unread", Status::deadline_exceeded("receipts are not read"))),
         }
+        sleep(REPORT_PACE).await;
     }
 }
 
-/// The receipt is sent once the states are on disk and published.
+/// The receipt says that the report was taken: what it changes is published within [`crate::limits::PUBLISH_INTERVAL`], and on
+/// disk before.
 async fn take(control: &Arc<ControlPlane>, node: &str, report: NodeReport) -> Result<(), Status> {
     let words = proto::pod_words(&report.pods);
     let cut = |text: String| text.chars().take(MAX_NACK_BYTES).collect::<String>();

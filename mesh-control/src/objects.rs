@@ -5,7 +5,7 @@ use std::fmt;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use mesh_api::ValidPolicy;
+use mesh_api::{ValidMeshConfig, ValidPolicy};
 use serde::{Deserialize, Serialize};
 
 /// What makes two documents the same object. Cluster-wide kinds have an empty namespace.
@@ -34,9 +34,20 @@ pub enum Kind {
     Service,
     Pod,
     AuthorizationPolicy,
+    MeshConfig,
 }
 
 impl Kind {
+    pub const ALL: [Self; 7] = [
+        Self::Namespace,
+        Self::Node,
+        Self::ServiceAccount,
+        Self::Service,
+        Self::Pod,
+        Self::AuthorizationPolicy,
+        Self::MeshConfig,
+    ];
+
     /// `None`: a kind that the mesh does not read.
     #[must_use]
     pub fn of(api_version: &str, kind: &str) -> Option<Self> {
@@ -47,6 +58,7 @@ impl Kind {
             ("v1", "Service") => Some(Self::Service),
             ("v1", "Pod") => Some(Self::Pod),
             (mesh_api::API_VERSION, "AuthorizationPolicy") => Some(Self::AuthorizationPolicy),
+            (mesh_api::API_VERSION, "MeshConfig") => Some(Self::MeshConfig),
             _ => None,
         }
     }
@@ -60,6 +72,7 @@ impl Kind {
             Self::Service => "Service",
             Self::Pod => "Pod",
             Self::AuthorizationPolicy => "AuthorizationPolicy",
+            Self::MeshConfig => "MeshConfig",
         }
     }
 
@@ -79,9 +92,27 @@ pub enum Object {
     Service(Service),
     Pod(Box<Pod>),
     AuthorizationPolicy(Box<ValidPolicy>),
+    MeshConfig(Box<ValidMeshConfig>),
+}
+
+/// What no two objects may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Claim<'a> {
+    Address(IpAddr),
+    /// Of a Pod. What its agent proves is kept by it: a second Pod with it would speak for the first.
+    Uid(&'a str),
 }
 
 impl Object {
+    pub fn claims(&self) -> impl Iterator<Item = Claim<'_>> {
+        let uid = match self {
+            Self::Pod(pod) if !pod.uid.is_empty() => Some(Claim::Uid(&pod.uid)),
+            _ => None,
+        };
+        uid.into_iter()
+            .chain(self.exclusive_addresses().iter().map(|ip| Claim::Address(*ip)))
+    }
+
     /// Addresses that no other object may have.
     #[must_use]
     pub fn exclusive_addresses(&self) -> &[IpAddr] {

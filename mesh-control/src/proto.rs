@@ -1,16 +1,16 @@
 //! Between the wire and the rest of the control plane.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use mesh_api::{Mode, PolicyAction, StringMatch, ValidDestination, ValidPolicy, ValidRule, ValidSource};
+use mesh_api::{Mode, Mtls, PolicyAction, StringMatch, ValidDestination, ValidMeshConfig, ValidPolicy, ValidRule, ValidSource};
 use mesh_proto::{CAPTURE_EXTENSION, CAPTURE_TYPE_URL, discovery, mesh, node, security, workload};
 use prost::Message as _;
 use prost_types::{Any, Struct, value::Kind as ValueKind};
 
 use crate::capture_states::Proof;
-use crate::compile::{Capture, OwnerKind, WorkloadView};
+use crate::compile::{Capture, OwnerKind, SettingsView, WorkloadView};
 use crate::discovery::subscription::{Request, Response};
 use crate::objects::{ObjectId, Service, TargetPort};
 
@@ -236,19 +236,37 @@ fn block(block: &IpNet) -> security::Address {
 }
 
 #[must_use]
-pub fn encode_settings(trust_domain: &str, ranges: &BTreeSet<IpNet>, trust_bundle: &[String]) -> Vec<u8> {
+pub fn encode_settings(view: &SettingsView<'_>) -> Vec<u8> {
+    let cidr = |range: &IpNet| mesh::Cidr {
+        address: octets(range.network()),
+        length: range.prefix_len().into(),
+    };
+    let default = ValidMeshConfig::default();
+    let config = view.mesh.unwrap_or(&default);
     let message = mesh::Settings {
-        trust_domain: trust_domain.to_owned(),
-        pod_ranges: ranges
+        trust_domain: view.parameters.trust_domain.clone(),
+        pod_ranges: view.pod_ranges.iter().map(cidr).collect(),
+        trust_bundle: view.parameters.trust_bundle.clone(),
+        mtls: mtls(config.mtls).into(),
+        namespaces: view
+            .namespaces
             .iter()
-            .map(|range| mesh::Cidr {
-                address: octets(range.network()),
-                length: range.prefix_len().into(),
+            .map(|(namespace, given)| mesh::NamespaceMtls {
+                namespace: (*namespace).to_owned(),
+                mtls: mtls(*given).into(),
             })
             .collect(),
-        trust_bundle: trust_bundle.to_vec(),
+        excluded_ports: config.excluded_ports.iter().map(|port| u32::from(*port)).collect(),
+        excluded_cidrs: config.excluded_cidrs.iter().map(cidr).collect(),
     };
     message.encode_to_vec()
+}
+
+fn mtls(given: Mtls) -> mesh::settings::Mtls {
+    match given {
+        Mtls::Permissive => mesh::settings::Mtls::Permissive,
+        Mtls::Strict => mesh::settings::Mtls::Strict,
+    }
 }
 
 #[must_use]

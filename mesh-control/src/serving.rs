@@ -2,9 +2,10 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
 use parking_lot::{Mutex, RwLock};
@@ -16,13 +17,13 @@ use time::OffsetDateTime;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Sleep, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
 
 use crate::authority::{Authority, AuthorityError};
-use crate::limits::{ACCEPT_PAUSE, MAX_CONNECTIONS, MAX_CONNECTIONS_PER_ADDRESS, MAX_SERVER_NAMES, TLS_HANDSHAKE_TIMEOUT};
+use crate::limits::{ACCEPT_PAUSE, Bounds, MAX_SERVER_NAMES, TLS_HANDSHAKE_TIMEOUT};
 use crate::metrics::Metrics;
 
 /// The certificate in use.
@@ -119,10 +120,11 @@ struct Place {
 }
 
 impl Place {
-    fn take(open: &Arc<Mutex<Open>>, address: IpAddr, metrics: &Arc<Metrics>) -> Option<Self> {
+    fn take(open: &Arc<Mutex<Open>>, peer: IpAddr, metrics: &Arc<Metrics>, bounds: &Bounds) -> Option<Self> {
+        let address = host_of(peer);
         let mut counts = open.lock();
         let of_address = counts.by_address.get(&address).copied().unwrap_or(0);
-        if counts.total >= MAX_CONNECTIONS || of_address >= MAX_CONNECTIONS_PER_ADDRESS {
+        if counts.total >= bounds.connections || of_address >= bounds.connections_per_address {
             return None;
         }
         counts.total += 1;
@@ -150,28 +152,79 @@ impl Drop for Place {
     }
 }
 
-/// A connection after its handshake.
+/// What counts as one host: an IPv6 host may take any address of its /64.
+fn host_of(peer: IpAddr) -> IpAddr {
+    match peer.to_canonical() {
+        IpAddr::V4(v4) => v4.into(),
+        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() >> 64 << 64).into(),
+    }
+}
+
+/// Whether a call on a connection has brought a node's token.
+#[derive(Clone, Debug, Default)]
+pub struct Authenticated(Arc<AtomicBool>);
+
+impl Authenticated {
+    pub fn set(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    fn is_set(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+/// A connection after its handshake. It fails when nobody has authenticated himself on it in time.
 pub struct Connection {
     stream: TlsStream<TcpStream>,
-    _place: Place,
+    authenticated: Authenticated,
+    /// `None`: authenticated, or over already.
+    deadline: Option<Pin<Box<Sleep>>>,
+    overdue: bool,
+    place: Place,
+}
+
+impl Connection {
+    /// Asked on every use, reading and writing alike: a peer that reads nothing keeps a server from reading, too.
+    fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        if let Some(deadline) = &mut self.deadline {
+            if self.authenticated.is_set() {
+                self.deadline = None;
+            } else if deadline.as_mut().poll(cx).is_ready() {
+                self.deadline = None;
+                self.overdue = true;
+                let refused = &self.place.metrics.connections_refused;
+                refused.with_label_values(&["unauthenticated"]).inc();
+            }
+        }
+        if self.overdue {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "nobody has authenticated himself"));
+        }
+        Ok(())
+    }
 }
 
 impl Connected for Connection {
-    type ConnectInfo = ();
-    fn connect_info(&self) {}
+    type ConnectInfo = Authenticated;
+    fn connect_info(&self) -> Authenticated {
+        self.authenticated.clone()
+    }
 }
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.check(cx)?;
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
 
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.check(cx)?;
         Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.check(cx)?;
         Pin::new(&mut self.stream).poll_flush(cx)
     }
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -184,6 +237,7 @@ pub async fn accept(
     listener: TcpListener,
     config: Arc<ServerConfig>,
     metrics: Arc<Metrics>,
+    bounds: Bounds,
     connections: mpsc::Sender<io::Result<Connection>>,
 ) {
     let acceptor = TlsAcceptor::from(config);
@@ -203,7 +257,7 @@ pub async fn accept(
                 continue;
             }
         };
-        let Some(place) = Place::take(&open, peer.ip().to_canonical(), &metrics) else {
+        let Some(place) = Place::take(&open, peer.ip(), &metrics, &bounds) else {
             refuse("too_many");
             continue;
         };
@@ -211,7 +265,16 @@ pub async fn accept(
         let (acceptor, connections, metrics) = (acceptor.clone(), connections.clone(), Arc::clone(&metrics));
         tokio::spawn(async move {
             match timeout(TLS_HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
-                Ok(Ok(stream)) => drop(connections.send(Ok(Connection { stream, _place: place })).await),
+                Ok(Ok(stream)) => {
+                    let connection = Connection {
+                        stream,
+                        authenticated: Authenticated::default(),
+                        deadline: Some(Box::pin(sleep(bounds.authenticate))),
+                        overdue: false,
+                        place,
+                    };
+                    drop(connections.send(Ok(connection)).await);
+                }
                 Ok(Err(error)) => {
                     tracing::debug!(%peer, %error, "TLS handshake");
                     metrics.connections_refused.with_label_values(&["handshake"]).inc();
@@ -219,5 +282,32 @@ pub async fn accept(
                 Err(_) => metrics.connections_refused.with_label_values(&["handshake_timeout"]).inc(),
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_ipv6_host_is_its_64_and_another_one_is_not() {
+        let metrics = Arc::new(Metrics::new().expect("metrics"));
+        let open = Arc::new(Mutex::new(Open::default()));
+        let bounds = Bounds {
+            connections_per_address: 2,
+            connections: 5,
+            ..Bounds::default()
+        };
+        let take = |peer: &str| Place::take(&open, peer.parse().expect("address"), &metrics, &bounds);
+        let first = take("2001:db8::1").expect("room");
+        let _second = take("2001:db8::ffff:2").expect("room");
+        assert!(take("2001:db8::3").is_none(), "the same /64");
+        let _other = take("2001:db8:0:1::1").expect("another /64");
+        let _mapped = take("::ffff:10.0.0.1").expect("room");
+        let _v4 = take("10.0.0.1").expect("room");
+        assert!(take("10.0.0.1").is_none(), "IPv4 counts as one address however it is written");
+        assert!(take("10.0.0.2").is_none(), "all places are taken");
+        drop(first);
+        assert!(take("2001:db8::3").is_some(), "given back");
     }
 }

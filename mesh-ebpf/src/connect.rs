@@ -3,16 +3,25 @@
 use core::ffi::c_void;
 
 use aya_ebpf::EbpfContext as _;
-use aya_ebpf::bindings::bpf_sock_addr;
-use aya_ebpf::helpers::generated::bpf_get_netns_cookie;
+use aya_ebpf::bindings::{
+    bpf_sock, bpf_sock_addr, bpf_sock_tuple__bindgen_ty_1, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1,
+    bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
+};
+use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_sk_lookup_tcp, bpf_sk_release};
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
-use mesh_common::{Counter, OUTBOUND_PORT, PodValue, SocketDestinationValue, is_agent_port, limits};
+use mesh_common::{Counter, OUTBOUND_PORT, PodValue, SocketDestinationValue, is_agent_port, limits, socket_kind};
 
 use crate::address::{Address, IPPROTO_TCP, address_field, field, set_address_field, set_field};
 use crate::maps::{AGENT_SOCKETS, ORIGINAL_DESTINATIONS_OF_SOCKETS, PASS, agent_is_alive, count, pod_of, refuse};
 
 const ECONNREFUSED: i32 = 111;
+
+/// The index of `lo` in every network namespace (LOOPBACK_IFINDEX, include/net/flow.h).
+const LOOPBACK_INTERFACE: u32 = 1;
+
+/// Of the context's socket (BPF_F_CURRENT_NETNS).
+const CURRENT_NETNS: u64 = u64::MAX;
 
 /// 127.0.0.1, network order.
 const LOOPBACK_V4: u32 = 0x7f00_0001_u32.to_be();
@@ -111,6 +120,17 @@ fn decide(ctx: &SockAddrContext, destination: Address) -> Decision {
     match verdict(pod, destination, port) {
         Route::Agent => {}
     }
+    // Bound to another interface, its SYNs to the agent are never answered: it would only hold its entry.
+    let bound: *mut bpf_sock = socket.cast();
+    let interface = field!(bound, bound_dev_if);
+    if interface != 0 && interface != LOOPBACK_INTERFACE {
+        count(Counter::RefusedBoundDevice);
+        return Decision::Refuse;
+    }
+    if !agent_listens(ctx, destination.is_v4()) {
+        count(Counter::RefusedNoListener);
+        return Decision::Refuse;
+    }
     let Some(recorded) = ORIGINAL_DESTINATIONS_OF_SOCKETS.of_or_new(socket) else {
         count(Counter::RefusedNoStorage);
         return Decision::Refuse;
@@ -122,6 +142,42 @@ fn decide(ctx: &SockAddrContext, destination: Address) -> Decision {
     };
     count(Counter::Redirected);
     Decision::Redirect
+}
+
+/// Whether it is the agent that gets what is redirected. Its ports cannot be bound by others while the Pod is enrolled; a socket
+/// that was bound before may listen once the agent is dead, and one that is bound to an interface is not found here: then nobody
+/// is, and the connect is refused, too.
+#[inline(always)]
+fn agent_listens(ctx: &SockAddrContext, is_v4: bool) -> bool {
+    let port = OUTBOUND_PORT.to_be();
+    let (mut tuple, size) = if is_v4 {
+        let ipv4 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 {
+            saddr: LOOPBACK_V4,
+            daddr: LOOPBACK_V4,
+            sport: 0,
+            dport: port,
+        };
+        (bpf_sock_tuple__bindgen_ty_1 { ipv4 }, size_of_val(&ipv4))
+    } else {
+        let ipv6 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 {
+            saddr: Address::LOOPBACK_V6.0,
+            daddr: Address::LOOPBACK_V6.0,
+            sport: 0,
+            dport: port,
+        };
+        (bpf_sock_tuple__bindgen_ty_1 { ipv6 }, size_of_val(&ipv6))
+    };
+    // SAFETY: the tuple is as long as is said, by its family.
+    let found = unsafe { bpf_sk_lookup_tcp(ctx.as_ptr(), (&raw mut tuple).cast(), size as u32, CURRENT_NETNS, 0) };
+    if found.is_null() {
+        return false;
+    }
+    let is_agents = AGENT_SOCKETS
+        .of(found.cast())
+        .is_some_and(|mark| mark.kind == socket_kind::LISTENER);
+    // SAFETY: found above, released once.
+    unsafe { bpf_sk_release(found.cast()) };
+    is_agents
 }
 
 /// Whether an address is one of the Pod's own.

@@ -18,6 +18,8 @@
 #[cfg(target_arch = "bpf")]
 mod address;
 #[cfg(target_arch = "bpf")]
+mod bind;
+#[cfg(target_arch = "bpf")]
 mod connect;
 #[cfg(target_arch = "bpf")]
 mod maps;

@@ -3,7 +3,8 @@
 use core::ffi::c_void;
 use core::ptr;
 
-use aya_ebpf::bindings::{BPF_ANY, BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_map_type};
+use aya_ebpf::bindings::{BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_map_type};
+use aya_ebpf::btf_maps::{self, HashOfMaps};
 use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_set_retval, bpf_sk_storage_get};
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, SockMap};
@@ -12,8 +13,8 @@ use mesh_common::{
     SocketDestinationValue, UpstreamConnectionKey, limits,
 };
 
-/// Enrolled Pods by network-namespace cookie. Written by the agent at enrolment and release; read by connect, getsockname and
-/// sock_create.
+/// Enrolled Pods by network-namespace cookie. Written by the agent at enrolment and release; read by connect, bind, sockops,
+/// getsockname and sock_create.
 #[map]
 pub static PODS: HashMap<u64, PodValue> = HashMap::pinned(limits::MAX_PODS, 0);
 
@@ -21,7 +22,8 @@ pub static PODS: HashMap<u64, PodValue> = HashMap::pinned(limits::MAX_PODS, 0);
 #[map]
 pub static HEARTBEAT: Array<u64> = Array::pinned(1, 0);
 
-/// The agent's own sockets. Written by the agent, by file descriptor, before `connect` or `listen`; read by connect and sockops.
+/// The agent's own sockets. Written by the agent, by file descriptor, before `connect` or `bind`; read by connect,
+/// bind and sockops.
 #[btf_map]
 pub static AGENT_SOCKETS: SocketStorage<AgentSocketValue, { (BPF_F_NO_PREALLOC | BPF_F_CLONE) as usize }> = SocketStorage::new();
 
@@ -31,12 +33,19 @@ pub static AGENT_SOCKETS: SocketStorage<AgentSocketValue, { (BPF_F_NO_PREALLOC |
 pub static ORIGINAL_DESTINATIONS_OF_SOCKETS: SocketStorage<SocketDestinationValue, { BPF_F_NO_PREALLOC as usize }> =
     SocketStorage::new();
 
-/// The same for the agent, by what it sees when it accepts. Written by sockops; taken by the agent.
-#[map]
-pub static ORIGINAL_DESTINATIONS: HashMap<RedirectedConnectionKey, OriginalDestinationValue> =
-    HashMap::pinned(limits::MAX_ORIGINAL_DESTINATIONS, BPF_F_NO_PREALLOC);
+/// The same for the agent, by what it sees when it accepts: a map for each Pod, by network-namespace cookie, so that no Pod can
+/// fill another's. Made by the agent at enrolment; entries are written by sockops and taken by the agent.
+#[btf_map]
+pub static ORIGINAL_DESTINATIONS: HashOfMaps<u64, DestinationsOfPod, { limits::MAX_PODS as usize }> = HashOfMaps::new();
 
-/// The agent's connects to applications, with the time of the connect, ns. Written by sockops; read by sk_lookup.
+type DestinationsOfPod = btf_maps::HashMap<
+    RedirectedConnectionKey,
+    OriginalDestinationValue,
+    { limits::MAX_ORIGINAL_DESTINATIONS_PER_POD as usize },
+    { BPF_F_NO_PREALLOC as usize },
+>;
+
+/// The agent's connects to applications on their way, with the time of the connect, ns. Written by sockops; read by sk_lookup.
 #[map]
 pub static UPSTREAM_CONNECTIONS: HashMap<UpstreamConnectionKey, u64> =
     HashMap::pinned(limits::MAX_UPSTREAM_CONNECTIONS, BPF_F_NO_PREALLOC);
@@ -127,10 +136,11 @@ pub fn pod_of<'a>(netns_cookie: u64) -> Option<&'a PodValue> {
     unsafe { PODS.get(&netns_cookie) }
 }
 
-/// Adds to a hash map, overwriting. `false`: it is full.
+/// The connections of a Pod that the agent is to accept. `None`: it is not enrolled.
 #[inline(always)]
-pub fn put<K, V>(map: &HashMap<K, V>, key: &K, value: &V) -> bool {
-    map.insert(key, value, u64::from(BPF_ANY)).is_ok()
+pub fn destinations_of<'a>(netns_cookie: u64) -> Option<&'a DestinationsOfPod> {
+    // SAFETY: the map of a Pod that is released meanwhile lives until this program ends.
+    unsafe { ORIGINAL_DESTINATIONS.get(&netns_cookie) }
 }
 
 /// Whether the kernel has `bpf_set_retval` (5.18): set when the program is loaded. Without it a refusal is EPERM.

@@ -1,12 +1,16 @@
-//! sockops at a connect (the local port is known, the SYN has not left) and at its socket's close: what the agent's accept and
-//! the Pods' sk_lookup find a connection by.
+//! sockops at a connect (the local port is known, the SYN has not left) and at its end: what the agent's accept and the Pods'
+//! sk_lookup find a connection by.
+//!
+//! A connect of the agent to an application passes sk_lookup by its tuple, and only until the application's end is established:
+//! from then on the kernel finds that end by itself (also after a SYN cookie, where the handshake's last segment is looked up
+//! anew). Were the entry to stay, and the application to close first, the true client could use the same tuple past policy.
 
 use core::ffi::c_void;
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
-    BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, BPF_TCP_CLOSING,
-    BPF_TCP_FIN_WAIT1, BPF_TCP_FIN_WAIT2, bpf_sock_ops,
+    BPF_ANY, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
+    BPF_TCP_CLOSE, BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_FIN_WAIT1, BPF_TCP_FIN_WAIT2, bpf_sock_ops,
 };
 use aya_ebpf::helpers::generated::bpf_get_netns_cookie;
 use aya_ebpf::macros::sock_ops;
@@ -17,7 +21,7 @@ use mesh_common::{
 
 use crate::address::{AF_INET, AF_INET6, Address, address_field, field};
 use crate::maps::{
-    AGENT_SOCKETS, ORIGINAL_DESTINATIONS, ORIGINAL_DESTINATIONS_OF_SOCKETS, UPSTREAM_CONNECTIONS, count, now_ns, put,
+    AGENT_SOCKETS, ORIGINAL_DESTINATIONS_OF_SOCKETS, UPSTREAM_CONNECTIONS, count, destinations_of, now_ns, pod_of,
 };
 
 /// What the kernel expects from callbacks without a reply.
@@ -28,7 +32,15 @@ pub fn connection_events(ctx: SockOpsContext) -> u32 {
     let ops = ctx.ops;
     match field!(ops, op) {
         BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(&ctx, ops),
-        BPF_SOCK_OPS_STATE_CB if field!(ops, __bindgen_anon_1.args[1]) == BPF_TCP_CLOSE => closed(&ctx, ops),
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => established(&ctx, ops),
+        BPF_SOCK_OPS_STATE_CB => match field!(ops, __bindgen_anon_1.args[1]) {
+            BPF_TCP_CLOSE_WAIT => upstream_ended(ops),
+            BPF_TCP_CLOSE => {
+                upstream_ended(ops);
+                redirected_ended(&ctx, ops);
+            }
+            _ => {}
+        },
         _ => {}
     }
     DONE
@@ -47,7 +59,10 @@ fn connecting(ctx: &SockOpsContext, ops: *mut bpf_sock_ops) {
     let Some(ends) = Ends::of(ops) else { return };
     match connection(ops) {
         Some(Connection::Upstream(slot)) => {
-            if !put(&UPSTREAM_CONNECTIONS, &ends.upstream_key(slot), &now_ns()) {
+            if UPSTREAM_CONNECTIONS
+                .insert(ends.upstream_key(slot), now_ns(), u64::from(BPF_ANY))
+                .is_err()
+            {
                 count(Counter::UpstreamsFull);
                 return;
             }
@@ -61,33 +76,56 @@ fn connecting(ctx: &SockOpsContext, ops: *mut bpf_sock_ops) {
                 port: asked.port,
                 _pad: [0; 3],
             };
-            if !put(&ORIGINAL_DESTINATIONS, &ends.redirected_key(ctx), &value) {
+            let key = ends.redirected_key(ctx);
+            let is_recorded =
+                destinations_of(key.netns_cookie).is_some_and(|of_pod| of_pod.insert(key, value, u64::from(BPF_ANY)).is_ok());
+            if !is_recorded {
                 count(Counter::DestinationsFull);
                 return;
             }
         }
         None => return,
     }
-    // Other programs may have asked for callbacks of their own. An error leaves an entry until the agent sweeps it.
+    // Other programs may have asked for callbacks of their own. Where this fails the entry stays until it is taken, or until
+    // the agent sweeps it.
     let _ = ctx.set_cb_flags((field!(ops, bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
 }
 
+/// A Pod's socket has accepted a connection: if it was the agent's, nothing needs to pass by its tuple any more.
 #[inline(always)]
-fn closed(ctx: &SockOpsContext, ops: *mut bpf_sock_ops) {
+fn established(ctx: &SockOpsContext, ops: *mut bpf_sock_ops) {
+    // SAFETY: the context is this program's.
+    let Some(pod) = pod_of(unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }) else {
+        return;
+    };
     let Some(ends) = Ends::of(ops) else { return };
-    match connection(ops) {
-        Some(Connection::Upstream(slot)) => {
-            let _ = UPSTREAM_CONNECTIONS.remove(&ends.upstream_key(slot));
+    let _ = UPSTREAM_CONNECTIONS.remove(ends.reversed().upstream_key(pod.slot));
+}
+
+/// The agent's end has closed, or learnt that the application has: a connect that failed, or one whose accept was not seen.
+#[inline(always)]
+fn upstream_ended(ops: *mut bpf_sock_ops) {
+    if let Some(Connection::Upstream(slot)) = connection(ops)
+        && let Some(ends) = Ends::of(ops)
+    {
+        let _ = UPSTREAM_CONNECTIONS.remove(ends.upstream_key(slot));
+    }
+}
+
+#[inline(always)]
+fn redirected_ended(ctx: &SockOpsContext, ops: *mut bpf_sock_ops) {
+    // An application that sends and closes at once is done here while its connection still waits in the agent's queue: closed
+    // in order, the entry is the agent's to take.
+    if let BPF_TCP_FIN_WAIT1 | BPF_TCP_FIN_WAIT2 | BPF_TCP_CLOSING = field!(ops, __bindgen_anon_1.args[0]) {
+        return;
+    }
+    if let Some(Connection::Redirected(_)) = connection(ops)
+        && let Some(ends) = Ends::of(ops)
+    {
+        let key = ends.redirected_key(ctx);
+        if let Some(of_pod) = destinations_of(key.netns_cookie) {
+            let _ = of_pod.remove(key);
         }
-        Some(Connection::Redirected(_)) => {
-            // An application that sends and closes at once is done here while its connection still waits in the agent's
-            // queue: closed in order, the entry is the agent's to take.
-            let before = field!(ops, __bindgen_anon_1.args[0]);
-            if before != BPF_TCP_FIN_WAIT1 && before != BPF_TCP_FIN_WAIT2 && before != BPF_TCP_CLOSING {
-                let _ = ORIGINAL_DESTINATIONS.remove(&ends.redirected_key(ctx));
-            }
-        }
-        None => {}
     }
 }
 
@@ -113,7 +151,7 @@ fn connection<'a>(ops: *mut bpf_sock_ops) -> Option<Connection<'a>> {
     }
 }
 
-/// Both ends of a connection that this host opens.
+/// Both ends of a connection.
 struct Ends {
     local: Address,
     remote: Address,
@@ -149,6 +187,17 @@ impl Ends {
             local_port,
             remote_port,
         })
+    }
+
+    /// As the other end sees them.
+    #[inline(always)]
+    fn reversed(self) -> Ends {
+        Ends {
+            local: self.remote,
+            remote: self.local,
+            local_port: self.remote_port,
+            remote_port: self.local_port,
+        }
     }
 
     #[inline(always)]

@@ -48,3 +48,10 @@ pub const PARTIAL_VERSION: &str = "+partial";
 pub const ROOT_NAMESPACE: &str = "culvert-system";
 /// Name of the one [`mesh::Settings`] resource.
 pub const SETTINGS_NAME: &str = "mesh";
+/// Resources of one type that an agent holds, and tells on each reconnect. Control plane and agent must agree: a resume beyond
+/// what the server takes would be cut off for ever. 100,000 × (name and version, about 110 B) = 11 MB of a first request.
+pub const MAX_RESOURCES: usize = 100_000;
+/// Bytes of a discovery request.
+pub const MAX_REQUEST_BYTES: usize = 16 << 20;
+/// Bytes of names and versions that an agent holds of one type, so that the request that tells them is one that can be taken.
+pub const MAX_RESUME_BYTES: usize = MAX_REQUEST_BYTES - (1 << 20);

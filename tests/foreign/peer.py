@@ -39,11 +39,21 @@ def identity(tls):
 
 
 def client(cert, key, root, host, authority):
+    """The report is printed also when TLS refuses us: a refusal is an answer, and any other exception a fault of this script."""
+    report = {"echoed": False}
+    try:
+        tunnel(cert, key, root, host, authority, report)
+    except (ssl.SSLError, ConnectionResetError) as error:
+        report["refused"] = str(error)
+    print(json.dumps(report), flush=True)
+
+
+def tunnel(cert, key, root, host, authority, report):
     raw = socket.create_connection((host, PORT), timeout=10)
     tls = context(ssl.PROTOCOL_TLS_CLIENT, cert, key, root).wrap_socket(raw)
     connection = h2.connection.H2Connection(configuration(client_side=True))
     connection.initiate_connection()
-    report = {"alpn": tls.selected_alpn_protocol(), "version": tls.version(), "server": identity(tls)}
+    report.update(alpn=tls.selected_alpn_protocol(), version=tls.version(), server=identity(tls))
     connection.send_headers(1, [
         (":method", "CONNECT"),
         (":authority", authority),
@@ -77,7 +87,6 @@ def client(cert, key, root, host, authority):
                 ended = True
         tls.sendall(connection.data_to_send())
     report["echoed"] = received == LINE
-    print(json.dumps(report), flush=True)
 
 
 def serve_tunnel(raw, tls_context):

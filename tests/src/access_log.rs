@@ -1,5 +1,7 @@
 //! The agent's access log, read as a person would: one JSON object a line.
 
+use std::fs::File;
+use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -13,9 +15,9 @@ pub struct AccessLog {
     path: PathBuf,
 }
 
-/// A place in the log: what comes after it is new.
+/// A place in the log, in bytes, at the start of a line: what comes after it is new.
 #[derive(Clone, Copy, Debug)]
-pub struct Position(usize);
+pub struct Position(u64);
 
 /// Lines must have these fields with these values (compared as text).
 pub type Fields<'a> = &'a [(&'a str, &'a str)];
@@ -26,15 +28,33 @@ impl AccessLog {
         Self { path }
     }
 
+    /// After the last whole line.
     #[must_use]
-    pub fn lines(&self) -> Vec<Value> {
-        let text = std::fs::read_to_string(&self.path).unwrap_or_default();
+    pub fn position(&self) -> Position {
+        let bytes = std::fs::read(&self.path).unwrap_or_default();
+        let end = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
+        Position(end as u64)
+    }
+
+    /// Parses only what is new: a log of a thousand connections is long, and is asked often.
+    fn lines_after(&self, position: Position) -> Vec<Value> {
+        let mut text = String::new();
+        let read = File::open(&self.path).and_then(|mut file| {
+            file.seek(SeekFrom::Start(position.0))?;
+            file.read_to_string(&mut text)
+        });
+        if read.is_err() {
+            // Not there yet, or cut in the middle of a character: asked again.
+            return Vec::new();
+        }
         text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
+    /// All lines after `position` with these fields.
     #[must_use]
-    pub fn position(&self) -> Position {
-        Position(self.lines().len())
+    pub fn since(&self, position: Position, fields: Fields<'_>) -> Vec<Value> {
+        let lines = self.lines_after(position).into_iter();
+        lines.filter(|line| matches(line, fields)).collect()
     }
 
     /// Waits for a line after `position` with all these fields.
@@ -43,10 +63,10 @@ impl AccessLog {
     /// None came: shows the lines that did.
     pub fn wait_for(&self, position: Position, fields: Fields<'_>, deadline: Duration) -> Result<Value> {
         poll::until("an access-log line", deadline, || {
-            Ok(self.lines().into_iter().skip(position.0).find(|line| matches(line, fields)))
+            Ok(self.lines_after(position).into_iter().find(|line| matches(line, fields)))
         })
         .map_err(|error| {
-            let seen: Vec<String> = self.lines().iter().skip(position.0).map(Value::to_string).collect();
+            let seen: Vec<String> = self.lines_after(position).iter().map(Value::to_string).collect();
             error.context(format!(
                 "no access-log line with {fields:?}; these came:\n{}",
                 seen.join("\n")

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
 
 use crate::access_log::AccessLog;
 use crate::app::{self, App, ECHO_PORT};
@@ -206,6 +207,15 @@ impl Mesh {
     /// # Errors
     /// It does not become ready.
     pub fn start_agent(&mut self, node: NodeName) -> Result<()> {
+        self.launch_agent(node)?;
+        self.wait_until_ready(node)
+    }
+
+    /// Starts it and does not wait.
+    ///
+    /// # Errors
+    /// It cannot start.
+    pub fn launch_agent(&mut self, node: NodeName) -> Result<()> {
         let place = self.topology.node(node);
         let (token, run_dir, pin_path) = (self.token_file(node), place.run_dir(), place.pin_path());
         let access_log = place.folder.join("access.log");
@@ -222,14 +232,12 @@ impl Mesh {
             "--access-log",
             text(&access_log)?,
         ];
-        let mut command = place.agent_place().command(&binaries::path("mesh-agent")?, &arguments)?;
-        if std::env::var_os("RUST_LOG").is_none() {
-            command.env("RUST_LOG", "info");
-        }
+        // How much it logs: CULVERT_LOG, as for any agent.
+        let command = place.agent_place().command(&binaries::path("mesh-agent")?, &arguments)?;
         let name = format!("the agent of {}", node.as_str());
         let process = Process::start(&name, command, place.folder.join("mesh-agent.log"))?;
         self.agents.insert(node, process);
-        self.wait_until_ready(node)
+        Ok(())
     }
 
     /// # Errors
@@ -257,6 +265,26 @@ impl Mesh {
         agent.terminate(Duration::from_secs(15)).map(drop)
     }
 
+    /// What `mesh-agent list` says of a Pod.
+    ///
+    /// # Errors
+    /// The agent does not answer.
+    pub fn listed(&self, name: &str) -> Result<Option<Value>> {
+        let list = self.agent_command(self.pod(name).node, "list", &[])?;
+        let pods = list.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        Ok(pods.into_iter().find(|pod| pod["name"] == name))
+    }
+
+    /// What the control plane says of a Pod's capture: "pending", "proven", "lost".
+    ///
+    /// # Errors
+    /// It does not answer, or knows no such Pod.
+    pub fn capture_state(&self, name: &str) -> Result<String> {
+        let status: Value = serde_json::from_str(&self.control_page("/status")?.body)?;
+        let state = &status["pods"][format!("{MESHED}/{name}")];
+        Ok(state.as_str().with_context(|| format!("{name} in {status}"))?.to_owned())
+    }
+
     /// The agent's process id, while it runs.
     #[must_use]
     pub fn agent_id(&self, node: NodeName) -> Option<u32> {
@@ -281,6 +309,14 @@ impl Mesh {
     /// # Errors
     /// The agent refuses, or cannot prove the capture.
     pub fn enroll(&self, name: &str) -> Result<()> {
+        self.enroll_in(name, self.pod(name).cgroup.path())
+    }
+
+    /// With another cgroup to be proven in than the Pod's.
+    ///
+    /// # Errors
+    /// As [`Mesh::enroll`].
+    pub fn enroll_in(&self, name: &str, cgroup: &Path) -> Result<()> {
         let pod = self.pod(name);
         let (netns, uid) = (pod.netns.path(), pod_uid(name));
         let (v4, v6) = (pod.v4.to_string(), pod.v6.to_string());
@@ -300,7 +336,7 @@ impl Mesh {
             "--address",
             &v6,
             "--cgroup",
-            text(pod.cgroup.path())?,
+            text(cgroup)?,
         ];
         self.agent_command(pod.node, "enroll", &arguments)
             .map(drop)
@@ -351,12 +387,10 @@ impl Mesh {
     /// # Errors
     /// It does not come to know.
     pub fn wait_for_tunnel(&self, from: &str, to: &str) -> Result<()> {
-        let source = self.pod(from);
         for address in self.pod(to).addresses() {
             self.wait_for_path(from, address, "tunnel")
                 .with_context(|| format!("{from} → {to} ({address}) by tunnel"))?;
         }
-        let _ = source;
         Ok(())
     }
 
@@ -367,7 +401,7 @@ impl Mesh {
     pub fn wait_for_path(&self, from: &str, address: IpAddr, path: &str) -> Result<()> {
         let source = self.pod(from);
         let log = self.access_log(source.node);
-        let destination = SocketAddr::new(address, ECHO_PORT).to_string();
+        let destination = SocketAddr::new(address.to_canonical(), ECHO_PORT).to_string();
         poll::until_true(&format!("the path is {path}"), poll::SOON, || {
             let position = log.position();
             self.app.connect(&source.place(), address, ECHO_PORT)?.expect_ok()?;

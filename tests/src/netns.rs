@@ -91,18 +91,6 @@ impl Netns {
         let path = sysctl_path(key);
         self.run(|| std::fs::write(&path, value).with_context(|| format!("writing {path}")))
     }
-
-    /// # Errors
-    /// No such key.
-    pub fn sysctl(&self, key: &str) -> Result<String> {
-        let path = sysctl_path(key);
-        self.run(|| {
-            Ok(std::fs::read_to_string(&path)
-                .with_context(|| format!("reading {path}"))?
-                .trim()
-                .to_owned())
-        })
-    }
 }
 
 impl Drop for Netns {

@@ -11,6 +11,8 @@ use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 /// "nobody": what an application in a Pod runs as.
 const UNPRIVILEGED_UID: u32 = 65_534;
@@ -199,10 +201,24 @@ impl Process {
     ///
     /// # Errors
     /// It did not end in time.
-    pub fn terminate(mut self, deadline: Duration) -> Result<ExitStatus> {
-        let pid = i32::try_from(self.child.id()).context("a process id")?;
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM)?;
-        wait(&mut self.child, deadline).with_context(|| format!("{} did not end within {deadline:?} of SIGTERM", self.name))
+    pub fn terminate(self, deadline: Duration) -> Result<ExitStatus> {
+        self.signal(Signal::SIGTERM)?;
+        self.wait(deadline)
+    }
+
+    /// # Errors
+    /// It has ended.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = Pid::from_raw(i32::try_from(self.child.id()).context("a process id")?);
+        kill(pid, signal).with_context(|| format!("{signal} to {}", self.name))
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// It did not end in time.
+    pub fn wait(mut self, deadline: Duration) -> Result<ExitStatus> {
+        wait(&mut self.child, deadline).with_context(|| format!("{} had not ended after {deadline:?}", self.name))
     }
 
     fn kill_and_wait(&mut self) {

@@ -10,6 +10,24 @@ use anyhow::Result;
 
 use crate::requirements;
 
+/// What a check ends with that cannot run on this machine.
+#[derive(Debug)]
+struct Skipped(String);
+
+impl std::fmt::Display for Skipped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Skipped {}
+
+/// Ends a check as skipped: it is counted and said, and in CI it is a failure.
+#[must_use]
+pub fn skip(why: &str) -> anyhow::Error {
+    Skipped(why.to_owned()).into()
+}
+
 /// A named check on what the suite shares.
 pub type Check<T> = (&'static str, fn(&mut T) -> Result<()>);
 
@@ -54,7 +72,7 @@ pub fn run<T>(
             return summary(0, chosen.len(), 0);
         }
     };
-    let (mut passed, mut failed) = (0, 0);
+    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
     for (name, check) in chosen {
         let start = Instant::now();
         match guarded(|| check(&mut shared)) {
@@ -65,6 +83,10 @@ pub fn run<T>(
                     start.elapsed().as_secs_f32()
                 ));
             }
+            Err(error) if error.is::<Skipped>() => {
+                skipped += 1;
+                say(&format!("SKIPPED: {suite}::{name}: {error}"));
+            }
             Err(error) => {
                 failed += 1;
                 say(&format!("test {suite}::{name} ... FAILED\n{:#}", explain(&shared, error)));
@@ -72,7 +94,7 @@ pub fn run<T>(
         }
     }
     drop(shared);
-    summary(passed, failed, 0)
+    summary(passed, failed, skipped)
 }
 
 /// A panic is a failure like any other.

@@ -68,6 +68,12 @@ impl NodeName {
     }
 }
 
+/// IPv4, IPv6, and IPv4 through an IPv6 socket (v4-mapped): the address forms of every check.
+#[must_use]
+pub fn forms(v4: Ipv4Addr, v6: Ipv6Addr) -> [IpAddr; 3] {
+    [v4.into(), v6.into(), v4.to_ipv6_mapped().into()]
+}
+
 /// The addresses of the world between the nodes.
 pub const WORLD_V4: Ipv4Addr = Ipv4Addr::new(10, 61, 0, 1);
 pub const WORLD_V6: Ipv6Addr = Ipv6Addr::new(0xfd61, 0, 0, 0, 0, 0, 0, 1);
@@ -105,6 +111,22 @@ impl PodPlace {
     #[must_use]
     pub fn addresses(&self) -> [IpAddr; 2] {
         [self.v4.into(), self.v6.into()]
+    }
+
+    /// Every way in which an application may write this Pod as a destination.
+    #[must_use]
+    pub fn forms(&self) -> [IpAddr; 3] {
+        forms(self.v4, self.v6)
+    }
+
+    /// Its own address of the family in which `destination` is spoken to.
+    #[must_use]
+    pub fn own_address(&self, destination: IpAddr) -> IpAddr {
+        if destination.to_canonical().is_ipv4() {
+            self.v4.into()
+        } else {
+            self.v6.into()
+        }
     }
 }
 

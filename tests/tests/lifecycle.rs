@@ -1,20 +1,28 @@
 //! Agents and the control plane that die and come back, and leaving no trace.
 
-use std::net::IpAddr;
+use std::fs::Permissions;
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
-use mesh_tests::app::ECHO_PORT;
+use anyhow::{Context as _, Result, bail, ensure};
+use mesh_tests::app::{ECHO_PORT, HTTP_PORT};
+use mesh_tests::binaries;
 use mesh_tests::demo::PODS;
-use mesh_tests::manifests::policy;
-use mesh_tests::mesh::Mesh;
-use mesh_tests::poll::SOON;
+use mesh_tests::manifests::{MESHED, policy};
+use mesh_tests::mesh::{Mesh, PodSpec};
+use mesh_tests::poll::{self, SOON};
+use mesh_tests::process::{Output, Place, Process, tail};
 use mesh_tests::snapshot;
 use mesh_tests::suite;
 use mesh_tests::topology::NodeName;
+use mesh_tests::wire::Recorder;
 
 const QUICKLY: Duration = Duration::from_secs(1);
+/// Where the agent first waits for something better: 5 s for discovery, or two proofs 5 s apart.
+const PATIENTLY: Duration = Duration::from_secs(40);
 
 struct Shared {
     mesh: Mesh,
@@ -36,8 +44,12 @@ fn main() -> ExitCode {
                 "a_killed_destination_agent_refuses_until_it_is_back",
                 destination_agent_killed,
             ),
+            ("an_agent_that_knows_nothing_yet_is_not_ready", not_ready),
             ("an_agent_that_is_stopped_comes_back", agent_stopped),
             ("a_hung_agent_refuses", agent_hung),
+            ("a_pod_that_cannot_be_proven_stays_pending", never_proven),
+            ("a_pod_whose_proof_is_lost_gets_nothing", lost),
+            ("the_local_socket_is_roots_alone", local_socket),
             ("a_pod_that_ended_without_its_agent_is_forgotten", pod_gone),
             ("cleanup_without_an_agent_leaves_nothing", cleanup),
         ],
@@ -54,7 +66,7 @@ fn control_plane_killed(shared: &mut Shared) -> Result<()> {
         chat.ask("without", SOON)? == "without",
         "an existing connection does not outlive the control plane"
     );
-    for address in mesh.pod("server").addresses() {
+    for address in mesh.pod("server").forms() {
         mesh.app
             .connect(&mesh.pod("client").place(), address, ECHO_PORT)?
             .expect_ok()
@@ -72,11 +84,72 @@ fn control_plane_killed(shared: &mut Shared) -> Result<()> {
     mesh.wait_for_outcome("client", server, ECHO_PORT, true)
 }
 
-/// Kills the agent of a node, checks that connections to these are refused, starts it, and checks that they work.
+/// Requests of the client that carry a marker, one after the other without a pause, and the wire between the nodes: whatever
+/// happens meanwhile, the marker must not be seen in clear.
+struct Insistence {
+    marker: String,
+    recorder: Recorder,
+    requests: Process,
+    log: PathBuf,
+}
+
+impl Insistence {
+    fn start(mesh: &Mesh, to: IpAddr) -> Result<Self> {
+        let marker = format!("marker-{:032x}", rand::random::<u128>());
+        let log = mesh.topology.folder().join(format!("{marker}.log"));
+        let recorder = Recorder::start(&mesh.topology.node(NodeName::One).netns, "uplink")?;
+        let url = format!("http://{}/{marker}", SocketAddr::new(to, HTTP_PORT));
+        let script = format!("while :; do {} get {url} 2>&1; done", mesh.app.binary().display());
+        let command = mesh.pod("client").place().command("/bin/sh".as_ref(), &["-c", &script])?;
+        let requests = Process::start("the client's requests", command, log.clone())?;
+        Ok(Self {
+            marker,
+            recorder,
+            requests,
+            log,
+        })
+    }
+
+    /// Some were refused, some answered (after `mesh` works again), and none was sent in clear.
+    fn finish(self) -> Result<()> {
+        let answers = || {
+            std::fs::read_to_string(&self.log)
+                .unwrap_or_default()
+                .matches(&self.marker)
+                .count()
+        };
+        let before = answers();
+        poll::until_true("the client's requests are answered again", SOON, || Ok(answers() > before))?;
+        drop(self.requests);
+        let said = std::fs::read_to_string(&self.log)?;
+        ensure!(
+            said.contains("refused") || said.contains("reset"),
+            "expected that some requests are refused, saw {}",
+            tail(&self.log, 10)
+        );
+        let recording = self.recorder.finish()?;
+        ensure!(
+            recording.frames > 0,
+            "nothing passed between the nodes: the recording proves nothing"
+        );
+        ensure!(
+            !recording.contains(self.marker.as_bytes()),
+            "a request of the client passed between the nodes in clear"
+        );
+        Ok(())
+    }
+}
+
+/// Kills the agent of a node, checks that connections to these are refused, starts it, and checks that they work; and that
+/// none of them went in clear at any time.
 fn kill_and_restart(mesh: &mut Mesh, node: NodeName, to: &[&str]) -> Result<()> {
+    let log = mesh.access_log(NodeName::One);
+    let before = log.position();
     mesh.kill_agent(node);
+    // Both families go through the same code; "server" is on the other node, so that the wire shows something.
+    let insistence = Insistence::start(mesh, mesh.pod("server").v4.into())?;
     for server in to {
-        for address in mesh.pod(server).addresses() {
+        for address in mesh.pod(server).forms() {
             let attempt = mesh.app.connect(&mesh.pod("client").place(), address, ECHO_PORT)?;
             attempt
                 .expect_refused(QUICKLY)
@@ -87,6 +160,12 @@ fn kill_and_restart(mesh: &mut Mesh, node: NodeName, to: &[&str]) -> Result<()> 
     for server in to {
         mesh.wait_for_tunnel("client", server)?;
     }
+    insistence.finish()?;
+    let in_clear = log.since(
+        before,
+        &[("direction", "outbound"), ("path", "passthrough"), ("result", "ok")],
+    );
+    ensure!(in_clear.is_empty(), "expected tunnels only, saw {in_clear:?}");
     Ok(())
 }
 
@@ -105,13 +184,42 @@ fn destination_agent_killed(shared: &mut Shared) -> Result<()> {
     mesh.wait_for_outcome("outsider", server, ECHO_PORT, true)
 }
 
+fn not_ready(shared: &mut Shared) -> Result<()> {
+    let mesh = &mut shared.mesh;
+    let server: IpAddr = mesh.pod("server").v4.into();
+    mesh.kill_control();
+    mesh.kill_agent(NodeName::One);
+    let insistence = Insistence::start(mesh, server)?;
+    mesh.launch_agent(NodeName::One)?;
+    let reason = poll::until("the agent says what it waits for", SOON, || {
+        let page = mesh.agent_page(NodeName::One, 15021, "/healthz/ready")?;
+        Ok((page.status == 503).then_some(page.body))
+    })?;
+    ensure!(
+        reason.contains("discovery") && reason.contains(":15012"),
+        "expected the control plane that is missing, saw {reason}"
+    );
+    // It serves its Pods, and knows of no destination whether it is in the mesh: closed, never guessed.
+    for address in mesh.pod("server").forms() {
+        let attempt = mesh.app.connect(&mesh.pod("client").place(), address, ECHO_PORT)?;
+        attempt.expect_refused(PATIENTLY)?;
+    }
+    let page = mesh.agent_page(NodeName::One, 15021, "/healthz/ready")?;
+    ensure!(page.status == 503, "without its control plane it became ready: {page:?}");
+    mesh.start_control()?;
+    mesh.wait_until_ready(NodeName::One)?;
+    mesh.wait_for_tunnel("client", "server")?;
+    insistence.finish()
+}
+
 fn agent_stopped(shared: &mut Shared) -> Result<()> {
     let mesh = &mut shared.mesh;
     mesh.terminate_agent(NodeName::One)?;
-    let server: IpAddr = mesh.pod("server").v4.into();
-    mesh.app
-        .connect(&mesh.pod("client").place(), server, ECHO_PORT)?
-        .expect_refused(QUICKLY)?;
+    for address in mesh.pod("server").forms() {
+        mesh.app
+            .connect(&mesh.pod("client").place(), address, ECHO_PORT)?
+            .expect_refused(QUICKLY)?;
+    }
     mesh.start_agent(NodeName::One)?;
     mesh.wait_for_tunnel("client", "server")
 }
@@ -124,11 +232,160 @@ fn agent_hung(shared: &mut Shared) -> Result<()> {
     kill(process, Signal::SIGSTOP)?;
     // Its listeners still accept in the kernel; the heartbeat's lease (5 s) is what tells. Until then connections hang.
     std::thread::sleep(Duration::from_secs(6));
-    let server: IpAddr = mesh.pod("server").v4.into();
-    let attempt = mesh.app.connect(&mesh.pod("client").place(), server, ECHO_PORT);
+    let forms = mesh.pod("server").forms();
+    let attempts = forms.map(|address| mesh.app.connect(&mesh.pod("client").place(), address, ECHO_PORT));
     kill(process, Signal::SIGCONT)?;
-    attempt?.expect_refused(QUICKLY)?;
-    mesh.wait_for_outcome("client", server, ECHO_PORT, true)
+    for attempt in attempts {
+        attempt?.expect_refused(QUICKLY)?;
+    }
+    for address in forms {
+        mesh.wait_for_outcome("client", address, ECHO_PORT, true)?;
+    }
+    Ok(())
+}
+
+/// A new Pod of node-2 with its server and manifest, not enrolled.
+fn add_stray(mesh: &mut Mesh, name: &'static str, host: u8) -> Result<()> {
+    let pod = PodSpec {
+        name,
+        node: NodeName::Two,
+        host,
+        meshed: true,
+        annotations: "",
+    };
+    mesh.topology.add_pod(pod.name, pod.node, pod.host)?;
+    mesh.write_pod(&pod)?;
+    mesh.start_server(name)
+}
+
+fn remove_stray(mesh: &mut Mesh, name: &str) -> Result<()> {
+    mesh.release(name)?;
+    mesh.registry.remove(&format!("pod-{name}.yaml"))?;
+    mesh.stop_server(name);
+    mesh.topology.remove_pod(name);
+    Ok(())
+}
+
+/// What is said of a Pod: by its agent's list and metric, and by the control plane.
+fn expect_standing(mesh: &Mesh, name: &str, state: &str) -> Result<()> {
+    poll::until_true(&format!("{name} is {state} for the control plane"), PATIENTLY, || {
+        Ok(mesh.capture_state(name)? == state)
+    })?;
+    let proven = state == "proven";
+    let listed = mesh
+        .listed(name)?
+        .with_context(|| format!("the agent does not list {name}"))?;
+    let has_reason = listed["reason"].as_str().is_some_and(|reason| !reason.is_empty());
+    ensure!(
+        listed["proven"] == proven && has_reason != proven,
+        "expected {name} as {state}, saw {listed}"
+    );
+    let labels = [("namespace", MESHED), ("pod", name)];
+    let protected = mesh.metric(NodeName::Two, "mesh_pod_protected", &labels)?;
+    ensure!(
+        (protected == 1.0) == proven,
+        "{name} is {state}, and mesh_pod_protected is {protected}"
+    );
+    Ok(())
+}
+
+/// Its probe runs in a cgroup that the node's programs are not attached to, as the applications of a Pod whose cgroup lies
+/// outside of the agent's root would.
+fn never_proven(shared: &mut Shared) -> Result<()> {
+    let mesh = &mut shared.mesh;
+    add_stray(mesh, "stray", 31)?;
+    let elsewhere = mesh.topology.node(NodeName::One).cgroup.path().to_owned();
+    let error = match mesh.enroll_in("stray", &elsewhere) {
+        Ok(()) => bail!("a Pod outside the agent's cgroup root was enrolled as proven"),
+        Err(error) => format!("{error:#}"),
+    };
+    ensure!(error.contains("not in the mesh yet"), "expected why it is not, saw {error}");
+    expect_standing(mesh, "stray", "pending")?;
+    // Never proven, so never promised: it is reached as before.
+    for address in mesh.pod("stray").forms() {
+        let log = mesh.access_log(NodeName::One);
+        let position = log.position();
+        mesh.wait_for_outcome("client", address, ECHO_PORT, true)?;
+        let destination = SocketAddr::new(address.to_canonical(), ECHO_PORT).to_string();
+        let fields = [
+            ("path", "passthrough"),
+            ("result", "ok"),
+            ("destination_address", destination.as_str()),
+        ];
+        log.wait_for(position, &fields, SOON)?;
+    }
+    mesh.release("stray")?;
+    mesh.enroll("stray")?;
+    expect_standing(mesh, "stray", "proven")?;
+    mesh.wait_for_tunnel("client", "stray")?;
+    remove_stray(mesh, "stray")
+}
+
+/// Proven, then no longer provable: the cgroup that it is proven in is gone, which the agent cannot repair. Peers must not
+/// fall back to cleartext.
+fn lost(shared: &mut Shared) -> Result<()> {
+    let mesh = &mut shared.mesh;
+    add_stray(mesh, "frail", 32)?;
+    let cgroup = mesh.pod("frail").cgroup.path().join("probed");
+    std::fs::create_dir(&cgroup)?;
+    mesh.enroll_in("frail", &cgroup)?;
+    expect_standing(mesh, "frail", "proven")?;
+    mesh.wait_for_tunnel("client", "frail")?;
+    poll::until_true("the cgroup is empty", SOON, || Ok(std::fs::remove_dir(&cgroup).is_ok()))?;
+    expect_standing(mesh, "frail", "lost")?;
+    for address in mesh.pod("frail").forms() {
+        let log = mesh.access_log(NodeName::One);
+        poll::until_true("the client's node knows", SOON, || {
+            let position = log.position();
+            let attempt = mesh.app.connect(&mesh.pod("client").place(), address, ECHO_PORT)?;
+            let refused = [("direction", "outbound"), ("reason", "destination_lost")];
+            Ok(attempt.expect_refused(PATIENTLY).is_ok() && log.wait_for(position, &refused, Duration::from_secs(1)).is_ok())
+        })
+        .with_context(|| format!("client → {address}"))?;
+    }
+    std::fs::create_dir(&cgroup)?;
+    expect_standing(mesh, "frail", "proven")?;
+    mesh.wait_for_tunnel("client", "frail")?;
+    remove_stray(mesh, "frail")
+}
+
+/// With its folder and file opened to all by mistake, SO_PEERCRED still tells who asks.
+fn local_socket(shared: &mut Shared) -> Result<()> {
+    let mesh = &mut shared.mesh;
+    let node = mesh.topology.node(NodeName::Two);
+    let binary = mesh.topology.folder().join("mesh-agent");
+    std::fs::copy(binaries::path("mesh-agent")?, &binary)?;
+    let nobody = Place {
+        netns: node.netns.path(),
+        cgroup: None,
+        unprivileged: true,
+    };
+    let run_dir = node.run_dir();
+    let list = || -> Result<Output> {
+        let folder = run_dir.to_str().context("a path")?;
+        nobody.run(&binary, &["list", "--run-dir", folder], PATIENTLY)
+    };
+    let refused = || mesh.metric(NodeName::Two, "mesh_local_refused_total", &[]);
+    ensure!(!list()?.status.success(), "nobody may look into --run-dir");
+    ensure!(
+        refused()? == 0.0,
+        "what never reached the socket was counted as refused there"
+    );
+    let set_mode = |path: &Path, mode| std::fs::set_permissions(path, Permissions::from_mode(mode));
+    let socket = run_dir.join("agent.sock");
+    set_mode(&run_dir, 0o711)?;
+    set_mode(&socket, 0o666)?;
+    let output = list()?;
+    set_mode(&run_dir, 0o700)?;
+    set_mode(&socket, 0o600)?;
+    ensure!(
+        !output.status.success() && output.stdout.is_empty(),
+        "expected that nobody is refused, saw {output:?}"
+    );
+    let counted = refused()?;
+    ensure!(counted == 1.0, "expected mesh_local_refused_total 1, saw {counted}");
+    ensure!(mesh.listed("server")?.is_some(), "root is refused as well");
+    Ok(())
 }
 
 fn pod_gone(shared: &mut Shared) -> Result<()> {

@@ -14,6 +14,9 @@ use crate::{demo, ebpf, tools};
 pub struct Arguments {
     /// A part of the tests; without it, all of them
     part: Option<Part>,
+    /// Only tests whose name contains this
+    #[arg(requires = "part")]
+    filter: Option<String>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -36,22 +39,53 @@ struct Totals {
     broken: Vec<String>,
 }
 
+/// What decides whether a skip is one that had to be.
+#[derive(Clone, Copy)]
+struct Machine {
+    root: bool,
+    ci: bool,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Asked {
+    kube: bool,
+    filter: bool,
+}
+
 pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCode> {
     let mut totals = Totals::default();
     let wants = |part| arguments.part.is_none_or(|wanted| wanted == part);
+    let filter = arguments.filter.as_deref();
     if wants(Part::Unit) {
-        unit(workspace, &mut totals)?;
+        unit(workspace, filter, &mut totals)?;
     }
     if wants(Part::Net) {
-        net(workspace, &mut totals)?;
+        net(workspace, filter, &mut totals)?;
     }
     if wants(Part::Kube) {
         tools::say("kube: there is no Kubernetes suite yet; nothing was tested against a real Kubernetes");
     }
-    Ok(totals.report(arguments.part == Some(Part::Kube)))
+    let machine = Machine {
+        root: tools::is_root(),
+        ci: std::env::var_os("CI").is_some(),
+    };
+    for line in totals.lines() {
+        tools::say(&line);
+    }
+    let asked = Asked {
+        kube: arguments.part == Some(Part::Kube),
+        filter: filter.is_some(),
+    };
+    Ok(match totals.verdict(machine, asked) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            tools::say(why);
+            ExitCode::FAILURE
+        }
+    })
 }
 
-fn unit(workspace: &Workspace, totals: &mut Totals) -> Result<()> {
+fn unit(workspace: &Workspace, filter: Option<&str>, totals: &mut Totals) -> Result<()> {
     heading("unit tests");
     // The object only changes what mesh-agent embeds; without it here, mesh-agent would be built twice.
     let object = if tools::is_root() {
@@ -60,7 +94,7 @@ fn unit(workspace: &Workspace, totals: &mut Totals) -> Result<()> {
         None
     };
     let mut cargo = workspace.cargo(&["test", "--locked", "--no-fail-fast", "--lib", "--bins"]);
-    cargo.args(USER_HALF);
+    cargo.args(USER_HALF).arg("--").args(filter);
     if let Some(object) = &object {
         cargo.env(ebpf::OBJECT_VARIABLE, object);
     }
@@ -68,7 +102,7 @@ fn unit(workspace: &Workspace, totals: &mut Totals) -> Result<()> {
     Ok(())
 }
 
-fn net(workspace: &Workspace, totals: &mut Totals) -> Result<()> {
+fn net(workspace: &Workspace, filter: Option<&str>, totals: &mut Totals) -> Result<()> {
     heading("tests with network namespaces and eBPF");
     if !tools::is_root() {
         totals
@@ -90,9 +124,13 @@ fn net(workspace: &Workspace, totals: &mut Totals) -> Result<()> {
     cargo
         .args(USER_HALF)
         .args(["--", "--nocapture"])
+        .args(filter)
         .env(ebpf::OBJECT_VARIABLE, &object)
         .env("CULVERT_BIN_DIR", workspace.binaries());
     totals.count("the integration tests", &mut cargo)?;
+    if filter.is_some() {
+        return Ok(());
+    }
     heading("the demo's claims");
     let mut command = Command::new(workspace.binaries().join("mesh-demo"));
     command.arg("--check").env("CULVERT_BIN_DIR", workspace.binaries());
@@ -139,25 +177,34 @@ impl Totals {
         }
     }
 
-    fn report(&self, asked_for_kube: bool) -> ExitCode {
-        for skipped in &self.skipped {
-            tools::say(&format!("skipped: {skipped}"));
+    /// What a person is told.
+    fn lines(&self) -> Vec<String> {
+        let skipped = self.skipped.iter().map(|skipped| format!("skipped: {skipped}"));
+        let broken = self.broken.iter().map(|broken| format!("failed: {broken}"));
+        let (passed, failed, skips) = (self.passed, self.failed, self.skipped.len());
+        let sum = format!("{passed} passed, {failed} failed, {skips} skipped");
+        skipped.chain(broken).chain([sum]).collect()
+    }
+
+    /// Whether all is well, and if not, why.
+    fn verdict(&self, machine: Machine, asked: Asked) -> Result<(), &'static str> {
+        if self.failed > 0 || !self.broken.is_empty() {
+            return Err("a test failed");
         }
-        for broken in &self.broken {
-            tools::say(&format!("failed: {broken}"));
+        if machine.ci && machine.root && !self.skipped.is_empty() {
+            return Err("a test was skipped in CI on a machine with root: that is a failure");
         }
-        let could_have_run = tools::is_root() && std::env::var_os("CI").is_some() && !self.skipped.is_empty();
-        if could_have_run {
-            tools::say("a test was skipped in CI on a machine with root: that is a failure");
+        if asked.kube {
+            return Err("what was asked for cannot be run yet");
         }
-        tools::say(&format!(
-            "{} passed, {} failed, {} skipped",
-            self.passed,
-            self.failed,
-            self.skipped.len()
-        ));
-        let good = self.failed == 0 && self.broken.is_empty() && !could_have_run && !asked_for_kube;
-        if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        if self.passed == 0 && self.skipped.is_empty() {
+            return Err(if asked.filter {
+                "no test has such a name"
+            } else {
+                "no test ran: that is a failure"
+            });
+        }
+        Ok(())
     }
 }
 
@@ -183,5 +230,73 @@ mod tests {
         totals.take("test result: FAILED. 3 passed; 0 failed; 2 ignored");
         assert_eq!((totals.passed, totals.failed), (15, 1));
         assert_eq!(totals.skipped, ["a::b: no root"]);
+    }
+
+    #[test]
+    fn the_verdict() {
+        let root = |ci| Machine { root: true, ci };
+        let nobody = |ci| Machine { root: false, ci };
+        let totals = |passed, failed, skipped: &[&str], broken: &[&str]| Totals {
+            passed,
+            failed,
+            skipped: skipped.iter().map(ToString::to_string).collect(),
+            broken: broken.iter().map(ToString::to_string).collect(),
+            ..Totals::default()
+        };
+        let all = Asked::default();
+        for (what, totals, machine, asked, good) in [
+            ("all passed", totals(3, 0, &[], &[]), root(true), all, true),
+            ("one failed", totals(3, 1, &[], &[]), root(false), all, false),
+            ("it did not build", totals(3, 0, &[], &["x"]), root(false), all, false),
+            ("a skip in CI with root", totals(3, 0, &["x"], &[]), root(true), all, false),
+            (
+                "a skip in CI without root",
+                totals(3, 0, &["x"], &[]),
+                nobody(true),
+                all,
+                true,
+            ),
+            ("a skip at home with root", totals(3, 0, &["x"], &[]), root(false), all, true),
+            (
+                "a skip at home without root",
+                totals(0, 0, &["x"], &[]),
+                nobody(false),
+                all,
+                true,
+            ),
+            ("nothing ran", totals(0, 0, &[], &[]), root(false), all, false),
+            (
+                "a name that no test has",
+                totals(0, 0, &[], &[]),
+                root(false),
+                Asked {
+                    filter: true,
+                    kube: false,
+                },
+                false,
+            ),
+            (
+                "Kubernetes",
+                totals(3, 0, &[], &[]),
+                root(false),
+                Asked {
+                    filter: false,
+                    kube: true,
+                },
+                false,
+            ),
+        ] {
+            assert_eq!(totals.verdict(machine, asked).is_ok(), good, "{what}");
+        }
+    }
+
+    #[test]
+    fn skips_are_named_and_counted() {
+        let mut totals = Totals::default();
+        totals.take("SKIPPED: net: everything: root is missing");
+        assert_eq!(
+            totals.lines(),
+            ["skipped: net: everything: root is missing", "0 passed, 0 failed, 1 skipped"]
+        );
     }
 }

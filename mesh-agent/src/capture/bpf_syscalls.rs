@@ -19,12 +19,17 @@ const BPF_LINK_DETACH: libc::c_long = 34;
 const BPF_LINK_TYPE_CGROUP: u32 = 3;
 const BPF_LINK_TYPE_NETNS: u32 = 5;
 
+/// Entries of a hash map are allocated when they are added.
+pub const BPF_F_NO_PREALLOC: u32 = 1;
+
 /// Where a program is attached (`enum bpf_attach_type`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum AttachType {
     CgroupSockCreate = 2,
     CgroupSockOps = 3,
+    CgroupBind4 = 8,
+    CgroupBind6 = 9,
     CgroupConnect4 = 10,
     CgroupConnect6 = 11,
     CgroupGetpeername4 = 29,

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use mesh_common::limits::MAX_PODS;
 use mesh_proto::node::{NodeReport, PodReport, Proof as WireProof};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -20,6 +21,9 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(30);
 const GATHER: Duration = Duration::from_millis(20);
 const FIRST_RETRY: Duration = Duration::from_millis(200);
 const LONGEST_RETRY: Duration = Duration::from_secs(10);
+/// Released Pods that wait to be told; beyond, those released first are not, and stay proven until their manifests go.
+const MAX_RELEASED: usize = 256;
+const RELEASED: &str = "released";
 /// Another control plane may not know this service; it is asked again, in case it is replaced.
 const UNIMPLEMENTED_RETRY: Duration = Duration::from_secs(300);
 
@@ -55,6 +59,54 @@ pub struct PodStatus {
     pub reason: String,
 }
 
+/// Pods as they are, and those that were released while the control plane may still believe them proven: their peers would
+/// tunnel into nothing. Outlives streams.
+#[derive(Default)]
+struct Told {
+    pods: Arc<Vec<PodStatus>>,
+    /// With the sequence of the first report that told it in this stream; 0: none yet.
+    released: Vec<(u64, PodStatus)>,
+}
+
+impl Told {
+    fn update(&mut self, pods: Arc<Vec<PodStatus>>) {
+        let before = std::mem::replace(&mut self.pods, pods);
+        let is_there = |pod: &PodStatus| self.pods.iter().any(|other| other.uid == pod.uid);
+        self.released.retain(|(_, pod)| !is_there(pod));
+        let gone = before.iter().filter(|pod| !is_there(pod));
+        self.released.extend(gone.map(|pod| {
+            let released = PodStatus {
+                proof: Proof::Lost,
+                reason: RELEASED.to_owned(),
+                ..pod.clone()
+            };
+            (0, released)
+        }));
+        let surplus = self.released.len().saturating_sub(MAX_RELEASED);
+        self.released.drain(..surplus);
+    }
+
+    fn report(&mut self, sequence: u64, status: &DiscoveryStatus) -> NodeReport {
+        let room = (MAX_PODS as usize).saturating_sub(self.pods.len()).min(self.released.len());
+        let released = &mut self.released[..room];
+        for (told_in, _) in released.iter_mut().filter(|(told_in, _)| *told_in == 0) {
+            *told_in = sequence;
+        }
+        report(sequence, self.pods.iter().chain(released.iter().map(|(_, pod)| pod)), status)
+    }
+
+    fn received(&mut self, sequence: u64) {
+        self.released.retain(|(told_in, _)| *told_in == 0 || *told_in > sequence);
+    }
+
+    /// A new stream counts anew.
+    fn start(&mut self) {
+        for (told_in, _) in &mut self.released {
+            *told_in = 0;
+        }
+    }
+}
+
 /// Reports until `stop`; connects again after every loss.
 pub async fn run(
     control: ControlPlane,
@@ -63,8 +115,9 @@ pub async fn run(
     stop: CancellationToken,
 ) {
     let mut backoff = Backoff::new(FIRST_RETRY, LONGEST_RETRY);
+    let mut told = Told::default();
     loop {
-        let session = session(&control, &mut pods, &mut status, &mut backoff);
+        let session = session(&control, &mut pods, &mut status, &mut told, &mut backoff);
         let ended = tokio::select! {
             () = stop.cancelled() => return,
             ended = session => ended,
@@ -88,11 +141,14 @@ async fn session(
     control: &ControlPlane,
     pods: &mut watch::Receiver<Arc<Vec<PodStatus>>>,
     status: &mut watch::Receiver<DiscoveryStatus>,
+    told: &mut Told,
     backoff: &mut Backoff,
 ) -> tonic::Status {
     let (reports, receiver) = mpsc::channel(1);
     let mut sequence = 1;
-    let first = report(sequence, &pods.borrow_and_update(), &status.borrow_and_update());
+    told.start();
+    told.update(pods.borrow_and_update().clone());
+    let first = told.report(sequence, &status.borrow_and_update());
     // The channel has room for one: this cannot wait, and the request needs a first message to start the stream.
     if reports.try_send(first).is_err() {
         return tonic::Status::internal("no room for the first report");
@@ -108,6 +164,7 @@ async fn session(
             receipt = receipts.message() => match receipt {
                 Ok(Some(receipt)) => {
                     backoff.reset();
+                    told.received(receipt.sequence);
                     debug!(receipt.sequence, "node report received by the control plane");
                     continue;
                 }
@@ -129,18 +186,18 @@ async fn session(
             }
         }
         sequence += 1;
-        let next = report(sequence, &pods.borrow_and_update(), &status.borrow_and_update());
+        told.update(pods.borrow_and_update().clone());
+        let next = told.report(sequence, &status.borrow_and_update());
         if reports.send(next).await.is_err() {
             return tonic::Status::unavailable("the control plane stopped reading reports");
         }
     }
 }
 
-fn report(sequence: u64, pods: &[PodStatus], status: &DiscoveryStatus) -> NodeReport {
+fn report<'a>(sequence: u64, pods: impl Iterator<Item = &'a PodStatus>, status: &DiscoveryStatus) -> NodeReport {
     NodeReport {
         sequence,
         pods: pods
-            .iter()
             .map(|pod| PodReport {
                 uid: pod.uid.to_string(),
                 namespace: pod.namespace.to_string(),
@@ -160,5 +217,63 @@ fn report(sequence: u64, pods: &[PodStatus], status: &DiscoveryStatus) -> NodeRe
             .map(|(t, v)| ((*t).to_owned(), v.clone()))
             .collect(),
         rejected: status.rejected.iter().take(MAX_REJECTED_NAMED).cloned().collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pods(uids: &[&str]) -> Arc<Vec<PodStatus>> {
+        let pod = |uid: &&str| PodStatus {
+            uid: (*uid).into(),
+            namespace: "shop".into(),
+            name: (*uid).into(),
+            netns_cookie: 1,
+            proof: Proof::Proven,
+            reason: String::new(),
+        };
+        Arc::new(uids.iter().map(pod).collect())
+    }
+
+    fn told(told: &mut Told, sequence: u64) -> Vec<(String, WireProof)> {
+        let report = told.report(sequence, &DiscoveryStatus::default());
+        report.pods.iter().map(|pod| (pod.uid.clone(), pod.proof())).collect()
+    }
+
+    #[test]
+    fn a_released_pod_is_told_as_lost_until_that_was_heard() {
+        let expected = |list: &[(&str, WireProof)]| {
+            list.iter()
+                .map(|(uid, proof)| ((*uid).to_owned(), *proof))
+                .collect::<Vec<_>>()
+        };
+        let mut state = Told::default();
+        state.update(pods(&["a", "b"]));
+        told(&mut state, 1);
+        state.update(pods(&["b"]));
+        let with_a = expected(&[("b", WireProof::Proven), ("a", WireProof::Lost)]);
+        assert_eq!(told(&mut state, 2), with_a);
+        state.received(1);
+        assert_eq!(told(&mut state, 3), with_a, "the receipt is of an earlier report");
+        // The stream broke before the receipt came: the next one counts from 1.
+        state.start();
+        assert_eq!(told(&mut state, 1), with_a);
+        state.received(1);
+        assert_eq!(told(&mut state, 2), expected(&[("b", WireProof::Proven)]));
+        // Enrolled again before it was told: it is what it is now.
+        state.update(pods(&[]));
+        state.update(pods(&["b"]));
+        assert_eq!(told(&mut state, 3), expected(&[("b", WireProof::Proven)]));
+    }
+
+    #[test]
+    fn released_pods_are_told_within_a_bound() {
+        let many: Vec<String> = (0..=MAX_RELEASED).map(|i| i.to_string()).collect();
+        let many: Vec<&str> = many.iter().map(String::as_str).collect();
+        let mut state = Told::default();
+        state.update(pods(&many));
+        state.update(pods(&[]));
+        assert_eq!(told(&mut state, 1).len(), MAX_RELEASED);
     }
 }

@@ -2,11 +2,9 @@
 
 use std::collections::{HashMap, HashSet};
 
-use mesh_proto::PARTIAL_VERSION;
 use mesh_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status};
+use mesh_proto::{MAX_RESOURCES, MAX_RESUME_BYTES, PARTIAL_VERSION};
 
-/// Names held of one type: a bound against a control plane gone mad. 500,000 × about 200 B = 100 MB.
-pub const MAX_RESOURCES: usize = 500_000;
 /// uids and "namespace/hostname" are at most some 600 bytes long.
 const MAX_NAME_BYTES: usize = 1024;
 /// Resources named in a NACK, and in the node's report.
@@ -37,6 +35,8 @@ pub struct Subscription {
     type_url: &'static str,
     /// name → version of what the agent's state holds.
     held: HashMap<String, String>,
+    /// Of names and versions held, as a request has them.
+    held_bytes: usize,
     /// Names that cannot be used and never could: the agent's state holds something in their place.
     stand_ins: HashSet<String>,
     /// Those of streams before that this stream has not named yet. No server is told of them, so none says that they are gone.
@@ -52,6 +52,7 @@ impl Subscription {
         Self {
             type_url,
             held: HashMap::new(),
+            held_bytes: 0,
             stand_ins: HashSet::new(),
             unnamed: HashSet::new(),
             version: String::new(),
@@ -121,6 +122,7 @@ impl Subscription {
             match self.checked(resource).and_then(|()| decode(resource)) {
                 Ok(change) => {
                     self.forget(&resource.name);
+                    self.held_bytes += entry_bytes(&resource.name, &resource.version);
                     self.held.insert(resource.name.clone(), resource.version.clone());
                     changes.push(change);
                 }
@@ -164,7 +166,9 @@ impl Subscription {
     }
 
     fn forget(&mut self, name: &str) {
-        self.held.remove(name);
+        if let Some(version) = self.held.remove(name) {
+            self.held_bytes -= entry_bytes(name, &version);
+        }
         self.stand_ins.remove(name);
         self.unnamed.remove(name);
     }
@@ -182,6 +186,16 @@ impl Subscription {
         if !self.has_room(&resource.name) {
             return Err(format!("more than {MAX_RESOURCES} resources of this type"));
         }
+        // Told in one request after a reconnect: what does not fit there would cut every further stream off.
+        let before = self
+            .held
+            .get(&resource.name)
+            .map_or(0, |version| entry_bytes(&resource.name, version));
+        if self.held_bytes - before + entry_bytes(&resource.name, &resource.version) > MAX_RESUME_BYTES {
+            return Err(format!(
+                "more than {MAX_RESUME_BYTES} bytes of names and versions of this type"
+            ));
+        }
         let url = resource.resource.as_ref().map(|any| any.type_url.as_str());
         match url {
             Some(url) if url == self.type_url => Ok(()),
@@ -189,6 +203,11 @@ impl Subscription {
             None => Err("is empty".to_owned()),
         }
     }
+}
+
+/// Of a map's entry on the wire: tags and lengths are at most 16 bytes.
+fn entry_bytes(name: &str, version: &str) -> usize {
+    name.len() + version.len() + 16
 }
 
 fn is_name(name: &str) -> bool {
@@ -415,8 +434,35 @@ mod tests {
         assert!(received.reply.error_detail.is_some());
         assert_eq!(subscription.held(), 0, "asked for again");
         subscription.held.insert("bad-policy".into(), "0".into());
+        subscription.held_bytes = entry_bytes("bad-policy", "0");
         let received = receive(&mut subscription, response("2", vec![resource("bad-policy", "2")], &[]));
         assert_eq!(received.changes, [], "its last good form stands");
+    }
+
+    #[test]
+    fn what_is_held_fits_the_request_that_resumes_it() {
+        let mut subscription = Subscription::new(TYPE);
+        let name = |i: usize| format!("{i}-{}", "x".repeat(MAX_NAME_BYTES - 10));
+        let count = mesh_proto::MAX_REQUEST_BYTES / MAX_NAME_BYTES + 10;
+        let all = (0..count).map(|i| resource(&name(i), "1")).collect();
+        let received = receive(&mut subscription, response("1", all, &[]));
+        assert!(
+            received
+                .reply
+                .error_detail
+                .unwrap()
+                .message
+                .contains("bytes of names and versions")
+        );
+        assert!(subscription.held() > count / 2 && subscription.held() < count);
+        let resume = subscription.open(Node::default());
+        assert!(prost::Message::encoded_len(&resume) < mesh_proto::MAX_REQUEST_BYTES);
+        // What is held is still updated, and what goes makes room.
+        let received = receive(&mut subscription, response("2", vec![resource(&name(0), "2")], &[]));
+        assert_eq!(received.rejected, []);
+        let (gone, new) = (name(1), name(count));
+        let received = receive(&mut subscription, response("3", vec![resource(&new, "1")], &[&gone]));
+        assert_eq!(received.rejected, []);
     }
 
     #[test]

@@ -1,3 +1,6 @@
+mod against_oracle;
+mod oracle;
+
 use std::sync::Arc;
 
 use proptest::prelude::*;
@@ -437,31 +440,5 @@ fn who_comes_without_its_tunnel_is_denied_all_the_same_and_never_allowed() {
         };
         let verdict = evaluate(&[policy("p", action, rules)], &connection);
         assert_eq!(verdict.decision.is_allow(), allowed, "{name}");
-    }
-}
-
-proptest! {
-    /// Against a naive reading of the rules, on policies that match by port only.
-    #[test]
-    fn decision_agrees_with_the_oracle(
-        policies in prop::collection::vec(
-            (any::<bool>(), any::<bool>(), prop::collection::vec(prop::collection::vec(0u16..4, 0..3), 0..3)), 0..5),
-        port in 0u16..4,
-    ) {
-        let built: Vec<_> = policies.iter().enumerate().map(|(i, (deny, dry_run, rules))| {
-            let rules = rules.iter().map(|ports| rule(ports.iter().map(|p| Match {
-                destination_ports: vec![*p], ..Match::default()
-            }).collect())).collect();
-            let mut p = (*policy(&i.to_string(), if *deny { Action::Deny } else { Action::Allow }, rules)).clone();
-            p.dry_run = *dry_run;
-            Arc::new(p)
-        }).collect();
-        let hit = |rules: &Vec<Vec<u16>>| rules.iter().any(|ports| ports.is_empty() || ports.contains(&port));
-        let denied = policies.iter().any(|(deny, dry, rules)| *deny && !dry && hit(rules));
-        let mut allows = policies.iter().filter(|(deny, dry, _)| !deny && !dry).peekable();
-        let expected = !denied && (allows.peek().is_none() || allows.any(|(_, _, rules)| hit(rules)));
-        let ip = "10.0.0.1".parse().unwrap();
-        let connection = Connection { source: None, claimed: None, source_ip: ip, destination_ip: ip, destination_port: port };
-        prop_assert_eq!(evaluate(&built, &connection).decision.is_allow(), expected);
     }
 }

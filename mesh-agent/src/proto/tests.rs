@@ -225,6 +225,7 @@ fn settings() {
             length: 16,
         }],
         trust_bundle: vec!["pem".to_owned()],
+        ..WireSettings::default()
     };
     let settings = Settings::try_from(wire.clone()).unwrap();
     assert_eq!(

@@ -40,6 +40,7 @@ pub(super) async fn authorize(
     if verdict.decision.is_allow() {
         Ok(())
     } else {
+        proxy.metrics.count_denied(verdict.decision.policy());
         Err(Refusal::DeniedByPolicy.into())
     }
 }

@@ -138,10 +138,12 @@ async fn both_ways(
         }
     };
     tokio::select! {
-        result = directions => result,
-        end = aborted => Err(end.reset()),
+        // A connection that was cut between its decision and here moves no byte.
+        biased;
         () = registered.cut().cancelled() => Err(ProxyError::Reset(ResetBy::Cut)),
         () = registered.account().evicted().cancelled() => Err(ProxyError::Reset(ResetBy::Memory)),
+        end = aborted => Err(end.reset()),
+        result = directions => result,
     }
 }
 

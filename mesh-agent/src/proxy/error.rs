@@ -71,7 +71,7 @@ pub enum ResetBy {
     Idle,
     /// Held too much for an end that does not read.
     Memory,
-    /// Cut by the agent.
+    /// Cut by the agent: a changed policy denies it.
     Cut,
 }
 
@@ -136,7 +136,7 @@ impl ProxyError {
             Self::Reset(ResetBy::Destination) => "reset_by_destination",
             Self::Reset(ResetBy::Idle) => "half_closed_idle",
             Self::Reset(ResetBy::Memory) => "memory_limit",
-            Self::Reset(ResetBy::Cut) => "cut",
+            Self::Reset(ResetBy::Cut) => "cut_by_policy",
         }
     }
 }
@@ -182,7 +182,7 @@ impl std::fmt::Display for ResetBy {
             Self::Destination => "by the destination",
             Self::Idle => "half-closed and silent",
             Self::Memory => "its reader has stalled and memory is short",
-            Self::Cut => "cut",
+            Self::Cut => "cut by a changed policy",
         })
     }
 }

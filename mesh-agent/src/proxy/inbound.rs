@@ -23,6 +23,7 @@ use super::limits::{
 use super::pod::PodContext;
 use super::pool::keep_alive;
 use super::registry::ConnectionInfo;
+use super::review;
 use super::socket::{Carried, within};
 use super::{Accepted, Proxy};
 use crate::identity::Identity;
@@ -286,7 +287,9 @@ async fn carry(
     };
     let send = answer(&mut respond, StatusCode::OK, false)?;
     record.opened();
-    copy::tunnel(application, End::Destination, send, incoming, record, &registered).await
+    let result = copy::tunnel(application, End::Destination, send, incoming, record, &registered).await;
+    review::name_policy(record, &registered);
+    result
 }
 
 /// Resolves when the peer resets a stream that is not answered.

@@ -16,6 +16,7 @@ mod pod;
 mod pool;
 mod quota;
 mod registry;
+mod review;
 mod socket;
 #[cfg(test)]
 mod tests;
@@ -112,6 +113,7 @@ impl Proxy {
             tunnel,
             plaintext,
         } = listeners;
+        context.tasks.spawn(review::run(self.clone(), context.clone()));
         self.accept(&context, outbound, "outbound", outbound::serve);
         self.accept(&context, tunnel, "tunnel", inbound::serve);
         self.accept(&context, plaintext, "plaintext", plaintext::serve);

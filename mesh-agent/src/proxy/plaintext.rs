@@ -7,6 +7,7 @@ use super::copy;
 use super::error::{ProxyError, Refusal};
 use super::pod::PodContext;
 use super::registry::ConnectionInfo;
+use super::review;
 use super::socket::Carried;
 use super::{Accepted, Proxy};
 use crate::addr::{ClientAddr, OriginalDst};
@@ -74,5 +75,7 @@ async fn carry(
     let _lease = upstream.lease;
     let application = Carried::connect(upstream.socket, destination, "application").await?;
     record.opened();
-    copy::plain(client_side, application, record, &registered).await
+    let result = copy::plain(client_side, application, record, &registered).await;
+    review::name_policy(record, &registered);
+    result
 }

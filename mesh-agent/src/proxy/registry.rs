@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::buffers::{Account, Buffers, PodBuffers};
 use super::error::{ProxyError, Refusal};
 use super::limits::Limits;
+use super::review::CutBy;
 use crate::identity::Identity;
 use crate::telemetry::{ConnectionPath, Direction};
 
@@ -29,7 +30,14 @@ pub struct ConnectionInfo {
 #[derive(Debug)]
 struct Entry {
     info: ConnectionInfo,
-    cut: CancellationToken,
+    cut: Arc<Cut>,
+}
+
+/// The end of a connection that its ends did not want.
+#[derive(Debug, Default)]
+struct Cut {
+    token: CancellationToken,
+    by: OnceLock<CutBy>,
 }
 
 #[derive(Debug, Default)]
@@ -107,7 +115,7 @@ impl Registry {
             connections.undecided.insert(source, undecided + 1);
             undecided_from = Some(source);
         }
-        let cut = CancellationToken::new();
+        let cut = Arc::<Cut>::default();
         connections.entries.insert(id, Entry { info, cut: cut.clone() });
         let account = connections.buffers.account();
         inner.next_id += 1;
@@ -121,15 +129,20 @@ impl Registry {
         })
     }
 
-    /// Cuts the connections that `is_denied` picks, and says how many they are.
-    pub fn cut(&self, mut is_denied: impl FnMut(&str, &ConnectionInfo) -> bool) -> usize {
+    /// Cuts those of a Pod's connections that `denied_by` names a reason for, and says by what each was.
+    pub fn cut(&self, pod_uid: &str, denied_by: impl Fn(&ConnectionInfo) -> Option<CutBy>) -> Vec<CutBy> {
         let inner = self.inner.lock();
-        let denied = inner
-            .pods
-            .iter()
-            .flat_map(|(pod, connections)| connections.entries.values().map(move |entry| (pod, entry)))
-            .filter(|(pod, entry)| is_denied(pod, &entry.info));
-        denied.map(|(_, entry)| entry.cut.cancel()).count()
+        let entries = inner.pods.get(pod_uid).into_iter().flat_map(|pod| pod.entries.values());
+        entries
+            .filter(|entry| !entry.cut.token.is_cancelled())
+            .filter_map(|entry| {
+                let by = denied_by(&entry.info)?;
+                // Before the token: whoever sees the connection cut finds the reason.
+                let by = entry.cut.by.get_or_init(|| by).clone();
+                entry.cut.token.cancel();
+                Some(by)
+            })
+            .collect()
     }
 
     #[must_use]
@@ -149,14 +162,19 @@ pub struct Registered {
     pod_uid: Arc<str>,
     id: u64,
     undecided_from: Mutex<Option<IpAddr>>,
-    cut: CancellationToken,
+    cut: Arc<Cut>,
     account: Arc<Account>,
 }
 
 impl Registered {
     /// Resolves when the connection is to be cut.
     pub fn cut(&self) -> &CancellationToken {
-        &self.cut
+        &self.cut.token
+    }
+
+    /// What cut it, if that has happened.
+    pub fn cut_by(&self) -> Option<&CutBy> {
+        self.cut.by.get()
     }
 
     /// What it holds of data.

@@ -206,7 +206,16 @@ impl State {
         let usable = workloads.filter(|workload| {
             workload.membership != Membership::Lost && workload.weight > 0 && (workload.healthy || !service.only_healthy)
         });
-        Endpoints::Of(usable.filter_map(|workload| endpoint(workload, service, asked)).collect())
+        let endpoints = usable.filter_map(|workload| endpoint(workload, service, asked));
+        Endpoints::Of(endpoints.filter(|endpoint| self.has_its_address(endpoint)).collect())
+    }
+
+    /// Who only says so would be reached as itself, in clear maybe, where another is.
+    fn has_its_address(&self, endpoint: &Endpoint) -> bool {
+        match self.by_address(endpoint.address.ip()) {
+            Some(holder) => Arc::ptr_eq(&holder, &endpoint.workload),
+            None => matches!(self.destination(endpoint.address), Destination::Outside(_)),
+        }
     }
 
     /// Its namespace's, the global ones, and those that it lists.

@@ -165,6 +165,45 @@ fn policies_by_scope() {
 }
 
 #[test]
+fn an_endpoint_has_its_address() {
+    let port = ServicePort { port: 80, target: 8080 };
+    let service = Service {
+        name: "web".into(),
+        namespace: "shop".into(),
+        hostname: "web.shop.svc".into(),
+        addresses: vec!["10.96.0.1".parse().unwrap()],
+        ports: vec![port],
+        only_healthy: true,
+    };
+    let of = |name: &str, ip: &str, host_network| Workload {
+        host_network,
+        services: vec![("shop/web.shop.svc".into(), vec![port])],
+        ..workload(name, ip, Membership::Outside)
+    };
+    let mut state = State::default();
+    state.apply(vec![
+        Change::Synced,
+        Change::Settings(Settings {
+            pod_ranges: vec!["10.0.0.0/16".parse().unwrap()],
+            ..Settings::default()
+        }),
+        Change::Service(service.clone()),
+        Change::Workload(of("on-its-host", "192.0.2.1", true)),
+        // At addresses that are others', or will be.
+        Change::Workload(of("shadow", "10.0.0.1", true)),
+        Change::Workload(of("early-shadow", "10.0.0.2", true)),
+        Change::Workload(of("before", "10.0.0.3", false)),
+        Change::Workload(workload("victim", "10.0.0.1", Membership::Proven)),
+        Change::Workload(workload("after", "10.0.0.3", Membership::Proven)),
+    ]);
+    let Endpoints::Of(endpoints) = state.endpoints(&service, to("10.96.0.1:80")) else {
+        panic!("its port is known");
+    };
+    let addresses: Vec<_> = endpoints.iter().map(|endpoint| endpoint.address.to_string()).collect();
+    assert_eq!(addresses, ["192.0.2.1:8080"]);
+}
+
+#[test]
 fn endpoints_of_a_service() {
     let port = |port, target| ServicePort { port, target };
     let service = Service {

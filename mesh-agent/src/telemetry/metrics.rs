@@ -1,7 +1,7 @@
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -10,8 +10,10 @@ use prometheus::{Encoder, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry
 /// Distinct label sets of the connection metrics. 10,000 × 4 families × about 1 KiB = 40 MiB at most, and as
 /// much again for every four reasons of failure that each of them has met. Beyond it, the workloads and principals of a connection are [`OVERFLOW`].
 pub const MAX_CONNECTION_SERIES: usize = 10_000;
-/// Policies with a dry-run series of their own. 1,000 × about 300 B = 300 KiB.
-const MAX_DRY_RUN_SERIES: usize = 1_000;
+/// Policies with series of their own, three each. 1,000 × 3 × about 300 B = 900 KiB.
+const MAX_POLICY_SERIES: usize = 1_000;
+/// In place of a policy's name. No policy's: those hold a `/`.
+const NO_ALLOW_MATCHED: &str = "_no_allow_matched";
 /// Stands for everything that found no room.
 const OVERFLOW: &str = "_other";
 
@@ -105,7 +107,10 @@ pub struct Metrics {
     passthrough: IntCounterVec,
     endpoint_retries: IntCounter,
     dry_run: IntCounterVec,
-    dry_run_policies: Mutex<HashMap<Arc<str>, IntCounter>>,
+    policy_denied: IntCounterVec,
+    policy_cut: IntCounterVec,
+    /// Those with series of their own.
+    policies: Mutex<HashSet<Arc<str>>>,
     tunnels: IntCounterVec,
     accept_errors: IntCounterVec,
     pub(super) access_log_dropped: IntCounter,
@@ -189,12 +194,22 @@ impl Default for Metrics {
                 "mesh_endpoint_retries_total",
                 "Connections to a service that were tried on another endpoint after one had refused",
             ),
+            policy_denied: counters(
+                "mesh_policy_denied_total",
+                "Connections refused, by the policy that decided",
+                &["policy"],
+            ),
+            policy_cut: counters(
+                "mesh_policy_cut_total",
+                "Open connections cut, by the changed policy that now denies them",
+                &["policy"],
+            ),
             dry_run: counters(
                 "mesh_policy_dry_run_matches_total",
                 "Connections that a dry-run policy matched",
                 &["policy"],
             ),
-            dry_run_policies: Mutex::default(),
+            policies: Mutex::default(),
             tunnels: counters("mesh_tunnels_total", "Tunnels opened, accepted or failed", &["event"]),
             accept_errors: counters("mesh_accept_errors_total", "Failed accepts", &["listener"]),
             access_log_dropped: counter(
@@ -273,17 +288,33 @@ impl Metrics {
         self.endpoint_retries.inc();
     }
 
+    /// A dry-run policy matched a connection.
     pub fn count_dry_run(&self, policy: &Arc<str>) {
-        let mut policies = self.dry_run_policies.lock();
-        let name = if policies.contains_key(policy) || policies.len() < MAX_DRY_RUN_SERIES {
-            policy.clone()
-        } else {
-            OVERFLOW.into()
-        };
-        policies
-            .entry(name)
-            .or_insert_with_key(|name| self.dry_run.with_label_values(&[name]))
+        self.by_policy(&self.dry_run, policy).inc();
+    }
+
+    /// A connection was refused; without a policy, no ALLOW policy matched.
+    pub fn count_denied(&self, policy: Option<&Arc<str>>) {
+        self.by_policy(&self.policy_denied, policy.unwrap_or(&NO_ALLOW_MATCHED.into()))
             .inc();
+    }
+
+    /// An open connection was cut, as a changed policy denies it.
+    pub fn count_cut(&self, policy: Option<&Arc<str>>) {
+        self.by_policy(&self.policy_cut, policy.unwrap_or(&NO_ALLOW_MATCHED.into()))
+            .inc();
+    }
+
+    /// The policy's series, or the common one when there are too many.
+    fn by_policy(&self, counters: &IntCounterVec, policy: &Arc<str>) -> IntCounter {
+        let mut policies = self.policies.lock();
+        let name = if policies.contains(policy) || policies.len() < MAX_POLICY_SERIES {
+            policies.insert(policy.clone());
+            policy
+        } else {
+            OVERFLOW
+        };
+        counters.with_label_values(&[name])
     }
 
     /// `event`: "opened", "accepted", or the reason why a tunnel failed.

@@ -13,6 +13,7 @@ use mesh_agent::capture::netns::NetNamespace;
 use mesh_agent::capture::{
     Capture, CaptureConfig, CapturedPod, PodNamespace, PodNetwork, PodToEnroll, Probes, UpstreamLease, is_probe,
 };
+use nix::fcntl::{Flock, FlockArg};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
@@ -26,15 +27,17 @@ const NODE_OF_SECOND_V4: &str = "10.213.78.1";
 /// Upstream connections that were steered back to their agent.
 pub static CAME_BACK: LazyLock<Arc<Mutex<u32>>> = LazyLock::new(Arc::default);
 
-/// The tests share this machine's addresses and this process's cgroup.
+/// The tests share this process's cgroup,
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+/// and with another run of them this machine's addresses.
+const ONE_RUN_AT_A_TIME: &str = "/run/culvert-capture-tests.lock";
 
 pub struct Bed {
     pub folder: tempfile::TempDir,
     pub name: String,
     cgroup: PathBuf,
     cgroup_before: PathBuf,
-    _turn: MutexGuard<'static, ()>,
+    _turn: (MutexGuard<'static, ()>, Flock<fs::File>),
 }
 
 pub fn run(command: &str) -> String {
@@ -62,6 +65,10 @@ impl Bed {
             return None;
         }
         let turn = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let lock = fs::File::create(ONE_RUN_AT_A_TIME).unwrap();
+        let lock = Flock::lock(lock, FlockArg::LockExclusive)
+            .map_err(|(_, error)| error)
+            .unwrap();
         let name = format!("cvcap{}", std::process::id());
         let folder = tempfile::tempdir().unwrap();
         let bpf = folder.path().join("bpf");
@@ -106,7 +113,7 @@ impl Bed {
             name,
             cgroup,
             cgroup_before: unified.join(relative),
-            _turn: turn,
+            _turn: (turn, lock),
         })
     }
 

@@ -1,17 +1,22 @@
 //! A Pod and an outsider as network namespaces that are joined by a veth pair, an unprivileged client in a cgroup of its own,
 //! and a bpffs for the pins. Everything has a unique name and is removed on drop, also by a panic.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
+use aya::maps::{HashMap, HashOfMaps, Map, MapData};
 use mesh_agent::addr::address_bytes;
 use mesh_agent::capture::kernel::{Kernel, KernelConfig, has_programs};
-use mesh_common::{PodValue, RedirectedConnectionKey, limits};
+use mesh_common::{
+    ABI_VERSION, AgentSocketValue, OriginalDestinationValue, PodValue, RedirectedConnectionKey, UpstreamConnectionKey, limits,
+    socket_kind,
+};
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Socket, Type};
 
@@ -23,17 +28,26 @@ pub const SLOT: u32 = 7;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// An application in Python: `connect <4|6> <address> <port>` prints both its ends as it sees them, or the error's name, and
-/// stays until its standard input ends.
+/// stays until its standard input ends; `script <text>` does what the text says, with what is defined here.
 const CLIENT: &str = r#"
-import errno, socket, sys
+import ctypes, errno, socket, struct, sys
 family = {"4": socket.AF_INET, "6": socket.AF_INET6}
 def show(name): return "%s %d" % (name[0], name[1])
+def say(text): print(text, flush=True)
+def ends(s): say("%s from %s" % (show(s.getpeername()), s.getsockname()[0]))
+def stream(of="4"):
+    s = socket.socket(family[of], socket.SOCK_STREAM)
+    s.settimeout(10)
+    return s
+def told(): return sys.stdin.readline()
 try:
     if sys.argv[1] == "cookie":
         print(int.from_bytes(socket.socket().getsockopt(socket.SOL_SOCKET, 71, 8), sys.byteorder))
     elif sys.argv[1] == "mptcp":
-        socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+        socket.socket(family[sys.argv[2]], socket.SOCK_STREAM, 262)
         print("ok")
+    elif sys.argv[1] == "script":
+        exec(sys.argv[2])
     else:
         s = socket.socket(family[sys.argv[2]], socket.SOCK_STREAM)
         s.settimeout(10)
@@ -59,7 +73,7 @@ pub fn obstacle() -> Option<&'static str> {
     None
 }
 
-fn run(command: &str) {
+pub fn run(command: &str) {
     let output = Command::new("sh").args(["-ec", command]).output().unwrap();
     assert!(
         output.status.success(),
@@ -72,7 +86,7 @@ pub struct Testbed {
     name: String,
     pub pin_path: PathBuf,
     bpffs: PathBuf,
-    cgroup: PathBuf,
+    pub cgroup: PathBuf,
 }
 
 impl Testbed {
@@ -117,6 +131,11 @@ impl Testbed {
         }
     }
 
+    /// Where this version's maps and links are pinned.
+    pub fn pins(&self) -> PathBuf {
+        self.pin_path.join(format!("v{ABI_VERSION}"))
+    }
+
     /// The programs loaded, the Pod enrolled, the agent alive.
     pub fn enrolled(&self) -> Kernel {
         let kernel = self.loaded();
@@ -135,36 +154,55 @@ impl Testbed {
 
     /// Starts an unprivileged client in a namespace and in a cgroup of its own, and waits for what it prints.
     pub fn client(&self, netns: &str, arguments: &[&str]) -> Client {
+        let unprivileged = [
+            "setpriv",
+            "--reuid=65534",
+            "--regid=65534",
+            "--clear-groups",
+            "--no-new-privs",
+        ];
+        self.start(netns, &unprivileged, arguments)
+    }
+
+    /// An unprivileged application of the Pod that runs a text.
+    pub fn script(&self, text: &str) -> Client {
+        self.client(&self.pod(), &["script", text])
+    }
+
+    /// The same as root, with every capability.
+    pub fn script_as_root(&self, netns: &str, text: &str) -> Client {
+        self.start(netns, &[], &["script", text])
+    }
+
+    fn start(&self, netns: &str, wrapper: &[&str], arguments: &[&str]) -> Client {
         let lines = if arguments[0] == "connect" { arguments.len() - 2 } else { 1 };
         let mut child = Command::new("sh")
             .args(["-ec", "echo $$ > \"$1/cgroup.procs\"; shift; exec \"$@\"", "sh"])
             .arg(&self.cgroup)
             .args(["ip", "netns", "exec", netns])
-            .args([
-                "setpriv",
-                "--reuid=65534",
-                "--regid=65534",
-                "--clear-groups",
-                "--no-new-privs",
-            ])
+            .args(wrapper)
             .args(["/usr/bin/python3", "-c", CLIENT])
             .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut output = BufReader::new(child.stdout.take().unwrap());
-        let mut read = Vec::new();
+        let output = BufReader::new(child.stdout.take().unwrap());
+        let mut client = Client {
+            child,
+            output,
+            lines: Vec::new(),
+        };
         for _ in 0..lines {
-            let mut line = String::new();
-            output.read_line(&mut line).unwrap();
-            read.push(line.trim().to_owned());
+            let line = client.hear();
             // The error of one connect is the client's last word.
-            if line.starts_with('E') || line.starts_with("timeout") {
+            let is_error = line.starts_with('E') || line.starts_with("timeout");
+            client.lines.push(line);
+            if is_error {
                 break;
             }
         }
-        Client { child, lines: read }
+        client
     }
 
     /// What a connect of the Pod's application comes to: its peer and its own address, or an error.
@@ -181,7 +219,9 @@ impl Drop for Testbed {
         let _ = Command::new("sh")
             .args([
                 "-c",
-                &format!("ip netns del {pod}; ip netns del {outsider}; umount {bpffs}; rmdir {bpffs} {cgroup}"),
+                &format!(
+                    "ip netns del {pod}; ip netns del {outsider}; umount {bpffs}; rmdir {bpffs} {cgroup}/* {cgroup} 2>/dev/null"
+                ),
             ])
             .status();
     }
@@ -189,12 +229,29 @@ impl Drop for Testbed {
 
 pub struct Client {
     child: Child,
+    output: BufReader<ChildStdout>,
     pub lines: Vec<String>,
 }
 
 impl Client {
     pub fn said(&self) -> &str {
         &self.lines[0]
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it prints next.
+    pub fn hear(&mut self) -> String {
+        let mut line = String::new();
+        self.output.read_line(&mut line).unwrap();
+        line.trim().to_owned()
+    }
+
+    /// Gives a script its `told()`.
+    pub fn tell(&mut self) {
+        self.child.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
     }
 
     /// Lets the application end, and with it its connection.
@@ -224,11 +281,16 @@ fn cgroup_root() -> PathBuf {
 }
 
 pub fn pod_value() -> PodValue {
+    value_of(SLOT, [POD_V4, POD_V6])
+}
+
+pub fn value_of(slot: u32, own: [&str; 2]) -> PodValue {
     let mut addresses = [[0; 16]; limits::MAX_POD_ADDRESSES];
-    addresses[0] = address_bytes(POD_V4.parse().unwrap());
-    addresses[1] = address_bytes(POD_V6.parse().unwrap());
+    for (bytes, address) in addresses.iter_mut().zip(own) {
+        *bytes = address_bytes(address.parse().unwrap());
+    }
     PodValue {
-        slot: SLOT,
+        slot,
         address_count: 2,
         addresses,
     }
@@ -248,12 +310,30 @@ pub fn within<T: Send>(netns: &str, work: impl FnOnce() -> T + Send) -> T {
     thread::scope(|scope| scope.spawn(enter).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
-/// A dual-stack listener; accepts give up after a while instead of hanging a test.
+/// An application's dual-stack listener; accepts give up after a while instead of hanging a test.
 pub fn listen(netns: &str, port: u16) -> TcpListener {
+    listen_with(netns, port, |_| {})
+}
+
+/// The same of the agent.
+pub fn listen_as_agent(kernel: &Kernel, netns: &str, port: u16) -> TcpListener {
+    listen_with(netns, port, |socket| mark_listener(kernel, socket))
+}
+
+pub fn mark_listener(kernel: &Kernel, socket: &Socket) {
+    let mark = AgentSocketValue {
+        kind: socket_kind::LISTENER,
+        slot: SLOT,
+    };
+    kernel.mark_socket(socket.as_fd(), mark).unwrap();
+}
+
+pub fn listen_with(netns: &str, port: u16, before_bind: impl FnOnce(&Socket) + Send) -> TcpListener {
     within(netns, || {
         let socket = Socket::new(Domain::IPV6, Type::STREAM, None).unwrap();
         socket.set_only_v6(false).unwrap();
         socket.set_reuse_address(true).unwrap();
+        before_bind(&socket);
         socket
             .bind(&SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port).into())
             .unwrap();
@@ -289,4 +369,44 @@ pub fn accept(listener: &TcpListener, netns_cookie: u64) -> (std::net::TcpStream
 
 pub fn counter(kernel: &Kernel, name: &str) -> u64 {
     kernel.counters().into_iter().find(|(counter, _)| *counter == name).unwrap().1
+}
+
+/// Waits for a condition that only time brings.
+pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let patience = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < patience, "{what}: not within {PATIENCE:?}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+pub type Destinations = HashMap<MapData, RedirectedConnectionKey, OriginalDestinationValue>;
+
+/// A Pod's map of original destinations.
+pub fn destinations(testbed: &Testbed, netns_cookie: u64) -> Destinations {
+    let map = MapData::from_pin(testbed.pins().join("ORIGINAL_DESTINATIONS")).unwrap();
+    let map: HashOfMaps<_, u64, Destinations> = Map::HashOfMaps(map).try_into().unwrap();
+    map.get(&netns_cookie, 0).unwrap()
+}
+
+/// The agent's connects to applications that the Pods' sk_lookup passes.
+pub fn upstreams(testbed: &Testbed) -> HashMap<MapData, UpstreamConnectionKey, u64> {
+    let map = MapData::from_pin(testbed.pins().join("UPSTREAM_CONNECTIONS")).unwrap();
+    Map::HashMap(map).try_into().unwrap()
+}
+
+/// What the agent sets up in a Pod so that answers to a transparent client come back to it.
+pub fn return_path(testbed: &Testbed) {
+    let pod = testbed.pod();
+    run(&format!(
+        "for family in -4 -6; do
+             ip -n {pod} $family rule add pref 100 fwmark 0x4356 lookup 17238
+             ip -n {pod} $family route add local default dev lo table 17238
+         done"
+    ));
+    within(&pod, || {
+        for setting in ["ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect"] {
+            fs::write(Path::new("/proc/sys/net").join(setting), "1").unwrap();
+        }
+    });
 }

@@ -101,6 +101,14 @@ fn each_error_names_its_field_and_the_fix() {
             "from: [{ipBlocks: [10.1.2.3/8]}]",
             "spec.rules[0].from[0].ipBlocks[0]: \"10.1.2.3/8\" has bits beyond its prefix; write 10.0.0.0/8",
         ),
+        (
+            "from: [{ipBlocks: ['::ffff:10.0.0.0/104']}]",
+            "spec.rules[0].from[0].ipBlocks[0]: \"::ffff:10.0.0.0/104\" is IPv4 written as IPv6, which no connection matches; write 10.0.0.0/8",
+        ),
+        (
+            "from: [{notIpBlocks: ['::ffff:10.1.2.3']}]",
+            "spec.rules[0].from[0].notIpBlocks[0]: \"::ffff:10.1.2.3\" is IPv4 written as IPv6, which no connection matches; write 10.1.2.3/32",
+        ),
     ];
     for (rule, expected) in cases {
         assert_eq!(errors(&format!("{{action: Allow, rules: [{{{rule}}}]}}")), [expected]);
@@ -167,4 +175,6 @@ fn the_definition_names_group_and_version() {
     assert_eq!(crds[0].metadata.name.as_deref(), Some("authorizationpolicies.culvert.dev"));
     assert_eq!(crds[0].spec.versions[0].name, "v1alpha1");
     assert_eq!(crds[0].spec.scope, "Namespaced");
+    assert_eq!(crds[1].metadata.name.as_deref(), Some("meshconfigs.culvert.dev"));
+    assert_eq!(crds[1].spec.scope, "Namespaced");
 }

@@ -19,6 +19,8 @@ use tonic::{Code, Request, Streaming};
 use super::*;
 use crate::tokens::TokenFile;
 
+mod bounds;
+
 /// Far beyond what any step takes; a test that waits this long has failed.
 const PATIENCE: Duration = Duration::from_secs(30);
 const WEB: &str = "Kubernetes//Pod/shop/web";
@@ -34,11 +36,16 @@ fn pod(name: &str, ip: &str, node: &str) -> String {
 struct Bench {
     dir: tempfile::TempDir,
     args: ServeArgs,
+    bounds: Bounds,
     running: Running,
 }
 
 impl Bench {
     async fn start(pods: &str) -> Self {
+        Self::start_within(pods, Bounds::default()).await
+    }
+
+    async fn start_within(pods: &str, bounds: Bounds) -> Self {
         let dir = tempfile::tempdir().expect("directory");
         std::fs::create_dir(dir.path().join("registry")).expect("registry");
         std::fs::write(dir.path().join("registry/mesh.yaml"), format!("{NAMESPACE}{pods}")).expect("manifest");
@@ -53,8 +60,13 @@ impl Bench {
             pod_cidr: vec!["10.0.0.0/8".parse().expect("range")],
             server_name: vec![],
         };
-        let running = start(&args).await.expect("start");
-        Self { dir, args, running }
+        let running = start_within(&args, bounds).await.expect("start");
+        Self {
+            dir,
+            args,
+            bounds,
+            running,
+        }
     }
 
     fn write(&self, file: &str, text: &str) {
@@ -88,12 +100,11 @@ impl Bench {
     }
 
     async fn restart(&mut self) {
-        let again = start(&ServeArgs {
+        let args = ServeArgs {
             listen: "127.0.0.1:0".parse().expect("address"),
             ..self.args.clone()
-        })
-        .await
-        .expect("start");
+        };
+        let again = start_within(&args, self.bounds).await.expect("start");
         std::mem::replace(&mut self.running, again).stop().await;
     }
 }
@@ -378,6 +389,23 @@ async fn certificates_are_signed_for_members_on_the_callers_node_only() {
     let chain = signed.into_inner().cert_chain;
     assert_eq!(chain.len(), 2);
     assert_eq!(chain[1], bench.running.control.parameters.trust_bundle[0]);
+    // What was asked for, and never more than the operator allows.
+    for (asked, granted) in [(600, 600), (86_400, 3600), (0, 3600)] {
+        let before = OffsetDateTime::now_utc().unix_timestamp();
+        let request = IstioCertificateRequest {
+            validity_duration: asked,
+            ..request(own, &PKCS_ECDSA_P256_SHA256)
+        };
+        let signed = client
+            .create_certificate(authorized(request, &token.secret))
+            .await
+            .expect("signed");
+        let after = OffsetDateTime::now_utc().unix_timestamp();
+        let chain = signed.into_inner().cert_chain;
+        let (_, leaf) = x509_parser::pem::parse_x509_pem(chain[0].as_bytes()).expect("PEM");
+        let not_after = leaf.parse_x509().expect("certificate").validity().not_after.timestamp();
+        assert!((before + granted..=after + granted).contains(&not_after), "asked for {asked}");
+    }
 
     let cases = [
         (
@@ -427,9 +455,18 @@ async fn the_serving_certificate_learns_the_names_of_new_tokens() {
     bench.running.stop().await;
 }
 
+async fn ask(admin: SocketAddr, path: &str) -> String {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let mut stream = tokio::net::TcpStream::connect(admin).await.expect("connect");
+    let request = format!("GET {path} HTTP/1.1\r\nhost: a\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.expect("write");
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await.expect("read");
+    text
+}
+
 #[tokio::test]
 async fn admin_answers() {
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let bench = Bench::start("").await;
     for (path, expected) in [
         ("/healthz/ready", "200 OK"),
@@ -437,13 +474,7 @@ async fn admin_answers() {
         ("/status", "\"ready\": true"),
         ("/x", "404"),
     ] {
-        let mut stream = tokio::net::TcpStream::connect(bench.running.admin).await.expect("connect");
-        stream
-            .write_all(format!("GET {path} HTTP/1.1\r\nhost: a\r\n\r\n").as_bytes())
-            .await
-            .expect("write");
-        let mut text = String::new();
-        stream.read_to_string(&mut text).await.expect("read");
+        let text = ask(bench.running.admin, path).await;
         assert!(text.contains(expected), "{path}: {text}");
     }
     let mut open = bench.args.clone();

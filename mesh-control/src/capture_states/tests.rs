@@ -42,3 +42,20 @@ fn the_bound_takes_absent_pods_first() {
     assert_eq!(states.len(), MAX_CAPTURE_STATES);
     assert_eq!(states.of("zz-member"), Some(CaptureState::Lost));
 }
+
+#[test]
+fn a_released_pod_is_lost_until_it_leaves_the_mesh_or_is_proven_again() {
+    let mut states = CaptureStates::default();
+    states.apply("a", Proof::Proven);
+    // What an agent says of a Pod that it has released.
+    assert!(states.apply("a", Proof::Lost));
+    states.prune(|_| Some(true));
+    assert!(!states.apply("a", Proof::Pending), "enrolled again, and not proven yet");
+    assert_eq!(
+        states.of("a"),
+        Some(CaptureState::Lost),
+        "never pending: that would send it cleartext"
+    );
+    states.prune(|_| Some(false));
+    assert_eq!(states.of("a"), None, "its manifest has left the mesh");
+}

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use mesh_api::{Mtls, ValidMeshConfig};
 use mesh_proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, ROOT_NAMESPACE, SETTINGS_NAME, SETTINGS_TYPE_URL};
 use sha2::{Digest as _, Sha256};
 
@@ -42,6 +43,8 @@ pub struct Snapshot {
     /// SPIFFE ids that each node may have certificates for.
     pub identities: BTreeMap<String, BTreeSet<String>>,
     pub pods: BTreeMap<PodKey, PodPlace>,
+    /// Of Nodes and [`Parameters`].
+    pub pod_ranges: BTreeSet<IpNet>,
 }
 
 /// Where a Pod is: for checking what agents say of it.
@@ -103,6 +106,14 @@ pub struct WorkloadView<'a> {
     pub region: String,
     pub zone: String,
     pub healthy: bool,
+}
+
+/// What the settings are made of.
+pub struct SettingsView<'a> {
+    pub parameters: &'a Parameters,
+    pub pod_ranges: &'a BTreeSet<IpNet>,
+    pub mesh: Option<&'a ValidMeshConfig>,
+    pub namespaces: BTreeMap<&'a str, Mtls>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -199,7 +210,17 @@ pub fn compile(world: &World, captures: &CaptureStates, parameters: &Parameters)
         .map(IpNet::trunc)
         .collect();
     let mut settings = Resources::default();
-    let encoded = proto::encode_settings(&parameters.trust_domain, &ranges, &parameters.trust_bundle);
+    let encoded = proto::encode_settings(&SettingsView {
+        parameters,
+        pod_ranges: &ranges,
+        mesh: index.mesh_configs.get(ROOT_NAMESPACE).copied(),
+        namespaces: index
+            .mesh_configs
+            .iter()
+            .filter(|(namespace, _)| **namespace != ROOT_NAMESPACE)
+            .map(|(namespace, config)| (*namespace, config.mtls))
+            .collect(),
+    });
     settings.insert(SETTINGS_NAME.to_owned(), Vec::new(), encoded);
 
     let types = [
@@ -214,6 +235,7 @@ pub fn compile(world: &World, captures: &CaptureStates, parameters: &Parameters)
             .collect(),
         identities,
         pods,
+        pod_ranges: ranges,
     }
 }
 
@@ -226,6 +248,7 @@ struct Index<'a> {
     services: Vec<(&'a ObjectId, &'a Service)>,
     services_of_namespace: BTreeMap<&'a str, Vec<(&'a ObjectId, &'a Service)>>,
     policies: Vec<(&'a ObjectId, &'a mesh_api::ValidPolicy)>,
+    mesh_configs: BTreeMap<&'a str, &'a ValidMeshConfig>,
 }
 
 impl<'a> Index<'a> {
@@ -250,6 +273,9 @@ impl<'a> Index<'a> {
                         .push((id, service));
                 }
                 Object::AuthorizationPolicy(policy) => index.policies.push((id, policy)),
+                Object::MeshConfig(config) => {
+                    index.mesh_configs.insert(&id.namespace, config);
+                }
             }
         }
         index

@@ -164,6 +164,12 @@ fn pods_become_workloads() {
         let outsider = workload(&snapshot, &format!("Kubernetes//Pod/{outsider}"));
         assert_eq!(capture(&outsider), None, "{}", outsider.name);
         assert!(outsider.services.is_empty(), "a Service selects in its own namespace");
+        let expected = if outsider.name == "host" {
+            workload::NetworkMode::HostNetwork
+        } else {
+            workload::NetworkMode::Standard
+        };
+        assert_eq!(outsider.network_mode(), expected, "agents know it by no address");
     }
     let addresses = &snapshot.types[ADDRESS_TYPE_URL];
     assert!(!addresses.resources.contains_key("Kubernetes//Pod/shop/done"));
@@ -295,6 +301,41 @@ fn settings_carry_ranges_and_roots() {
 }
 
 #[test]
+fn mesh_configs_go_into_the_settings() {
+    use mesh::settings::Mtls;
+    let settings = |texts: &[&str]| {
+        let snapshot = compile(&world(texts), &CaptureStates::default(), &parameters());
+        let resource = &snapshot.types[SETTINGS_TYPE_URL].resources[SETTINGS_NAME];
+        mesh::Settings::decode(resource.value.as_slice()).expect("settings")
+    };
+    let without = settings(&[CLUSTER]);
+    assert_eq!(without.mtls(), Mtls::Permissive);
+    assert!(without.namespaces.is_empty() && without.excluded_ports.is_empty() && without.excluded_cidrs.is_empty());
+    let config = |namespace: &str, spec: &str| {
+        format!(
+            "apiVersion: culvert.dev/v1alpha1\nkind: MeshConfig\nmetadata: {{name: default, namespace: {namespace}}}\nspec: {spec}\n"
+        )
+    };
+    let given = settings(&[
+        CLUSTER,
+        &config("shop", "{mtls: Permissive}"),
+        &config("bank", "{mtls: Strict}"),
+        &config(
+            "culvert-system",
+            "{mtls: Strict, excludedPorts: [9100, 22], excludedCidrs: [169.254.0.0/16]}",
+        ),
+    ]);
+    assert_eq!(given.mtls(), Mtls::Strict);
+    let namespaces: Vec<_> = given.namespaces.iter().map(|of| (of.namespace.as_str(), of.mtls())).collect();
+    assert_eq!(namespaces, [("bank", Mtls::Strict), ("shop", Mtls::Permissive)]);
+    assert_eq!(given.excluded_ports, [22, 9100]);
+    assert_eq!(
+        (given.excluded_cidrs[0].address.as_slice(), given.excluded_cidrs[0].length),
+        ([169, 254, 0, 0].as_slice(), 16)
+    );
+}
+
+#[test]
 fn the_order_of_documents_changes_nothing() {
     let mut documents: Vec<&str> = CLUSTER.split("---\n").collect();
     let reference = compile(&world(&[CLUSTER]), &CaptureStates::default(), &parameters());
@@ -346,4 +387,65 @@ fn names_of_owners() {
         assert_eq!((owner.kind, owner.name.as_str()), expected);
     }
     assert_eq!(workload_names::owner("pod", &Pod::default()).name, "pod");
+}
+
+#[test]
+fn a_large_mesh_compiles_to_everything_in_it() {
+    let mut objects = World::new();
+    let id = |kind, namespace: usize, name: String| ObjectId {
+        kind,
+        namespace: format!("n{namespace}"),
+        name,
+    };
+    let labels = |i: usize| Labels::from([("app".to_owned(), format!("a{i}"))]);
+    let (pods, services, policies, namespaces) = (10_000, 1000, 500, 50);
+    for i in 0..pods {
+        let pod = Pod {
+            uid: format!("uid-{i}"),
+            labels: labels(i % services),
+            addresses: vec![std::net::Ipv4Addr::from(0x0a00_0000 + i as u32).into()],
+            node: format!("node-{}", i % 100),
+            service_account: "default".into(),
+            ready: true,
+            ..Pod::default()
+        };
+        objects.insert(
+            id(Kind::Pod, i % namespaces, format!("p{i}")),
+            Arc::new(Object::Pod(Box::new(pod))),
+        );
+    }
+    for i in 0..services {
+        let service = Service {
+            selector: labels(i),
+            ..Service::default()
+        };
+        objects.insert(
+            id(Kind::Service, i % namespaces, format!("s{i}")),
+            Arc::new(Object::Service(service)),
+        );
+    }
+    for i in 0..policies {
+        let policy = mesh_api::ValidPolicy {
+            selector: Some(labels(i)),
+            action: mesh_api::PolicyAction::Allow,
+            rules: vec![],
+            mode: mesh_api::Mode::Enforce,
+        };
+        let policy = Object::AuthorizationPolicy(Box::new(policy));
+        objects.insert(
+            id(Kind::AuthorizationPolicy, i % namespaces, format!("a{i}")),
+            Arc::new(policy),
+        );
+    }
+    let began = std::time::Instant::now();
+    let snapshot = compile(&objects, &CaptureStates::default(), &parameters());
+    // For who measures; nothing is asserted of it.
+    eprintln!("compiled in {:?}", began.elapsed());
+    assert_eq!(snapshot.types[ADDRESS_TYPE_URL].resources.len(), pods + services);
+    assert_eq!(snapshot.types[AUTHORIZATION_TYPE_URL].resources.len(), policies);
+    let one = workload(&snapshot, "Kubernetes//Pod/n7/p57");
+    assert_eq!(
+        (one.services.len(), one.authorization_policies.as_slice()),
+        (1, ["n7/a57".to_owned()].as_slice())
+    );
 }

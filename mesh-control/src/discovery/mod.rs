@@ -16,7 +16,8 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::authentication::{Authenticator, Caller};
 use crate::compile::{Snapshot, TypeSnapshot};
 use crate::control_plane::ControlPlane;
-use crate::limits::{ACKNOWLEDGE_TIMEOUT, MAX_NACK_BYTES, MAX_TYPES, SEND_TIMEOUT, TOKEN_RECHECK};
+use crate::limits::{MAX_NACK_BYTES, MAX_TYPES, RESPONSES_WAITING};
+use crate::node_streams::{NodeStream, StreamKind};
 use crate::proto;
 use crate::tokens::Refusal;
 use subscription::{Answer, Subscription};
@@ -35,9 +36,9 @@ impl AggregatedDiscoveryService for Discovery {
         &self,
         request: Request<Streaming<DeltaDiscoveryRequest>>,
     ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
-        let caller = self.authenticator.authenticate(request.metadata()).await?;
-        // One response may wait for the client to read it; the next one is made when it is its turn.
-        let (responses, receiver) = mpsc::channel(1);
+        let caller = self.authenticator.authenticate(&request).await?;
+        let open = NodeStream::open(&self.control, &caller.node, StreamKind::Discovery)?;
+        let (responses, receiver) = mpsc::channel(RESPONSES_WAITING);
         let stream = Stream {
             control: Arc::clone(&self.control),
             authenticator: self.authenticator.clone(),
@@ -46,6 +47,7 @@ impl AggregatedDiscoveryService for Discovery {
             snapshots: self.control.subscribe(),
             responses,
             types: BTreeMap::new(),
+            _open: open,
         };
         tokio::spawn(stream.run());
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
@@ -60,6 +62,7 @@ struct Stream {
     snapshots: watch::Receiver<Arc<Snapshot>>,
     responses: mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
     types: BTreeMap<String, OfType>,
+    _open: NodeStream,
 }
 
 #[derive(Default)]
@@ -71,24 +74,9 @@ struct OfType {
 /// Why a stream was ended from this side: metric label and answer.
 struct Cut(&'static str, Status);
 
-/// Counts a node's stream while it lives.
-struct Counted(Arc<ControlPlane>, String);
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.metrics.streams.dec();
-        self.0.with_node(&self.1, |node| {
-            node.discovery_streams = node.discovery_streams.saturating_sub(1)
-        });
-    }
-}
-
 impl Stream {
     async fn run(mut self) {
         let node = self.caller.node.clone();
-        self.control.metrics.streams.inc();
-        self.control.with_node(&node, |node| node.discovery_streams += 1);
-        let _counted = Counted(Arc::clone(&self.control), node.clone());
         tracing::info!(node, "discovery stream opened");
         match self.serve().await {
             Ok(()) => tracing::info!(node, "discovery stream closed by the agent"),
@@ -102,7 +90,7 @@ impl Stream {
     }
 
     async fn serve(&mut self) -> Result<(), Cut> {
-        let mut recheck = interval(TOKEN_RECHECK);
+        let mut recheck = interval(self.control.bounds.token_recheck);
         recheck.set_missed_tick_behavior(MissedTickBehavior::Delay);
         recheck.reset();
         let closed = self.control.closed();
@@ -120,7 +108,10 @@ impl Stream {
                     return Err(Cut("shutdown", Status::unavailable("the control plane ends")));
                 }
                 () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
-                    return Err(Cut("slow", Status::deadline_exceeded("a response was not acknowledged in time")));
+                    return Err(Cut(
+                        "unacknowledged",
+                        Status::deadline_exceeded("a response was not acknowledged in time"),
+                    ));
                 }
                 _ = recheck.tick() => {
                     self.authenticator.recheck(&self.caller).await.map_err(|status| Cut("token", status))?;
@@ -150,9 +141,15 @@ impl Stream {
             ));
         }
         let of_type = self.types.entry(type_url.clone()).or_default();
+        let mut request = proto::request_from_wire(request);
+        if short_type(&type_url) == OTHER {
+            // There is nothing of it and never will be: it is answered once, and its names are not remembered.
+            request.forget_names();
+        }
+        let snapshot = Arc::clone(&self.snapshots.borrow());
         let answer = of_type
             .subscription
-            .request(proto::request_from_wire(request))
+            .request(request, snapshot.types.get(type_url.as_str()).map(Arc::as_ref))
             .map_err(|error| Cut("too_much", Status::resource_exhausted(error.to_string())))?;
         if !of_type.subscription.in_flight() {
             of_type.acknowledge_by = None;
@@ -190,12 +187,12 @@ impl Stream {
                 continue;
             };
             let response = proto::response_to_wire(type_url, response);
-            match timeout(SEND_TIMEOUT, self.responses.send(Ok(response))).await {
+            match timeout(self.control.bounds.send, self.responses.send(Ok(response))).await {
                 Ok(Ok(())) => {}
                 Ok(Err(_)) => return Ok(()),
-                Err(_) => return Err(Cut("slow", Status::deadline_exceeded("a response was not read in time"))),
+                Err(_) => return Err(Cut("unread", Status::deadline_exceeded("a response was not read in time"))),
             }
-            of_type.acknowledge_by = Some(Instant::now() + ACKNOWLEDGE_TIMEOUT);
+            of_type.acknowledge_by = Some(Instant::now() + self.control.bounds.acknowledge);
             self.control
                 .metrics
                 .responses
@@ -206,12 +203,14 @@ impl Stream {
     }
 }
 
+const OTHER: &str = "other";
+
 /// A metric label from a closed set.
 fn short_type(type_url: &str) -> &'static str {
     match type_url {
         mesh_proto::ADDRESS_TYPE_URL => "address",
         mesh_proto::AUTHORIZATION_TYPE_URL => "authorization",
         mesh_proto::SETTINGS_TYPE_URL => "settings",
-        _ => "other",
+        _ => OTHER,
     }
 }

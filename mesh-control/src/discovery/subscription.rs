@@ -9,7 +9,7 @@ use std::sync::Arc;
 use mesh_proto::PARTIAL_VERSION;
 
 use crate::compile::{CompiledResource, TypeSnapshot};
-use crate::limits::{MAX_NAME_BYTES, MAX_NAMES, MAX_RESPONSE_BYTES};
+use crate::limits::{MAX_ABSENT_NAMES, MAX_NAME_BYTES, MAX_RESOURCES, MAX_RESPONSE_BYTES};
 
 #[cfg(test)]
 mod tests;
@@ -25,6 +25,14 @@ pub struct Request {
     pub initial_versions: BTreeMap<String, String>,
     pub nonce: String,
     pub error: Option<String>,
+}
+
+impl Request {
+    pub fn forget_names(&mut self) {
+        self.subscribe.retain(|name| name == WILDCARD);
+        self.unsubscribe.clear();
+        self.initial_versions.clear();
+    }
 }
 
 #[derive(Debug)]
@@ -51,8 +59,10 @@ pub enum Answer {
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum TooMuch {
-    #[error("more than {MAX_NAMES} names in a subscription")]
+    #[error("more than {MAX_RESOURCES} names in a subscription")]
     Names,
+    #[error("more than {MAX_ABSENT_NAMES} names that are no resource's in a subscription")]
+    Absent,
     #[error("a resource name of more than {MAX_NAME_BYTES} bytes")]
     NameLength,
 }
@@ -88,7 +98,7 @@ impl Subscription {
 
     /// # Errors
     /// The client subscribes to more than a stream may; end it.
-    pub fn request(&mut self, request: Request) -> Result<Answer, TooMuch> {
+    pub fn request(&mut self, request: Request, snapshot: Option<&TypeSnapshot>) -> Result<Answer, TooMuch> {
         let mut given = request
             .subscribe
             .iter()
@@ -97,10 +107,11 @@ impl Subscription {
         if given.any(|name| name.len() > MAX_NAME_BYTES) {
             return Err(TooMuch::NameLength);
         }
-        if self.names.len() + request.subscribe.len() > MAX_NAMES || request.initial_versions.len() > MAX_NAMES {
+        if self.names.len() + request.subscribe.len() > MAX_RESOURCES || request.initial_versions.len() > MAX_RESOURCES {
             return Err(TooMuch::Names);
         }
         let answer = self.settle(&request);
+        let asks = !request.subscribe.is_empty();
         if !self.started {
             self.started = true;
             self.owes_response = true;
@@ -126,6 +137,18 @@ impl Subscription {
             self.unanswered.remove(&name);
             // The client drops it; should a wildcard still want it, it goes out again.
             self.sent.remove(&name);
+        }
+        // What is there bounds itself; what is not could be anything.
+        let is_there = |name: &&String| snapshot.is_some_and(|snapshot| snapshot.resolve(name).next().is_some());
+        if asks
+            && self
+                .names
+                .iter()
+                .filter(|name| !is_there(name))
+                .nth(MAX_ABSENT_NAMES)
+                .is_some()
+        {
+            return Err(TooMuch::Absent);
         }
         Ok(answer)
     }

@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
 
 use super::Scan;
-use crate::limits::{FOLDER_DEBOUNCE, FOLDER_DEBOUNCE_MOST, FOLDER_RESCAN, MAX_FILE_BYTES, MAX_FILES, MAX_FOLDER_BYTES};
+use crate::limits::{
+    FOLDER_DEBOUNCE, FOLDER_DEBOUNCE_MOST, FOLDER_EVENTS, FOLDER_RESCAN, MAX_FILE_BYTES, MAX_FILES, MAX_FOLDER_BYTES,
+};
 
 #[derive(Debug, thiserror::Error)]
 #[error("registry folder {}: {error}", path.display())]
@@ -81,8 +83,7 @@ impl Folder {
     /// Begins to follow changes. Call before the first scan, so that no change falls between.
     #[must_use]
     pub fn watch(&self) -> Watch {
-        // One event is as good as many: what it says is only "read again".
-        let (sender, events) = sync_channel(1);
+        let (sender, events) = sync_channel(FOLDER_EVENTS);
         let watcher = self.watcher(sender.clone());
         Watch {
             _watcher: watcher,

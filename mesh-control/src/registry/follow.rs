@@ -6,7 +6,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{Folder, LastGood, Registry};
 use crate::control_plane::ControlPlane;
-use crate::state_dir::StateDir;
+use crate::limits::MAX_FILLED_BYTES;
+use crate::state_dir::{StateDir, StateError};
+
+/// There once something was in force; see [`Registry::emptied`].
+const FILLED: &str = "registry-filled";
 
 pub struct Follow {
     stop: Arc<AtomicBool>,
@@ -22,42 +26,59 @@ impl Follow {
     pub fn start(path: &Path, state: StateDir, control: Arc<ControlPlane>) -> anyhow::Result<Self> {
         let folder = Folder::new(path);
         let mut watch = folder.watch();
-        let mut kept = LastGood::load(&state)?;
+        let kept = LastGood::load(&state)?;
         let mut registry = kept.clone().map(Registry::restore).unwrap_or_default();
+        let filled = state.read(FILLED, MAX_FILLED_BYTES)?.is_some();
+        if filled {
+            registry = registry.filled_before();
+        }
+        let mut kept = Kept {
+            state,
+            last_good: kept,
+            filled,
+        };
         registry.apply(&folder.scan()?);
-        keep(&registry, &mut kept, &state, &control);
-        control.set_world(registry.world(), registry.rejections());
+        if registry.emptied() {
+            control.set_registry_problem(Some(emptied(path)));
+            // Last good forms are all that was in force. Without them nothing is told: who has a state keeps it.
+            if !registry.world().is_empty() {
+                control.set_world(&registry);
+            }
+        } else {
+            kept.keep(&registry, &control);
+            control.set_world(&registry);
+        }
         let wake = Box::new(watch.waker());
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
-        let follow = move || {
-            let mut was_readable = true;
-            loop {
-                watch.wait();
-                if stopped.load(Ordering::Acquire) {
-                    return;
+        let path = path.to_owned();
+        let follow = move || loop {
+            watch.wait();
+            if stopped.load(Ordering::Acquire) {
+                return;
+            }
+            let scan = folder.scan().map_err(|error| error.to_string());
+            let read = scan.and_then(|scan| {
+                let changed = registry.apply(&scan);
+                if registry.emptied() {
+                    Err(emptied(&path))
+                } else {
+                    Ok(changed)
                 }
-                match folder.scan() {
-                    Ok(scan) => {
-                        if !was_readable {
-                            // Another directory may be there now; the old watch sees nothing of it.
-                            watch = watch.renewed(&folder);
-                            tracing::info!("the registry folder can be read again");
-                        }
-                        was_readable = true;
-                        if registry.apply(&scan) {
-                            keep(&registry, &mut kept, &state, &control);
-                            control.set_world(registry.world(), registry.rejections());
-                        }
+            });
+            match read {
+                Ok(changed) => {
+                    if control.registry_problem().is_some() {
+                        // Another directory may be there now; the old watch sees nothing of it.
+                        watch = watch.renewed(&folder);
+                        control.set_registry_problem(None);
                     }
-                    Err(error) => {
-                        control.metrics.registry_reads_failed.inc();
-                        if was_readable {
-                            tracing::error!("{error}; everything that was read stays in force");
-                        }
-                        was_readable = false;
+                    if changed || !control.is_ready() {
+                        kept.keep(&registry, &control);
+                        control.set_world(&registry);
                     }
                 }
+                Err(problem) => control.set_registry_problem(Some(problem)),
             }
         };
         let thread = std::thread::Builder::new().name("registry".to_owned()).spawn(follow)?;
@@ -77,17 +98,47 @@ impl Follow {
     }
 }
 
-/// Writes down what the folder alone would not say after a restart; before it comes into force.
-fn keep(registry: &Registry, kept: &mut Option<LastGood>, state: &StateDir, control: &ControlPlane) {
-    let now = registry.last_good();
-    if now == *kept {
-        return;
-    }
-    match LastGood::save(now.as_ref(), state) {
-        Ok(()) => *kept = now,
-        Err(error) => {
+fn emptied(path: &Path) -> String {
+    format!(
+        "registry folder {}: nothing in it is for the mesh, though there was before, so it is taken for lost; \
+         to empty the mesh leave one manifest in it, such as a Namespace",
+        path.display()
+    )
+}
+
+/// What is written down because the folder alone would not say it after a restart.
+struct Kept {
+    state: StateDir,
+    last_good: Option<LastGood>,
+    filled: bool,
+}
+
+impl Kept {
+    /// Call before it comes into force.
+    fn keep(&mut self, registry: &Registry, control: &ControlPlane) {
+        let failed = |error: StateError, what: &str| {
             control.metrics.state_writes_failed.inc();
-            tracing::error!(%error, "last good forms cannot be kept; after a restart, what is broken now would not be in force");
+            tracing::error!(%error, "{what}");
+        };
+        if !self.filled && !registry.world().is_empty() {
+            match self.state.write(FILLED, b"") {
+                Ok(()) => self.filled = true,
+                Err(error) => failed(
+                    error,
+                    "it cannot be kept that the registry has content; after a restart, an empty folder would be believed",
+                ),
+            }
+        }
+        let now = registry.last_good();
+        if now == self.last_good {
+            return;
+        }
+        match LastGood::save(now.as_ref(), &self.state) {
+            Ok(()) => self.last_good = now,
+            Err(error) => failed(
+                error,
+                "last good forms cannot be kept; after a restart, what is broken now would not be in force",
+            ),
         }
     }
 }

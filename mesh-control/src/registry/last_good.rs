@@ -7,14 +7,12 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::manifest::{Reason, parse_file};
-use super::{FileState, Form, Held, InForce, Registry};
-use crate::limits::MAX_FOLDER_BYTES;
+use super::{FileState, Form, Held, InForce, Registry, world_of};
+use crate::limits::MAX_LAST_GOOD_BYTES;
 use crate::objects::ObjectId;
 use crate::state_dir::{StateDir, StateError};
 
 const FILE: &str = "last-good.json";
-/// A file's text may be there in several forms, and JSON escapes some characters.
-const MAX_BYTES: u64 = 4 * MAX_FOLDER_BYTES;
 
 /// Everything in force, by the texts that it was read from.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,7 +40,7 @@ impl LastGood {
     /// # Errors
     /// It cannot be read, or holds something else: what was in force is then not known.
     pub fn load(state: &StateDir) -> Result<Option<Self>, StateError> {
-        let Some(bytes) = state.read(FILE, MAX_BYTES)? else {
+        let Some(bytes) = state.read(FILE, MAX_LAST_GOOD_BYTES)? else {
             return Ok(None);
         };
         serde_json::from_slice(&bytes).map(Some).map_err(|error| {
@@ -102,7 +100,7 @@ impl Registry {
         for Text { file, text, objects } in saved.texts {
             let text: Arc<str> = Arc::from(text);
             let mut forms: BTreeMap<ObjectId, Form> = BTreeMap::new();
-            for document in parse_file(&text) {
+            for document in parse_file(&text).documents {
                 if let Ok((id, object)) = document.content {
                     forms.entry(id).or_insert_with(|| Form {
                         object: Arc::new(object),
@@ -127,6 +125,8 @@ impl Registry {
                 registry.in_force.insert(id, InForce { form, file, since });
             }
         }
+        registry.filled = !registry.in_force.is_empty();
+        registry.world = world_of(&registry.in_force);
         registry
     }
 }

@@ -7,7 +7,8 @@ use ipnet::IpNet;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
-use mesh_api::AuthorizationPolicy;
+use mesh_api::{AuthorizationPolicy, MeshConfig, MeshConfigScope};
+use mesh_proto::ROOT_NAMESPACE;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -20,6 +21,9 @@ mod tests;
 
 /// What ambient node agents of other makers write on a Pod that they capture.
 const REDIRECTION_ANNOTATION: &str = "ambient.istio.io/redirection";
+
+/// The one that counts in its namespace.
+const MESH_CONFIG_NAME: &str = "default";
 
 /// One document of a file that the mesh reads.
 #[derive(Debug)]
@@ -66,10 +70,21 @@ impl Reason {
     }
 }
 
-/// All documents of a file, in order. Documents of other kinds are left out.
+/// What a file holds.
+#[derive(Debug, Default)]
+pub struct Parsed {
+    /// In order. Documents of other kinds are left out.
+    pub documents: Vec<Document>,
+    /// Documents of other kinds that look as if somebody meant them for the mesh: number, kind and apiVersion.
+    pub ignored: Vec<String>,
+}
+
 #[must_use]
-pub fn parse_file(text: &str) -> Vec<Document> {
-    let mut documents = Vec::new();
+pub fn parse_file(text: &str) -> Parsed {
+    let Parsed {
+        mut documents,
+        mut ignored,
+    } = Parsed::default();
     let mut number = 0;
     for part in split_documents(text.strip_prefix('\u{feff}').unwrap_or(text)) {
         let value = match serde_norway::from_str::<Value>(part) {
@@ -86,13 +101,14 @@ pub fn parse_file(text: &str) -> Vec<Document> {
             if number > MAX_DOCUMENTS {
                 let message = format!("more than {MAX_DOCUMENTS} documents in a file; split it");
                 documents.push(rejected(number, None, Reason::File, message));
-                return documents;
+                return Parsed { documents, ignored };
             }
             match parse_document(value) {
-                Ok(None) => {}
-                Ok(Some(content)) => documents.push(Document {
+                Ok(Content::Other(None)) => {}
+                Ok(Content::Other(Some(what))) => ignored.push(format!("document {number}: {what}")),
+                Ok(Content::Object(id, object)) => documents.push(Document {
                     number,
-                    content: Ok(content),
+                    content: Ok((id, *object)),
                 }),
                 Err(error) => documents.push(Document {
                     number,
@@ -101,7 +117,13 @@ pub fn parse_file(text: &str) -> Vec<Document> {
             }
         }
     }
-    documents
+    Parsed { documents, ignored }
+}
+
+enum Content {
+    Object(ObjectId, Box<Object>),
+    /// A kind that the mesh does not read; named when it is one that it seems to be meant to.
+    Other(Option<String>),
 }
 
 fn rejected(number: usize, id: Option<ObjectId>, reason: Reason, message: String) -> Document {
@@ -164,7 +186,7 @@ struct HeaderMetadata {
     namespace: Option<String>,
 }
 
-fn parse_document(value: Value) -> Result<Option<(ObjectId, Object)>, Rejected> {
+fn parse_document(value: Value) -> Result<Content, Rejected> {
     let syntax = |message: String| Rejected {
         id: None,
         reason: Reason::Syntax,
@@ -175,14 +197,16 @@ fn parse_document(value: Value) -> Result<Option<(ObjectId, Object)>, Rejected> 
         return Err(syntax("no Kubernetes object: apiVersion and kind are needed".to_owned()));
     };
     let Some(kind) = Kind::of(&api_version, &kind_name) else {
-        if kind_name == "AuthorizationPolicy" && api_version.starts_with(mesh_api::GROUP) {
+        if api_version.split('/').next() == Some(mesh_api::GROUP) {
             return Err(syntax(format!(
-                "apiVersion: {api_version:?} is unknown; write {}",
+                "apiVersion: {api_version:?} is unknown with kind {kind_name:?}; write {} and AuthorizationPolicy or MeshConfig",
                 mesh_api::API_VERSION
             )));
         }
-        tracing::debug!(%api_version, kind = %kind_name, "a kind that the mesh does not read");
-        return Ok(None);
+        let meant = is_meant_for_the_mesh(&api_version, &kind_name);
+        return Ok(Content::Other(
+            meant.then(|| format!("{kind_name:.64} of {api_version:.128}")),
+        ));
     };
     let metadata = header.metadata.unwrap_or(HeaderMetadata {
         name: None,
@@ -204,14 +228,38 @@ fn parse_document(value: Value) -> Result<Option<(ObjectId, Object)>, Rejected> 
         return Err(syntax(format!("metadata.namespace: {namespace:?} is no namespace's name")));
     }
     let id = ObjectId { kind, namespace, name };
-    match parse_object(kind, &value) {
-        Ok(object) => Ok(Some((id, object))),
+    if kind == Kind::MeshConfig && id.name != MESH_CONFIG_NAME {
+        let first = format!("{} {}/{MESH_CONFIG_NAME}", kind.as_str(), id.namespace);
+        return Err(Rejected {
+            id: Some(id),
+            reason: Reason::Conflict,
+            message: format!("metadata.name: of its namespace only {first} counts; say it there and remove this one"),
+        });
+    }
+    match parse_object(&id, &value) {
+        Ok(object) => Ok(Content::Object(id, Box::new(object))),
         Err(message) => Err(Rejected {
             id: Some(id),
             reason: Reason::Field,
             message,
         }),
     }
+}
+
+/// What another mesh reads, and what is almost what this one reads: whoever wrote it believes that it protects something.
+fn is_meant_for_the_mesh(api_version: &str, kind: &str) -> bool {
+    let is = |name: &&str| name.eq_ignore_ascii_case(kind);
+    let (group, _) = api_version.split_once('/').unwrap_or(("", api_version));
+    group == "security.istio.io"
+        || [
+            "AuthorizationPolicy",
+            "MeshConfig",
+            "PeerAuthentication",
+            "RequestAuthentication",
+        ]
+        .iter()
+        .any(is)
+        || (group.is_empty() && Kind::ALL.iter().any(|kind| is(&kind.as_str())))
 }
 
 /// RFC 1123 subdomain; also of service accounts and nodes.
@@ -242,8 +290,8 @@ fn typed<T: DeserializeOwned>(value: &Value) -> Result<T, String> {
     })
 }
 
-fn parse_object(kind: Kind, value: &Value) -> Result<Object, String> {
-    Ok(match kind {
+fn parse_object(id: &ObjectId, value: &Value) -> Result<Object, String> {
+    Ok(match id.kind {
         Kind::Namespace => {
             let namespace: core::Namespace = typed(value)?;
             Object::Namespace {
@@ -260,6 +308,15 @@ fn parse_object(kind: Kind, value: &Value) -> Result<Object, String> {
         Kind::AuthorizationPolicy => {
             let policy: AuthorizationPolicy = typed(value)?;
             Object::AuthorizationPolicy(Box::new(policy.spec.validate().map_err(|error| error.to_string())?))
+        }
+        Kind::MeshConfig => {
+            let config: MeshConfig = typed(value)?;
+            let scope = if id.namespace == ROOT_NAMESPACE {
+                MeshConfigScope::Mesh
+            } else {
+                MeshConfigScope::Namespace
+            };
+            Object::MeshConfig(Box::new(config.spec.validate(scope).map_err(|error| error.to_string())?))
         }
     })
 }

@@ -7,7 +7,6 @@ mod last_good;
 mod manifest;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use sha2::{Digest as _, Sha256};
@@ -18,7 +17,7 @@ pub use last_good::LastGood;
 pub use manifest::Reason;
 pub(crate) use manifest::is_name;
 
-use crate::objects::{Object, ObjectId, World};
+use crate::objects::{Claim, Object, ObjectId, World};
 use manifest::parse_file;
 
 #[cfg(test)]
@@ -57,11 +56,12 @@ struct Held {
     since: u64,
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct FileState {
     hash: [u8; 32],
     held: BTreeMap<ObjectId, Held>,
     rejected: Vec<Rejection>,
+    ignored: usize,
 }
 
 /// What is in force of an object, and from where.
@@ -80,9 +80,32 @@ pub struct Registry {
     in_force: BTreeMap<ObjectId, InForce>,
     world: Arc<World>,
     rejections: Vec<Rejection>,
+    /// Something was in force once: an empty folder is then one that was lost.
+    filled: bool,
+    emptied: bool,
 }
 
 impl Registry {
+    /// As after a restart where something was in force before.
+    #[must_use]
+    pub fn filled_before(mut self) -> Self {
+        self.filled = true;
+        self
+    }
+
+    /// The last scan would have left nothing in force where there was something, and was not taken: an unmounted folder looks
+    /// just so, and believing it would take every policy out of force.
+    #[must_use]
+    pub fn emptied(&self) -> bool {
+        self.emptied
+    }
+
+    /// Documents that look as if they were meant for the mesh, which does not read them.
+    #[must_use]
+    pub fn ignored(&self) -> usize {
+        self.files.values().map(|file| file.ignored).sum()
+    }
+
     #[must_use]
     pub fn world(&self) -> Arc<World> {
         Arc::clone(&self.world)
@@ -94,8 +117,9 @@ impl Registry {
         &self.rejections
     }
 
-    /// Takes over a read of the folder. True when what is in force, or what is rejected, has changed.
+    /// Takes over a read of the folder. True when what is in force, or what is rejected, has changed. See [`Self::emptied`].
     pub fn apply(&mut self, scan: &Scan) -> bool {
+        let before = self.files.clone();
         self.scans += 1;
         self.files.retain(|file, _| scan.contains_key(file));
         for (file, content) in scan {
@@ -117,21 +141,24 @@ impl Registry {
         }
         let mut rejections: Vec<Rejection> = self.files.values().flat_map(|file| file.rejected.clone()).collect();
         let in_force = self.decide(&mut rejections);
-        rejections.sort();
-        let world: World = in_force
-            .iter()
-            .map(|(id, held)| (id.clone(), Arc::clone(&held.form.object)))
-            .collect();
-        let changed = world != *self.world || rejections != self.rejections;
-        if world != *self.world {
-            self.world = Arc::new(world);
+        self.emptied = self.filled && in_force.is_empty();
+        if self.emptied {
+            self.files = before;
+            return false;
         }
+        rejections.sort();
+        let world = world_of(&in_force);
+        let changed = world != self.world || rejections != self.rejections;
+        if world != self.world {
+            self.world = world;
+        }
+        self.filled |= !in_force.is_empty();
         self.in_force = in_force;
         self.rejections = rejections;
         changed
     }
 
-    /// Of several claims to one object the oldest wins, and of several objects with one address likewise.
+    /// Of several forms of one object the oldest wins, and of several objects with one address or uid likewise.
     fn decide(&self, rejections: &mut Vec<Rejection>) -> BTreeMap<ObjectId, InForce> {
         let mut claims: BTreeMap<&ObjectId, Vec<(u64, &str, &Held)>> = BTreeMap::new();
         for (file, state) in &self.files {
@@ -163,17 +190,28 @@ impl Registry {
         }
         // First what is in force unchanged (it cannot contradict itself), then changed objects, then new ones by age.
         candidates.sort_by_key(|(changed, new, since, file, held, _)| (*changed, *new, *since, *file, held.form.document));
-        let mut owners: HashMap<IpAddr, &ObjectId> = HashMap::new();
+        // Who has had a thing and still claims it keeps it, also when it changes in the same moment as another one that wants it.
+        let mut owners: HashMap<Claim<'_>, &ObjectId> = HashMap::new();
+        for (_, _, _, _, held, id) in &candidates {
+            if let Some(before) = self.in_force.get(*id) {
+                let wanted: Vec<Claim<'_>> = held.form.object.claims().collect();
+                let kept = before.form.object.claims().filter(|claim| wanted.contains(claim));
+                owners.extend(kept.map(|claim| (claim, *id)));
+            }
+        }
         let mut in_force = BTreeMap::new();
         for (_, _, since, file, held, id) in candidates {
-            let taken = |object: &Object, owners: &HashMap<IpAddr, &ObjectId>| {
-                object
-                    .exclusive_addresses()
-                    .iter()
-                    .find_map(|ip| owners.get(ip).map(|owner| (*ip, (*owner).clone())))
+            let taken = |object: &Object, owners: &HashMap<Claim<'_>, &ObjectId>| {
+                object.claims().find_map(|claim| {
+                    let owner = owners.get(&claim).filter(|owner| **owner != id)?;
+                    Some(match claim {
+                        Claim::Address(ip) => format!("{} {ip} belongs to {owner} already", address_field(object)),
+                        Claim::Uid(uid) => format!("metadata.uid: {uid} belongs to {owner} already"),
+                    })
+                })
             };
             let mut form = &held.form;
-            if let Some((ip, owner)) = taken(&form.object, &owners) {
+            if let Some(message) = taken(&form.object, &owners) {
                 let last = self
                     .in_force
                     .get(id)
@@ -183,13 +221,13 @@ impl Registry {
                     document: held.form.document,
                     object: Some(id.clone()),
                     reason: Reason::Conflict,
-                    message: format!("{} {ip} belongs to {owner} already", address_field(&held.form.object)),
+                    message,
                     last_good_in_force: last.is_some(),
                 });
                 let Some(last) = last else { continue };
                 form = &last.form;
             }
-            owners.extend(form.object.exclusive_addresses().iter().map(|ip| (*ip, id)));
+            owners.extend(form.object.claims().map(|claim| (claim, id)));
             in_force.insert(
                 id.clone(),
                 InForce {
@@ -201,6 +239,11 @@ impl Registry {
         }
         in_force
     }
+}
+
+fn world_of(in_force: &BTreeMap<ObjectId, InForce>) -> Arc<World> {
+    let object = |(id, held): (&ObjectId, &InForce)| (id.clone(), Arc::clone(&held.form.object));
+    Arc::new(in_force.iter().map(object).collect())
 }
 
 fn address_field(object: &Object) -> &'static str {
@@ -221,7 +264,18 @@ fn read_file(state: &mut FileState, file: &str, text: &Arc<str>, scan: u64) {
     let mut broken: BTreeSet<ObjectId> = BTreeSet::new();
     // A document too broken to say which object it is may be any of those that are missing now.
     let mut unknown_broken = false;
-    for document in parse_file(text) {
+    let parsed = parse_file(text);
+    state.ignored = parsed.ignored.len();
+    if let Some(first) = parsed.ignored.first() {
+        tracing::warn!(
+            file,
+            documents = state.ignored,
+            first,
+            "NOT read, though it looks as if it was meant to be: the mesh's policies are {}",
+            mesh_api::API_VERSION
+        );
+    }
+    for document in parsed.documents {
         let mut reject = |object: Option<ObjectId>, reason, message| {
             let last_good_in_force = object.as_ref().map_or(!before.is_empty(), |id| before.contains_key(id));
             rejected.push(Rejection {

@@ -142,6 +142,75 @@ fn an_address_belongs_to_whom_had_it_first() {
     assert_eq!(registry.world().len(), 2);
 }
 
+#[test]
+fn a_uid_belongs_to_whom_had_it_first() {
+    let twin = |name: &str, uid: &str, ip: &str| {
+        format!(
+            "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, uid: {uid}, labels: {{culvert.dev/mesh: disabled}}}}\n\
+             status: {{podIPs: [{{ip: {ip}}}]}}\n"
+        )
+    };
+    let mut registry = Registry::default();
+    registry.apply(&scan(&[("victim.yaml", &pod("a", "10.0.0.1"))]));
+    registry.apply(&scan(&[
+        ("0.yaml", &twin("z", "u-a", "10.0.0.2")),
+        ("victim.yaml", &pod("a", "10.0.0.1")),
+    ]));
+    assert_eq!((address(&registry, "a").is_some(), address(&registry, "z")), (true, None));
+    assert_eq!(registry.rejections()[0].reason, Reason::Conflict);
+    assert_eq!(
+        registry.rejections()[0].message,
+        "metadata.uid: u-a belongs to Pod default/a already"
+    );
+    // An older Pod that takes it over in the moment in which its owner changes, too.
+    let mut registry = Registry::default();
+    registry.apply(&scan(&[("0.yaml", &twin("z", "u-z", "10.0.0.2"))]));
+    registry.apply(&scan(&[
+        ("0.yaml", &twin("z", "u-z", "10.0.0.2")),
+        ("victim.yaml", &pod("a", "10.0.0.1")),
+    ]));
+    registry.apply(&scan(&[
+        ("0.yaml", &twin("z", "u-a", "10.0.0.2")),
+        ("victim.yaml", &pod("a", "10.0.0.9")),
+    ]));
+    assert_eq!(address(&registry, "a").as_deref(), Some("10.0.0.9"));
+    assert_eq!(registry.rejections()[0].file, "0.yaml");
+    // Pods without one are told apart by their names.
+    let mut registry = Registry::default();
+    let nameless = |name: &str, ip: &str| pod(name, ip).replace(&format!(", uid: u-{name}"), "");
+    registry.apply(&scan(&[
+        ("a.yaml", &nameless("a", "10.0.0.1")),
+        ("b.yaml", &nameless("b", "10.0.0.2")),
+    ]));
+    assert_eq!(registry.world().len(), 2);
+}
+
+#[test]
+fn an_empty_folder_after_a_full_one_is_none_that_was_read() {
+    let full = pod("a", "10.0.0.1");
+    for empty in [
+        scan(&[]),
+        scan(&[("a.yaml", "")]),
+        scan(&[("other.yaml", "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: a}\n")]),
+    ] {
+        let mut registry = Registry::default();
+        assert!(!registry.apply(&empty) && !registry.emptied(), "nothing was there yet");
+        registry.apply(&scan(&[("a.yaml", &full)]));
+        assert!(!registry.apply(&empty), "nothing changes");
+        assert!(registry.emptied());
+        assert_eq!(address(&registry, "a").as_deref(), Some("10.0.0.1"));
+        // Mounted again.
+        assert!(!registry.apply(&scan(&[("a.yaml", &full)])) && !registry.emptied());
+        // Also when a restart lies between.
+        let mut after = Registry::default().filled_before();
+        assert!(!after.apply(&empty) && after.emptied());
+        // Emptied for good: something is left.
+        let last = "apiVersion: v1\nkind: Namespace\nmetadata: {name: last}\n";
+        assert!(registry.apply(&scan(&[("last.yaml", last)])) && !registry.emptied());
+        assert_eq!((registry.world().len(), address(&registry, "a")), (1, None));
+    }
+}
+
 fn restarted(registry: &Registry) -> Registry {
     let state_dir = tempfile::tempdir().expect("directory");
     let state = crate::state_dir::StateDir::open(&state_dir.path().join("state")).expect("state directory");

@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::access_log::text;
 use crate::app::{ECHO_PORT, HTTP_PORT};
+use crate::firewall;
 use crate::manifests::{policy, principal, spiffe_id};
 use crate::mesh::Mesh;
 use crate::poll;
@@ -39,6 +40,10 @@ pub const ALL: &[Claim] = &[
     Claim {
         says: "the same search finds the marker of a Pod outside the mesh",
         prove: wire_shows_the_outsider,
+    },
+    Claim {
+        says: "no rule of iptables or nftables, in no node and no Pod",
+        prove: no_firewall_rules,
     },
     Claim {
         says: "the access log names both SPIFFE identities",
@@ -152,6 +157,21 @@ fn wire_shows_the_outsider(mesh: &mut Mesh) -> Result<Vec<String>> {
     Ok(vec![format!(
         "{marker}, sent by the Pod outside the mesh, is among the {} frames",
         recording.frames
+    )])
+}
+
+fn no_firewall_rules(mesh: &mut Mesh) -> Result<Vec<String>> {
+    let nodes = NodeName::ALL.map(|node| (node.as_str(), &mesh.topology.node(node).netns));
+    let pods = mesh.topology.pods().map(|(name, pod)| (name, &pod.netns));
+    let mut asked = Vec::new();
+    for (name, netns) in nodes.into_iter().chain(pods) {
+        let tables = firewall::tables(netns)?;
+        ensure!(tables.is_empty(), "expected no table of rules in {name}, saw {tables:?}");
+        asked.push(name);
+    }
+    Ok(vec![format!(
+        "asked of the kernel (netlink for nftables, /proc for legacy iptables): no table, so no rule, in {}",
+        asked.join(", ")
     )])
 }
 

@@ -47,6 +47,8 @@ pub const PODS: [PodSpec; 4] = [
     },
 ];
 
+const INTERRUPTED: &str = "interrupted before every claim was proven; everything that was made is removed";
+
 /// Brings everything up, proves the claims, and (unless only checking) waits for Ctrl-C.
 ///
 /// # Errors
@@ -61,15 +63,17 @@ pub fn run(check_only: bool) -> Result<()> {
     let mut report = Report::new();
     report.heading("Bringing up a mesh of two nodes on this machine");
     let mut mesh = Mesh::start(&PODS, &mut |step| report.progress(step))?;
+    report.progress("each Pod serves: mesh-test-app, a small HTTP and echo server of this repository, as an unprivileged user");
     report.heading("What it does, each claim with the evidence just gathered");
     for claim in claims::ALL {
         if poll::interrupted() {
-            bail!("interrupted");
+            bail!(INTERRUPTED);
         }
         match (claim.prove)(&mut mesh) {
             Ok(evidence) => report.proven(claim.says, &evidence),
+            Err(_) if poll::interrupted() => bail!(INTERRUPTED),
             Err(error) => {
-                report.failed(claim.says);
+                report.failed(claim.says, &error);
                 return Err(mesh.with_logs(error));
             }
         }

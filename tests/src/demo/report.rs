@@ -38,8 +38,8 @@ impl Report {
         }
     }
 
-    pub(super) fn failed(&mut self, claim: &str) {
-        self.say(&format!("  {} {claim}", self.coloured("31", "FAILED")));
+    pub(super) fn failed(&mut self, claim: &str, error: &anyhow::Error) {
+        self.say(&format!("  {} {claim}\n         {error:#}", self.coloured("31", "FAILED")));
     }
 
     pub(super) fn try_this(&mut self, mesh: &Mesh) {
@@ -71,12 +71,12 @@ impl Report {
                 ),
             ),
             (
-                "no rule of iptables or nftables anywhere",
-                "cargo xtask demo exec client -- nft list ruleset".to_owned(),
+                "what the mesh has put into the client's network namespace: routing, and no firewall rule",
+                format!("ip -n {} rule", mesh.pod("client").netns.name()),
             ),
             (
                 "the access log of the server's node",
-                format!("tail -f {logs}/node-2/access.log"),
+                format!("tail -n 3 {logs}/node-2/access.log"),
             ),
             (
                 "the metrics of node-1's agent",

@@ -13,10 +13,14 @@ use crate::process::Place;
 
 /// Lies ready in the run's folder, to be copied into the registry.
 pub const EXAMPLE_POLICY: &str = "deny-client.yaml";
+/// A file for each demo that runs, named by its process id. A fixed place: two terminals need not agree on
+/// `XDG_RUNTIME_DIR` or `TMPDIR`, and a demo is root's anyway.
+pub const FOLDER: &str = "/run/culvert-demo";
+/// Which demo `exec` means, by its process id, where several run.
+pub const CHOICE_VARIABLE: &str = "CULVERT_DEMO";
 
 #[derive(Serialize, Deserialize)]
 struct State {
-    pid: u32,
     /// Where `mesh-test-app` is.
     folder: PathBuf,
     pods: BTreeMap<String, PodState>,
@@ -52,14 +56,17 @@ impl Running {
             })
             .collect();
         let state = State {
-            pid: std::process::id(),
             folder: folder.to_owned(),
             pods,
         };
-        let path = state_file();
-        if let Some(parent) = path.parent() {
-            std::fs::create_dir_all(parent)?;
+        std::fs::create_dir_all(FOLDER)?;
+        // What a killed demo left.
+        for (pid, path) in announced() {
+            if !is_alive(pid) {
+                let _ = std::fs::remove_file(path);
+            }
         }
+        let path = announcement(std::process::id());
         std::fs::write(&path, serde_json::to_vec_pretty(&state)?).with_context(|| format!("writing {}", path.display()))?;
         Ok(Self(path))
     }
@@ -68,23 +75,19 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.0);
+        // The last one; with another demo's file in it, it stays.
+        let _ = std::fs::remove_dir(FOLDER);
     }
 }
 
 /// Runs a command in a Pod of the running demo, as an unprivileged application; answers its exit code.
 ///
 /// # Errors
-/// No demo runs, it has no such Pod, or the command cannot start.
+/// No demo runs, or several and none is chosen; it has no such Pod, or the command cannot start.
 pub fn exec(pod: &str, command: &[String]) -> Result<u8> {
-    let path = state_file();
-    let text = std::fs::read(&path).with_context(|| format!("no demo is running ({} is not there)", path.display()))?;
+    let path = announcement(chosen()?);
+    let text = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
     let state: State = serde_json::from_slice(&text)?;
-    if !Path::new(&format!("/proc/{}", state.pid)).exists() {
-        bail!(
-            "the demo that wrote {} is gone; start another by `cargo xtask demo`",
-            path.display()
-        );
-    }
     let Some(found) = state.pods.get(pod) else {
         bail!(
             "the demo has no Pod {pod}; it has {}",
@@ -113,7 +116,57 @@ pub fn exec(pod: &str, command: &[String]) -> Result<u8> {
         .unwrap_or(1))
 }
 
-fn state_file() -> PathBuf {
-    let base = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(|| PathBuf::from("/run"), PathBuf::from);
-    base.join("culvert-demo").join("state.json")
+/// The process id of the demo that is meant.
+fn chosen() -> Result<u32> {
+    let alive: Vec<u32> = announced().map(|(pid, _)| pid).filter(|pid| is_alive(*pid)).collect();
+    let wanted = std::env::var(CHOICE_VARIABLE).ok();
+    choose(&alive, wanted.as_deref())
+}
+
+fn choose(alive: &[u32], wanted: Option<&str>) -> Result<u32> {
+    match (alive, wanted) {
+        ([], _) => bail!("no demo is up; start one by `cargo xtask demo`, and wait until its claims are proven"),
+        (_, Some(wanted)) => match alive.iter().find(|pid| pid.to_string() == wanted) {
+            Some(pid) => Ok(*pid),
+            None => bail!("{CHOICE_VARIABLE}={wanted} is none of the demos that are up: {alive:?}"),
+        },
+        ([pid], None) => Ok(*pid),
+        _ => bail!("several demos are up: choose one by {CHOICE_VARIABLE}=<process id> of {alive:?}"),
+    }
+}
+
+fn announced() -> impl Iterator<Item = (u32, PathBuf)> {
+    let entries = std::fs::read_dir(FOLDER).into_iter().flatten().flatten();
+    entries.filter_map(|entry| {
+        let path = entry.path();
+        let pid = path.file_stem()?.to_str()?.parse().ok()?;
+        Some((pid, path))
+    })
+}
+
+fn announcement(pid: u32) -> PathBuf {
+    Path::new(FOLDER).join(format!("{pid}.json"))
+}
+
+fn is_alive(pid: u32) -> bool {
+    Path::new(&format!("/proc/{pid}")).exists()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_demo_is_meant_without_a_word_and_several_need_one() {
+        assert_eq!(choose(&[7], None).unwrap(), 7);
+        assert_eq!(choose(&[7, 8], Some("8")).unwrap(), 8);
+        for (alive, wanted, says) in [
+            (&[][..], None, "no demo is up"),
+            (&[7, 8], None, "several demos"),
+            (&[7], Some("8"), "none of the demos"),
+        ] {
+            let error = choose(alive, wanted).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
+    }
 }

@@ -1,3 +1,4 @@
+use super::pins::{abi_version, cgroup2_mount, prepare_pins};
 use super::*;
 
 #[test]

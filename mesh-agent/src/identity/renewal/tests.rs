@@ -121,7 +121,7 @@ async fn failures_are_told_and_overcome_and_a_certificate_is_renewed_before_it_e
     assert!(!first.is_expired(SystemTime::now()), "there was one that holds all the time");
     assert!(current().not_after > first.not_after);
 
-    assert_eq!(running.certificates.unwant("pod"), [web.clone()]);
+    assert_eq!(running.certificates.unwant("pod"), std::slice::from_ref(&web));
     assert!(running.store.current(&web).is_none());
 }
 

@@ -284,11 +284,17 @@ async fn outsiders_are_passed_through_and_counted() {
 async fn a_cut_and_a_release_reset_both_ends() {
     let mesh = Mesh::new();
     let (_client, _server, mut client, mut server) = connected(&mesh).await;
-    let cut = mesh.far.proxy.registry.cut(|_, info| info.source == Some(identity("client")));
-    assert_eq!(cut, 1);
+    mesh.tell(vec![deny("shop/late", "client")]);
     assert_reset(&mut client).await;
     assert_reset(&mut server).await;
-    mesh.far.logs_reason("cut").await;
+    let line = mesh.far.logs_reason("cut_by_policy").await;
+    assert_eq!(line["policy"], "shop/late");
+    let metrics = mesh.far.metrics.render();
+    assert!(
+        metrics.contains(r#"mesh_policy_cut_total{policy="shop/late"} 1"#),
+        "{metrics}"
+    );
+    mesh.tell(vec![Change::RemovePolicy("shop/late".into())]);
 
     let (pod, _server, mut client, mut server) = connected(&mesh).await;
     pod.handle.shutdown().await;

@@ -7,6 +7,7 @@ mod memory;
 mod pool;
 mod raw;
 mod refuse;
+mod review;
 mod service;
 mod tls;
 
@@ -31,6 +32,7 @@ use crate::addr::OriginalDst;
 use crate::capture::{CaptureError, PodNetwork, Probes, Upstream, UpstreamLease};
 use crate::identity::Identity;
 use crate::identity::store::CertifiedKeyPair;
+use crate::policy::{Action, Clause, Match, Policy, Rule, Scope, StringMatch};
 use crate::state::{Change, Settings};
 use crate::workload::{Membership, Workload, WorkloadType};
 
@@ -116,10 +118,17 @@ pub(super) fn identity(account: &str) -> Identity {
 pub(super) const OWN_UPSTREAM_PORT: u16 = 61_234;
 
 /// A Pod's network of plain sockets.
-#[derive(Debug)]
 struct LoopbackNetwork {
     own: IpAddr,
     destinations: Mutex<HashMap<SocketAddr, OriginalDst>>,
+    /// Called once, between the decision about an inbound connection and its way to the application.
+    once_decided: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+impl std::fmt::Debug for LoopbackNetwork {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "the network of {}", self.own)
+    }
 }
 
 impl PodNetwork for LoopbackNetwork {
@@ -135,6 +144,9 @@ impl PodNetwork for LoopbackNetwork {
     }
 
     fn upstream_socket(&self, client: IpAddr, _: SocketAddr) -> Result<Upstream, CaptureError> {
+        if let Some(meanwhile) = self.once_decided.lock().take() {
+            meanwhile();
+        }
         Ok(Upstream {
             socket: socket_at(client),
             lease: UpstreamLease::default(),
@@ -271,6 +283,7 @@ impl Mesh {
         let network = Arc::new(LoopbackNetwork {
             own: ip,
             destinations: Mutex::default(),
+            once_decided: Mutex::default(),
         });
         let listener = async |port| TcpListener::bind(SocketAddr::new(ip, port)).await.unwrap();
         let listeners = PodListeners {
@@ -355,6 +368,27 @@ impl Pod {
             }
         })
     }
+}
+
+/// A DENY in the namespace of all Pods here, of a principal.
+pub(super) fn deny(name: &str, account: &str) -> Change {
+    let conditions = Match {
+        principals: vec![StringMatch::Exact(identity(account).principal().into())],
+        ..Match::default()
+    };
+    Change::Policy(Arc::new(Policy {
+        name: name.into(),
+        namespace: "shop".into(),
+        scope: Scope::Namespace,
+        action: Action::Deny,
+        rules: vec![Rule {
+            clauses: vec![Clause {
+                matches: vec![conditions],
+            }],
+            unknown: false,
+        }],
+        dry_run: false,
+    }))
 }
 
 /// The stream gives an error before any byte, as a refusal must look.

@@ -17,7 +17,13 @@ pub(super) struct RawTunnel {
 }
 
 impl RawTunnel {
+    /// From an address that discovery knows as that of the certificate's identity.
     pub(super) async fn open(mesh: &Mesh, from: IpAddr, to: &Pod, pair: Arc<CertifiedKeyPair>) -> Self {
+        mesh.tell(vec![Change::Workload(Workload {
+            uid: format!("Kubernetes//Pod/shop/raw-{from}").into(),
+            identity: pair.identity.clone(),
+            ..workload("raw", from)
+        })]);
         let stream = socket_at(from).connect(SocketAddr::new(to.ip, TUNNEL_PORT)).await.unwrap();
         let handshake = mesh.near.proxy.tls.connect(&pair, &to.workload.identity, to.ip, stream);
         let (tls, _) = timeout(PATIENCE, handshake).await.unwrap().unwrap();

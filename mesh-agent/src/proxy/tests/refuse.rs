@@ -34,7 +34,7 @@ async fn plaintext(mesh: &Mesh, pod: &Pod, port: u16) -> TcpStream {
 }
 
 /// A connection that arrives at the Pod's application outside of a tunnel, with the application behind the proxy.
-async fn plaintext_to_echo(mesh: &Mesh, from: IpAddr, pod: &Pod) -> TcpStream {
+pub(super) async fn plaintext_to_echo(mesh: &Mesh, from: IpAddr, pod: &Pod) -> TcpStream {
     let listener = pod.listen().await;
     let client = socket_at(from).connect(pod.application()).await.unwrap();
     let (stream, address) = listener.accept().await.unwrap();

@@ -1,7 +1,6 @@
 //! A service's address: an endpoint is chosen, another one tried when it refuses, and what was decided is final.
 
 use super::*;
-use crate::policy::{Action, Policy, Rule, Scope};
 use crate::workload::{Service, ServicePort};
 
 const SERVICE: &str = "shop/web.shop.svc.cluster.local";

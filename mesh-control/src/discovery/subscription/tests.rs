@@ -23,11 +23,19 @@ fn names(list: &[&str]) -> Vec<String> {
     list.iter().map(ToString::to_string).collect()
 }
 
+/// Takes a request while there is nothing.
+fn request(subscription: &mut Subscription, request: Request) -> Result<Answer, TooMuch> {
+    subscription.request(request, Some(&TypeSnapshot::default()))
+}
+
 fn ack(subscription: &mut Subscription, response: &Response) {
-    let answer = subscription.request(Request {
-        nonce: response.nonce.clone(),
-        ..Request::default()
-    });
+    let answer = request(
+        subscription,
+        Request {
+            nonce: response.nonce.clone(),
+            ..Request::default()
+        },
+    );
     assert_eq!(answer, Ok(Answer::Acknowledged));
 }
 
@@ -45,7 +53,7 @@ fn exchange(subscription: &mut Subscription, snapshot: &TypeSnapshot) -> Option<
 fn a_wildcard_gets_everything_then_only_what_changes() {
     let mut subscription = Subscription::default();
     assert!(subscription.next(&snapshot(&[("a", "1")])).is_none(), "nobody has asked yet");
-    assert_eq!(subscription.request(Request::default()), Ok(Answer::None));
+    assert_eq!(request(&mut subscription, Request::default()), Ok(Answer::None));
     let first = snapshot(&[("a", "1"), ("b", "1")]);
     assert_eq!(exchange(&mut subscription, &first), Some((names(&["a", "b"]), vec![])));
     assert_eq!(exchange(&mut subscription, &first), None);
@@ -60,7 +68,7 @@ fn a_wildcard_gets_everything_then_only_what_changes() {
 #[test]
 fn a_type_with_nothing_still_answers_once() {
     let mut subscription = Subscription::default();
-    subscription.request(Request::default()).expect("request");
+    request(&mut subscription, Request::default()).expect("request");
     assert_eq!(exchange(&mut subscription, &snapshot(&[])), Some((vec![], vec![])));
     assert_eq!(exchange(&mut subscription, &snapshot(&[])), None);
 }
@@ -73,12 +81,14 @@ fn a_resumed_client_gets_what_it_lacks_and_hears_what_is_gone() {
         .iter()
         .map(|(name, version)| (name.to_string(), version.to_string()))
         .collect();
-    subscription
-        .request(Request {
+    request(
+        &mut subscription,
+        Request {
             initial_versions,
             ..Request::default()
-        })
-        .expect("request");
+        },
+    )
+    .expect("request");
     let now = snapshot(&[("a", "1"), ("b", "2"), ("c", "1")]);
     assert_eq!(
         exchange(&mut subscription, &now),
@@ -87,12 +97,14 @@ fn a_resumed_client_gets_what_it_lacks_and_hears_what_is_gone() {
 
     let mut current = Subscription::default();
     let initial_versions = [("a".to_owned(), "1".to_owned())].into();
-    current
-        .request(Request {
+    request(
+        &mut current,
+        Request {
             initial_versions,
             ..Request::default()
-        })
-        .expect("request");
+        },
+    )
+    .expect("request");
     assert_eq!(
         exchange(&mut current, &snapshot(&[("a", "1")])),
         Some((vec![], vec![])),
@@ -103,7 +115,7 @@ fn a_resumed_client_gets_what_it_lacks_and_hears_what_is_gone() {
 #[test]
 fn one_response_is_in_flight_and_changes_coalesce() {
     let mut subscription = Subscription::default();
-    subscription.request(Request::default()).expect("request");
+    request(&mut subscription, Request::default()).expect("request");
     let first = subscription.next(&snapshot(&[("a", "1")])).expect("first");
     for version in ["2", "3", "4"] {
         assert!(subscription.next(&snapshot(&[("a", version), ("b", version)])).is_none());
@@ -118,14 +130,14 @@ fn one_response_is_in_flight_and_changes_coalesce() {
         nonce: first.nonce,
         ..Request::default()
     };
-    assert_eq!(subscription.request(stale), Ok(Answer::None));
+    assert_eq!(request(&mut subscription, stale), Ok(Answer::None));
     assert!(subscription.in_flight());
 }
 
 #[test]
 fn what_was_rejected_comes_again_only_when_it_changes() {
     let mut subscription = Subscription::default();
-    subscription.request(Request::default()).expect("request");
+    request(&mut subscription, Request::default()).expect("request");
     let good = snapshot(&[("a", "1")]);
     exchange(&mut subscription, &good);
     let bad = snapshot(&[("a", "2")]);
@@ -136,7 +148,7 @@ fn what_was_rejected_comes_again_only_when_it_changes() {
         ..Request::default()
     };
     assert_eq!(
-        subscription.request(nack),
+        request(&mut subscription, nack),
         Ok(Answer::Rejected {
             names: names(&["a"]),
             error: "cannot".into()
@@ -149,13 +161,15 @@ fn what_was_rejected_comes_again_only_when_it_changes() {
         "the old form is a change"
     );
     let response = subscription.next(&bad).expect("update");
-    subscription
-        .request(Request {
+    request(
+        &mut subscription,
+        Request {
             nonce: response.nonce,
             error: Some("cannot".into()),
             ..Request::default()
-        })
-        .expect("nack");
+        },
+    )
+    .expect("nack");
     assert_eq!(
         exchange(&mut subscription, &snapshot(&[])),
         Some((vec![], names(&["a"]))),
@@ -166,25 +180,29 @@ fn what_was_rejected_comes_again_only_when_it_changes() {
 #[test]
 fn on_demand_serves_names_and_aliases_and_answers_for_what_is_not_there() {
     let mut subscription = Subscription::default();
-    subscription
-        .request(Request {
+    request(
+        &mut subscription,
+        Request {
             subscribe: names(&["*"]),
             unsubscribe: names(&["*"]),
             ..Request::default()
-        })
-        .expect("request");
+        },
+    )
+    .expect("request");
     let now = snapshot(&[("a", "1"), ("b", "1"), ("c", "1")]);
     assert_eq!(
         exchange(&mut subscription, &now),
         Some((vec![], vec![])),
         "ready, with nothing"
     );
-    subscription
-        .request(Request {
+    request(
+        &mut subscription,
+        Request {
             subscribe: names(&["a", "/b", "none"]),
             ..Request::default()
-        })
-        .expect("request");
+        },
+    )
+    .expect("request");
     assert_eq!(
         exchange(&mut subscription, &now),
         Some((names(&["a", "b"]), names(&["none"])))
@@ -194,20 +212,24 @@ fn on_demand_serves_names_and_aliases_and_answers_for_what_is_not_there() {
     let later = snapshot(&[("a", "1"), ("b", "2"), ("c", "2"), ("none", "1")]);
     assert_eq!(exchange(&mut subscription, &later), Some((names(&["b", "none"]), vec![])));
     // A second question for the same is answered again.
-    subscription
-        .request(Request {
+    request(
+        &mut subscription,
+        Request {
             subscribe: names(&["a", "/b"]),
             ..Request::default()
-        })
-        .expect("request");
+        },
+    )
+    .expect("request");
     assert_eq!(exchange(&mut subscription, &later), Some((names(&["a", "b"]), vec![])));
     // Unsubscribed: nothing more of it.
-    subscription
-        .request(Request {
+    request(
+        &mut subscription,
+        Request {
             unsubscribe: names(&["a"]),
             ..Request::default()
-        })
-        .expect("request");
+        },
+    )
+    .expect("request");
     assert_eq!(
         exchange(&mut subscription, &snapshot(&[("a", "9"), ("b", "2"), ("none", "1")])),
         None
@@ -223,12 +245,14 @@ fn a_service_brings_its_endpoints() {
     let mut now = snapshot(&[("ns/svc", "1"), ("w1", "1"), ("w2", "1"), ("w3", "1")]);
     now.endpoints.insert("ns/svc".into(), names(&["w1", "w3"]));
     let mut subscription = Subscription::default();
-    subscription
-        .request(Request {
+    request(
+        &mut subscription,
+        Request {
             subscribe: names(&["/ns/svc"]),
             ..Request::default()
-        })
-        .expect("request");
+        },
+    )
+    .expect("request");
     assert_eq!(
         exchange(&mut subscription, &now),
         Some((names(&["ns/svc", "w1", "w3"]), vec![]))
@@ -238,16 +262,18 @@ fn a_service_brings_its_endpoints() {
 #[test]
 fn a_wildcard_can_be_left_for_names() {
     let mut subscription = Subscription::default();
-    subscription.request(Request::default()).expect("request");
+    request(&mut subscription, Request::default()).expect("request");
     let now = snapshot(&[("a", "1"), ("b", "1")]);
     exchange(&mut subscription, &now);
-    subscription
-        .request(Request {
+    request(
+        &mut subscription,
+        Request {
             subscribe: names(&["a"]),
             unsubscribe: names(&["*"]),
             ..Request::default()
-        })
-        .expect("request");
+        },
+    )
+    .expect("request");
     assert_eq!(exchange(&mut subscription, &now), Some((names(&["a"]), names(&["b"]))));
 }
 
@@ -259,7 +285,7 @@ fn large_states_are_split_and_all_arrives() {
     let many: Vec<(&str, &str)> = many.iter().map(|(name, value)| (name.as_str(), *value)).collect();
     let all = snapshot(&many);
     let mut subscription = Subscription::default();
-    subscription.request(Request::default()).expect("request");
+    request(&mut subscription, Request::default()).expect("request");
     let (mut received, mut responses) = (0, 0);
     while let Some(response) = subscription.next(&all) {
         let bytes: usize = response.resources.iter().map(|resource| resource.value.len()).sum();
@@ -287,10 +313,37 @@ fn subscriptions_are_bounded() {
         subscribe: vec!["x".repeat(MAX_NAME_BYTES + 1)],
         ..Request::default()
     };
-    assert_eq!(subscription.request(long), Err(TooMuch::NameLength));
+    assert_eq!(request(&mut subscription, long), Err(TooMuch::NameLength));
     let many = Request {
-        subscribe: vec!["x".to_owned(); MAX_NAMES + 1],
+        subscribe: vec!["x".to_owned(); MAX_RESOURCES + 1],
         ..Request::default()
     };
-    assert_eq!(subscription.request(many), Err(TooMuch::Names));
+    assert_eq!(request(&mut subscription, many), Err(TooMuch::Names));
+    // What is not there is remembered up to a bound, what is there is not counted.
+    let absent = |from: usize, to: usize| Request {
+        subscribe: (from..to).map(|i| format!("absent-{i}")).collect(),
+        ..Request::default()
+    };
+    let there = snapshot(&[("a", "1")]);
+    let mut subscription = Subscription::default();
+    assert!(subscription.request(absent(0, MAX_ABSENT_NAMES), Some(&there)).is_ok());
+    let known = Request {
+        subscribe: names(&["a", "/a"]),
+        ..Request::default()
+    };
+    assert!(subscription.request(known, Some(&there)).is_ok());
+    assert_eq!(
+        subscription.request(absent(MAX_ABSENT_NAMES, MAX_ABSENT_NAMES + 1), Some(&there)),
+        Err(TooMuch::Absent)
+    );
+}
+
+#[test]
+fn an_agent_that_holds_all_it_may_is_resumed() {
+    let held = (0..MAX_RESOURCES).map(|i| (format!("r{i}"), "1".to_owned())).collect();
+    let resume = Request {
+        initial_versions: held,
+        ..Request::default()
+    };
+    assert_eq!(request(&mut Subscription::default(), resume), Ok(Answer::None));
 }

@@ -38,13 +38,14 @@ spec:
 
 fn good(text: &str) -> Vec<(ObjectId, Object)> {
     parse_file(text)
+        .documents
         .into_iter()
         .map(|document| document.content.expect("good"))
         .collect()
 }
 
 fn error(text: &str) -> Rejected {
-    let mut documents = parse_file(text);
+    let mut documents = parse_file(text).documents;
     assert_eq!(documents.len(), 1, "{documents:?}");
     documents.remove(0).content.expect_err("has to be refused")
 }
@@ -88,7 +89,11 @@ fn manifests_as_people_write_them_are_read() {
 #[test]
 fn documents_are_numbered_as_written_and_lists_are_opened() {
     assert_eq!(
-        parse_file(SEVERAL).iter().map(|document| document.number).collect::<Vec<_>>(),
+        parse_file(SEVERAL)
+            .documents
+            .iter()
+            .map(|document| document.number)
+            .collect::<Vec<_>>(),
         [1, 3, 4]
     );
     let list = r#"{"apiVersion": "v1", "kind": "List", "items": [
@@ -97,13 +102,13 @@ fn documents_are_numbered_as_written_and_lists_are_opened() {
     assert_eq!(good(list).len(), 2);
     let windows = SEVERAL.replace('\n', "\r\n");
     assert_eq!(good(&format!("\u{feff}{windows}")).len(), 3);
-    assert!(parse_file("").is_empty() && parse_file("---\n---\n# nothing\n").is_empty());
+    assert!(parse_file("").documents.is_empty() && parse_file("---\n---\n# nothing\n").documents.is_empty());
 }
 
 #[test]
 fn a_broken_document_hides_no_other() {
     let text = SEVERAL.replace("kind: Service\n", "kind: [Service\n");
-    let documents = parse_file(&text);
+    let documents = parse_file(&text).documents;
     assert_eq!(documents.len(), 3);
     let rejected = documents[2].content.as_ref().expect_err("broken");
     assert_eq!((rejected.reason, documents[2].number), (Reason::Syntax, 4));
@@ -174,7 +179,7 @@ fn errors_name_object_and_field() {
         ),
         (
             "apiVersion: culvert.dev/v1\nkind: AuthorizationPolicy",
-            "apiVersion: \"culvert.dev/v1\" is unknown; write culvert.dev/v1alpha1",
+            "apiVersion: \"culvert.dev/v1\" is unknown with kind \"AuthorizationPolicy\"; write culvert.dev/v1alpha1",
         ),
     ] {
         let rejected = error(text);
@@ -195,4 +200,67 @@ fn defaults_are_those_of_kubernetes() {
     assert!(objects[0].1.exclusive_addresses().is_empty());
     let headless = good("apiVersion: v1\nkind: Service\nmetadata: {name: a}\nspec: {clusterIP: None}\n");
     assert!(headless[0].1.exclusive_addresses().is_empty());
+}
+
+#[test]
+fn what_seems_meant_for_the_mesh_is_told_and_the_rest_is_not() {
+    let ignored = |api_version: &str, kind: &str| {
+        let parsed = parse_file(&format!("apiVersion: {api_version}\nkind: {kind}\nmetadata: {{name: a}}\n"));
+        assert!(parsed.documents.is_empty(), "{api_version} {kind}");
+        parsed.ignored
+    };
+    for (api_version, kind) in [
+        ("security.istio.io/v1", "AuthorizationPolicy"),
+        ("security.istio.io/v1", "PeerAuthentication"),
+        ("culvert.de/v1alpha1", "AuthorizationPolicy"),
+        ("culvert.de/v1alpha1", "MeshConfig"),
+        ("v1", "pod"),
+        ("V1", "Namespace"),
+    ] {
+        assert_eq!(ignored(api_version, kind), [format!("document 1: {kind} of {api_version}")]);
+    }
+    for (api_version, kind) in [
+        ("apps/v1", "Deployment"),
+        ("serving.knative.dev/v1", "Service"),
+        ("v1", "ConfigMap"),
+    ] {
+        assert!(ignored(api_version, kind).is_empty(), "{api_version} {kind}");
+    }
+    let unknown = error("apiVersion: culvert.dev/v1alpha1\nkind: AuthorisationPolicy\nmetadata: {name: a}\n");
+    assert_eq!(
+        (unknown.id, unknown.reason),
+        (None, Reason::Syntax),
+        "and so keeps what the file held before"
+    );
+}
+
+#[test]
+fn a_mesh_config_is_read_for_its_namespace_and_only_by_its_name() {
+    let config = |namespace: &str, name: &str, spec: &str| {
+        format!(
+            "apiVersion: culvert.dev/v1alpha1\nkind: MeshConfig\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec: {spec}\n"
+        )
+    };
+    let read = good(&config("culvert-system", "default", "{mtls: Strict, excludedPorts: [22]}"));
+    let Object::MeshConfig(mesh) = &read[0].1 else {
+        panic!("{read:?}")
+    };
+    assert_eq!((mesh.mtls, mesh.excluded_ports.contains(&22)), (mesh_api::Mtls::Strict, true));
+    assert_eq!(good(&config("shop", "default", "{mtls: Strict}")).len(), 1);
+    let exclusion = error(&config("shop", "default", "{mtls: Strict, excludedPorts: [22]}"));
+    assert_eq!(exclusion.reason, Reason::Field);
+    assert!(
+        exclusion
+            .message
+            .starts_with("spec.excludedPorts: is for the whole mesh only"),
+        "{}",
+        exclusion.message
+    );
+    let second = error(&config("shop", "other", "{mtls: Permissive}"));
+    assert_eq!(second.reason, Reason::Conflict);
+    assert!(
+        second.message.contains("only MeshConfig shop/default counts"),
+        "{}",
+        second.message
+    );
 }

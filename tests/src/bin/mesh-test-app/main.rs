@@ -8,6 +8,7 @@ mod server;
 use std::io::Write as _;
 use std::process::ExitCode;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
 
 const USAGE: &str = "usage:
@@ -27,6 +28,10 @@ load, for benchmarks:
   mesh-test-app load-idle ADDRESS:PORT COUNT            held until standard input ends";
 
 fn main() -> ExitCode {
+    // A thousand connections need more descriptors than the usual soft limit of 1,024.
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let answer = match arguments.as_slice() {

@@ -1,0 +1,117 @@
+//! The kernel programs: what there is, what each needs of the kernel, and loading them.
+
+use std::path::Path;
+
+use aya::maps::Map;
+use aya::programs::{Program, ProgramError};
+use aya::{Ebpf, EbpfLoader};
+
+use super::super::CaptureError;
+use super::super::bpf_syscalls::AttachType;
+use super::failed;
+
+/// The object that `cargo xtask build-ebpf` made; empty in an agent that was built without it.
+pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf.o"));
+
+/// The node's programs by function name in mesh-ebpf, where each attaches, and the kernel feature that it needs.
+pub(super) const NODE_PROGRAMS: [(&str, AttachType, &str); 10] = [
+    (
+        "connect4",
+        AttachType::CgroupConnect4,
+        "cgroup/connect4 with bpf_get_netns_cookie and socket storage (5.14)",
+    ),
+    (
+        "connect6",
+        AttachType::CgroupConnect6,
+        "cgroup/connect6 with bpf_get_netns_cookie and socket storage (5.14)",
+    ),
+    (
+        "bind4",
+        AttachType::CgroupBind4,
+        "cgroup/bind4 with bpf_get_netns_cookie and socket storage (5.14)",
+    ),
+    (
+        "bind6",
+        AttachType::CgroupBind6,
+        "cgroup/bind6 with bpf_get_netns_cookie and socket storage (5.14)",
+    ),
+    ("getpeername4", AttachType::CgroupGetpeername4, "cgroup/getpeername4 (5.8)"),
+    ("getpeername6", AttachType::CgroupGetpeername6, "cgroup/getpeername6 (5.8)"),
+    ("getsockname4", AttachType::CgroupGetsockname4, "cgroup/getsockname4 (5.8)"),
+    ("getsockname6", AttachType::CgroupGetsockname6, "cgroup/getsockname6 (5.8)"),
+    (
+        "connection_events",
+        AttachType::CgroupSockOps,
+        "sockops with bpf_get_netns_cookie (5.15)",
+    ),
+    (
+        "socket_create",
+        AttachType::CgroupSockCreate,
+        "cgroup/sock_create with bpf_get_netns_cookie (5.7)",
+    ),
+];
+pub(super) const LOOKUP_PROGRAM: (&str, &str) = ("steer", "sk_lookup (5.9)");
+
+/// Whether this agent was built with the kernel programs.
+#[must_use]
+pub fn has_programs() -> bool {
+    !OBJECT.is_empty()
+}
+
+pub(super) fn loader(directory: &Path) -> EbpfLoader<'_> {
+    let mut loader = EbpfLoader::new();
+    loader.default_map_pin_directory(directory);
+    // A map that is declared in BTF cannot ask for its pin by itself.
+    for name in ["AGENT_SOCKETS", "ORIGINAL_DESTINATIONS", "ORIGINAL_DESTINATIONS_OF_SOCKETS"] {
+        loader.map_pin_path(name, directory.join(name));
+    }
+    loader
+}
+
+pub(super) fn load_node_programs(directory: &Path, has_set_retval: bool) -> Result<Ebpf, CaptureError> {
+    let has_set_retval = u32::from(has_set_retval);
+    let mut programs = loader(directory)
+        .override_global("HAS_SET_RETVAL", &has_set_retval, true)
+        .load(OBJECT)
+        .map_err(loading)?;
+    for (name, _, feature) in NODE_PROGRAMS {
+        let loaded = match programs.program_mut(name) {
+            Some(Program::CgroupSockAddr(program)) => program.load(),
+            Some(Program::CgroupSock(program)) => program.load(),
+            Some(Program::SockOps(program)) => program.load(),
+            _ => return Err(failed(name, "not in the object")),
+        };
+        loaded.map_err(|error| program_failed(name, feature, &error))?;
+    }
+    Ok(programs)
+}
+
+pub(super) fn loading(error: aya::EbpfError) -> CaptureError {
+    failed("loading the kernel programs", chain(&error))
+}
+
+pub(super) fn program_failed(name: &str, feature: &str, error: &ProgramError) -> CaptureError {
+    failed(
+        format!("loading the kernel program {name}, which needs {feature} and CAP_BPF, CAP_NET_ADMIN"),
+        chain(error),
+    )
+}
+
+/// An error with its causes; aya keeps the reason in them.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+pub(super) fn take_map(programs: &mut Ebpf, name: &'static str) -> Result<Map, CaptureError> {
+    programs.take_map(name).ok_or_else(|| failed(name, "not in the object"))
+}
+
+pub(super) fn typed<T: TryFrom<Map, Error: std::fmt::Display>>(map: Map) -> Result<T, CaptureError> {
+    T::try_from(map).map_err(|error| failed("a kernel map is not of the expected type", error))
+}

@@ -1,0 +1,111 @@
+use super::*;
+use crate::registry::Scan;
+
+const MESH: &str = r#"
+apiVersion: v1
+kind: Namespace
+metadata: {name: shop, labels: {culvert.dev/mesh: enabled}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: web, namespace: shop, uid: uid-web}
+spec: {nodeName: node-a}
+status: {podIPs: [{ip: 10.0.0.1}]}
+"#;
+
+fn registry(texts: &[&str]) -> Registry {
+    let mut registry = Registry::default();
+    let files = texts.iter().enumerate();
+    let scan: Scan = files.map(|(i, text)| (format!("{i}.yaml"), Ok(Arc::from(*text)))).collect();
+    registry.apply(&scan);
+    registry
+}
+
+fn control(publish_interval: std::time::Duration) -> (tempfile::TempDir, Arc<ControlPlane>) {
+    let dir = tempfile::tempdir().expect("directory");
+    let state = StateDir::open(&dir.path().join("state")).expect("state");
+    let parameters = Parameters {
+        trust_domain: "cluster.local".into(),
+        cluster: "Kubernetes".into(),
+        pod_ranges: vec![],
+        trust_bundle: vec![],
+    };
+    let bounds = Bounds {
+        publish_interval,
+        ..Bounds::default()
+    };
+    let metrics = Arc::new(Metrics::new().expect("metrics"));
+    let control = ControlPlane::new(parameters, state, metrics, bounds).expect("control plane");
+    (dir, Arc::new(control))
+}
+
+fn word(proof: Proof) -> Vec<PodWord> {
+    vec![PodWord {
+        uid: "uid-web".into(),
+        namespace: "shop".into(),
+        name: "web".into(),
+        proof,
+    }]
+}
+
+#[tokio::test]
+async fn a_pod_that_goes_to_and_fro_makes_few_snapshots_and_the_last_word_counts() {
+    let (_dir, control) = control(std::time::Duration::from_secs(1));
+    control.set_world(&registry(&[MESH]));
+    let publishing = tokio::spawn(Arc::clone(&control).publish_when_due());
+    for turn in 0..100 {
+        control.set_report("node-a", word(if turn % 2 == 0 { Proof::Proven } else { Proof::Lost }));
+    }
+    // Two seconds would have to pass for a third beside the world's.
+    assert!(control.metrics.snapshots.get() <= 3, "{}", control.metrics.snapshots.get());
+    let lost = async {
+        while control.metrics.capture_states.with_label_values(&["lost"]).get() == 0 {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(30), lost)
+        .await
+        .expect("published");
+    assert!(control.metrics.snapshots.get() <= 3, "{}", control.metrics.snapshots.get());
+    publishing.abort();
+}
+
+#[tokio::test]
+async fn another_pods_uid_takes_no_proof_away() {
+    let (_dir, control) = control(std::time::Duration::ZERO);
+    let mut of_folder = registry(&[MESH]);
+    control.set_world(&of_folder);
+    control.set_report("node-a", word(Proof::Proven));
+    assert_eq!(control.status()["pods"]["shop/web"], "proven");
+    let twin = "apiVersion: v1\nkind: Pod\nmetadata: {name: zz-twin, namespace: shop, uid: uid-web, labels: {culvert.dev/mesh: disabled}}\n";
+    let scan: Scan = [
+        ("!.yaml".to_owned(), Ok(Arc::from(twin))),
+        ("0.yaml".to_owned(), Ok(Arc::from(MESH))),
+    ]
+    .into();
+    of_folder.apply(&scan);
+    control.set_world(&of_folder);
+    assert_eq!(control.status()["pods"]["shop/web"], "proven");
+}
+
+#[tokio::test]
+async fn a_mesh_without_pod_ranges_is_warned_of() {
+    let (_dir, control) = control(std::time::Duration::ZERO);
+    assert!(
+        control.status()["warnings"].as_array().expect("list").is_empty(),
+        "nothing is read yet"
+    );
+    control.set_world(&registry(&[MESH]));
+    assert_eq!(control.metrics.pod_ranges.get(), 0);
+    let warning = control.status()["warnings"][0].as_str().expect("a warning").to_owned();
+    assert!(warning.contains("--pod-cidr"), "{warning}");
+    let node = "apiVersion: v1\nkind: Node\nmetadata: {name: node-a}\nspec: {podCIDRs: [10.0.0.0/24]}\n";
+    let other = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: a}\n";
+    control.set_world(&registry(&[MESH, node, other]));
+    assert_eq!(
+        (control.metrics.pod_ranges.get(), control.metrics.manifests_ignored.get()),
+        (1, 1)
+    );
+    assert!(control.status()["warnings"].as_array().expect("list").is_empty());
+    assert_eq!(control.status()["pod_ranges"][0], "10.0.0.0/24");
+}
