@@ -68,7 +68,8 @@ impl Destinations {
     pub(super) fn add_pod(&self, netns_cookie: u64) -> Result<(), CaptureError> {
         const WHAT: &str = "making a Pod's map of original destinations";
         let mut map = self.map.lock();
-        if self.pods.lock().contains_key(&netns_cookie) {
+        // Somebody may have removed it from the kernel meanwhile; that it is known here says nothing.
+        if self.pods.lock().contains_key(&netns_cookie) && open_of(&map, netns_cookie).is_ok() {
             return Ok(());
         }
         let made =
