@@ -4,12 +4,14 @@
 mod metrics;
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 use http::StatusCode;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use parking_lot::Mutex;
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -20,13 +22,14 @@ use tracing_subscriber::EnvFilter;
 
 use crate::admin::{self, Page, Pages};
 use crate::capture::kernel::KernelConfig;
-use crate::capture::{Capture, CaptureConfig};
+use crate::capture::{Capture, CaptureConfig, boot_id};
 use crate::config::{LogFormat, NodeToken, RunArgs};
 use crate::discovery::transport::ControlPlane;
-use crate::discovery::{self, DiscoveryStatus, NodeName, report};
+use crate::discovery::{self, DiscoveryStatus, NodeName, Subscriptions, report};
 use crate::identity::renewal::Certificates;
 use crate::identity::store::CertificateStore;
 use crate::local::{self, LocalSocket};
+use crate::memory::{self, Memory, Remembered};
 use crate::pods::{Pods, TrustDomain};
 use crate::proxy::{Buffers, Proxy};
 use crate::state::SharedState;
@@ -97,18 +100,39 @@ async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
     .context("the datapath does not start")?;
 
     let state = SharedState::new();
-    let (status, discovery) = watch::channel(DiscoveryStatus::default());
+    let store = CertificateStore::new();
+    let certificates = Certificates::new(store.clone());
+    let owner = memory::Owner {
+        node: token.node.clone(),
+        root_sha256: token.root_sha256,
+        boot_id: boot_id()?,
+    };
+    let (subscriptions, from_memory) = recall(&args.run_dir, &owner, &state, &certificates);
+    let (status, discovery) = watch::channel(DiscoveryStatus {
+        synced: from_memory,
+        from_memory,
+        ..DiscoveryStatus::default()
+    });
+    let memory = {
+        let (subscriptions, certificates) = (subscriptions.clone(), certificates.clone());
+        Memory::new(&args.run_dir, owner, move || {
+            let snapshot = subscriptions.lock().snapshot()?;
+            Some(Remembered {
+                snapshot: snapshot.into(),
+                certificates: certificates.to_remember(),
+            })
+        })
+    };
     let node: Arc<str> = token.node.as_str().into();
     tasks.spawn(discovery::run(
         control.clone(),
         NodeName(node.clone()),
+        subscriptions,
         state.clone(),
         status,
         stop.clone(),
     ));
 
-    let store = CertificateStore::new();
-    let certificates = Certificates::new(store.clone());
     tasks.spawn(certificates.clone().run(control.clone(), stop.clone()));
     tasks.spawn(until(
         stop.clone(),
@@ -124,6 +148,9 @@ async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
     let buffers = proxy.registry().buffers().clone();
     let pods = Pods::new(capture.clone(), proxy, certificates.clone(), metrics.clone(), trust_domain);
     pods.recover().await;
+    certificates.forget_remembered();
+    // From here on it is this agent's: what the Pods of before have taken up is in it again.
+    tasks.spawn(until(stop.clone(), memory.keep([state.changed(), certificates.changed()])));
     tasks.spawn(report::run(control.clone(), pods.status(), discovery.clone(), stop.clone()));
 
     let agent = Arc::new(Agent {
@@ -185,6 +212,30 @@ async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
     result.map(|_| ())
 }
 
+/// What the agent before this one knew, where it is to be believed.
+fn recall(
+    run_dir: &Path,
+    owner: &memory::Owner,
+    state: &SharedState,
+    certificates: &Certificates,
+) -> (Arc<Mutex<Subscriptions>>, bool) {
+    let mut subscriptions = Subscriptions::default();
+    let Some(remembered) = memory::recall(run_dir, owner) else {
+        return (Arc::new(Mutex::new(subscriptions)), false);
+    };
+    let restored = subscriptions.restore(remembered.snapshot, state);
+    if restored {
+        info!(
+            certificates = remembered.certificates.len(),
+            "the state of the agent before is taken over, until discovery answers"
+        );
+        certificates.remember(remembered.certificates);
+    } else {
+        warn!("what an earlier agent remembered is not whole, and not used");
+    }
+    (Arc::new(Mutex::new(subscriptions)), restored)
+}
+
 async fn until(stop: CancellationToken, work: impl Future<Output = ()>) {
     tokio::select! {
         () = stop.cancelled() => {}
@@ -204,7 +255,12 @@ async fn retry_when_connected(certificates: Arc<Certificates>, mut discovery: wa
 impl Agent {
     fn readiness(&self) -> Page {
         // The datapath is attached since before this server runs: its failure ends the start.
-        if self.discovery.borrow().synced {
+        let discovery = self.discovery.borrow();
+        if discovery.from_memory {
+            // It serves its Pods by what was last known, as an agent does that has lost its control plane.
+            let body = format!("ready, from memory: discovery has not answered yet ({})\n", self.control);
+            Page::text(StatusCode::OK, body)
+        } else if discovery.synced {
             Page::text(StatusCode::OK, "ready\n".to_owned())
         } else {
             let missing = format!("missing: discovery has not answered yet ({})\n", self.control);
@@ -247,6 +303,7 @@ impl Agent {
             "discovery": {
                 "connected": discovery.connected,
                 "synced": discovery.synced,
+                "from_memory": discovery.from_memory,
                 "enforced_versions": discovery.enforced_versions,
                 "rejected": discovery.rejected,
                 "denying_stand_ins": discovery.stand_ins,

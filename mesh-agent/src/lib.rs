@@ -12,6 +12,7 @@ pub mod discovery;
 pub mod fuzz;
 pub mod identity;
 pub mod local;
+pub mod memory;
 pub mod pods;
 pub mod policy;
 pub mod proto;

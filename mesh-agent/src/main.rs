@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use clap::Parser as _;
 use mesh_agent::capture::{Capture, probe};
 use mesh_agent::config::{CleanupArgs, Cli, Command};
-use mesh_agent::{app, local};
+use mesh_agent::{app, local, memory};
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
@@ -46,6 +46,7 @@ fn main() -> ExitCode {
 }
 
 async fn cleanup(args: CleanupArgs) -> anyhow::Result<()> {
+    memory::remove(&args.run_dir)?;
     let summary = Capture::cleanup(&args.run_dir, &args.pin_path).await?;
     say(&format!(
         "{} links detached, {} maps removed, {} Pods released",

@@ -189,6 +189,8 @@ fn not_ready(shared: &mut Shared) -> Result<()> {
     let server: IpAddr = mesh.pod("server").v4.into();
     mesh.kill_control();
     mesh.kill_agent(NodeName::One);
+    // What an agent remembers of the one before is survival.rs's.
+    std::fs::remove_file(mesh.topology.node(NodeName::One).run_dir().join("memory"))?;
     let insistence = Insistence::start(mesh, server)?;
     mesh.launch_agent(NodeName::One)?;
     let reason = poll::until("the agent says what it waits for", SOON, || {

@@ -125,7 +125,11 @@ pub(super) fn check_uid(uid: &str) -> Result<(), CaptureError> {
     }
 }
 
-pub(super) fn boot_id() -> Result<String, CaptureError> {
+/// Of this start of the node.
+///
+/// # Errors
+/// The kernel does not tell.
+pub fn boot_id() -> Result<String, CaptureError> {
     let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").step("reading the boot id")?;
     Ok(text.trim().to_owned())
 }

@@ -38,7 +38,7 @@ use tokio::sync::Semaphore;
 
 use self::addresses::{normal_addresses, wait_for_addresses};
 use self::enrol::{Enrolment, Established, Inner};
-use self::enrolments::{Enrolments, boot_id, check_uid};
+use self::enrolments::{Enrolments, check_uid};
 use self::events::Events;
 use self::heartbeat::Heartbeat;
 use self::kernel::{CleanupReport, Kernel, KernelConfig};
@@ -47,7 +47,7 @@ use self::probe::{PROBE_ADDRESS_V4, PROBE_ADDRESS_V6};
 use self::probe_child::ProbeCgroup;
 use self::upstreams::MAX_UPSTREAMS;
 
-pub use self::enrolments::PodToEnroll;
+pub use self::enrolments::{PodToEnroll, boot_id};
 pub use self::namespace::PodNamespace;
 pub use self::network::{CaptureError, PodListeners, PodNetwork, Upstream};
 pub use self::probe::{Probes, ProofError, is_probe};

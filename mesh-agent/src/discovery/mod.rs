@@ -12,8 +12,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
+use mesh_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource};
 use mesh_proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, SETTINGS_TYPE_URL};
+use parking_lot::Mutex;
 use prost_types::{Struct, Value, value::Kind};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -45,6 +46,8 @@ pub struct DiscoveryStatus {
     pub connected: bool,
     /// Every type has answered once since the agent started; stays true.
     pub synced: bool,
+    /// What is synced is what an earlier agent remembered: the control plane has not answered for everything yet.
+    pub from_memory: bool,
     /// Type URL → system_version_info of what decisions are made by.
     pub enforced_versions: BTreeMap<&'static str, String>,
     /// "type name: reason" of what the last response of a type had that cannot be used.
@@ -77,9 +80,9 @@ impl NodeName {
     }
 }
 
-/// The three subscriptions, which outlive streams.
+/// The three subscriptions, which outlive streams, and are remembered for the agent after this one.
 #[derive(Debug)]
-struct Subscriptions {
+pub struct Subscriptions {
     addresses: Subscription,
     authorizations: Subscription,
     settings: Subscription,
@@ -87,14 +90,78 @@ struct Subscriptions {
     rejected: BTreeMap<&'static str, Vec<String>>,
 }
 
-impl Subscriptions {
-    fn new() -> Self {
+impl Default for Subscriptions {
+    fn default() -> Self {
         Self {
             addresses: Subscription::new(ADDRESS_TYPE_URL),
             authorizations: Subscription::new(AUTHORIZATION_TYPE_URL),
             settings: Subscription::new(SETTINGS_TYPE_URL),
             rejected: BTreeMap::new(),
         }
+    }
+}
+
+impl Subscriptions {
+    /// Everything in force, once there is everything; a part must not be taken for the whole.
+    #[must_use]
+    pub fn snapshot(&self) -> Option<[DeltaDiscoveryResponse; 3]> {
+        self.synced(true).then(|| self.each().map(Subscription::snapshot))
+    }
+
+    /// Brings the state to where an earlier agent's was. False: the snapshot has not everything, and nothing is changed.
+    ///
+    /// A type is read as a response of the control plane is. What cannot be read, in a file that is whole, is of another version
+    /// of the agent: nothing of it is believed.
+    #[must_use]
+    pub fn restore(&mut self, snapshot: Vec<DeltaDiscoveryResponse>, state: &SharedState) -> bool {
+        let mut restored = Self::default();
+        let mut changes = Vec::new();
+        for snapshot in snapshot {
+            let stand_ins = snapshot
+                .resources
+                .iter()
+                .filter(|resource| resource.resource.is_none())
+                .count();
+            let Some(received) = restored.restore_one(snapshot) else {
+                return false;
+            };
+            if received.rejected.len() != stand_ins {
+                return false;
+            }
+            changes.extend(received.changes);
+        }
+        if !restored.synced(true) {
+            return false;
+        }
+        changes.push(Change::Synced);
+        state.apply(changes);
+        *self = restored;
+        true
+    }
+
+    fn restore_one(&mut self, snapshot: DeltaDiscoveryResponse) -> Option<Received<Change>> {
+        fn decoded<T>(result: Result<T, impl ToString>) -> Result<T, String> {
+            result.map_err(|error| error.to_string())
+        }
+        match snapshot.type_url.as_str() {
+            ADDRESS_TYPE_URL => Some(
+                self.addresses
+                    .restore(snapshot, |resource| decoded(proto::address(resource)), |_| None),
+            ),
+            AUTHORIZATION_TYPE_URL => {
+                let policy = |resource: &Resource| decoded(proto::authorization(resource));
+                Some(self.authorizations.restore(snapshot, policy, proto::denying))
+            }
+            SETTINGS_TYPE_URL => Some(
+                self.settings
+                    .restore(snapshot, |resource| decoded(proto::settings(resource)), |_| None),
+            ),
+            _ => None,
+        }
+    }
+
+    fn is_confirmed(&self) -> bool {
+        self.addresses.confirmed() && self.authorizations.confirmed()
     }
 
     fn each(&self) -> [&Subscription; 3] {
@@ -144,18 +211,18 @@ impl Subscriptions {
     }
 }
 
-/// Runs discovery until `stop`.
+/// Runs discovery until `stop`. `subscriptions`: as they are, or restored; shared with who remembers them.
 pub async fn run(
     control: ControlPlane,
     node: NodeName,
+    subscriptions: Arc<Mutex<Subscriptions>>,
     state: Arc<SharedState>,
     status: watch::Sender<DiscoveryStatus>,
     stop: CancellationToken,
 ) {
-    let mut subscriptions = Subscriptions::new();
     let mut backoff = Backoff::new(FIRST_RETRY, LONGEST_RETRY);
     loop {
-        let stream = stream(&control, &node, &state, &status, &mut subscriptions, &mut backoff);
+        let stream = stream(&control, &node, &state, &status, &subscriptions, &mut backoff);
         let ended = tokio::select! {
             () = stop.cancelled() => return,
             ended = stream => ended,
@@ -176,11 +243,12 @@ async fn stream(
     node: &NodeName,
     state: &SharedState,
     status: &watch::Sender<DiscoveryStatus>,
-    subscriptions: &mut Subscriptions,
+    subscriptions: &Mutex<Subscriptions>,
     backoff: &mut Backoff,
 ) -> tonic::Status {
     let (requests, receiver) = mpsc::channel(REQUEST_QUEUE);
-    for opening in subscriptions.open(node) {
+    let openings = subscriptions.lock().open(node);
+    for opening in openings {
         // The queue has room for the three: this never waits.
         if requests.send(opening).await.is_err() {
             return tonic::Status::internal("the request stream is closed");
@@ -203,7 +271,7 @@ async fn stream(
         let message = tokio::select! {
             message = responses.message() => message,
             () = tokio::time::sleep_until(settings_due), if !status.borrow().synced && Instant::now() < settings_due => {
-                mark_synced(subscriptions, state, status, true);
+                mark_synced(&subscriptions.lock(), state, status, true);
                 continue;
             }
         };
@@ -213,14 +281,18 @@ async fn stream(
             Err(status) => return status,
         };
         backoff.reset();
-        let reply = match subscriptions.receive(response) {
-            Ok(received) => apply(received, state, subscriptions, status),
-            Err(unknown) => {
-                warn!(type_url = %unknown.type_url.chars().take(100).collect::<String>(), "a response of a type that was not asked for");
-                refuse_unknown_type(&unknown)
-            }
+        let reply = {
+            let mut subscriptions = subscriptions.lock();
+            let reply = match subscriptions.receive(response) {
+                Ok(received) => apply(received, state, &mut subscriptions, status),
+                Err(unknown) => {
+                    warn!(type_url = %unknown.type_url.chars().take(100).collect::<String>(), "a response of a type that was not asked for");
+                    refuse_unknown_type(&unknown)
+                }
+            };
+            mark_synced(&subscriptions, state, status, Instant::now() >= settings_due);
+            reply
         };
-        mark_synced(subscriptions, state, status, Instant::now() >= settings_due);
         if requests.send(reply).await.is_err() {
             return tonic::Status::unavailable("the control plane stopped reading");
         }
@@ -277,6 +349,9 @@ fn apply(
 }
 
 fn mark_synced(subscriptions: &Subscriptions, state: &SharedState, status: &watch::Sender<DiscoveryStatus>, settings_due: bool) {
+    if subscriptions.is_confirmed() && status.send_if_modified(|status| std::mem::replace(&mut status.from_memory, false)) {
+        info!("the control plane has answered for everything: the state is no longer only remembered");
+    }
     if !status.borrow().synced && subscriptions.synced(settings_due) {
         state.apply(vec![Change::Synced]);
         let first = status.send_if_modified(|status| !std::mem::replace(&mut status.synced, true));

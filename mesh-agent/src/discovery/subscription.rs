@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use mesh_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status};
 use mesh_proto::{MAX_RESOURCES, MAX_RESUME_BYTES, PARTIAL_VERSION};
+use prost_types::Any;
 
 /// uids and "namespace/hostname" are at most some 600 bytes long.
 const MAX_NAME_BYTES: usize = 1024;
@@ -33,8 +34,8 @@ pub struct Received<C> {
 #[derive(Debug)]
 pub struct Subscription {
     type_url: &'static str,
-    /// name → version of what the agent's state holds.
-    held: HashMap<String, String>,
+    /// What the agent's state holds, as it came: a restarted agent reads it again.
+    held: HashMap<String, Held>,
     /// Of names and versions held, as a request has them.
     held_bytes: usize,
     /// Names that cannot be used and never could: the agent's state holds something in their place.
@@ -44,6 +45,15 @@ pub struct Subscription {
     /// system_version_info of the last response.
     version: String,
     answered: bool,
+    /// By a server, and not only by what was remembered.
+    confirmed: bool,
+}
+
+/// A resource that is in force.
+#[derive(Debug)]
+struct Held {
+    version: String,
+    resource: Option<Any>,
 }
 
 impl Subscription {
@@ -57,6 +67,7 @@ impl Subscription {
             unnamed: HashSet::new(),
             version: String::new(),
             answered: false,
+            confirmed: false,
         }
     }
 
@@ -69,6 +80,12 @@ impl Subscription {
     #[must_use]
     pub fn answered(&self) -> bool {
         self.answered
+    }
+
+    /// Whether a server has answered since the agent started.
+    #[must_use]
+    pub fn confirmed(&self) -> bool {
+        self.confirmed
     }
 
     #[must_use]
@@ -94,9 +111,47 @@ impl Subscription {
         DeltaDiscoveryRequest {
             node: Some(node),
             type_url: self.type_url.to_owned(),
-            initial_resource_versions: self.held.clone(),
+            initial_resource_versions: self
+                .held
+                .iter()
+                .map(|(name, held)| (name.clone(), held.version.clone()))
+                .collect(),
             ..DeltaDiscoveryRequest::default()
         }
+    }
+
+    /// What is in force, as a response that brings a new agent to the same: stand-ins have no content there, and stand in again.
+    #[must_use]
+    pub fn snapshot(&self) -> DeltaDiscoveryResponse {
+        let held = self.held.iter().map(|(name, held)| Resource {
+            name: name.clone(),
+            version: held.version.clone(),
+            resource: held.resource.clone(),
+            ..Resource::default()
+        });
+        let stand_ins = self.stand_ins.iter().map(|name| Resource {
+            name: name.clone(),
+            ..Resource::default()
+        });
+        DeltaDiscoveryResponse {
+            type_url: self.type_url.to_owned(),
+            // What it holds is whole, whatever was still to come.
+            system_version_info: self.version.trim_end_matches(PARTIAL_VERSION).to_owned(),
+            resources: held.chain(stand_ins).collect(),
+            ..DeltaDiscoveryResponse::default()
+        }
+    }
+
+    /// Takes [`Self::snapshot`] of an agent before. No server has confirmed it.
+    pub fn restore<C>(
+        &mut self,
+        snapshot: DeltaDiscoveryResponse,
+        decode: impl FnMut(&Resource) -> Result<C, String>,
+        stand_in: impl FnMut(&str) -> Option<C>,
+    ) -> Received<C> {
+        let received = self.receive(snapshot, decode, |_| None, stand_in);
+        self.confirmed = false;
+        received
     }
 
     /// Takes a response apart. `decode` turns a resource into a change, or says why it cannot; `remove` names one that is gone;
@@ -118,12 +173,16 @@ impl Subscription {
             self.forget(&name);
             changes.extend(remove(name));
         }
-        for resource in &response.resources {
-            match self.checked(resource).and_then(|()| decode(resource)) {
+        for resource in response.resources {
+            match self.checked(&resource).and_then(|()| decode(&resource)) {
                 Ok(change) => {
                     self.forget(&resource.name);
                     self.held_bytes += entry_bytes(&resource.name, &resource.version);
-                    self.held.insert(resource.name.clone(), resource.version.clone());
+                    let held = Held {
+                        version: resource.version,
+                        resource: resource.resource,
+                    };
+                    self.held.insert(resource.name, held);
                     changes.push(change);
                 }
                 Err(reason) => {
@@ -151,6 +210,7 @@ impl Subscription {
             }
         }
         self.answered |= is_whole;
+        self.confirmed |= is_whole;
         self.version = shortened(&response.system_version_info, MAX_NAME_BYTES);
         let reply = DeltaDiscoveryRequest {
             type_url: self.type_url.to_owned(),
@@ -166,8 +226,8 @@ impl Subscription {
     }
 
     fn forget(&mut self, name: &str) {
-        if let Some(version) = self.held.remove(name) {
-            self.held_bytes -= entry_bytes(name, &version);
+        if let Some(held) = self.held.remove(name) {
+            self.held_bytes -= entry_bytes(name, &held.version);
         }
         self.stand_ins.remove(name);
         self.unnamed.remove(name);
@@ -190,7 +250,7 @@ impl Subscription {
         let before = self
             .held
             .get(&resource.name)
-            .map_or(0, |version| entry_bytes(&resource.name, version));
+            .map_or(0, |held| entry_bytes(&resource.name, &held.version));
         if self.held_bytes - before + entry_bytes(&resource.name, &resource.version) > MAX_RESUME_BYTES {
             return Err(format!(
                 "more than {MAX_RESUME_BYTES} bytes of names and versions of this type"
@@ -433,7 +493,11 @@ mod tests {
         assert_eq!(received.changes, [Change::Set("denies for bad-policy".into())]);
         assert!(received.reply.error_detail.is_some());
         assert_eq!(subscription.held(), 0, "asked for again");
-        subscription.held.insert("bad-policy".into(), "0".into());
+        let held = Held {
+            version: "0".into(),
+            resource: None,
+        };
+        subscription.held.insert("bad-policy".into(), held);
         subscription.held_bytes = entry_bytes("bad-policy", "0");
         let received = receive(&mut subscription, response("2", vec![resource("bad-policy", "2")], &[]));
         assert_eq!(received.changes, [], "its last good form stands");

@@ -156,7 +156,15 @@ impl Client {
         let control = ControlPlane::new(&token, None).unwrap();
         let (state, stop) = (SharedState::new(), CancellationToken::new());
         let (sender, status) = watch::channel(DiscoveryStatus::default());
-        tokio::spawn(run(control, NodeName("node-a".into()), state.clone(), sender, stop.clone()));
+        let subscriptions = Arc::default();
+        tokio::spawn(run(
+            control,
+            NodeName("node-a".into()),
+            subscriptions,
+            state.clone(),
+            sender,
+            stop.clone(),
+        ));
         Self { state, status, stop }
     }
 

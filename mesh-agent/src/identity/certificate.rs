@@ -62,6 +62,18 @@ impl KeyAndRequest {
         Ok(Self { csr_pem, key })
     }
 
+    /// A key of before, whose certificate is to be checked as a new one's is.
+    ///
+    /// # Errors
+    /// It is no such key.
+    pub fn with_key(key_pkcs8: &[u8]) -> Result<Self, CertificateError> {
+        let key = PrivatePkcs8KeyDer::from(key_pkcs8);
+        Ok(Self {
+            csr_pem: String::new(),
+            key: KeyPair::from_pkcs8_der_and_sign_algo(&key, &PKCS_ECDSA_P256_SHA256)?,
+        })
+    }
+
     /// Checks the answer (PEM: leaf, intermediates, and last all roots in one string) against what was asked for.
     ///
     /// # Errors

@@ -52,6 +52,21 @@ impl Authority for ControlPlane {
     }
 }
 
+/// A certificate as the agent after this one can take it over.
+#[derive(Clone, PartialEq, Eq)]
+pub struct RememberedCertificate {
+    /// PEM, as the authority sent it.
+    pub answer: Vec<String>,
+    /// PKCS #8.
+    pub key: Vec<u8>,
+}
+
+impl std::fmt::Debug for RememberedCertificate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("RememberedCertificate([secret])")
+    }
+}
+
 /// What Pods ask of certificates, and what the task does for them.
 #[derive(Debug)]
 pub struct Certificates {
@@ -62,6 +77,10 @@ pub struct Certificates {
     /// Raised after each attempt, with the last failure of each identity beside it.
     attempts: watch::Sender<u64>,
     failures: Mutex<BTreeMap<Identity, String>>,
+    /// The authority's answers that certificates in the store came from: what is remembered is checked anew by the next agent.
+    answers: Mutex<BTreeMap<Identity, Vec<String>>>,
+    /// Of the agent before, until a Pod wants them.
+    remembered: Mutex<BTreeMap<Identity, RememberedCertificate>>,
     pub fetched_total: AtomicU64,
     pub failed_total: AtomicU64,
 }
@@ -75,6 +94,8 @@ impl Certificates {
             due: Notify::new(),
             attempts: watch::Sender::new(0),
             failures: Mutex::default(),
+            answers: Mutex::default(),
+            remembered: Mutex::default(),
             fetched_total: AtomicU64::new(0),
             failed_total: AtomicU64::new(0),
         })
@@ -82,7 +103,25 @@ impl Certificates {
 
     /// A Pod has this identity from now on.
     pub fn want(&self, identity: &Identity, pod_uid: &Arc<str>) {
-        self.rotation.lock().want(identity, pod_uid, SystemTime::now());
+        let now = SystemTime::now();
+        {
+            // Held while the store is written, as when an answer comes.
+            let mut rotation = self.rotation.lock();
+            let remembered = self.remembered.lock().remove(identity);
+            if rotation.want(identity, pod_uid, now)
+                && let Some(remembered) = remembered
+            {
+                match take_again(identity, &remembered, now) {
+                    Ok(pair) => {
+                        rotation.fetched(identity, pair.not_before, pair.not_after, now, rand::random());
+                        info!(%identity, fingerprint = %pair.fingerprint(), lifetime = ?pair.remaining(now), "remembered certificate in use");
+                        self.answers.lock().insert(identity.clone(), remembered.answer);
+                        self.store.insert(Arc::new(pair));
+                    }
+                    Err(error) => warn!(%identity, %error, "a remembered certificate is not used"),
+                }
+            }
+        }
         self.due.notify_one();
     }
 
@@ -93,10 +132,46 @@ impl Certificates {
         let dropped = rotation.unwant(pod_uid);
         for identity in &dropped {
             self.failures.lock().remove(identity);
+            self.answers.lock().remove(identity);
             self.store.remove(identity);
             info!(%identity, "certificate dropped: its last Pod is gone");
         }
+        drop(rotation);
+        if !dropped.is_empty() {
+            self.attempts.send_modify(|attempts| *attempts += 1);
+        }
         dropped
+    }
+
+    /// What the agent before had, before its Pods are served again.
+    pub fn remember(&self, certificates: Vec<(Identity, RememberedCertificate)>) {
+        *self.remembered.lock() = certificates.into_iter().collect();
+    }
+
+    /// Every Pod of before is served again, or gone: what none of them wanted is not to be had any longer.
+    pub fn forget_remembered(&self) {
+        self.remembered.lock().clear();
+    }
+
+    /// What the agent after this one is to have.
+    #[must_use]
+    pub fn to_remember(&self) -> Vec<(Identity, RememberedCertificate)> {
+        let answers = self.answers.lock();
+        let held = answers.iter().filter_map(|(identity, answer)| {
+            let pair = self.store.current(identity)?;
+            let remembered = RememberedCertificate {
+                answer: answer.clone(),
+                key: pair.key.secret_der().to_vec(),
+            };
+            Some((identity.clone(), remembered))
+        });
+        held.collect()
+    }
+
+    /// Tells of certificates that came, failed to come, or were dropped.
+    #[must_use]
+    pub fn changed(&self) -> watch::Receiver<u64> {
+        self.attempts.subscribe()
     }
 
     /// The control plane is back: what failed is tried at once.
@@ -172,17 +247,18 @@ impl Certificates {
         }
     }
 
-    fn settle(&self, identity: &Identity, result: Result<CertifiedKeyPair, CertificateError>) {
+    fn settle(&self, identity: &Identity, result: Result<(CertifiedKeyPair, Vec<String>), CertificateError>) {
         let now = SystemTime::now();
         let random = rand::random::<f64>();
         // Held while the store is written, so that an identity dropped meanwhile is not put back.
         let mut rotation = self.rotation.lock();
         match result {
-            Ok(pair) => {
+            Ok((pair, answer)) => {
                 self.fetched_total.fetch_add(1, Ordering::Relaxed);
                 if rotation.fetched(identity, pair.not_before, pair.not_after, now, random) {
                     info!(%identity, fingerprint = %pair.fingerprint(), lifetime = ?pair.remaining(now), "certificate in use");
                     self.failures.lock().remove(identity);
+                    self.answers.lock().insert(identity.clone(), answer);
                     self.store.insert(Arc::new(pair));
                 }
             }
@@ -199,10 +275,19 @@ impl Certificates {
     }
 }
 
-async fn fetch(authority: &impl Authority, identity: &Identity) -> Result<CertifiedKeyPair, CertificateError> {
+fn take_again(
+    identity: &Identity,
+    remembered: &RememberedCertificate,
+    now: SystemTime,
+) -> Result<CertifiedKeyPair, CertificateError> {
+    KeyAndRequest::with_key(&remembered.key)?.certify(identity, &remembered.answer, now)
+}
+
+async fn fetch(authority: &impl Authority, identity: &Identity) -> Result<(CertifiedKeyPair, Vec<String>), CertificateError> {
     let request = KeyAndRequest::new(identity)?;
     let answer = tokio::time::timeout(REQUEST_TIMEOUT, authority.sign(identity, request.csr_pem.clone()))
         .await
         .map_err(|_| CertificateError::Timeout)??;
-    request.certify(identity, &answer, SystemTime::now())
+    let pair = request.certify(identity, &answer, SystemTime::now())?;
+    Ok((pair, answer))
 }

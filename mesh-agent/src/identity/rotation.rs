@@ -36,8 +36,9 @@ enum Attempt {
 }
 
 impl Rotation {
-    /// A Pod needs this identity. A new identity is due at once.
-    pub fn want(&mut self, identity: &Identity, pod_uid: &Arc<str>, now: SystemTime) {
+    /// A Pod needs this identity. A new identity is due at once; returns whether it is one.
+    pub fn want(&mut self, identity: &Identity, pod_uid: &Arc<str>, now: SystemTime) -> bool {
+        let is_new = !self.identities.contains_key(identity);
         self.identities
             .entry(identity.clone())
             .or_insert_with(|| Entry {
@@ -47,6 +48,7 @@ impl Rotation {
             })
             .pods
             .insert(pod_uid.clone());
+        is_new
     }
 
     /// A Pod is gone; returns the identities that no Pod has any longer, whose certificates are to be dropped.
