@@ -4,6 +4,7 @@
 mod metrics;
 
 use std::io;
+use std::net::TcpListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -26,9 +27,10 @@ use crate::capture::{Capture, CaptureConfig, boot_id};
 use crate::config::{LogFormat, NodeToken, RunArgs};
 use crate::discovery::transport::ControlPlane;
 use crate::discovery::{self, DiscoveryStatus, NodeName, Subscriptions, report};
+use crate::handover::{self, Hello, Inherited, Offer};
 use crate::identity::renewal::Certificates;
 use crate::identity::store::CertificateStore;
-use crate::local::{self, LocalSocket};
+use crate::local::{self, LocalSocket, SocketError};
 use crate::memory::{self, Memory, Remembered};
 use crate::pods::{Pods, TrustDomain};
 use crate::proxy::{Buffers, Proxy};
@@ -38,6 +40,9 @@ use metrics::AgentMetrics;
 
 /// How long background tasks may take to end after the drain.
 const TASKS_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Why the agent ends, beside signals.
+const HANDOVER: &str = "handover";
 
 /// What the pages show, and what they read it from.
 struct Agent {
@@ -72,13 +77,24 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
 async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let stop = CancellationToken::new();
+    // What only one agent does: it ends when another takes over.
+    let alone = stop.child_token();
     let tasks = TaskTracker::new();
 
     // First of all what fails without a trace: the folder's lock keeps two agents from sharing a datapath.
-    let socket = Arc::new(LocalSocket::listen(&args.run_dir)?);
-    let metrics_listener = admin::listen("--metrics", args.metrics).await?;
-    let ready_listener = admin::listen("--ready", args.ready).await?;
-    let admin_listener = admin::listen("--admin", args.admin).await?;
+    let hello = Hello::new(&token.node, &args.pin_path);
+    let (socket, mut inherited) = local_socket(&args, &hello).await?;
+    let mut pages = Vec::new();
+    for (flag, address) in [("--metrics", args.metrics), ("--ready", args.ready), ("--admin", args.admin)] {
+        let listener = match inherited.as_mut().and_then(|inherited| inherited.page(address)) {
+            Some(listener) => listener,
+            None => admin::listen(flag, address).await?.into_std()?,
+        };
+        pages.push(listener);
+    }
+    let Ok(pages) = <[TcpListener; 3]>::try_from(pages) else {
+        anyhow::bail!("there are three pages");
+    };
     let control = ControlPlane::new(&token, args.control.as_deref())?;
 
     let metrics = Metrics::new();
@@ -98,6 +114,10 @@ async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
         args.run_dir.clone(),
     ))
     .context("the datapath does not start")?;
+
+    if let Some(inherited) = &mut inherited {
+        capture.adopt(std::mem::take(&mut inherited.pods));
+    }
 
     let state = SharedState::new();
     let store = CertificateStore::new();
@@ -133,14 +153,14 @@ async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
         stop.clone(),
     ));
 
-    tasks.spawn(certificates.clone().run(control.clone(), stop.clone()));
+    tasks.spawn(certificates.clone().run(control.clone(), alone.clone()));
     tasks.spawn(until(
         stop.clone(),
         retry_when_connected(certificates.clone(), discovery.clone()),
     ));
     let trust_domain = TrustDomain::open(&args.run_dir);
     tasks.spawn(until(
-        stop.clone(),
+        alone.clone(),
         trust_domain.clone().follow(state.clone(), discovery.clone()),
     ));
 
@@ -150,13 +170,16 @@ async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
     pods.recover().await;
     certificates.forget_remembered();
     // From here on it is this agent's: what the Pods of before have taken up is in it again.
-    tasks.spawn(until(stop.clone(), memory.keep([state.changed(), certificates.changed()])));
-    tasks.spawn(report::run(control.clone(), pods.status(), discovery.clone(), stop.clone()));
+    tasks.spawn(until(
+        alone.clone(),
+        memory.clone().keep([state.changed(), certificates.changed()]),
+    ));
+    tasks.spawn(report::run(control.clone(), pods.status(), discovery.clone(), alone.clone()));
 
     let agent = Arc::new(Agent {
         node: node.clone(),
         control: control.address().to_owned(),
-        capture,
+        capture: capture.clone(),
         socket: socket.clone(),
         state,
         store,
@@ -172,35 +195,66 @@ async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
     let ready_pages: Pages = Arc::new(move |path| (path == "/healthz/ready").then(|| shown.readiness()));
     let shown = agent;
     let admin_pages: Pages = Arc::new(move |path| (path == "/config_dump").then(|| shown.dump()));
-    for (listener, pages) in [
-        (metrics_listener, metrics_pages),
-        (ready_listener, ready_pages),
-        (admin_listener, admin_pages),
-    ] {
-        tasks.spawn(admin::serve(listener, pages, stop.clone()));
+    for (listener, pages) in pages.iter().zip([metrics_pages, ready_pages, admin_pages]) {
+        listener.set_nonblocking(true)?;
+        let listener = tokio::net::TcpListener::from_std(listener.try_clone()?)?;
+        tasks.spawn(admin::serve(listener, pages, alone.clone()));
     }
-    let local_stop = stop.child_token();
-    let mut local = tokio::spawn(local::serve(socket, pods.clone(), local_stop.clone()));
+    let local_stop = alone.child_token();
+    let mut local = tokio::spawn(local::serve(socket.clone(), pods.clone(), local_stop.clone()));
+    if let Some(inherited) = inherited {
+        // Gone meanwhile? Then nobody is left to be told.
+        socket.set_handed_over(false);
+        let told = inherited.serving();
+        info!(?told, "the agent before is taken over");
+    }
+    let successors = local::listen_at(&handover::socket_path(&args.run_dir)).context("the handover socket")?;
+    let offer = Offer {
+        hello,
+        local: socket,
+        pages,
+        pods: pods.clone(),
+        memory,
+    };
+    let mut handover = tokio::spawn(handover::give(successors, Arc::new(offer)));
     info!(%node, control = control.address(), run_dir = %args.run_dir.display(), "the agent runs");
 
     let result = tokio::select! {
         _ = terminate.recv() => Ok("SIGTERM"),
         _ = interrupt.recv() => Ok("SIGINT"),
+        _ = &mut handover => Ok(HANDOVER),
         ended = &mut local => Err(anyhow::anyhow!("the local socket failed: {ended:?}")),
     };
+    let is_handed_over = matches!(result, Ok(HANDOVER));
+    let drain_seconds = if is_handed_over {
+        args.handover_drain_seconds
+    } else {
+        args.drain_seconds
+    };
     match &result {
+        Ok(HANDOVER) => info!(
+            drain_seconds,
+            connections = pods.connections(),
+            "another agent has taken over; this one ends with its connections"
+        ),
         Ok(signal) => info!(
             signal,
-            drain_seconds = args.drain_seconds,
+            drain_seconds,
             connections = pods.connections(),
             "the agent stops; its Pods stay captured"
         ),
         Err(error) => error!(%error, "the agent stops; its Pods stay captured"),
     }
     local_stop.cancel();
+    if is_handed_over {
+        alone.cancel();
+        capture.fall_silent();
+    } else {
+        handover.abort();
+    }
     // Discovery goes on while connections drain. A second signal ends the drain.
     tokio::select! {
-        () = pods.stop(Duration::from_secs(args.drain_seconds)) => {}
+        () = pods.stop(Duration::from_secs(drain_seconds)) => {}
         _ = terminate.recv() => warn!("a second SIGTERM ends the drain"),
         _ = interrupt.recv() => warn!("a second SIGINT ends the drain"),
     }
@@ -210,6 +264,26 @@ async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
         warn!("background tasks have not ended");
     }
     result.map(|_| ())
+}
+
+/// The run directory's lock and socket: free, or taken over from the agent that runs there.
+async fn local_socket(args: &RunArgs, hello: &Hello) -> anyhow::Result<(Arc<LocalSocket>, Option<Inherited>)> {
+    let in_use = match LocalSocket::listen(&args.run_dir) {
+        Ok(socket) => return Ok((Arc::new(socket), None)),
+        Err(in_use @ SocketError::InUse(_)) => in_use,
+        Err(error) => return Err(error.into()),
+    };
+    let (run_dir, hello) = (args.run_dir.clone(), hello.clone());
+    let taken = tokio::task::spawn_blocking(move || handover::take(&run_dir, &hello)).await?;
+    let mut inherited = match taken {
+        Ok(inherited) => inherited,
+        Err(error) => anyhow::bail!("{in_use}, and cannot be taken over from: {error}"),
+    };
+    let (lock, local) = inherited.lock_and_socket()?;
+    let socket = LocalSocket::inherit(&args.run_dir, lock, local)?;
+    // Should this start fail, the file is still the other agent's.
+    socket.set_handed_over(true);
+    Ok((Arc::new(socket), Some(inherited)))
 }
 
 /// What the agent before this one knew, where it is to be believed.

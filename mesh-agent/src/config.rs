@@ -47,7 +47,8 @@ pub struct RunArgs {
     /// Control plane to use instead of the one that the token file names. Its certificate must still chain to the token's root.
     #[arg(long, env = "CULVERT_CONTROL", value_name = "HOST:PORT", value_parser = host_and_port)]
     pub control: Option<String>,
-    /// Folder for the local socket and the list of enrolled Pods; made with mode 0700. One agent a folder.
+    /// Folder for the local socket, the list of enrolled Pods, and what the next agent needs (with keys: best on a tmpfs); made
+    /// with mode 0700. One agent a folder: a further one takes over from the one that runs.
     #[arg(long, env = "CULVERT_RUN_DIR", value_name = "DIR", default_value = "/run/culvert")]
     pub run_dir: PathBuf,
     /// Folder on a bpffs under which programs, maps and links are pinned.
@@ -71,6 +72,9 @@ pub struct RunArgs {
     /// How long open connections may go on after SIGTERM, in seconds.
     #[arg(long, env = "CULVERT_DRAIN_SECONDS", value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=3600))]
     pub drain_seconds: u64,
+    /// How long the connections of an agent may go on after another one on the same --run-dir has taken over, in seconds.
+    #[arg(long, env = "CULVERT_HANDOVER_DRAIN_SECONDS", value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=3600))]
+    pub handover_drain_seconds: u64,
     /// Which messages to log to standard error, as `info` or `info,mesh_agent::discovery=debug`.
     #[arg(long, env = "CULVERT_LOG", value_name = "FILTER", default_value = "info")]
     pub log: String,

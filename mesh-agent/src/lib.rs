@@ -10,6 +10,7 @@ pub mod config;
 pub mod discovery;
 #[cfg(fuzzing)]
 pub mod fuzz;
+pub mod handover;
 pub mod identity;
 pub mod local;
 pub mod memory;

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status};
 
 pub use client::{enroll, list, release};
-pub use socket::{LocalSocket, SocketError};
+pub use socket::{LocalSocket, SocketError, listen_at};
 
 use crate::capture::PodToEnroll;
 use crate::pods::{PodError, Pods};

@@ -251,6 +251,14 @@ impl Mesh {
         })
     }
 
+    /// The agent that runs, for a successor to take over from it.
+    ///
+    /// # Errors
+    /// None runs.
+    pub fn take_agent(&mut self, node: NodeName) -> Result<Process> {
+        self.agents.remove(&node).context("no agent runs there")
+    }
+
     /// `kill -9`.
     pub fn kill_agent(&mut self, node: NodeName) {
         self.agents.remove(&node);

@@ -56,6 +56,7 @@ const KNOWS: [Knows; 6] = [
             "mesh-agent/src/discovery/",
             "mesh-agent/src/local",
             "mesh-agent/src/identity/",
+            "mesh-agent/src/memory/",
         ],
     },
     Knows {

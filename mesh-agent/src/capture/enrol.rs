@@ -1,6 +1,7 @@
 //! Bringing a Pod's network namespace into the mesh, and out of it again. Everything here blocks, briefly.
 
 use std::collections::HashMap;
+use std::net::TcpListener as StdListener;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
@@ -20,7 +21,7 @@ use super::network::{CaptureError, IoContext, PodListeners};
 use super::recovery::Place;
 use super::sockets::StdListeners;
 use super::upstreams::Upstreams;
-use super::{CapturedPod, routing};
+use super::{CapturedPod, routing, sockets};
 use crate::addr::address_bytes;
 
 pub(super) struct Inner {
@@ -31,6 +32,8 @@ pub(super) struct Inner {
     /// One enrolment or release at a time. Taken before `pods`, and on blocking threads only.
     pub(super) change: Mutex<()>,
     pub(super) pods: Mutex<HashMap<String, Enrolment>>,
+    /// Of an agent before that lives on: uid → outbound, tunnel, plaintext.
+    pub(super) adopted: Mutex<HashMap<String, [StdListener; 3]>>,
     /// The node's bound of connections to applications.
     pub(super) upstreams: Arc<Semaphore>,
     pub(super) events: Events,
@@ -127,9 +130,17 @@ impl Inner {
 
     /// Every step is fine with what is there already.
     pub(super) fn establish(&self, record: EnrolmentRecord, netns: NetNamespace) -> Result<Established, CaptureError> {
+        let adopted = self.adopted.lock().remove(&record.pod.uid).map(StdListeners::from);
         let listeners = netns.run(|| {
             routing::set_up(&record.before)?;
-            StdListeners::open(&self.kernel, record.slot)
+            match adopted {
+                Some(listeners) if sockets::are_listening(&listeners.inodes()?)? => Ok(listeners),
+                // Closed before any other can have its port.
+                not_usable => {
+                    drop(not_usable);
+                    StdListeners::open(&self.kernel, record.slot)
+                }
+            }
         })?;
         self.kernel
             .set_listener(record.slot, TUNNEL_LISTENER, listeners.tunnel.as_fd())?;

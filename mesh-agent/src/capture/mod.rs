@@ -7,6 +7,7 @@
 mod addresses;
 mod bpf_syscalls;
 mod cgroup_root;
+pub mod descriptors;
 mod enrol;
 mod enrolments;
 mod events;
@@ -28,7 +29,8 @@ mod self_test;
 mod sockets;
 mod upstreams;
 
-use std::net::IpAddr;
+use std::collections::HashMap;
+use std::net::{IpAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -91,7 +93,7 @@ pub struct Capture {
     probes: Arc<Probes>,
     cgroup_root: PathBuf,
     probe_program: PathBuf,
-    _heartbeat: Heartbeat,
+    heartbeat: Mutex<Option<Heartbeat>>,
 }
 
 impl std::fmt::Debug for Capture {
@@ -139,14 +141,26 @@ impl Capture {
                 boot_id: boot_id()?,
                 change: Mutex::default(),
                 pods: Mutex::new(pods),
+                adopted: Mutex::default(),
                 upstreams: Arc::new(Semaphore::new(MAX_UPSTREAMS)),
                 events: Events::default(),
             }),
             probes: Arc::default(),
             cgroup_root,
             probe_program: config.probe_program,
-            _heartbeat: heartbeat,
+            heartbeat: Mutex::new(Some(heartbeat)),
         }))
+    }
+
+    /// Listeners that the agent before has handed over, by uid: outbound, tunnel, plaintext. To be called before
+    /// [`Capture::recover`], which goes on with them instead of opening new ones.
+    pub fn adopt(&self, listeners: HashMap<String, [TcpListener; 3]>) {
+        *self.inner.adopted.lock() = listeners;
+    }
+
+    /// Another agent beats from now on; should it die, nothing of this one may hide that.
+    pub fn fall_silent(&self) {
+        self.heartbeat.lock().take();
     }
 
     /// Takes over the Pods that an earlier agent enrolled; to be called once, after start. A Pod whose namespace is gone for sure is
@@ -154,7 +168,13 @@ impl Capture {
     #[allow(clippy::result_large_err, reason = "the Pod comes back with its error; a handful at start")]
     pub async fn recover(&self) -> Vec<Result<CapturedPod, (PodToEnroll, CaptureError)>> {
         let inner = Arc::clone(&self.inner);
-        let established = blocking(move || Ok(inner.recover())).await.unwrap_or_else(|error| {
+        let recovered = blocking(move || {
+            let recovered = inner.recover();
+            // Of Pods that are gone.
+            inner.adopted.lock().clear();
+            Ok(recovered)
+        });
+        let established = recovered.await.unwrap_or_else(|error| {
             tracing::error!(%error, "enrolled Pods cannot be recovered");
             Vec::new()
         });

@@ -38,6 +38,16 @@ pub(super) struct StdListeners {
     pub plaintext: TcpListener,
 }
 
+impl From<[TcpListener; 3]> for StdListeners {
+    fn from([outbound, tunnel, plaintext]: [TcpListener; 3]) -> Self {
+        Self {
+            outbound,
+            tunnel,
+            plaintext,
+        }
+    }
+}
+
 impl StdListeners {
     pub(super) fn open(kernel: &Kernel, slot: u32) -> Result<Self, CaptureError> {
         Ok(Self {

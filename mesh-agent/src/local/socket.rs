@@ -1,13 +1,13 @@
 //! The socket's file and who may use it.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use nix::fcntl::{Flock, FlockArg};
 use nix::sys::stat::{Mode, umask};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
@@ -38,7 +38,10 @@ pub struct LocalSocket {
     listener: UnixListener,
     refused: AtomicU64,
     path: PathBuf,
-    _lock: Flock<File>,
+    /// Unlocked by the kernel, with the last descriptor of it: one may be a successor's.
+    lock: File,
+    /// It is another agent's now, and so is its file.
+    is_handed_over: AtomicBool,
 }
 
 impl LocalSocket {
@@ -59,31 +62,56 @@ impl LocalSocket {
             .mode(0o600)
             .open(run_dir.join(LOCK_FILE))
             .map_err(io)?;
-        let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
-            nix::errno::Errno::EWOULDBLOCK => SocketError::InUse(run_dir.to_owned()),
-            error => io(error.into()),
+        lock.try_lock().map_err(|error| match error {
+            TryLockError::WouldBlock => SocketError::InUse(run_dir.to_owned()),
+            TryLockError::Error(error) => io(error),
         })?;
         let path = socket_path(run_dir);
         // Ours to replace: we hold the lock. Should someone listen all the same, it is not an agent's, and not ours to break.
         if std::os::unix::net::UnixStream::connect(&path).is_ok() {
             return Err(SocketError::InUse(run_dir.to_owned()));
         }
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io(error)),
-            _ => {}
-        }
-        // Never there with a wider mode, not for a moment.
-        let before = umask(Mode::from_bits_truncate(0o177));
-        let listener = UnixListener::bind(&path);
-        umask(before);
-        let listener = listener.map_err(io)?;
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).map_err(io)?;
+        let listener = listen_at(&path).map_err(io)?;
         Ok(Self {
             listener,
             refused: AtomicU64::new(0),
             path,
-            _lock: lock,
+            lock,
+            is_handed_over: AtomicBool::new(false),
         })
+    }
+
+    /// Goes on with what the agent before has handed over: its lock, and its socket with whoever waits there.
+    ///
+    /// # Errors
+    /// It is no lock of this folder, or no socket.
+    pub fn inherit(run_dir: &Path, lock: OwnedFd, listener: OwnedFd) -> Result<Self, SocketError> {
+        let io = |source| SocketError::Io {
+            path: run_dir.to_owned(),
+            source,
+        };
+        let lock = File::from(lock);
+        // Ours already, with the file that it came with; said again, so that no other descriptor can pass for it.
+        lock.try_lock().map_err(|_| SocketError::InUse(run_dir.to_owned()))?;
+        let listener = std::os::unix::net::UnixListener::from(listener);
+        listener.set_nonblocking(true).map_err(io)?;
+        Ok(Self {
+            listener: UnixListener::from_std(listener).map_err(io)?,
+            refused: AtomicU64::new(0),
+            path: socket_path(run_dir),
+            lock,
+            is_handed_over: AtomicBool::new(false),
+        })
+    }
+
+    /// Lock and listener, for a successor.
+    pub fn with_descriptors<T>(&self, give: impl FnOnce(BorrowedFd<'_>, BorrowedFd<'_>) -> T) -> T {
+        give(self.lock.as_fd(), self.listener.as_fd())
+    }
+
+    /// Whether the socket's file is another agent's now: then it is not removed at the end.
+    pub fn set_handed_over(&self, is_handed_over: bool) {
+        self.is_handed_over.store(is_handed_over, Ordering::Relaxed);
     }
 
     /// Connections that were not root's.
@@ -126,9 +154,29 @@ impl LocalSocket {
 
 impl Drop for LocalSocket {
     fn drop(&mut self) {
-        // A leftover is replaced by the next agent.
-        let _ = fs::remove_file(&self.path);
+        if !self.is_handed_over.load(Ordering::Relaxed) {
+            // A leftover is replaced by the next agent.
+            let _ = fs::remove_file(&self.path);
+        }
     }
+}
+
+/// A root's socket of the run directory, in the place of what a dead agent left.
+///
+/// # Errors
+/// It cannot be made.
+pub fn listen_at(path: &Path) -> io::Result<UnixListener> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    // Never there with a wider mode, not for a moment.
+    let before = umask(Mode::from_bits_truncate(0o177));
+    let listener = UnixListener::bind(path);
+    umask(before);
+    let listener = listener?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
 }
 
 /// The kernel's word (SO_PEERCRED) of who connected, in the agent's user namespace.

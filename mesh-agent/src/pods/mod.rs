@@ -10,6 +10,7 @@ pub use trust_domain::TrustDomain;
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -18,7 +19,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::capture::{Capture, CaptureError, CapturedPod, PodToEnroll};
+use crate::capture::{Capture, CaptureError, CapturedPod, PodListeners, PodToEnroll};
 use crate::discovery::report::{PodStatus, Proof};
 use crate::identity::Identity;
 use crate::identity::renewal::Certificates;
@@ -29,6 +30,7 @@ use crate::telemetry::Metrics;
 const ENROLMENT_PATIENCE: Duration = Duration::from_secs(10);
 /// How long another change of the same Pod is waited for.
 const BUSY_PATIENCE: Duration = Duration::from_secs(30);
+const FREEZE_POLL: Duration = Duration::from_millis(5);
 /// Proofs at a time on the node; each starts a process for each family of addresses.
 const CONCURRENT_PROOFS: usize = 4;
 
@@ -85,6 +87,12 @@ pub struct PodView {
     pub connections: usize,
 }
 
+impl std::fmt::Debug for Pods {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pods").finish_non_exhaustive()
+    }
+}
+
 pub struct Pods {
     capture: Arc<Capture>,
     proxy: Arc<Proxy>,
@@ -95,6 +103,8 @@ pub struct Pods {
     /// uids with a change under way; one at a time each.
     busy: Mutex<HashSet<Arc<str>>>,
     no_longer_busy: Notify,
+    /// Another agent takes over: nothing of a Pod changes here any more. Under `busy`.
+    frozen: AtomicBool,
     proofs: Semaphore,
     status: watch::Sender<Arc<Vec<PodStatus>>>,
 }
@@ -117,6 +127,7 @@ impl Pods {
             enrolled: Mutex::default(),
             busy: Mutex::default(),
             no_longer_busy: Notify::new(),
+            frozen: AtomicBool::new(false),
             proofs: Semaphore::new(CONCURRENT_PROOFS),
             status: watch::Sender::default(),
         })
@@ -271,6 +282,36 @@ impl Pods {
         futures_util::future::join_all(handles.into_iter().map(PodProxyHandle::shutdown)).await;
     }
 
+    /// Changes of Pods are refused from now on. False: one was still under way after `patience`, and they go on. Blocks.
+    #[must_use]
+    pub fn freeze(&self, patience: Duration) -> bool {
+        self.frozen.store(true, Ordering::Relaxed);
+        let until = Instant::now() + patience;
+        while !self.busy.lock().is_empty() {
+            if Instant::now() >= until {
+                self.thaw();
+                return false;
+            }
+            std::thread::sleep(FREEZE_POLL);
+        }
+        true
+    }
+
+    /// Nobody took over.
+    pub fn thaw(&self) {
+        self.frozen.store(false, Ordering::Relaxed);
+    }
+
+    /// Of every served Pod, by uid.
+    #[must_use]
+    pub fn listeners(&self) -> Vec<(Arc<str>, Arc<PodListeners>)> {
+        let enrolled = self.enrolled.lock();
+        let served = enrolled
+            .values()
+            .filter_map(|enrolled| Some((enrolled.uid.clone(), enrolled.handle.as_ref()?.listeners()?)));
+        served.collect()
+    }
+
     fn serve(self: &Arc<Self>, captured: CapturedPod, recovered: bool) {
         let CapturedPod {
             pod,
@@ -360,13 +401,19 @@ impl Pods {
                 // Before the look: an end between look and wait is not missed.
                 let mut notified = std::pin::pin!(self.no_longer_busy.notified());
                 notified.as_mut().enable();
-                if self.busy.lock().insert(uid.clone()) {
-                    return;
+                {
+                    let mut busy = self.busy.lock();
+                    if self.frozen.load(Ordering::Relaxed) {
+                        return Err(PodError::Busy);
+                    }
+                    if busy.insert(uid.clone()) {
+                        return Ok(());
+                    }
                 }
                 notified.await;
             }
         };
-        timeout(BUSY_PATIENCE, turn).await.map_err(|_| PodError::Busy)?;
+        timeout(BUSY_PATIENCE, turn).await.map_err(|_| PodError::Busy)??;
         Ok(Change {
             pods: self.clone(),
             uid: uid.clone(),

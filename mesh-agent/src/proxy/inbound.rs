@@ -144,6 +144,11 @@ async fn serve_streams<T: AsyncRead + AsyncWrite + Unpin>(
             }
             () = windows.changed() => windows.apply(|size| connection.set_initial_window_size(size)),
             // The peer opens another one; streams that are open go on.
+            // Of an agent that goes: what the peer still opens goes to the next one.
+            () = context.stop_accepting.cancelled(), if !closing => {
+                closing = true;
+                connection.graceful_shutdown();
+            }
             () = &mut expired, if !closing => {
                 closing = true;
                 connection.graceful_shutdown();

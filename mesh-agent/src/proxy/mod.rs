@@ -24,6 +24,7 @@ mod tests;
 use std::future::Future;
 use std::sync::Arc;
 
+use parking_lot::Mutex;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{sleep, timeout};
 
@@ -108,30 +109,31 @@ impl Proxy {
     pub fn serve(self: &Arc<Self>, pod: ProxyPod, listeners: PodListeners) -> PodProxyHandle {
         let buffers = self.registry.buffers().pod(&pod.pod_uid);
         let context = PodContext::new(pod, &self.limits, buffers);
-        let PodListeners {
-            outbound,
-            tunnel,
-            plaintext,
-        } = listeners;
         context.tasks.spawn(review::run(self.clone(), context.clone()));
-        self.accept(&context, outbound, "outbound", outbound::serve);
-        self.accept(&context, tunnel, "tunnel", inbound::serve);
-        self.accept(&context, plaintext, "plaintext", plaintext::serve);
-        PodProxyHandle { context }
+        let listeners = Arc::new(listeners);
+        self.accept(&context, &listeners, |all| &all.outbound, "outbound", outbound::serve);
+        self.accept(&context, &listeners, |all| &all.tunnel, "tunnel", inbound::serve);
+        self.accept(&context, &listeners, |all| &all.plaintext, "plaintext", plaintext::serve);
+        PodProxyHandle {
+            context,
+            listeners: Mutex::new(Some(listeners)),
+        }
     }
 
     fn accept<F>(
         self: &Arc<Self>,
         context: &Arc<PodContext>,
-        listener: TcpListener,
+        listeners: &Arc<PodListeners>,
+        which: fn(&PodListeners) -> &TcpListener,
         name: &'static str,
         serve: impl Fn(Arc<Proxy>, Arc<PodContext>, Accepted) -> F + Send + 'static,
     ) where
         F: Future<Output = ()> + Send + 'static,
     {
-        let (proxy, context) = (self.clone(), context.clone());
+        let (proxy, context, listeners) = (self.clone(), context.clone(), listeners.clone());
         let tasks = context.tasks.clone();
         tasks.spawn(async move {
+            let listener = which(&listeners);
             loop {
                 let accepted = tokio::select! {
                     accepted = listener.accept() => accepted,
@@ -179,16 +181,27 @@ struct Accepted {
 #[derive(Debug)]
 pub struct PodProxyHandle {
     context: Arc<PodContext>,
+    /// `None` once they close.
+    listeners: Mutex<Option<Arc<PodListeners>>>,
 }
 
 impl PodProxyHandle {
-    /// Closes the Pod's listeners, so that new connections are refused; those that it has go on.
+    /// To be given to the agent that takes over.
+    #[must_use]
+    pub fn listeners(&self) -> Option<Arc<PodListeners>> {
+        self.listeners.lock().clone()
+    }
+
+    /// Closes the Pod's listeners, so that new connections are refused; those that it has go on. Peers are told to open other
+    /// tunnels for new ones.
     pub fn stop_accepting(&self) {
+        self.listeners.lock().take();
         self.context.stop_accepting.cancel();
     }
 
     /// Closes the Pod's listeners and tunnels and resets its connections.
     pub async fn shutdown(self) {
+        self.listeners.lock().take();
         self.context.shutdown.cancel();
         self.context.tasks.close();
         if timeout(SHUTDOWN_PATIENCE, self.context.tasks.wait()).await.is_err() {

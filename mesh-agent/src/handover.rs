@@ -1,0 +1,253 @@
+//! A graceful restart: the running agent hands what must not be closed to its successor, over a socket of the run directory that
+//! is root's alone. Both accept until the successor serves; so there is no moment in which nobody does.
+//!
+//! One message after the other, each a length, JSON, and descriptors: the successor's [`Hello`]; the [`Answer`] with the folder's
+//! lock, the local socket and the pages' listeners; a [`PodOffered`] with three listeners for each served Pod; the successor's
+//! [`SERVING`]. Before that last word nothing is given up: without it the running agent goes on as before.
+
+use std::collections::HashMap;
+use std::io::{self, Read as _};
+use std::net::TcpListener;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tokio::net::UnixListener;
+use tracing::{info, warn};
+
+use crate::capture::descriptors::{receive, send};
+use crate::local::LocalSocket;
+use crate::memory::Memory;
+use crate::pods::Pods;
+
+const SOCKET_FILE: &str = "handover.sock";
+/// Raised when a message changes; another version's agent is not taken over.
+const VERSION: u32 = 1;
+/// The other agent answers at once, or hangs.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// From the offer until the successor serves: it loads programs, and finds again what was not offered.
+const TAKEOVER_PATIENCE: Duration = Duration::from_secs(60);
+/// A uid has at most 128 bytes, a path 4,096.
+const MAX_MESSAGE_BYTES: usize = 16 * 1024;
+const ACCEPT_RETRY: Duration = Duration::from_millis(50);
+const SERVING: &str = "serving";
+
+/// Who wants to take over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    version: u32,
+    pub node: String,
+    pub pin_path: PathBuf,
+}
+
+impl Hello {
+    #[must_use]
+    pub fn new(node: &str, pin_path: &Path) -> Self {
+        Self {
+            version: VERSION,
+            node: node.to_owned(),
+            pin_path: pin_path.to_owned(),
+        }
+    }
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Answer {
+    refused: Option<String>,
+    pods: usize,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct PodOffered {
+    uid: String,
+}
+
+/// What the running agent gives.
+#[derive(Debug)]
+pub struct Offer {
+    pub hello: Hello,
+    pub local: Arc<LocalSocket>,
+    /// Of metrics, readiness and admin.
+    pub pages: [TcpListener; 3],
+    pub pods: Arc<Pods>,
+    pub memory: Arc<Memory>,
+}
+
+/// What the successor has got. Dropped before [`Inherited::serving`], the other agent goes on.
+#[derive(Debug)]
+pub struct Inherited {
+    folder: Option<(OwnedFd, OwnedFd)>,
+    pub pages: Vec<TcpListener>,
+    /// uid → outbound, tunnel, plaintext.
+    pub pods: HashMap<String, [TcpListener; 3]>,
+    stream: UnixStream,
+}
+
+impl Inherited {
+    /// Of the run directory.
+    ///
+    /// # Errors
+    /// They were taken already.
+    pub fn lock_and_socket(&mut self) -> io::Result<(OwnedFd, OwnedFd)> {
+        self.folder.take().ok_or_else(|| io::Error::other("taken already"))
+    }
+
+    /// # Errors
+    /// The other agent is gone, which is as well.
+    pub fn serving(&self) -> io::Result<()> {
+        write(&self.stream, &SERVING, &[])
+    }
+
+    /// The listener of this address, if it is one that was given.
+    pub fn page(&mut self, address: std::net::SocketAddr) -> Option<TcpListener> {
+        let at = self
+            .pages
+            .iter()
+            .position(|page| page.local_addr().is_ok_and(|of| of == address))?;
+        Some(self.pages.swap_remove(at))
+    }
+}
+
+/// Where an agent is asked for what it has.
+#[must_use]
+pub fn socket_path(run_dir: &Path) -> PathBuf {
+    run_dir.join(SOCKET_FILE)
+}
+
+/// Asks the running agent for everything. Blocks.
+///
+/// # Errors
+/// It does not answer, or will not: its reason.
+pub fn take(run_dir: &Path, hello: &Hello) -> io::Result<Inherited> {
+    let stream = UnixStream::connect(socket_path(run_dir))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    write(&stream, hello, &[])?;
+    let (answer, descriptors) = read::<Answer>(&stream)?;
+    if let Some(refused) = answer.refused {
+        return Err(io::Error::other(format!("it will not be taken over: {refused}")));
+    }
+    let mut descriptors = descriptors.into_iter();
+    let (Some(lock), Some(local)) = (descriptors.next(), descriptors.next()) else {
+        return Err(io::Error::other("it gave no lock"));
+    };
+    let pages = descriptors.map(TcpListener::from).collect();
+    let mut pods = HashMap::new();
+    for _ in 0..answer.pods {
+        let (pod, listeners) = read::<PodOffered>(&stream)?;
+        let listeners: Vec<TcpListener> = listeners.into_iter().map(TcpListener::from).collect();
+        let listeners = <[TcpListener; 3]>::try_from(listeners).map_err(|_| io::Error::other("a Pod has three listeners"))?;
+        pods.insert(pod.uid, listeners);
+    }
+    Ok(Inherited {
+        folder: Some((lock, local)),
+        pages,
+        pods,
+        stream,
+    })
+}
+
+/// Waits for a successor, and returns once one serves. From then on nothing is this agent's but the connections that it has.
+pub async fn give(listener: UnixListener, offer: Arc<Offer>) {
+    loop {
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                warn!(%error, "accept on the handover socket");
+                tokio::time::sleep(ACCEPT_RETRY).await;
+                continue;
+            }
+        };
+        if !stream.peer_cred().is_ok_and(|peer| peer.uid() == 0) {
+            warn!("the handover socket is root's only; connection refused");
+            continue;
+        }
+        let giving = offer.clone();
+        let given = tokio::task::spawn_blocking(move || {
+            let stream = stream.into_std()?;
+            stream.set_nonblocking(false)?;
+            let given = give_to(&stream, &giving);
+            if given.is_err() {
+                giving.pods.thaw();
+            }
+            given
+        });
+        match given.await {
+            Ok(Ok(())) => {
+                offer.local.set_handed_over(true);
+                return;
+            }
+            Ok(Err(error)) => warn!(%error, "no handover; this agent goes on"),
+            Err(error) => warn!(%error, "a handover did not end; this agent goes on"),
+        }
+    }
+}
+
+fn give_to(stream: &UnixStream, offer: &Offer) -> io::Result<()> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let (hello, _) = read::<Hello>(stream)?;
+    let refuse = |why: String| {
+        let answer = Answer {
+            refused: Some(why.clone()),
+            ..Answer::default()
+        };
+        write(stream, &answer, &[])?;
+        Err(io::Error::other(why))
+    };
+    if hello != offer.hello {
+        return refuse(format!("it has {:?}, the successor {hello:?}", offer.hello));
+    }
+    if !offer.pods.freeze(PATIENCE / 2) {
+        return refuse("a Pod is being enrolled or released; try again".to_owned());
+    }
+    info!("another agent takes over: until it serves, both accept");
+    // What it serves by, should the control plane be away.
+    offer.memory.write_now();
+    let pods = offer.pods.listeners();
+    let answer = Answer {
+        refused: None,
+        pods: pods.len(),
+    };
+    offer.local.with_descriptors(|lock, local| {
+        let [metrics, ready, admin] = &offer.pages;
+        write(stream, &answer, &[lock, local, metrics.as_fd(), ready.as_fd(), admin.as_fd()])
+    })?;
+    for (uid, listeners) in pods {
+        let all = [
+            listeners.outbound.as_fd(),
+            listeners.tunnel.as_fd(),
+            listeners.plaintext.as_fd(),
+        ];
+        write(stream, &PodOffered { uid: uid.to_string() }, &all)?;
+    }
+    stream.set_read_timeout(Some(TAKEOVER_PATIENCE))?;
+    let (word, _) = read::<String>(stream)?;
+    if word == SERVING {
+        Ok(())
+    } else {
+        Err(io::Error::other("the successor does not say that it serves"))
+    }
+}
+
+fn write(stream: &UnixStream, message: &impl Serialize, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let text = serde_json::to_vec(message)?;
+    let length = u32::try_from(text.len()).map_err(io::Error::other)?;
+    send(stream, &[&length.to_be_bytes()[..], &text].concat(), descriptors)
+}
+
+fn read<T: DeserializeOwned>(mut stream: &UnixStream) -> io::Result<(T, Vec<OwnedFd>)> {
+    let mut length = [0; 4];
+    let descriptors = receive(stream, &mut length)?;
+    let length = u32::from_be_bytes(length) as usize;
+    if length > MAX_MESSAGE_BYTES {
+        return Err(io::Error::other("a message is too long"));
+    }
+    let mut text = vec![0; length];
+    stream.read_exact(&mut text)?;
+    Ok((serde_json::from_slice(&text)?, descriptors))
+}
