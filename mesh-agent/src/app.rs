@@ -41,6 +41,10 @@ use metrics::AgentMetrics;
 /// How long background tasks may take to end after the drain.
 const TASKS_PATIENCE: Duration = Duration::from_secs(2);
 
+/// A killed agent's child holds the folder's lock from its fork to its exec; and an agent that has just taken over does not listen
+/// for the next one yet.
+const FOLDER_TRIES: u32 = 20;
+const FOLDER_RETRY: Duration = Duration::from_millis(100);
 /// Why the agent ends, beside signals.
 const HANDOVER: &str = "handover";
 
@@ -268,16 +272,24 @@ async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
 
 /// The run directory's lock and socket: free, or taken over from the agent that runs there.
 async fn local_socket(args: &RunArgs, hello: &Hello) -> anyhow::Result<(Arc<LocalSocket>, Option<Inherited>)> {
-    let in_use = match LocalSocket::listen(&args.run_dir) {
-        Ok(socket) => return Ok((Arc::new(socket), None)),
-        Err(in_use @ SocketError::InUse(_)) => in_use,
-        Err(error) => return Err(error.into()),
-    };
-    let (run_dir, hello) = (args.run_dir.clone(), hello.clone());
-    let taken = tokio::task::spawn_blocking(move || handover::take(&run_dir, &hello)).await?;
-    let mut inherited = match taken {
-        Ok(inherited) => inherited,
-        Err(error) => anyhow::bail!("{in_use}, and cannot be taken over from: {error}"),
+    let mut tries = FOLDER_TRIES;
+    let mut inherited = loop {
+        let in_use = match LocalSocket::listen(&args.run_dir) {
+            Ok(socket) => return Ok((Arc::new(socket), None)),
+            Err(in_use @ SocketError::InUse(_)) => in_use,
+            Err(error) => return Err(error.into()),
+        };
+        let (run_dir, hello) = (args.run_dir.clone(), hello.clone());
+        let error = match tokio::task::spawn_blocking(move || handover::take(&run_dir, &hello)).await? {
+            Ok(inherited) => break inherited,
+            Err(error) => error,
+        };
+        tries -= 1;
+        let nobody_listens = matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound);
+        if tries == 0 || !nobody_listens {
+            anyhow::bail!("{in_use}, and cannot be taken over from: {error}");
+        }
+        tokio::time::sleep(FOLDER_RETRY).await;
     };
     let (lock, local) = inherited.lock_and_socket()?;
     let socket = LocalSocket::inherit(&args.run_dir, lock, local)?;

@@ -314,6 +314,8 @@ fn graceful_restarts(shared: &mut Shared) -> Result<()> {
     let before = NodeName::ALL.map(|node| traces(mesh, node));
     let restarts = cycles("CULVERT_TEST_RESTARTS", 10);
     let load = Load::start(mesh, "client", "server")?;
+    let logs = NodeName::ALL.map(|node| mesh.access_log(node));
+    let positions = logs.each_ref().map(|log| log.position());
     for restart in 0..restarts {
         let node = NodeName::ALL[restart % 2];
         let gone = succeed(mesh, node).with_context(|| format!("restart {restart} of {}", node.as_str()))?;
@@ -322,9 +324,11 @@ fn graceful_restarts(shared: &mut Shared) -> Result<()> {
             .context("the agent of before ends with its connections")?;
     }
     let (worked, failures) = load.finish()?;
+    let lines = logs.iter().zip(positions).flat_map(|(log, position)| log.since(position, &[]));
+    let not_ok: Vec<Value> = lines.filter(|line| line["result"] != "ok").collect();
     ensure!(
         failures.is_empty(),
-        "{} failures beside {worked} connections over {restarts} restarts: {failures:?}",
+        "{} failures beside {worked} connections over {restarts} restarts: {failures:?}; {not_ok:?}",
         failures.len()
     );
     ensure!(worked >= 200 * restarts as u64, "only {worked} connections");

@@ -269,7 +269,8 @@ impl Pods {
             handle.stop_accepting();
         }
         let drained = async {
-            while self.connections() > 0 {
+            // Peers close their tunnels when they are told of the end, and those without a connection at once.
+            while self.connections() > 0 || !handles.iter().all(PodProxyHandle::is_drained) {
                 sleep(Duration::from_millis(50)).await;
             }
         };
@@ -321,6 +322,8 @@ impl Pods {
             ..
         } = captured;
         let identity = self.identity(&pod);
+        // Connections may wait at the listeners of an agent before, and with them for its certificate: not a moment without.
+        self.certificates.want(&identity, &pod.uid.as_str().into());
         let served = ProxyPod {
             pod_uid: pod.uid.as_str().into(),
             namespace: pod.namespace.as_str().into(),

@@ -131,8 +131,8 @@ impl Proxy {
         F: Future<Output = ()> + Send + 'static,
     {
         let (proxy, context, listeners) = (self.clone(), context.clone(), listeners.clone());
-        let tasks = context.tasks.clone();
-        tasks.spawn(async move {
+        let (tasks, tracker) = (context.tasks.clone(), context.accepted.clone());
+        tasks.spawn(tracker.track_future(async move {
             let listener = which(&listeners);
             loop {
                 let accepted = tokio::select! {
@@ -151,13 +151,13 @@ impl Proxy {
                     Ok(accepted) => {
                         let connection = serve(proxy.clone(), context.clone(), accepted);
                         let shutdown = context.shutdown.clone();
-                        context.tasks.spawn(async move {
+                        context.tasks.spawn(context.accepted.track_future(async move {
                             tokio::select! {
                                 () = connection => {}
                                 // Dropping it resets both of its ends.
                                 () = shutdown.cancelled() => {}
                             }
-                        });
+                        }));
                     }
                     Err(error) => {
                         proxy.metrics.count_accept_error(name);
@@ -166,7 +166,7 @@ impl Proxy {
                     }
                 }
             }
-        });
+        }));
     }
 }
 
@@ -197,6 +197,12 @@ impl PodProxyHandle {
     pub fn stop_accepting(&self) {
         self.listeners.lock().take();
         self.context.stop_accepting.cancel();
+    }
+
+    /// Whether all that was accepted has ended, and nothing more can come: after [`Self::stop_accepting`].
+    #[must_use]
+    pub fn is_drained(&self) -> bool {
+        self.context.accepted.is_empty()
     }
 
     /// Closes the Pod's listeners and tunnels and resets its connections.

@@ -35,6 +35,8 @@ pub(super) struct PodContext {
     /// Its listeners close; its connections go on.
     pub stop_accepting: CancellationToken,
     pub tasks: TaskTracker,
+    /// Of those, what accepts and what was accepted: a connection is here before it is registered anywhere.
+    pub accepted: TaskTracker,
     pub outbound_tunnels: Arc<Semaphore>,
     pub inbound_tunnels: Arc<Quota>,
     pub handshakes: Arc<Quota>,
@@ -49,6 +51,7 @@ impl PodContext {
             shutdown: CancellationToken::new(),
             stop_accepting: CancellationToken::new(),
             tasks: TaskTracker::new(),
+            accepted: TaskTracker::new(),
             outbound_tunnels: Arc::new(Semaphore::new(limits.outbound_tunnels_per_pod)),
             inbound_tunnels: Quota::new(limits.inbound_tunnels),
             handshakes: Quota::new(limits.handshakes),
