@@ -10,7 +10,6 @@ pub mod config;
 pub mod discovery;
 #[cfg(fuzzing)]
 pub mod fuzz;
-pub mod handover;
 pub mod identity;
 pub mod local;
 pub mod memory;

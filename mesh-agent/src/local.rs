@@ -1,6 +1,7 @@
 //! The agent's socket on its node: who starts and stops Pods (a CNI plugin, a person) enrols and releases them here. Root only.
 
 mod client;
+pub mod handover;
 mod socket;
 #[cfg(test)]
 mod tests;

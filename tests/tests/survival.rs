@@ -324,7 +324,10 @@ fn graceful_restarts(shared: &mut Shared) -> Result<()> {
             .context("the agent of before ends with its connections")?;
     }
     let (worked, failures) = load.finish()?;
-    let lines = logs.iter().zip(positions).flat_map(|(log, position)| log.since(position, &[]));
+    let lines = logs
+        .iter()
+        .zip(positions)
+        .flat_map(|(log, position)| log.since(position, &[]));
     let not_ok: Vec<Value> = lines.filter(|line| line["result"] != "ok").collect();
     ensure!(
         failures.is_empty(),

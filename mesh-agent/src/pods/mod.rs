@@ -14,12 +14,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio::net::TcpListener;
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::capture::{Capture, CaptureError, CapturedPod, PodListeners, PodToEnroll};
+use crate::capture::{Capture, CaptureError, CapturedPod, PodToEnroll};
 use crate::discovery::report::{PodStatus, Proof};
 use crate::identity::Identity;
 use crate::identity::renewal::Certificates;
@@ -303,9 +304,9 @@ impl Pods {
         self.frozen.store(false, Ordering::Relaxed);
     }
 
-    /// Of every served Pod, by uid.
+    /// Of every served Pod, by uid: outbound, tunnel, plaintext.
     #[must_use]
-    pub fn listeners(&self) -> Vec<(Arc<str>, Arc<PodListeners>)> {
+    pub fn listeners(&self) -> Vec<(Arc<str>, [Arc<TcpListener>; 3])> {
         let enrolled = self.enrolled.lock();
         let served = enrolled
             .values()

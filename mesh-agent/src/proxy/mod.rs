@@ -21,6 +21,7 @@ mod socket;
 #[cfg(test)]
 mod tests;
 
+use std::borrow::Borrow;
 use std::future::Future;
 use std::sync::Arc;
 
@@ -110,10 +111,11 @@ impl Proxy {
         let buffers = self.registry.buffers().pod(&pod.pod_uid);
         let context = PodContext::new(pod, &self.limits, buffers);
         context.tasks.spawn(review::run(self.clone(), context.clone()));
-        let listeners = Arc::new(listeners);
-        self.accept(&context, &listeners, |all| &all.outbound, "outbound", outbound::serve);
-        self.accept(&context, &listeners, |all| &all.tunnel, "tunnel", inbound::serve);
-        self.accept(&context, &listeners, |all| &all.plaintext, "plaintext", plaintext::serve);
+        let listeners = [listeners.outbound, listeners.tunnel, listeners.plaintext].map(Arc::new);
+        let [outbound, tunnel, plaintext] = listeners.clone();
+        self.accept(&context, outbound, "outbound", outbound::serve);
+        self.accept(&context, tunnel, "tunnel", inbound::serve);
+        self.accept(&context, plaintext, "plaintext", plaintext::serve);
         PodProxyHandle {
             context,
             listeners: Mutex::new(Some(listeners)),
@@ -123,17 +125,16 @@ impl Proxy {
     fn accept<F>(
         self: &Arc<Self>,
         context: &Arc<PodContext>,
-        listeners: &Arc<PodListeners>,
-        which: fn(&PodListeners) -> &TcpListener,
+        listener: impl Borrow<TcpListener> + Send + Sync + 'static,
         name: &'static str,
         serve: impl Fn(Arc<Proxy>, Arc<PodContext>, Accepted) -> F + Send + 'static,
     ) where
         F: Future<Output = ()> + Send + 'static,
     {
-        let (proxy, context, listeners) = (self.clone(), context.clone(), listeners.clone());
+        let (proxy, context) = (self.clone(), context.clone());
         let (tasks, tracker) = (context.tasks.clone(), context.accepted.clone());
         tasks.spawn(tracker.track_future(async move {
-            let listener = which(&listeners);
+            let listener = listener.borrow();
             loop {
                 let accepted = tokio::select! {
                     accepted = listener.accept() => accepted,
@@ -182,13 +183,13 @@ struct Accepted {
 pub struct PodProxyHandle {
     context: Arc<PodContext>,
     /// `None` once they close.
-    listeners: Mutex<Option<Arc<PodListeners>>>,
+    listeners: Mutex<Option<[Arc<TcpListener>; 3]>>,
 }
 
 impl PodProxyHandle {
-    /// To be given to the agent that takes over.
+    /// Outbound, tunnel, plaintext: to be given to the agent that takes over.
     #[must_use]
-    pub fn listeners(&self) -> Option<Arc<PodListeners>> {
+    pub fn listeners(&self) -> Option<[Arc<TcpListener>; 3]> {
         self.listeners.lock().clone()
     }
 

@@ -19,8 +19,8 @@ use serde::{Deserialize, Serialize};
 use tokio::net::UnixListener;
 use tracing::{info, warn};
 
+use super::LocalSocket;
 use crate::capture::descriptors::{receive, send};
-use crate::local::LocalSocket;
 use crate::memory::Memory;
 use crate::pods::Pods;
 
@@ -217,12 +217,8 @@ fn give_to(stream: &UnixStream, offer: &Offer) -> io::Result<()> {
         let [metrics, ready, admin] = &offer.pages;
         write(stream, &answer, &[lock, local, metrics.as_fd(), ready.as_fd(), admin.as_fd()])
     })?;
-    for (uid, listeners) in pods {
-        let all = [
-            listeners.outbound.as_fd(),
-            listeners.tunnel.as_fd(),
-            listeners.plaintext.as_fd(),
-        ];
+    for (uid, [outbound, tunnel, plaintext]) in pods {
+        let all = [outbound.as_fd(), tunnel.as_fd(), plaintext.as_fd()];
         write(stream, &PodOffered { uid: uid.to_string() }, &all)?;
     }
     stream.set_read_timeout(Some(TAKEOVER_PATIENCE))?;
