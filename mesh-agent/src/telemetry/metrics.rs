@@ -14,6 +14,8 @@ pub const MAX_CONNECTION_SERIES: usize = 10_000;
 const MAX_POLICY_SERIES: usize = 1_000;
 /// In place of a policy's name. No policy's: those hold a `/`.
 const NO_ALLOW_MATCHED: &str = "_no_allow_matched";
+/// As [`NO_ALLOW_MATCHED`]: what STRICT mutual TLS refuses or cuts, as a DENY policy would.
+const STRICT: &str = "_strict";
 /// Stands for everything that found no room.
 const OVERFLOW: &str = "_other";
 
@@ -187,7 +189,7 @@ impl Default for Metrics {
             ),
             passthrough: counters(
                 "mesh_passthrough_connections_total",
-                "Connections passed on in clear: to known outsiders, or to Pods of the mesh that are not protected yet",
+                "Connections passed on in clear: to known outsiders, to Pods of the mesh that are not protected yet, or to what is excluded",
                 &["destination"],
             ),
             endpoint_retries: counter(
@@ -278,7 +280,7 @@ impl Metrics {
         self.failed.with_label_values(&values).inc();
     }
 
-    /// `destination`: "outside" or "pending".
+    /// `destination`: "outside", "pending" or "excluded".
     pub fn count_passthrough(&self, destination: &'static str) {
         self.passthrough.with_label_values(&[destination]).inc();
     }
@@ -303,6 +305,16 @@ impl Metrics {
     pub fn count_cut(&self, policy: Option<&Arc<str>>) {
         self.by_policy(&self.policy_cut, policy.unwrap_or(&NO_ALLOW_MATCHED.into()))
             .inc();
+    }
+
+    /// A connection in clear was refused, as its Pod takes only mutual TLS.
+    pub fn count_plaintext_refused(&self) {
+        self.policy_denied.with_label_values(&[STRICT]).inc();
+    }
+
+    /// An open connection in clear was cut, as its Pod now takes only mutual TLS.
+    pub fn count_plaintext_cut(&self) {
+        self.policy_cut.with_label_values(&[STRICT]).inc();
     }
 
     /// The policy's series, or the common one when there are too many.

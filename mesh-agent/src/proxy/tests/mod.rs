@@ -253,6 +253,7 @@ impl Mesh {
         mesh.tell(vec![Change::Settings(Settings {
             trust_domain: "cluster.local".into(),
             pod_ranges: vec!["127.250.0.0/16".parse().unwrap()],
+            ..Settings::default()
         })]);
         mesh
     }
