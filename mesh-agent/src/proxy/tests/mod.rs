@@ -9,6 +9,7 @@ mod raw;
 mod refuse;
 mod review;
 mod service;
+mod settings;
 mod tls;
 
 use std::collections::HashMap;
