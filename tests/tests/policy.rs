@@ -21,7 +21,8 @@ use mesh_tests::topology::{NodeName, forms};
 
 /// What a refusal may take on a machine with two busy cores; it takes about a millisecond.
 const QUICKLY: Duration = Duration::from_secs(1);
-const VIP: (Ipv4Addr, Ipv6Addr) = (Ipv4Addr::new(10, 96, 9, 9), Ipv6Addr::new(0xfd96, 0, 0, 0, 0, 0, 9, 9));
+const POOL: (Ipv4Addr, Ipv6Addr) = (Ipv4Addr::new(10, 96, 9, 9), Ipv6Addr::new(0xfd96, 0, 0, 0, 0, 0, 9, 9));
+const OWN: (Ipv4Addr, Ipv6Addr) = (Ipv4Addr::new(10, 96, 9, 10), Ipv6Addr::new(0xfd96, 0, 0, 0, 0, 0, 9, 0x10));
 /// Two endpoints: that none of them is the stopped one's happens once in 2³⁰ runs.
 const TRIES: usize = 30;
 
@@ -269,7 +270,7 @@ fn live_strict(mesh: &mut Mesh) -> Result<()> {
 fn dry_run(mesh: &mut Mesh) -> Result<()> {
     let server: IpAddr = mesh.pod("server").v4.into();
     let rule = format!("[{{ from: [{{ principals: [{}] }}] }}]", principal("client"));
-    let manifest = policy("trial", "server", "Deny", &rule) + "  dryRun: true\n";
+    let manifest = policy("trial", "server", "Deny", &rule) + "  mode: DryRun\n";
     let name = format!("{MESHED}/trial");
     let counted = || mesh.metric(NodeName::Two, "mesh_policy_dry_run_matches_total", &[("policy", &name)]);
     let mut chat = open(mesh, "client", server)?;
@@ -315,11 +316,11 @@ fn one_of_two_endpoints(mesh: &mut Mesh) -> Result<()> {
         label(mesh, pod, &format!("app: {pod}"), &format!("app: {pod}, pool: both"))?;
     }
     mesh.registry
-        .write("pool.yaml", &service("pool", VIP.0, VIP.1, "pool: both"))?;
+        .write("pool.yaml", &service("pool", POOL.0, POOL.1, "pool: both"))?;
     let log = mesh.access_log(NodeName::One);
     let service = format!("pool.{MESHED}.svc.cluster.local");
     let lines_to = |pod: &'static str| vec![("destination_service", service.as_str()), ("destination_workload", pod)];
-    for address in forms(VIP.0, VIP.1) {
+    for address in forms(POOL.0, POOL.1) {
         mesh.wait_for_outcome("client", address, SERVICE_PORT, true)?;
         let wanted = SocketAddr::new(address, SERVICE_PORT).to_string();
         let position = log.position();
@@ -334,7 +335,7 @@ fn one_of_two_endpoints(mesh: &mut Mesh) -> Result<()> {
     }
     for stopped in ["server", "local"] {
         mesh.stop_server(stopped);
-        for address in forms(VIP.0, VIP.1) {
+        for address in forms(POOL.0, POOL.1) {
             let before = mesh.metric(NodeName::One, "mesh_endpoint_retries_total", &[])?;
             for _ in 0..TRIES {
                 let attempt = mesh.app.connect(&mesh.pod("client").place(), address, SERVICE_PORT)?;
@@ -356,9 +357,9 @@ fn one_of_two_endpoints(mesh: &mut Mesh) -> Result<()> {
 
 fn own_service(mesh: &mut Mesh) -> Result<()> {
     mesh.registry
-        .write("own.yaml", &service("own", VIP.0, VIP.1, "app: client"))?;
+        .write("own.yaml", &service("own", OWN.0, OWN.1, "app: client"))?;
     let log = mesh.access_log(NodeName::One);
-    for address in forms(VIP.0, VIP.1) {
+    for address in forms(OWN.0, OWN.1) {
         mesh.wait_for_outcome("client", address, SERVICE_PORT, true)?;
         let position = log.position();
         let attempt = mesh.app.connect(&mesh.pod("client").place(), address, SERVICE_PORT)?;
