@@ -297,16 +297,13 @@ fn without_root(shared: &mut Shared) -> Result<()> {
 }
 
 /// "By hand": the README's blocks as they are, one after the other in one shell, on a machine of their own as far as all
-/// default paths and ports are concerned: /run, bpffs, cgroup root, network, process ids.
+/// default paths and ports are concerned: /run, bpffs, network, process ids. The cgroup root is the machine's, as for any agent:
+/// programs there act only on the Pods of their own agent.
 fn by_hand(shared: &mut Shared) -> Result<()> {
     const BETWEEN: &str = "--- next block";
     let run = RunId::new();
     let cgroup = Cgroup::at_root(&run.name("hand"))?;
-    // The same hierarchy cannot be mounted over itself; seen from the new cgroup namespace, the old mount's root is not "/".
-    let mut script = String::from(
-        "set -eu\nmount -t tmpfs tmpfs /run\nmount -t bpf bpf /sys/fs/bpf\nmkdir /run/cgroup\n\
-         mount -t cgroup2 cgroup2 /run/cgroup\nip link set lo up\n",
-    );
+    let mut script = String::from("set -eu\nmount -t tmpfs tmpfs /run\nmount -t bpf bpf /sys/fs/bpf\nip link set lo up\n");
     for block in readme::run_by("hand")? {
         writeln!(script, "{}echo '{BETWEEN}'", block.text)?;
     }
@@ -328,7 +325,6 @@ fn by_hand(shared: &mut Shared) -> Result<()> {
         "unshare",
         "--mount",
         "--net",
-        "--cgroup",
         "--pid",
         "--fork",
         "--kill-child",

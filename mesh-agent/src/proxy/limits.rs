@@ -65,9 +65,9 @@ pub const FIRST_BYTES_TIMEOUT: Duration = Duration::from_secs(2);
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// From the CONNECT to its answer: the far side's discovery and its connect to the application.
 pub const RESPONSE_TIMEOUT: Duration = Duration::from_secs(20);
-/// An unknown address inside the Pod ranges, or a Pod whose protection is lost, waits this long for discovery.
 /// Endpoints of a service that are tried for a connection: the chosen one, and one other when that refuses.
 pub const ENDPOINT_TRIES: usize = 2;
+/// An unknown address inside the Pod ranges, or a Pod whose protection is lost, waits this long for discovery.
 pub const DISCOVERY_PATIENCE: Duration = Duration::from_secs(5);
 /// A peer whose identity contradicts discovery, and a policy that has not arrived, wait this long for something fresher.
 pub const FRESHNESS_PATIENCE: Duration = Duration::from_secs(2);
