@@ -238,6 +238,10 @@ impl Agent {
                 "policies": state.policies().map(|policy| policy.name.to_string()).collect::<std::collections::BTreeSet<_>>(),
                 "trust_domain": settings.trust_domain,
                 "pod_ranges": settings.pod_ranges,
+                "mtls": settings.mtls.as_str(),
+                "mtls_of_namespaces": settings.namespaces.iter().map(|(namespace, mtls)| (namespace.to_string(), mtls.as_str())).collect::<std::collections::BTreeMap<_, _>>(),
+                "excluded_ports": settings.excluded.ports,
+                "excluded_ranges": settings.excluded.ranges,
             })
         });
         let discovery = self.discovery.borrow().clone();

@@ -20,6 +20,7 @@ use crate::topology::{NodeName, PodPlace, Topology, WORLD_V4};
 
 const CONTROL_PORT: u16 = 15012;
 const CONTROL_ADMIN_PORT: u16 = 15014;
+const AGENT_ADMIN_PORT: u16 = 15000;
 const METRICS_PORT: u16 = 15020;
 const READY_PORT: u16 = 15021;
 /// `mesh-agent enroll` answers when the capture is proven, or says why it is not.
@@ -374,6 +375,27 @@ impl Mesh {
     /// The agent does not answer.
     pub fn agent_page(&self, node: NodeName, port: u16, path: &str) -> Result<Response> {
         app::page(&self.topology.node(node).netns, Ipv4Addr::LOCALHOST.into(), port, path)
+    }
+
+    /// What a node's agent has in force of what the control plane told.
+    ///
+    /// # Errors
+    /// The agent does not answer.
+    pub fn agent_state(&self, node: NodeName) -> Result<Value> {
+        let page = self.agent_page(node, AGENT_ADMIN_PORT, "/config_dump")?;
+        let dump: Value = serde_json::from_str(&page.body)?;
+        Ok(dump["state"].clone())
+    }
+
+    /// Writes a Service, and waits until the node knows one more: before, its address is some outsider's.
+    ///
+    /// # Errors
+    /// It does not come to know.
+    pub fn add_service(&self, node: NodeName, file: &str, manifest: &str) -> Result<()> {
+        let count = || Ok(self.agent_state(node)?["services"].as_u64());
+        let before = count()?;
+        self.registry.write(file, manifest)?;
+        poll::until_true("the node knows the service", poll::SOON, || Ok(count()? > before))
     }
 
     /// # Errors

@@ -129,6 +129,16 @@ fn exclusion(mesh: &mut Mesh) -> Result<()> {
         mesh.app.get(&mesh.pod("client").place(), address, "/")?;
         log.wait_for(position, &[("direction", "outbound"), ("path", "tunnel")], SOON)?;
     }
+    let state = mesh.agent_state(NodeName::One)?;
+    ensure!(
+        state["mtls"] == "Strict" && state["excluded_ports"] == serde_json::json!([ECHO_PORT]),
+        "{state}"
+    );
+    let excluded = mesh.metric(NodeName::One, "mesh_exclusions", &[("kind", "port")])?;
+    ensure!(
+        excluded == 1.0,
+        "expected that the metric tells of one excluded port, saw {excluded}"
+    );
     let counted = mesh.metric(
         NodeName::One,
         "mesh_passthrough_connections_total",

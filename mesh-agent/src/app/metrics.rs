@@ -20,6 +20,7 @@ pub struct AgentMetrics {
     pods: IntGaugeVec,
     local_refused: IntCounter,
     buffered_bytes: IntGauge,
+    exclusions: IntGaugeVec,
     /// Of two scrapes at a time, none may bring older numbers after newer ones.
     copying: Mutex<()>,
 }
@@ -64,6 +65,11 @@ impl AgentMetrics {
                 "mesh_buffered_bytes",
                 "Data of all Pods' connections that waits in the agent for a reader.",
             )?,
+            exclusions: gauges(
+                "mesh_exclusions",
+                "Ports and address ranges that the mesh's settings take out of the mesh.",
+                "kind",
+            )?,
             copying: Mutex::default(),
         })
     }
@@ -103,6 +109,13 @@ impl AgentMetrics {
         }
         take_over(&self.local_refused, agent.socket.refused());
         self.buffered_bytes.set(size(agent.buffers.held_bytes()));
+        let settings = agent.state.read(|state| state.settings().clone());
+        for (kind, count) in [
+            ("port", settings.excluded.ports.len()),
+            ("range", settings.excluded.ranges.len()),
+        ] {
+            self.exclusions.with_label_values(&[kind]).set(size(count));
+        }
         agent.metrics.set_capture_events(|| agent.capture.counters());
         agent.metrics.render()
     }

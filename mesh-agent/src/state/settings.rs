@@ -33,6 +33,17 @@ pub struct Exclusions {
     pub ranges: Vec<IpNet>,
 }
 
+impl Mtls {
+    /// As manifests have it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Permissive => "Permissive",
+            Self::Strict => "Strict",
+        }
+    }
+}
+
 impl Settings {
     /// Whether Pods of the namespace take only what mutual TLS has proven.
     #[must_use]

@@ -15,12 +15,11 @@ use crate::topology::NodeName;
 
 pub(super) fn service_address(mesh: &mut Mesh) -> Result<Vec<String>> {
     let (v4, v6) = (Ipv4Addr::new(10, 96, 0, 20), Ipv6Addr::new(0xfd96, 0, 0, 0, 0, 0, 0, 0x20));
-    mesh.registry.write("service.yaml", &service("echo", v4, v6, "app: server"))?;
+    mesh.add_service(NodeName::One, "service.yaml", &service("echo", v4, v6, "app: server"))?;
     let log = mesh.access_log(NodeName::One);
     let mut evidence = Vec::new();
     for address in [IpAddr::from(v4), v6.into()] {
         let wanted = SocketAddr::new(address, SERVICE_PORT).to_string();
-        mesh.wait_for_outcome("client", address, SERVICE_PORT, true)?;
         let position = log.position();
         let attempt = mesh.app.connect(&mesh.pod("client").place(), address, SERVICE_PORT)?;
         let peer = attempt.expect_ok()?.report["peer"].as_str().unwrap_or_default().to_owned();
