@@ -392,7 +392,7 @@ impl Mesh {
     /// # Errors
     /// It does not come to know.
     pub fn add_service(&self, node: NodeName, file: &str, manifest: &str) -> Result<()> {
-        let count = || Ok(self.agent_state(node)?["services"].as_u64());
+        let count = || -> Result<Option<u64>> { Ok(self.agent_state(node)?["services"].as_u64()) };
         let before = count()?;
         self.registry.write(file, manifest)?;
         poll::until_true("the node knows the service", poll::SOON, || Ok(count()? > before))
