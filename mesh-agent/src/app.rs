@@ -29,7 +29,7 @@ use crate::identity::store::CertificateStore;
 use crate::local::{self, LocalSocket};
 use crate::pods::{Pods, TrustDomain};
 use crate::proxy::{Buffers, Proxy};
-use crate::state::SharedState;
+use crate::state::{SharedState, service_name};
 use crate::telemetry::{AccessLog, Metrics};
 use metrics::AgentMetrics;
 
@@ -234,7 +234,7 @@ impl Agent {
             let settings = state.settings();
             json!({
                 "workloads": state.workloads().count(),
-                "services": state.services().count(),
+                "services": state.services().map(|service| service_name(service)).collect::<std::collections::BTreeSet<_>>(),
                 "policies": state.policies().map(|policy| policy.name.to_string()).collect::<std::collections::BTreeSet<_>>(),
                 "trust_domain": settings.trust_domain,
                 "pod_ranges": settings.pod_ranges,

@@ -387,15 +387,17 @@ impl Mesh {
         Ok(dump["state"].clone())
     }
 
-    /// Writes a Service, and waits until the node knows one more: before, its address is some outsider's.
+    /// Writes a Service into the file of its name, and waits until the node knows it: before, its address is some outsider's.
     ///
     /// # Errors
     /// It does not come to know.
-    pub fn add_service(&self, node: NodeName, file: &str, manifest: &str) -> Result<()> {
-        let count = || -> Result<Option<u64>> { Ok(self.agent_state(node)?["services"].as_u64()) };
-        let before = count()?;
-        self.registry.write(file, manifest)?;
-        poll::until_true("the node knows the service", poll::SOON, || Ok(count()? > before))
+    pub fn add_service(&self, node: NodeName, name: &str, manifest: &str) -> Result<()> {
+        self.registry.write(&format!("{name}.yaml"), manifest)?;
+        let resource = Value::from(format!("{MESHED}/{name}.{MESHED}.svc.cluster.local"));
+        poll::until_true("the node knows the service", poll::SOON, || {
+            let state = self.agent_state(node)?;
+            Ok(state["services"].as_array().is_some_and(|known| known.contains(&resource)))
+        })
     }
 
     /// # Errors

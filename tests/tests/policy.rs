@@ -325,8 +325,7 @@ fn one_of_two_endpoints(mesh: &mut Mesh) -> Result<()> {
     for pod in ["server", "local"] {
         label(mesh, pod, &format!("app: {pod}"), &format!("app: {pod}, pool: both"))?;
     }
-    mesh.registry
-        .write("pool.yaml", &service("pool", POOL.0, POOL.1, "pool: both"))?;
+    mesh.add_service(NodeName::One, "pool", &service("pool", POOL.0, POOL.1, "pool: both"))?;
     let log = mesh.access_log(NodeName::One);
     let service = format!("pool.{MESHED}.svc.cluster.local");
     let lines_to = |pod: &'static str| vec![("destination_service", service.as_str()), ("destination_workload", pod)];
@@ -366,8 +365,7 @@ fn one_of_two_endpoints(mesh: &mut Mesh) -> Result<()> {
 }
 
 fn own_service(mesh: &mut Mesh) -> Result<()> {
-    mesh.registry
-        .write("own.yaml", &service("own", OWN.0, OWN.1, "app: client"))?;
+    mesh.add_service(NodeName::One, "own", &service("own", OWN.0, OWN.1, "app: client"))?;
     let log = mesh.access_log(NodeName::One);
     for address in forms(OWN.0, OWN.1) {
         mesh.wait_for_outcome("client", address, SERVICE_PORT, true)?;

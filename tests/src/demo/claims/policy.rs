@@ -15,7 +15,7 @@ use crate::topology::NodeName;
 
 pub(super) fn service_address(mesh: &mut Mesh) -> Result<Vec<String>> {
     let (v4, v6) = (Ipv4Addr::new(10, 96, 0, 20), Ipv6Addr::new(0xfd96, 0, 0, 0, 0, 0, 0, 0x20));
-    mesh.add_service(NodeName::One, "service.yaml", &service("echo", v4, v6, "app: server"))?;
+    mesh.add_service(NodeName::One, "echo", &service("echo", v4, v6, "app: server"))?;
     let log = mesh.access_log(NodeName::One);
     let mut evidence = Vec::new();
     for address in [IpAddr::from(v4), v6.into()] {
@@ -35,7 +35,7 @@ pub(super) fn service_address(mesh: &mut Mesh) -> Result<Vec<String>> {
             text(&line, "destination_address")
         ));
     }
-    mesh.registry.remove("service.yaml")?;
+    mesh.registry.remove("echo.yaml")?;
     Ok(evidence)
 }
 
