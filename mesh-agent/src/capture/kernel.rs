@@ -28,6 +28,7 @@ use self::programs::{
 };
 use super::CaptureError;
 use super::bpf_syscalls::{self, AttachType};
+use super::heap;
 
 pub use self::pins::CleanupReport;
 pub(super) use self::pins::detect_cgroup_root;
@@ -79,7 +80,9 @@ impl Kernel {
     /// # Errors
     /// No bpffs, no cgroup v2, pins of another ABI version, or a kernel without a needed feature, which the error names.
     pub fn load(config: &KernelConfig) -> Result<Kernel, CaptureError> {
-        Self::load_with(config, load_node_programs)
+        let loaded = Self::load_with(config, load_node_programs);
+        heap::trim();
+        loaded
     }
 
     /// As [`Kernel::load`] does on a kernel without `bpf_set_retval`, so that it can be tested on one that has it.
@@ -218,6 +221,12 @@ impl Kernel {
     /// The kernel lacks sk_lookup, or the namespace cannot take it.
     pub fn attach_lookup(&self, slot: u32, pod_uid: &str, netns: BorrowedFd<'_>) -> Result<(), CaptureError> {
         check_slot(slot)?;
+        self.load_and_attach_lookup(slot, pod_uid, netns)?;
+        heap::trim();
+        Ok(())
+    }
+
+    fn load_and_attach_lookup(&self, slot: u32, pod_uid: &str, netns: BorrowedFd<'_>) -> Result<(), CaptureError> {
         let (name, feature) = LOOKUP_PROGRAM;
         let mut programs = loader(&self.directory)
             .override_global("SLOT", &slot, true)

@@ -12,6 +12,7 @@ mod enrolments;
 mod events;
 #[cfg(fuzzing)]
 pub mod fuzz;
+mod heap;
 mod heartbeat;
 pub mod kernel;
 mod namespace;
