@@ -2,8 +2,12 @@
 
 mod access_log;
 mod metrics;
+mod prefix;
 mod record;
+mod tunnels;
 
 pub use access_log::AccessLog;
 pub use metrics::{ConnectionCounters, ConnectionLabels, Metrics, Reporter, take_over};
+pub use prefix::MetricsPrefix;
 pub use record::{ConnectionPath, ConnectionRecord, Direction, Peer, SecurityPolicy};
+pub use tunnels::{OpenTunnel, Tunnels, WorkloadPair};
