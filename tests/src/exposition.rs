@@ -122,7 +122,8 @@ fn unquote(quoted: &str) -> Option<(String, &str)> {
                 character @ ('\\' | '"') => character,
                 _ => return None,
             }),
-            (_, character) if character.is_control() && character != '\t' => return None,
+            // Everything else may stand as it is, carriage returns included: lines end in '\n', and only there.
+            (_, '\n') => return None,
             (_, character) => value.push(character),
         }
     }

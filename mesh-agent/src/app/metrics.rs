@@ -89,7 +89,11 @@ impl AgentMetrics {
                 &["type", "version"],
             )?,
             map_entries: gauges("mesh_capture_map_entries", "Entries of a kernel map.", &["map"])?,
-            map_entries_max: gauges("mesh_capture_map_entries_max", "Entries that a kernel map has room for.", &["map"])?,
+            map_entries_max: gauges(
+                "mesh_capture_map_entries_max",
+                "Entries that a kernel map has room for.",
+                &["map"],
+            )?,
             started: Instant::now(),
             prefix,
             discovery_connected: gauge("mesh_discovery_connected", "1 while the discovery stream is open.")?,
@@ -196,6 +200,9 @@ mod tests {
         let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
         let all = (0..50).map(|n| (at(1_000 - n), format!("identity-{n}"))).collect();
         let shown = first_to_end(all, 3);
-        assert_eq!(shown.iter().map(|(_, name)| name.as_str()).collect::<Vec<_>>(), ["identity-49", "identity-48", "identity-47"]);
+        assert_eq!(
+            shown.iter().map(|(_, name)| name.as_str()).collect::<Vec<_>>(),
+            ["identity-49", "identity-48", "identity-47"]
+        );
     }
 }

@@ -80,7 +80,13 @@ impl Proxy {
     ) -> Arc<Self> {
         let tls = Arc::<TlsConfigs>::default();
         Arc::new(Self {
-            pool: Pool::new(state.clone(), certificates.clone(), tls.clone(), metrics.clone(), limits.clone()),
+            pool: Pool::new(
+                state.clone(),
+                certificates.clone(),
+                tls.clone(),
+                metrics.clone(),
+                limits.clone(),
+            ),
             state,
             certificates,
             metrics,

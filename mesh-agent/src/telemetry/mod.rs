@@ -4,6 +4,8 @@ mod access_log;
 mod metrics;
 mod prefix;
 mod record;
+#[cfg(test)]
+mod tests;
 mod tunnels;
 
 pub use access_log::AccessLog;
