@@ -41,7 +41,8 @@ fn addresses(mesh: &mut Mesh) -> Result<()> {
         for address in mesh.pod(to).forms() {
             let client = mesh.pod("client");
             let log = mesh.access_log(client.node);
-            let position = log.position();
+            let there = mesh.access_log(mesh.pod(to).node);
+            let (position, before) = (log.position(), there.position());
             let attempt = mesh.app.connect(&client.place(), address, ECHO_PORT)?;
             let local: SocketAddr = attempt.expect_ok()?.report["local"].as_str().unwrap_or_default().parse()?;
             let own = SocketAddr::new(client.own_address(address), local.port()).to_string();
@@ -52,22 +53,13 @@ fn addresses(mesh: &mut Mesh) -> Result<()> {
                 continue;
             }
             // The destination knows the Pod for sure; the port is that of the tunnel, which many connections share.
-            let line = mesh.access_log(mesh.pod(to).node).wait_for(
-                position_zero(mesh, to),
-                &[("direction", "inbound"), ("destination_workload", to)],
-                SOON,
-            )?;
+            let fields = [("direction", "inbound"), ("destination_workload", to)];
+            let line = there.wait_for(before, &fields, SOON)?;
             let source: SocketAddr = text(&line, "source_address").parse()?;
             ensure!(client.addresses().contains(&source.ip()), "{line}");
         }
     }
     Ok(())
-}
-
-/// The beginning of the log of a Pod's node.
-fn position_zero(mesh: &Mesh, pod: &str) -> mesh_tests::access_log::Position {
-    let nowhere = mesh.topology.folder().join(format!("no-log-of-{pod}"));
-    mesh_tests::access_log::AccessLog::new(nowhere).position()
 }
 
 /// A row of a table in docs/METRICS.md.
