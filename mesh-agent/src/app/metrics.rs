@@ -130,9 +130,7 @@ impl AgentMetrics {
             self.enforced.reset();
             for (type_url, version) in &status.enforced_versions {
                 let short = type_url.rsplit('.').next().unwrap_or(type_url);
-                self.enforced
-                    .with_label_values(&[short, &version[..version.floor_char_boundary(MAX_VERSION_BYTES)]])
-                    .set(1);
+                self.enforced.with_label_values(&[short, shortened(version)]).set(1);
             }
             for (event, count) in [
                 ("connected", status.connections),
@@ -183,6 +181,10 @@ impl AgentMetrics {
     }
 }
 
+fn shortened(version: &str) -> &str {
+    &version[..version.floor_char_boundary(MAX_VERSION_BYTES)]
+}
+
 fn first_to_end(mut certificates: Vec<(SystemTime, String)>, most: usize) -> Vec<(SystemTime, String)> {
     certificates.sort_unstable();
     certificates.truncate(most);
@@ -194,6 +196,14 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+
+    #[test]
+    fn a_long_version_is_cut_between_characters() {
+        assert_eq!(shortened("7-abc"), "7-abc");
+        let long = "ü1".repeat(1_000);
+        let cut = shortened(&long).len();
+        assert!((MAX_VERSION_BYTES - 3..=MAX_VERSION_BYTES).contains(&cut), "{cut}");
+    }
 
     #[test]
     fn of_too_many_certificates_those_are_shown_that_end_first() {
