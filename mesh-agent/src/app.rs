@@ -79,7 +79,7 @@ async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
     let control = ControlPlane::new(&token, args.control.as_deref())?;
 
     let metrics = Metrics::new();
-    let agent_metrics = AgentMetrics::new(metrics.registry())?;
+    let agent_metrics = AgentMetrics::new(metrics.registry(), args.metrics_prefix.clone())?;
     let access_log = if args.access_log.as_os_str() == "-" {
         AccessLog::to_stdout(metrics.clone())?
     } else {

@@ -34,6 +34,10 @@ pub(super) async fn serve(proxy: Arc<Proxy>, context: Arc<PodContext>, accepted:
         return context.pod.probes.answer(&context.pod.pod_uid, destination, stream).await;
     }
     let application = Carried::new(stream);
+    let client = match destination {
+        Ok(destination) => context.application(client, destination),
+        Err(_) => client,
+    };
     let (source, known) = proxy.state.read(|state| {
         let source = context.peer(Peer::at(client.socket_addr()), state);
         let known = destination
