@@ -115,7 +115,7 @@ impl AgentMetrics {
             exclusions: gauges(
                 "mesh_exclusions",
                 "Ports and address ranges that the mesh's settings take out of the mesh.",
-                "kind",
+                &["kind"],
             )?,
             copying: Mutex::default(),
         })
