@@ -34,7 +34,7 @@ use crate::local::{self, LocalSocket, SocketError};
 use crate::memory::{self, Memory, Remembered};
 use crate::pods::{Pods, TrustDomain};
 use crate::proxy::{Buffers, Proxy};
-use crate::state::SharedState;
+use crate::state::{SharedState, service_name};
 use crate::telemetry::{AccessLog, Metrics};
 use metrics::AgentMetrics;
 
@@ -102,7 +102,7 @@ async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
     let control = ControlPlane::new(&token, args.control.as_deref())?;
 
     let metrics = Metrics::new();
-    let agent_metrics = AgentMetrics::new(metrics.registry())?;
+    let agent_metrics = AgentMetrics::new(metrics.registry(), args.metrics_prefix.clone())?;
     let access_log = if args.access_log.as_os_str() == "-" {
         AccessLog::to_stdout(metrics.clone())?
     } else {
@@ -376,10 +376,14 @@ impl Agent {
             let settings = state.settings();
             json!({
                 "workloads": state.workloads().count(),
-                "services": state.services().count(),
+                "services": state.services().map(|service| service_name(service)).collect::<std::collections::BTreeSet<_>>(),
                 "policies": state.policies().map(|policy| policy.name.to_string()).collect::<std::collections::BTreeSet<_>>(),
                 "trust_domain": settings.trust_domain,
                 "pod_ranges": settings.pod_ranges,
+                "mtls": settings.mtls.as_str(),
+                "mtls_of_namespaces": settings.namespaces.iter().map(|(namespace, mtls)| (namespace.to_string(), mtls.as_str())).collect::<std::collections::BTreeMap<_, _>>(),
+                "excluded_ports": settings.excluded.ports,
+                "excluded_ranges": settings.excluded.ranges,
             })
         });
         let discovery = self.discovery.borrow().clone();

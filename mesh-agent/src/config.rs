@@ -9,6 +9,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::telemetry::MetricsPrefix;
+
 pub use token::{NodeToken, Secret, TokenError};
 
 /// The node agent of the Culvert mesh: enrols Pods, carries their TCP through mutual TLS, authorizes and measures it.
@@ -60,6 +62,9 @@ pub struct RunArgs {
     /// Where to serve /metrics (Prometheus text).
     #[arg(long, env = "CULVERT_METRICS", value_name = "IP:PORT", default_value = "0.0.0.0:15020")]
     pub metrics: SocketAddr,
+    /// What the names of all metrics begin with. (`istio_` makes those of connections the names that many dashboards know.)
+    #[arg(long, env = "CULVERT_METRICS_PREFIX", value_name = "PREFIX", default_value = "mesh_")]
+    pub metrics_prefix: MetricsPrefix,
     /// Where to serve /healthz/ready: 200 once the datapath is attached and discovery has answered.
     #[arg(long, env = "CULVERT_READY", value_name = "IP:PORT", default_value = "0.0.0.0:15021")]
     pub ready: SocketAddr,

@@ -1,6 +1,7 @@
 //! The edge where wire types become domain types. Nothing behind it knows protobuf; nothing in front of it decides.
 
 mod authorization;
+mod settings;
 #[cfg(test)]
 mod tests;
 mod unknown_fields;
@@ -266,25 +267,6 @@ impl TryFrom<WireService> for Service {
             addresses,
             ports,
             only_healthy,
-        })
-    }
-}
-
-impl TryFrom<WireSettings> for Settings {
-    type Error = ProtoError;
-
-    fn try_from(wire: WireSettings) -> Result<Self, ProtoError> {
-        let trust_domain = non_empty(&wire.trust_domain, DEFAULT_TRUST_DOMAIN).to_owned();
-        Identity::parse(&format!("spiffe://{trust_domain}/ns/x/sa/x"))
-            .map_err(|_| field("trust_domain", "holds characters that no trust domain has"))?;
-        let pod_ranges = wire
-            .pod_ranges
-            .iter()
-            .map(|cidr| network(&cidr.address, cidr.length).ok_or_else(|| field("pod_ranges", "has a range that is none")))
-            .collect::<Result<_, _>>()?;
-        Ok(Self {
-            trust_domain,
-            pod_ranges,
         })
     }
 }

@@ -15,7 +15,7 @@ use rustls::crypto::aws_lc_rs::{self, cipher_suite};
 use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, CommonState, ServerConfig};
 use rustls_pki_types::{CertificateDer, ServerName};
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
@@ -71,11 +71,11 @@ impl std::fmt::Debug for TlsConfigs {
 impl TlsConfigs {
     /// # Errors
     /// The pair cannot be used, the handshake fails, the client does not prove an identity of our trust domain, or does not speak h2.
-    pub async fn accept(
+    pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         &self,
         pair: &Arc<CertifiedKeyPair>,
-        stream: TcpStream,
-    ) -> Result<(server::TlsStream<TcpStream>, TlsPeer), TlsError> {
+        stream: S,
+    ) -> Result<(server::TlsStream<S>, TlsPeer), TlsError> {
         let config = self.generation(pair)?.server.clone();
         let tls = TlsAcceptor::from(config)
             .accept(stream)
@@ -87,13 +87,13 @@ impl TlsConfigs {
 
     /// # Errors
     /// The pair cannot be used, the handshake fails, the server does not prove the expected identity, or does not speak h2.
-    pub async fn connect(
+    pub async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
         &self,
         pair: &Arc<CertifiedKeyPair>,
         expected: &Identity,
         address: IpAddr,
-        stream: TcpStream,
-    ) -> Result<(client::TlsStream<TcpStream>, TlsPeer), TlsError> {
+        stream: S,
+    ) -> Result<(client::TlsStream<S>, TlsPeer), TlsError> {
         let generation = self.generation(pair)?;
         let verifier = verify::ExpectedServer::new(pair.roots.clone(), expected.clone(), provider());
         let mut config = ClientConfig::builder_with_provider(provider())

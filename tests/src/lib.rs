@@ -10,6 +10,7 @@ pub mod bench;
 pub mod binaries;
 pub mod cgroup;
 pub mod demo;
+pub mod exposition;
 pub mod firewall;
 pub mod http;
 pub mod manifests;

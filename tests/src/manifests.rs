@@ -1,16 +1,20 @@
 //! The folder of Kubernetes manifests that mesh-control reads, written as people write them.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
+use crate::app::ECHO_PORT;
 use crate::topology::NodeName;
 
 /// Namespace of the Pods in the mesh.
 pub const MESHED: &str = "shop";
 /// Namespace of the Pods outside it.
 pub const UNMESHED: &str = "legacy";
+/// Whose `MeshConfig` is the whole mesh's.
+pub const ROOT_NAMESPACE: &str = "culvert-system";
+pub const SERVICE_PORT: u16 = 80;
 pub const TRUST_DOMAIN: &str = "cluster.local";
 
 /// The SPIFFE id of a service account of a meshed Pod.
@@ -59,6 +63,24 @@ pub fn policy(name: &str, target: &str, action: &str, rules: &str) -> String {
          \x20 selector: {{ matchLabels: {{ app: {target} }} }}\n\
          \x20 action: {action}\n\
          \x20 rules: {rules}\n"
+    )
+}
+
+/// A `MeshConfig`, for the whole mesh in [`ROOT_NAMESPACE`], else for its namespace.
+#[must_use]
+pub fn mesh_config(namespace: &str, spec: &str) -> String {
+    format!(
+        "apiVersion: culvert.dev/v1alpha1\nkind: MeshConfig\nmetadata: {{ name: default, namespace: {namespace} }}\nspec: {spec}\n"
+    )
+}
+
+/// A Service on port [`SERVICE_PORT`] over the Pods with the label, in front of their echo server.
+#[must_use]
+pub fn service(name: &str, v4: Ipv4Addr, v6: Ipv6Addr, selector: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{ name: {name}, namespace: {MESHED} }}\n\
+         spec:\n  clusterIP: {v4}\n  clusterIPs: [{v4}, \"{v6}\"]\n  ipFamilies: [IPv4, IPv6]\n\
+         \x20 selector: {{ {selector} }}\n  ports: [{{ port: {SERVICE_PORT}, targetPort: {ECHO_PORT} }}]\n"
     )
 }
 

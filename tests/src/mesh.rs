@@ -20,6 +20,7 @@ use crate::topology::{NodeName, PodPlace, Topology, WORLD_V4};
 
 const CONTROL_PORT: u16 = 15012;
 const CONTROL_ADMIN_PORT: u16 = 15014;
+const AGENT_ADMIN_PORT: u16 = 15000;
 const METRICS_PORT: u16 = 15020;
 const READY_PORT: u16 = 15021;
 /// `mesh-agent enroll` answers when the capture is proven, or says why it is not.
@@ -382,6 +383,29 @@ impl Mesh {
     /// The agent does not answer.
     pub fn agent_page(&self, node: NodeName, port: u16, path: &str) -> Result<Response> {
         app::page(&self.topology.node(node).netns, Ipv4Addr::LOCALHOST.into(), port, path)
+    }
+
+    /// What a node's agent has in force of what the control plane told.
+    ///
+    /// # Errors
+    /// The agent does not answer.
+    pub fn agent_state(&self, node: NodeName) -> Result<Value> {
+        let page = self.agent_page(node, AGENT_ADMIN_PORT, "/config_dump")?;
+        let dump: Value = serde_json::from_str(&page.body)?;
+        Ok(dump["state"].clone())
+    }
+
+    /// Writes a Service into the file of its name, and waits until the node knows it: before, its address is some outsider's.
+    ///
+    /// # Errors
+    /// It does not come to know.
+    pub fn add_service(&self, node: NodeName, name: &str, manifest: &str) -> Result<()> {
+        self.registry.write(&format!("{name}.yaml"), manifest)?;
+        let resource = Value::from(format!("{MESHED}/{name}.{MESHED}.svc.cluster.local"));
+        poll::until_true("the node knows the service", poll::SOON, || {
+            let state = self.agent_state(node)?;
+            Ok(state["services"].as_array().is_some_and(|known| known.contains(&resource)))
+        })
     }
 
     /// # Errors

@@ -190,11 +190,12 @@ fn stays_up(shared: &mut Shared) -> Result<()> {
     Ok(())
 }
 
-/// The section "Try it": both commands work; with the policy, the second is refused and the first is not.
+/// The section "Try it": both commands work; with the policy, the second is refused and the first is not. The outsider is let in, but
+/// for STRICT.
 fn try_the_readme(demo: u32, registry: &str) -> Result<()> {
     let blocks = readme::run_by("demo")?;
-    let [commands, policy] = blocks.as_slice() else {
-        bail!("expected commands and a policy, saw {blocks:?}")
+    let [commands, policy, outsider, strict] = blocks.as_slice() else {
+        bail!("expected commands, a policy, a command and a configuration, saw {blocks:?}")
     };
     let commands: Vec<&str> = commands.text.lines().collect();
     let [get, connect] = commands.as_slice() else {
@@ -213,7 +214,18 @@ fn try_the_readme(demo: u32, registry: &str) -> Result<()> {
     wait_for(connect, demo, "is refused", |output| output.stdout.contains("\"ok\":false"))?;
     shell(get, demo)?.ok(get).context("the policy allows this")?;
     std::fs::remove_file(&file)?;
-    wait_for(connect, demo, "works again", |output| works(&output.stdout))
+    wait_for(connect, demo, "works again", |output| works(&output.stdout))?;
+
+    let outsider = outsider.text.trim();
+    let report = shell(outsider, demo)?.ok(outsider)?;
+    ensure!(works(&report), "{outsider}: {report}");
+    let file = std::path::Path::new(registry).join("strict.yaml");
+    std::fs::write(&file, &strict.text)?;
+    wait_for(outsider, demo, "is refused", |output| output.stdout.contains("\"ok\":false"))?;
+    let report = shell(connect, demo)?.ok(connect)?;
+    ensure!(works(&report), "STRICT leaves the mesh alone; {connect}: {report}");
+    std::fs::remove_file(&file)?;
+    wait_for(outsider, demo, "works again", |output| works(&output.stdout))
 }
 
 fn wait_for(command: &str, demo: u32, what: &str, holds: impl Fn(&Output) -> bool) -> Result<()> {

@@ -16,14 +16,13 @@ const RSS_LIMIT_MB: u32 = 2048;
 const TIMEOUT_SECONDS: u32 = 10;
 
 /// What cargo-fuzz passes as well, but for a sanitizer, which needs nightly: the code under test is safe Rust.
-const INSTRUMENTATION: [&str; 7] = [
+const INSTRUMENTATION: [&str; 6] = [
     "--cfg=fuzzing",
     "-Cpasses=sancov-module",
     "-Cllvm-args=-sanitizer-coverage-level=4",
     "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
     "-Cllvm-args=-sanitizer-coverage-pc-table",
     "-Cllvm-args=-sanitizer-coverage-trace-compares",
-    "-Ccodegen-units=1",
 ];
 
 #[derive(Args)]

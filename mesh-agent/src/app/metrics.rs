@@ -2,12 +2,25 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::SystemTime;
 
 use parking_lot::Mutex;
-use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+use prometheus::{Gauge, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+use tokio::time::Instant;
 
 use super::Agent;
-use crate::telemetry::take_over;
+use crate::telemetry::{MetricsPrefix, take_over};
+
+/// Identities whose certificates are shown, those that end first: as many as a node has Pods. The store keeps no more
+/// (`mesh_common::limits::MAX_PODS`); were there more, `mesh_certificates` would tell.
+const MAX_CERTIFICATES_SHOWN: usize = mesh_common::limits::MAX_PODS as usize;
+/// Bytes of a version, which another maker's control plane writes as it likes.
+const MAX_VERSION_BYTES: usize = 64;
+/// Of the source, where the build was told.
+const REVISION: &str = match option_env!("CULVERT_REVISION") {
+    Some(revision) => revision,
+    None => "unknown",
+};
 
 /// Gauges and counters that are copied at each scrape.
 #[derive(Debug)]
@@ -17,9 +30,17 @@ pub struct AgentMetrics {
     discovery: IntCounterVec,
     certificate_requests: IntCounterVec,
     certificates: IntGauge,
+    certificate_expiry: IntGaugeVec,
+    last_word_age: Gauge,
+    enforced: IntGaugeVec,
+    map_entries: IntGaugeVec,
+    map_entries_max: IntGaugeVec,
+    started: Instant,
+    prefix: MetricsPrefix,
     pods: IntGaugeVec,
     local_refused: IntCounter,
     buffered_bytes: IntGauge,
+    exclusions: IntGaugeVec,
     /// Of two scrapes at a time, none may bring older numbers after newer ones.
     copying: Mutex<()>,
 }
@@ -27,14 +48,14 @@ pub struct AgentMetrics {
 impl AgentMetrics {
     /// # Errors
     /// A name is taken.
-    pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+    pub fn new(registry: &Registry, prefix: MetricsPrefix) -> Result<Self, prometheus::Error> {
         let gauge = |name: &str, help: &str| {
             let gauge = IntGauge::new(name, help)?;
             registry.register(Box::new(gauge.clone()))?;
             Ok::<_, prometheus::Error>(gauge)
         };
-        let gauges = |name: &str, help: &str, label: &str| {
-            let gauges = IntGaugeVec::new(Opts::new(name, help), &[label])?;
+        let gauges = |name: &str, help: &str, labels: &[&str]| {
+            let gauges = IntGaugeVec::new(Opts::new(name, help), labels)?;
             registry.register(Box::new(gauges.clone()))?;
             Ok::<_, prometheus::Error>(gauges)
         };
@@ -48,7 +69,34 @@ impl AgentMetrics {
             "Connections to the local socket that were not root's.",
         )?;
         registry.register(Box::new(local_refused.clone()))?;
+        let last_word_age = Gauge::new(
+            "mesh_discovery_last_word_age_seconds",
+            "Since the control plane last said something; since the agent's start if it never did.",
+        )?;
+        registry.register(Box::new(last_word_age.clone()))?;
+        gauges("mesh_build_info", "1, with what runs.", &["version", "revision"])?
+            .with_label_values(&[env!("CARGO_PKG_VERSION"), REVISION])
+            .set(1);
         Ok(Self {
+            certificate_expiry: gauges(
+                "mesh_certificate_expiry_timestamp_seconds",
+                "When the certificate of an identity ends, in Unix time.",
+                &["identity"],
+            )?,
+            last_word_age,
+            enforced: gauges(
+                "mesh_discovery_enforced_info",
+                "1, with the version of what decisions are made by, for each type of resource.",
+                &["type", "version"],
+            )?,
+            map_entries: gauges("mesh_capture_map_entries", "Entries of a kernel map.", &["map"])?,
+            map_entries_max: gauges(
+                "mesh_capture_map_entries_max",
+                "Entries that a kernel map has room for.",
+                &["map"],
+            )?,
+            started: Instant::now(),
+            prefix,
             discovery_connected: gauge("mesh_discovery_connected", "1 while the discovery stream is open.")?,
             discovery_synced: gauge("mesh_discovery_synced", "1 once every resource type has been answered for.")?,
             discovery: counters(
@@ -58,11 +106,16 @@ impl AgentMetrics {
             )?,
             certificate_requests: counters("mesh_certificate_requests_total", "Requests for certificates.", "result")?,
             certificates: gauge("mesh_certificates", "Identities that the agent holds a certificate of.")?,
-            pods: gauges("mesh_pods", "Enrolled Pods by the state of their proof.", "proof")?,
+            pods: gauges("mesh_pods", "Enrolled Pods by the state of their proof.", &["proof"])?,
             local_refused,
             buffered_bytes: gauge(
                 "mesh_buffered_bytes",
                 "Data of all Pods' connections that waits in the agent for a reader.",
+            )?,
+            exclusions: gauges(
+                "mesh_exclusions",
+                "Ports and address ranges that the mesh's settings take out of the mesh.",
+                &["kind"],
             )?,
             copying: Mutex::default(),
         })
@@ -77,6 +130,14 @@ impl AgentMetrics {
             let status = agent.discovery.borrow();
             self.discovery_connected.set(i64::from(status.connected));
             self.discovery_synced.set(i64::from(status.synced));
+            let last_word = status.last_word.unwrap_or(self.started);
+            self.last_word_age.set(last_word.elapsed().as_secs_f64());
+            // Of the versions before nothing is left.
+            self.enforced.reset();
+            for (type_url, version) in &status.enforced_versions {
+                let short = type_url.rsplit('.').next().unwrap_or(type_url);
+                self.enforced.with_label_values(&[short, shortened(version)]).set(1);
+            }
             for (event, count) in [
                 ("connected", status.connections),
                 ("response", status.responses),
@@ -94,7 +155,7 @@ impl AgentMetrics {
                 count.load(Ordering::Relaxed),
             );
         }
-        self.certificates.set(size(agent.store.identities().len()));
+        self.show_certificates(agent);
         let pods = agent.pods.list();
         for proof in ["pending", "proven", "lost"] {
             self.pods
@@ -103,7 +164,68 @@ impl AgentMetrics {
         }
         take_over(&self.local_refused, agent.socket.refused());
         self.buffered_bytes.set(size(agent.buffers.held_bytes()));
+        let settings = agent.state.read(|state| state.settings().clone());
+        for (kind, count) in [
+            ("port", settings.excluded.ports.len()),
+            ("range", settings.excluded.ranges.len()),
+        ] {
+            self.exclusions.with_label_values(&[kind]).set(size(count));
+        }
         agent.metrics.set_capture_events(|| agent.capture.counters());
-        agent.metrics.render()
+        for map in agent.capture.map_fill() {
+            self.map_entries.with_label_values(&[map.name]).set(size(map.entries));
+            self.map_entries_max.with_label_values(&[map.name]).set(size(map.max_entries));
+        }
+        agent.metrics.render_as(&self.prefix)
+    }
+
+    fn show_certificates(&self, agent: &Agent) {
+        let pairs = agent.store.all();
+        self.certificates.set(i64::try_from(pairs.len()).unwrap_or(i64::MAX));
+        let expiries = pairs.iter().map(|pair| (pair.not_after, pair.identity.to_string())).collect();
+        // Those of identities that are gone go.
+        self.certificate_expiry.reset();
+        for (not_after, identity) in first_to_end(expiries, MAX_CERTIFICATES_SHOWN) {
+            let end = not_after.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+            self.certificate_expiry
+                .with_label_values(&[&identity])
+                .set(i64::try_from(end).unwrap_or(i64::MAX));
+        }
+    }
+}
+
+fn shortened(version: &str) -> &str {
+    &version[..version.floor_char_boundary(MAX_VERSION_BYTES)]
+}
+
+fn first_to_end(mut certificates: Vec<(SystemTime, String)>, most: usize) -> Vec<(SystemTime, String)> {
+    certificates.sort_unstable();
+    certificates.truncate(most);
+    certificates
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_long_version_is_cut_between_characters() {
+        assert_eq!(shortened("7-abc"), "7-abc");
+        let long = "ü1".repeat(1_000);
+        let cut = shortened(&long).len();
+        assert!((MAX_VERSION_BYTES - 3..=MAX_VERSION_BYTES).contains(&cut), "{cut}");
+    }
+
+    #[test]
+    fn of_too_many_certificates_those_are_shown_that_end_first() {
+        let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        let all = (0..50).map(|n| (at(1_000 - n), format!("identity-{n}"))).collect();
+        let shown = first_to_end(all, 3);
+        assert_eq!(
+            shown.iter().map(|(_, name)| name.as_str()).collect::<Vec<_>>(),
+            ["identity-49", "identity-48", "identity-47"]
+        );
     }
 }

@@ -28,6 +28,7 @@ mod routing;
 mod search;
 mod self_test;
 mod sockets;
+pub mod tcp_info;
 mod upstreams;
 
 use std::collections::HashMap;
@@ -44,6 +45,7 @@ use self::enrol::{Enrolment, Established, Inner};
 use self::enrolments::{Enrolments, check_uid};
 use self::events::Events;
 use self::heartbeat::Heartbeat;
+use self::kernel::inspect::MapFill;
 use self::kernel::{CleanupReport, Kernel, KernelConfig};
 use self::netns::NetNamespace;
 use self::probe::{PROBE_ADDRESS_V4, PROBE_ADDRESS_V6};
@@ -316,6 +318,12 @@ impl Capture {
         let mut counters = self.inner.kernel.counters();
         counters.extend(self.inner.events.counts());
         counters
+    }
+
+    /// How full the kernel's maps are.
+    #[must_use]
+    pub fn map_fill(&self) -> Vec<MapFill> {
+        self.inner.kernel.map_fill()
     }
 
     /// Undoes everything, of any version, without a running agent.

@@ -54,6 +54,8 @@ pub struct DiscoveryStatus {
     pub rejected: Vec<String>,
     /// Policies that could never be read, and deny until they can, or are gone; at most [`MAX_REJECTED_NAMED`], in order.
     pub stand_ins: Vec<String>,
+    /// When the control plane last said something on the stream.
+    pub last_word: Option<Instant>,
     /// Counted since the start.
     pub connections: u64,
     pub responses: u64,
@@ -334,6 +336,7 @@ fn apply(
     subscriptions.rejected.insert(type_url, named);
     status.send_modify(|status| {
         status.responses += 1;
+        status.last_word = Some(Instant::now());
         status.rejected_resources += rejected_count;
         status.enforced_versions.insert(type_url, version);
         status.stand_ins = stand_ins;

@@ -83,6 +83,11 @@ impl CertificateStore {
     }
 
     #[must_use]
+    pub fn all(&self) -> Vec<Arc<CertifiedKeyPair>> {
+        self.certificates.read().values().cloned().collect()
+    }
+
+    #[must_use]
     pub fn identities(&self) -> Vec<Identity> {
         self.certificates.read().keys().cloned().collect()
     }

@@ -1,4 +1,5 @@
-use mesh_proto::mesh::Cidr;
+use mesh_proto::mesh::settings::Mtls as WireMtls;
+use mesh_proto::mesh::{Cidr, NamespaceMtls};
 use mesh_proto::security::{
     Action as WireAction, Address as Block, Authorization, Clause, Match, Rule, ServiceAccountMatch, StringMatch, string_match,
 };
@@ -243,6 +244,99 @@ fn settings() {
         ));
     }
     assert!(super::settings(&resource("other", SETTINGS_TYPE_URL, wire.encode_to_vec())).is_err());
+}
+
+fn cidr(address: &[u8], length: u32) -> Cidr {
+    Cidr {
+        address: address.to_vec(),
+        length,
+    }
+}
+
+#[test]
+fn settings_of_mutual_tls_and_exclusions() {
+    let of = |namespace: &str, mtls: i32| NamespaceMtls {
+        namespace: namespace.to_owned(),
+        mtls,
+    };
+    let (permissive, strict) = (WireMtls::Permissive.into(), WireMtls::Strict.into());
+    let wire = WireSettings {
+        mtls: strict,
+        namespaces: vec![
+            of("legacy", permissive),
+            of("future", 9),
+            of("twice", strict),
+            of("twice", permissive),
+        ],
+        excluded_ports: vec![22, 9100],
+        excluded_cidrs: vec![cidr(&[169, 254, 0, 0], 16), cidr(&[0xfd; 16], 8)],
+        ..WireSettings::default()
+    };
+    let settings = Settings::try_from(wire.clone()).unwrap();
+    let strict = ["shop", "legacy", "future", "twice"].map(|namespace| settings.is_strict(namespace));
+    assert_eq!(strict, [true, false, true, true], "what is not known is STRICT");
+    let excludes = |text: &str| {
+        let address: std::net::SocketAddr = text.parse().unwrap();
+        settings.excluded.contains(address.ip(), address.port())
+    };
+    for (address, expected) in [
+        ("10.0.0.1:22", true),
+        ("10.0.0.1:23", false),
+        ("169.254.1.1:80", true),
+        ("[::ffff:169.254.1.1]:80", true),
+        ("[fd00::1]:80", true),
+        ("[fe00::1]:80", false),
+        ("169.254.1.1:15008", false),
+    ] {
+        assert_eq!(excludes(address), expected, "{address}");
+    }
+    for unknown in [-1, 3] {
+        let all = WireSettings {
+            mtls: unknown,
+            ..WireSettings::default()
+        };
+        assert!(Settings::try_from(all).unwrap().is_strict("shop"), "{unknown}");
+    }
+    assert!(!Settings::try_from(WireSettings::default()).unwrap().is_strict("shop"));
+
+    let ports = |ports: Vec<u32>| WireSettings {
+        excluded_ports: ports,
+        ..wire.clone()
+    };
+    for broken in [ports(vec![0]), ports(vec![65_536]), ports((1..=65).collect())] {
+        let error = Settings::try_from(broken).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                ProtoError::Field {
+                    field: "excluded_ports",
+                    ..
+                }
+            ),
+            "{error}"
+        );
+    }
+    for ranges in [
+        vec![cidr(&[10, 0], 8)],
+        vec![cidr(&[10, 0, 0, 0], 33)],
+        vec![cidr(&[10, 0, 0, 0], 8); 65],
+    ] {
+        let broken = WireSettings {
+            excluded_cidrs: ranges,
+            ..wire.clone()
+        };
+        let error = Settings::try_from(broken).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                ProtoError::Field {
+                    field: "excluded_cidrs",
+                    ..
+                }
+            ),
+            "{error}"
+        );
+    }
 }
 
 fn exact(text: &str) -> StringMatch {

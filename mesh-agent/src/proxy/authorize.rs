@@ -23,6 +23,11 @@ pub(super) async fn authorize(
     record: &mut ConnectionRecord,
 ) -> Result<(), ProxyError> {
     let applicable = applicable_policies(proxy, context).await?;
+    // The settings are known, too: policies are complete only once everything was told.
+    if source.is_none() && proxy.state.read(|state| refuses_plaintext(state, context, destination)) {
+        proxy.metrics.count_plaintext_refused();
+        return Err(Refusal::PlaintextRefused.into());
+    }
     // A Pod that speaks TCP itself evades its capture, and with it its principal.
     let claimed = proxy.state.read(|state| state.member_at(source_ip));
     let connection = Connection {
@@ -36,6 +41,7 @@ pub(super) async fn authorize(
     for policy in &verdict.dry_run_matches {
         proxy.metrics.count_dry_run(policy);
     }
+    record.dry_run_policies(verdict.dry_run_matches);
     record.policy(verdict.decision.policy().cloned());
     if verdict.decision.is_allow() {
         Ok(())
@@ -43,6 +49,11 @@ pub(super) async fn authorize(
         proxy.metrics.count_denied(verdict.decision.policy());
         Err(Refusal::DeniedByPolicy.into())
     }
+}
+
+fn refuses_plaintext(state: &State, context: &PodContext, destination: SocketAddr) -> bool {
+    let settings = state.settings();
+    settings.refuses_plaintext(&context.pod.namespace, destination.ip(), destination.port())
 }
 
 async fn applicable_policies(proxy: &Proxy, context: &PodContext) -> Result<ApplicablePolicies, ProxyError> {

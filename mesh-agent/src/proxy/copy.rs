@@ -140,7 +140,7 @@ async fn both_ways(
     tokio::select! {
         // A connection that was cut between its decision and here moves no byte.
         biased;
-        () = registered.cut().cancelled() => Err(ProxyError::Reset(ResetBy::Cut)),
+        error = registered.cut_off() => Err(error),
         () = registered.account().evicted().cancelled() => Err(ProxyError::Reset(ResetBy::Memory)),
         end = aborted => Err(end.reset()),
         result = directions => result,

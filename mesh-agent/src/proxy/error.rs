@@ -44,6 +44,10 @@ pub enum Refusal {
     NoHealthyEndpoint,
     DestinationUnknown,
     DestinationLost,
+    /// Not protected yet, where nothing is taken in clear.
+    DestinationPending,
+    /// In clear, to a Pod that takes only mutual TLS.
+    PlaintextRefused,
     CertificateMissing,
     CertificateExpired,
     Limit,
@@ -72,7 +76,9 @@ pub enum ResetBy {
     /// Held too much for an end that does not read.
     Memory,
     /// Cut by the agent: a changed policy denies it.
-    Cut,
+    Policy,
+    /// Cut by the agent: in clear, and its Pod now takes only mutual TLS.
+    Settings,
 }
 
 impl From<Refusal> for ProxyError {
@@ -136,7 +142,8 @@ impl ProxyError {
             Self::Reset(ResetBy::Destination) => "reset_by_destination",
             Self::Reset(ResetBy::Idle) => "half_closed_idle",
             Self::Reset(ResetBy::Memory) => "memory_limit",
-            Self::Reset(ResetBy::Cut) => "cut_by_policy",
+            Self::Reset(ResetBy::Policy) => "cut_by_policy",
+            Self::Reset(ResetBy::Settings) => "cut_by_settings",
         }
     }
 }
@@ -155,6 +162,8 @@ impl Refusal {
             Self::NoHealthyEndpoint => "no_healthy_endpoint",
             Self::DestinationUnknown => "destination_unknown",
             Self::DestinationLost => "destination_lost",
+            Self::DestinationPending => "destination_pending",
+            Self::PlaintextRefused => "plaintext_refused",
             Self::CertificateMissing => "certificate_missing",
             Self::CertificateExpired => "certificate_expired",
             Self::Limit => "limit",
@@ -182,7 +191,8 @@ impl std::fmt::Display for ResetBy {
             Self::Destination => "by the destination",
             Self::Idle => "half-closed and silent",
             Self::Memory => "its reader has stalled and memory is short",
-            Self::Cut => "cut by a changed policy",
+            Self::Policy => "cut by a changed policy",
+            Self::Settings => "cut by changed settings: its Pod takes nothing in clear",
         })
     }
 }

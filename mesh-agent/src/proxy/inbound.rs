@@ -20,6 +20,7 @@ use super::error::{Phase, ProxyError, Refusal, ResetBy};
 use super::limits::{
     CONNECTION_WINDOW_BYTES, EARLY_BYTES, FRAME_BYTES, HEADER_LIST_BYTES, SEND_BUFFER_BYTES, STREAMS_PER_INBOUND_TUNNEL,
 };
+use super::measured::Measured;
 use super::pod::PodContext;
 use super::pool::keep_alive;
 use super::registry::ConnectionInfo;
@@ -27,7 +28,7 @@ use super::review;
 use super::socket::{Carried, within};
 use super::{Accepted, Proxy};
 use crate::identity::Identity;
-use crate::telemetry::{ConnectionPath, ConnectionRecord, Direction, Peer, SecurityPolicy};
+use crate::telemetry::{ConnectionPath, ConnectionRecord, Direction, Peer, Reporter, SecurityPolicy, WorkloadPair};
 use crate::tls::TlsError;
 use crate::workload::Membership;
 
@@ -85,8 +86,9 @@ async fn serve_tunnel(proxy: &Arc<Proxy>, context: &Arc<PodContext>, accepted: A
         return Err(Refusal::CertificateExpired.into());
     }
     let windows = context.buffers.windows();
+    let (stream, measure) = Measured::new(stream.into_inner());
     let handshake = async {
-        let (tls, peer) = proxy.tls.accept(&pair, stream.into_inner()).await?;
+        let (tls, peer) = proxy.tls.accept(&pair, stream).await?;
         let connection = h2::server::Builder::new()
             .initial_window_size(windows.stream_window())
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
@@ -98,8 +100,12 @@ async fn serve_tunnel(proxy: &Arc<Proxy>, context: &Arc<PodContext>, accepted: A
             .await?;
         Ok::<_, ProxyError>((connection, peer))
     };
-    let (connection, peer) = within(proxy.limits.handshake_timeout, Phase::Handshake, handshake).await?;
+    let handshake = within(proxy.limits.handshake_timeout, Phase::Handshake, handshake).await;
+    let failed = handshake.as_ref().err().map(ProxyError::reason);
+    proxy.metrics.tunnels().count_handshake(Reporter::Destination, failed);
+    let (connection, peer) = handshake?;
     drop(handshake_place);
+    measure.opened(&proxy.metrics, ends(proxy, context, address, &peer.identity));
     proxy.metrics.count_tunnel("accepted");
     let tunnel = Arc::new(Tunnel {
         identity: peer.identity,
@@ -109,6 +115,15 @@ async fn serve_tunnel(proxy: &Arc<Proxy>, context: &Arc<PodContext>, accepted: A
     });
     serve_streams(proxy, context, connection, windows, tunnel).await;
     Ok(())
+}
+
+/// Between whom a tunnel is, by the workloads' names.
+fn ends(proxy: &Proxy, context: &PodContext, address: IpAddr, identity: &Identity) -> WorkloadPair {
+    proxy.state.read(|state| {
+        let source = state.by_address(address).filter(|workload| workload.identity == *identity);
+        let source = Peer::default().workload(source.as_deref());
+        WorkloadPair::new(Reporter::Destination, &source, &context.peer(Peer::default(), state))
+    })
 }
 
 async fn serve_streams<T: AsyncRead + AsyncWrite + Unpin>(

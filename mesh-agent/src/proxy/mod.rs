@@ -10,6 +10,7 @@ mod error;
 pub mod fuzz;
 mod inbound;
 pub mod limits;
+mod measured;
 mod outbound;
 mod plaintext;
 mod pod;
@@ -81,7 +82,13 @@ impl Proxy {
     ) -> Arc<Self> {
         let tls = Arc::<TlsConfigs>::default();
         Arc::new(Self {
-            pool: Pool::new(certificates.clone(), tls.clone(), metrics.clone(), limits.clone()),
+            pool: Pool::new(
+                state.clone(),
+                certificates.clone(),
+                tls.clone(),
+                metrics.clone(),
+                limits.clone(),
+            ),
             state,
             certificates,
             metrics,

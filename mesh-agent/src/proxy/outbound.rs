@@ -34,6 +34,10 @@ pub(super) async fn serve(proxy: Arc<Proxy>, context: Arc<PodContext>, accepted:
         return context.pod.probes.answer(&context.pod.pod_uid, destination, stream).await;
     }
     let application = Carried::new(stream);
+    let client = match destination {
+        Ok(destination) => context.application(client, destination),
+        Err(_) => client,
+    };
     let (source, known) = proxy.state.read(|state| {
         let source = context.peer(Peer::at(client.socket_addr()), state);
         let known = destination
@@ -100,6 +104,7 @@ async fn carry(
 async fn resolve(proxy: &Proxy, destination: OriginalDst) -> Result<Destination, ProxyError> {
     let settled = |state: &State| match state.destination(destination) {
         Destination::Lost(_) | Destination::Unknown => None,
+        Destination::Pending(workload) if state.settings().is_strict(&workload.namespace) => None,
         destination => Some(destination),
     };
     match proxy.state.wait_for(DISCOVERY_PATIENCE, settled).await {
@@ -139,7 +144,16 @@ async fn reach(
         Destination::Lost(_) => return Err(Refusal::DestinationLost.into()),
         // A service behind a service's address is nothing that an endpoint can be.
         Destination::Unknown | Destination::ServiceVip(_) => return Err(Refusal::DestinationUnknown.into()),
-        Destination::Pending(_) => "pending",
+        Destination::Pending(workload) => {
+            if proxy.state.read(|state| state.settings().is_strict(&workload.namespace)) {
+                return Err(Refusal::DestinationPending.into());
+            }
+            "pending"
+        }
+        Destination::Excluded(_) => {
+            record.path(ConnectionPath::Excluded, SecurityPolicy::None);
+            "excluded"
+        }
         Destination::Outside(_) => "outside",
     };
     proxy.metrics.count_passthrough(unprotected);
@@ -217,7 +231,7 @@ async fn tunnel(
     let request = connect_request(ends, own.as_deref())?;
     tokio::select! {
         stream = proxy.pool.open(context, &key, &request) => stream,
-        () = registered.cut().cancelled() => Err(ProxyError::Reset(super::ResetBy::Cut)),
+        error = registered.cut_off() => Err(error),
     }
 }
 

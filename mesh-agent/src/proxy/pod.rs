@@ -8,6 +8,7 @@ use tokio_util::task::TaskTracker;
 use super::buffers::PodBuffers;
 use super::limits::Limits;
 use super::quota::Quota;
+use crate::addr::{ClientAddr, OriginalDst};
 use crate::capture::{PodNetwork, Probes};
 use crate::identity::Identity;
 use crate::state::State;
@@ -57,6 +58,16 @@ impl PodContext {
             handshakes: Quota::new(limits.handshakes),
             buffers,
         })
+    }
+
+    /// The application's end of a connection as everybody else knows it. To us it came by the loopback address, to which the
+    /// kernel redirected it; what leaves the Pod has the Pod's own address of the destination's family.
+    pub(super) fn application(&self, client: ClientAddr, destination: OriginalDst) -> ClientAddr {
+        let of_family = |own: &&IpAddr| own.is_ipv4() == destination.ip().is_ipv4();
+        match self.pod.addresses.iter().find(of_family) {
+            Some(own) if client.ip().is_loopback() => ClientAddr::new((*own, client.port()).into()),
+            _ => client,
+        }
     }
 
     /// What discovery knows of this Pod, and not of another that has, or had, one of its addresses.

@@ -23,11 +23,13 @@ use super::limits::{
     CONNECTION_WINDOW_BYTES, FRAME_BYTES, HEADER_LIST_BYTES, Limits, RESPONSE_TIMEOUT, SEND_BUFFER_BYTES,
     STREAMS_PER_OUTBOUND_TUNNEL,
 };
+use super::measured::Measured;
 use super::pod::PodContext;
 use super::socket::{Carried, connect, within};
 use crate::identity::Identity;
 use crate::identity::store::{CertificateStore, CertifiedKeyPair};
-use crate::telemetry::Metrics;
+use crate::state::SharedState;
+use crate::telemetry::{Metrics, Peer, Reporter, WorkloadPair};
 use crate::tls::TlsConfigs;
 
 /// Tunnels that broke under us before the far side answered: another is tried, as nothing was carried yet.
@@ -45,6 +47,7 @@ pub(super) struct PoolKey {
 
 #[derive(Debug)]
 pub(super) struct Pool {
+    state: Arc<SharedState>,
     certificates: Arc<CertificateStore>,
     tls: Arc<TlsConfigs>,
     metrics: Arc<Metrics>,
@@ -84,12 +87,14 @@ pub(super) struct OpenStream {
 
 impl Pool {
     pub(super) fn new(
+        state: Arc<SharedState>,
         certificates: Arc<CertificateStore>,
         tls: Arc<TlsConfigs>,
         metrics: Arc<Metrics>,
         limits: Limits,
     ) -> Arc<Self> {
         Arc::new(Self {
+            state,
             certificates,
             tls,
             metrics,
@@ -189,19 +194,26 @@ impl Pool {
             .map_err(|_| ProxyError::Refused(Refusal::Limit))?;
         let socket = pod.pod.network.outbound_socket(key.destination)?;
         let stream = connect(socket, SocketAddr::new(key.destination, TUNNEL_PORT), "tunnel").await?;
-        let stream = Carried::new(stream).into_inner();
-        let handshake = self.tls.connect(&pair, &key.expected, key.destination, stream);
-        let (tls, peer) = within(self.limits.handshake_timeout, Phase::Handshake, handshake).await?;
+        let (stream, measure) = Measured::new(Carried::new(stream).into_inner());
         let windows = pod.buffers.windows();
-        let (send, connection) = h2::client::Builder::new()
-            .enable_push(false)
-            .initial_window_size(windows.stream_window())
-            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-            .max_frame_size(FRAME_BYTES)
-            .max_header_list_size(HEADER_LIST_BYTES)
-            .max_send_buffer_size(SEND_BUFFER_BYTES)
-            .handshake::<_, Bytes>(tls)
-            .await?;
+        let handshake = async {
+            let (tls, peer) = self.tls.connect(&pair, &key.expected, key.destination, stream).await?;
+            let (send, connection) = h2::client::Builder::new()
+                .enable_push(false)
+                .initial_window_size(windows.stream_window())
+                .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+                .max_frame_size(FRAME_BYTES)
+                .max_header_list_size(HEADER_LIST_BYTES)
+                .max_send_buffer_size(SEND_BUFFER_BYTES)
+                .handshake::<_, Bytes>(tls)
+                .await?;
+            Ok::<_, ProxyError>((send, connection, peer))
+        };
+        let handshake = within(self.limits.handshake_timeout, Phase::Handshake, handshake).await;
+        let failed = handshake.as_ref().err().map(ProxyError::reason);
+        self.metrics.tunnels().count_handshake(Reporter::Source, failed);
+        let (send, connection, peer) = handshake?;
+        measure.opened(&self.metrics, self.ends(pod, key));
         let tunnel = Arc::new(Tunnel {
             send,
             pair,
@@ -225,6 +237,18 @@ impl Pool {
             }
         });
         Ok(tunnel)
+    }
+
+    /// Between whom a tunnel is, by the workloads' names.
+    fn ends(&self, pod: &PodContext, key: &PoolKey) -> WorkloadPair {
+        self.state.read(|state| {
+            let source = pod.peer(Peer::default(), state);
+            let destination = state.by_address(key.destination);
+            // Another one may have the address by now.
+            let destination = destination.filter(|workload| workload.identity == key.expected);
+            let destination = Peer::default().workload(destination.as_deref());
+            WorkloadPair::new(Reporter::Source, &source, &destination)
+        })
     }
 
     fn forget_if_empty(&self, key: &PoolKey) {

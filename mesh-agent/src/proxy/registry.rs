@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use super::buffers::{Account, Buffers, PodBuffers};
-use super::error::{ProxyError, Refusal};
+use super::error::{ProxyError, Refusal, ResetBy};
 use super::limits::Limits;
 use super::review::CutBy;
 use crate::identity::Identity;
@@ -168,8 +168,12 @@ pub struct Registered {
 
 impl Registered {
     /// Resolves when the connection is to be cut.
-    pub fn cut(&self) -> &CancellationToken {
-        &self.cut.token
+    pub(super) async fn cut_off(&self) -> ProxyError {
+        self.cut.token.cancelled().await;
+        ProxyError::Reset(match self.cut_by() {
+            Some(CutBy::Settings) => ResetBy::Settings,
+            Some(CutBy::Policy(_) | CutBy::NoAllowMatched) | None => ResetBy::Policy,
+        })
     }
 
     /// What cut it, if that has happened.

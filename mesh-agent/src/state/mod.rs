@@ -1,18 +1,18 @@
 //! What the control plane has told: workloads, services, policies and settings. [`State`] is pure; [`SharedState`] lets
 //! connections read it and wait, bounded, for something fresher.
 
+mod settings;
 mod shared;
 #[cfg(test)]
 mod tests;
 
+pub use settings::{Exclusions, Mtls, Settings};
 pub use shared::SharedState;
 
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-
-use ipnet::IpNet;
 
 use crate::addr::OriginalDst;
 use crate::policy::{Policy, Scope};
@@ -33,14 +33,6 @@ pub enum Change {
     Synced,
 }
 
-/// The mesh's settings; the defaults hold under a control plane that has none.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Settings {
-    pub trust_domain: String,
-    /// Where Pods have their addresses: an unknown one in here is waited for, never taken for an outsider.
-    pub pod_ranges: Vec<IpNet>,
-}
-
 /// What stands at an original destination.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Destination {
@@ -51,6 +43,8 @@ pub enum Destination {
     /// Was proven once.
     Lost(Arc<Workload>),
     ServiceVip(Arc<Service>),
+    /// Taken out of the mesh by its operator, whatever stands there; who has the address, where that is known.
+    Excluded(Option<Arc<Workload>>),
     /// Outside the mesh; the workload, where it is known.
     Outside(Option<Arc<Workload>>),
     /// Not known, and inside the Pod ranges, or told of later.
@@ -105,7 +99,7 @@ pub struct State {
     /// Service → its workloads, which may be told before it is.
     endpoints: HashMap<Arc<str>, Vec<Arc<Workload>>>,
     policies: HashMap<Arc<str>, Arc<Policy>>,
-    settings: Settings,
+    settings: Arc<Settings>,
     synced: bool,
 }
 
@@ -125,7 +119,7 @@ impl State {
                 Change::RemovePolicy(name) => {
                     self.policies.remove(&*name);
                 }
-                Change::Settings(settings) => self.settings = settings,
+                Change::Settings(settings) => self.settings = settings.into(),
                 Change::Synced => self.synced = true,
             }
         }
@@ -166,7 +160,7 @@ impl State {
     }
 
     #[must_use]
-    pub fn settings(&self) -> &Settings {
+    pub fn settings(&self) -> &Arc<Settings> {
         &self.settings
     }
 
@@ -182,6 +176,14 @@ impl State {
 
     #[must_use]
     pub fn destination(&self, destination: OriginalDst) -> Destination {
+        if self.settings.excluded.contains(destination.ip(), destination.port()) {
+            return Destination::Excluded(self.by_address(destination.ip()));
+        }
+        self.standing(destination)
+    }
+
+    /// As [`State::destination`], without regard to exclusions.
+    fn standing(&self, destination: OriginalDst) -> Destination {
         let ip = destination.ip();
         if let Some(workload) = self.by_address(ip) {
             return Destination::of(workload);
@@ -196,7 +198,8 @@ impl State {
     }
 
     /// Where connections to a port of a service can go. Addresses are of the family that was asked for: the application behind
-    /// must be able to see its client. A workload whose capture is lost is none, as it would be refused.
+    /// must be able to see its client. A workload that would be refused is none: one whose capture is lost, or not proven where its
+    /// namespace takes nothing in clear.
     #[must_use]
     pub fn endpoints(&self, service: &Service, asked: OriginalDst) -> Endpoints {
         if !service.ports.iter().any(|port| port.port == asked.port()) {
@@ -204,7 +207,9 @@ impl State {
         }
         let workloads = self.endpoints.get(&*service_name(service)).into_iter().flatten();
         let usable = workloads.filter(|workload| {
-            workload.membership != Membership::Lost && workload.weight > 0 && (workload.healthy || !service.only_healthy)
+            let in_clear_only = workload.membership == Membership::Pending && self.settings.is_strict(&workload.namespace);
+            let reachable = workload.membership != Membership::Lost && !in_clear_only;
+            reachable && workload.weight > 0 && (workload.healthy || !service.only_healthy)
         });
         let endpoints = usable.filter_map(|workload| endpoint(workload, service, asked));
         Endpoints::Of(endpoints.filter(|endpoint| self.has_its_address(endpoint)).collect())
@@ -214,7 +219,7 @@ impl State {
     fn has_its_address(&self, endpoint: &Endpoint) -> bool {
         match self.by_address(endpoint.address.ip()) {
             Some(holder) => Arc::ptr_eq(&holder, &endpoint.workload),
-            None => matches!(self.destination(endpoint.address), Destination::Outside(_)),
+            None => matches!(self.standing(endpoint.address), Destination::Outside(_)),
         }
     }
 

@@ -138,6 +138,96 @@ fn a_pod_on_the_hosts_network_has_no_address_of_its_own() {
 }
 
 #[test]
+fn what_is_excluded_is_not_the_meshs_whatever_stands_there() {
+    let settings = Settings {
+        pod_ranges: vec!["10.0.0.0/16".parse().unwrap()],
+        excluded: Exclusions {
+            ports: [22].into(),
+            ranges: vec!["10.0.1.0/24".parse().unwrap(), "fd00::/64".parse().unwrap()],
+        },
+        ..Settings::default()
+    };
+    let mut state = State::default();
+    state.apply(vec![
+        Change::Synced,
+        Change::Settings(settings),
+        Change::Workload(workload("proven", "10.0.0.1", Membership::Proven)),
+        Change::Workload(workload("lost", "10.0.1.1", Membership::Lost)),
+    ]);
+    let name = |text: &str| match state.destination(to(text)) {
+        Destination::Excluded(workload) => workload.map_or("nobody".to_owned(), |workload| workload.name.to_string()),
+        standing => format!("{standing:?}").split('(').next().unwrap().to_owned(),
+    };
+    for (destination, expected) in [
+        ("10.0.0.1:22", "proven"),
+        ("[::ffff:10.0.0.1]:22", "proven"),
+        ("10.0.0.1:23", "Mesh"),
+        ("10.0.1.1:80", "lost"),
+        ("[fd00::1]:80", "nobody"),
+        ("10.0.0.9:22", "nobody"),
+        ("10.0.0.9:80", "Unknown"),
+        ("8.8.8.8:22", "nobody"),
+        ("10.0.1.1:15008", "Lost"),
+    ] {
+        assert_eq!(name(destination), expected, "{destination}");
+    }
+}
+
+#[test]
+fn strict_by_mesh_and_namespace() {
+    let mut settings = Settings {
+        namespaces: [("legacy".into(), Mtls::Permissive), ("bank".into(), Mtls::Strict)].into(),
+        excluded: Exclusions {
+            ports: [22].into(),
+            ranges: vec!["10.0.1.0/24".parse().unwrap()],
+        },
+        ..Settings::default()
+    };
+    let (here, excluded): (IpAddr, IpAddr) = ("10.0.0.1".parse().unwrap(), "10.0.1.1".parse().unwrap());
+    let refuses =
+        |settings: &Settings| ["shop", "legacy", "bank"].map(|namespace| settings.refuses_plaintext(namespace, here, 80));
+    assert_eq!(refuses(&settings), [false, false, true]);
+    settings.mtls = Mtls::Strict;
+    assert_eq!(refuses(&settings), [true, false, true]);
+    assert!(!settings.refuses_plaintext("shop", here, 22));
+    assert!(!settings.refuses_plaintext("shop", excluded, 80));
+}
+
+#[test]
+fn an_endpoint_that_is_not_proven_is_none_where_strict_holds() {
+    let port = ServicePort { port: 80, target: 8080 };
+    let service = Service {
+        name: "web".into(),
+        namespace: "shop".into(),
+        hostname: "web.shop.svc".into(),
+        addresses: vec!["10.96.0.1".parse().unwrap()],
+        ports: vec![port],
+        only_healthy: true,
+    };
+    let of = |name: &str, ip: &str, membership| Workload {
+        services: vec![("shop/web.shop.svc".into(), vec![port])],
+        ..workload(name, ip, membership)
+    };
+    let mut state = State::default();
+    state.apply(vec![
+        Change::Synced,
+        Change::Service(service.clone()),
+        Change::Workload(of("proven", "10.0.0.1", Membership::Proven)),
+        Change::Workload(of("pending", "10.0.0.2", Membership::Pending)),
+    ]);
+    let count = |state: &State| match state.endpoints(&service, to("10.96.0.1:80")) {
+        Endpoints::Of(endpoints) => endpoints.len(),
+        Endpoints::NoSuchPort => panic!("its port is known"),
+    };
+    assert_eq!(count(&state), 2);
+    state.apply(vec![Change::Settings(Settings {
+        mtls: Mtls::Strict,
+        ..Settings::default()
+    })]);
+    assert_eq!(count(&state), 1);
+}
+
+#[test]
 fn policies_by_scope() {
     let mut web = workload("web", "10.0.0.1", Membership::Proven);
     web.policies = vec!["shop/selected".into()];

@@ -7,6 +7,9 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use prometheus::{Encoder, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder};
 
+use super::prefix::MetricsPrefix;
+use super::tunnels::Tunnels;
+
 /// Distinct label sets of the connection metrics. 10,000 × 4 families × about 1 KiB = 40 MiB at most, and as
 /// much again for every four reasons of failure that each of them has met. Beyond it, the workloads and principals of a connection are [`OVERFLOW`].
 pub const MAX_CONNECTION_SERIES: usize = 10_000;
@@ -14,10 +17,12 @@ pub const MAX_CONNECTION_SERIES: usize = 10_000;
 const MAX_POLICY_SERIES: usize = 1_000;
 /// In place of a policy's name. No policy's: those hold a `/`.
 const NO_ALLOW_MATCHED: &str = "_no_allow_matched";
+/// As [`NO_ALLOW_MATCHED`]: what STRICT mutual TLS refuses or cuts, as a DENY policy would.
+const STRICT: &str = "_strict";
 /// Stands for everything that found no room.
-const OVERFLOW: &str = "_other";
+pub(super) const OVERFLOW: &str = "_other";
 
-const CONNECTION_LABELS: [&str; 9] = [
+const CONNECTION_LABELS: [&str; 10] = [
     "reporter",
     "source_workload",
     "source_workload_namespace",
@@ -27,13 +32,36 @@ const CONNECTION_LABELS: [&str; 9] = [
     "destination_principal",
     "destination_service",
     "connection_security_policy",
+    "response_flags",
 ];
+/// A connection without a fault, and one that is not over.
+const NO_FLAGS: &str = "-";
 
 /// Which end of a connection reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reporter {
     Source,
     Destination,
+}
+
+impl Reporter {
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Destination => "destination",
+        }
+    }
+}
+
+/// The label that mesh dashboards filter by, with the two words that other ambient proxies use in it. `reason` says more.
+fn response_flags(reason: &str) -> &'static str {
+    match reason {
+        "denied_by_policy" | "policy_missing" | "denied_by_destination" | "cut_by_policy" => "DENY",
+        "connect_failed" | "connect_timeout" | "connect_failed_at_destination" | "handshake_failed" | "handshake_timeout" => {
+            "CONNECT"
+        }
+        _ => NO_FLAGS,
+    }
 }
 
 /// The labels of a connection. What is not known is empty.
@@ -52,12 +80,9 @@ pub struct ConnectionLabels {
 }
 
 impl ConnectionLabels {
-    fn values(&self) -> [&str; 9] {
+    fn values<'a>(&'a self, response_flags: &'a str) -> [&'a str; 10] {
         [
-            match self.reporter {
-                Reporter::Source => "source",
-                Reporter::Destination => "destination",
-            },
+            self.reporter.as_str(),
             &self.source_workload,
             &self.source_workload_namespace,
             &self.source_principal,
@@ -66,6 +91,7 @@ impl ConnectionLabels {
             &self.destination_principal,
             &self.destination_service,
             self.connection_security_policy,
+            response_flags,
         ]
     }
 
@@ -111,7 +137,8 @@ pub struct Metrics {
     policy_cut: IntCounterVec,
     /// Those with series of their own.
     policies: Mutex<HashSet<Arc<str>>>,
-    tunnels: IntCounterVec,
+    tunnel_events: IntCounterVec,
+    tunnels: Tunnels,
     accept_errors: IntCounterVec,
     pub(super) access_log_dropped: IntCounter,
     capture_events: IntCounterVec,
@@ -154,7 +181,7 @@ impl Default for Metrics {
             .register(Box::new(pod_protected.clone()))
             .expect("each name is registered once");
 
-        Self {
+        let metrics = Self {
             opened: counters(
                 "mesh_tcp_connections_opened_total",
                 "Connections that were let through to their destination",
@@ -187,7 +214,7 @@ impl Default for Metrics {
             ),
             passthrough: counters(
                 "mesh_passthrough_connections_total",
-                "Connections passed on in clear: to known outsiders, or to Pods of the mesh that are not protected yet",
+                "Connections passed on in clear: to known outsiders, to Pods of the mesh that are not protected yet, or to what is excluded",
                 &["destination"],
             ),
             endpoint_retries: counter(
@@ -210,7 +237,8 @@ impl Default for Metrics {
                 &["policy"],
             ),
             policies: Mutex::default(),
-            tunnels: counters("mesh_tunnels_total", "Tunnels opened, accepted or failed", &["event"]),
+            tunnels: Tunnels::new(&registry).expect("each name is registered once"),
+            tunnel_events: counters("mesh_tunnels_total", "Tunnels opened, accepted or failed", &["event"]),
             accept_errors: counters("mesh_accept_errors_total", "Failed accepts", &["listener"]),
             access_log_dropped: counter(
                 "mesh_access_log_dropped_total",
@@ -220,11 +248,29 @@ impl Default for Metrics {
             taking_over: Mutex::default(),
             pod_protected,
             registry,
-        }
+        };
+        metrics.show_zeros();
+        metrics
     }
 }
 
 impl Metrics {
+    /// An absent series and a zero are not the same to an alert.
+    fn show_zeros(&self) {
+        for destination in ["outside", "pending"] {
+            self.passthrough.with_label_values(&[destination]);
+        }
+        for event in ["opened", "accepted"] {
+            self.tunnel_events.with_label_values(&[event]);
+        }
+        for listener in ["outbound", "tunnel", "plaintext"] {
+            self.accept_errors.with_label_values(&[listener]);
+        }
+        for policies in [&self.policy_denied, &self.policy_cut, &self.dry_run] {
+            policies.with_label_values(&[OVERFLOW]);
+        }
+    }
+
     #[must_use]
     pub fn new() -> Arc<Self> {
         Arc::default()
@@ -236,11 +282,24 @@ impl Metrics {
         &self.registry
     }
 
-    /// In the Prometheus text format.
+    #[must_use]
+    pub fn tunnels(&self) -> &Tunnels {
+        &self.tunnels
+    }
+
+    /// In the Prometheus text format, by their own names.
     #[must_use]
     pub fn render(&self) -> String {
+        self.render_as(&MetricsPrefix::default())
+    }
+
+    /// In the Prometheus text format, by names that begin as is wanted.
+    #[must_use]
+    pub fn render_as(&self, prefix: &MetricsPrefix) -> String {
         let mut text = Vec::new();
-        if let Err(error) = TextEncoder::new().encode(&self.registry.gather(), &mut text) {
+        let mut families = self.registry.gather();
+        prefix.apply(&mut families);
+        if let Err(error) = TextEncoder::new().encode(&families, &mut text) {
             tracing::error!(%error, "metrics cannot be rendered");
         }
         String::from_utf8_lossy(&text).into_owned()
@@ -260,7 +319,7 @@ impl Metrics {
         series
             .entry(labels)
             .or_insert_with_key(|labels| {
-                let values = labels.values();
+                let values = labels.values(NO_FLAGS);
                 Arc::new(ConnectionCounters {
                     labels: labels.clone(),
                     opened: self.opened.with_label_values(&values),
@@ -273,12 +332,12 @@ impl Metrics {
     }
 
     pub(super) fn count_failed(&self, counters: &ConnectionCounters, reason: &'static str) {
-        let mut values = counters.labels.values().to_vec();
+        let mut values = counters.labels.values(response_flags(reason)).to_vec();
         values.push(reason);
         self.failed.with_label_values(&values).inc();
     }
 
-    /// `destination`: "outside" or "pending".
+    /// `destination`: "outside", "pending" or "excluded".
     pub fn count_passthrough(&self, destination: &'static str) {
         self.passthrough.with_label_values(&[destination]).inc();
     }
@@ -305,6 +364,16 @@ impl Metrics {
             .inc();
     }
 
+    /// A connection in clear was refused, as its Pod takes only mutual TLS.
+    pub fn count_plaintext_refused(&self) {
+        self.policy_denied.with_label_values(&[STRICT]).inc();
+    }
+
+    /// An open connection in clear was cut, as its Pod now takes only mutual TLS.
+    pub fn count_plaintext_cut(&self) {
+        self.policy_cut.with_label_values(&[STRICT]).inc();
+    }
+
     /// The policy's series, or the common one when there are too many.
     fn by_policy(&self, counters: &IntCounterVec, policy: &Arc<str>) -> IntCounter {
         let mut policies = self.policies.lock();
@@ -319,7 +388,7 @@ impl Metrics {
 
     /// `event`: "opened", "accepted", or the reason why a tunnel failed.
     pub fn count_tunnel(&self, event: &'static str) {
-        self.tunnels.with_label_values(&[event]).inc();
+        self.tunnel_events.with_label_values(&[event]).inc();
     }
 
     pub fn count_accept_error(&self, listener: &'static str) {

@@ -2,8 +2,14 @@
 
 mod access_log;
 mod metrics;
+mod prefix;
 mod record;
+#[cfg(test)]
+mod tests;
+mod tunnels;
 
 pub use access_log::AccessLog;
 pub use metrics::{ConnectionCounters, ConnectionLabels, Metrics, Reporter, take_over};
+pub use prefix::MetricsPrefix;
 pub use record::{ConnectionPath, ConnectionRecord, Direction, Peer, SecurityPolicy};
+pub use tunnels::{OpenTunnel, Tunnels, WorkloadPair};

@@ -12,6 +12,9 @@ use super::metrics::{ConnectionCounters, ConnectionLabels, Metrics, Reporter};
 use crate::identity::Identity;
 use crate::workload::{Service, Workload};
 
+/// Names of dry-run policies in one line of the access log, of up to 317 bytes each (namespace and name); metrics count them all.
+pub const MAX_LOGGED_DRY_RUNS: usize = 8;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Direction {
@@ -25,6 +28,8 @@ pub enum ConnectionPath {
     Tunnel,
     Plaintext,
     Passthrough,
+    /// Passed on in clear as the operator wants it.
+    Excluded,
 }
 
 /// How a connection is protected between the workloads' nodes.
@@ -91,6 +96,7 @@ pub struct ConnectionRecord {
     source: Peer,
     destination: Peer,
     policy: Option<Arc<str>>,
+    dry_run_policies: Vec<Arc<str>>,
     /// The hostname of the service that was asked for.
     service: Option<Arc<str>>,
     started: Instant,
@@ -124,6 +130,7 @@ struct Line<'a> {
     bytes_received: u64,
     duration_ms: u128,
     policy: &'a str,
+    dry_run_policies: Vec<&'a str>,
     connection_security_policy: &'a str,
 }
 
@@ -137,6 +144,7 @@ impl ConnectionRecord {
             source,
             destination,
             policy: None,
+            dry_run_policies: Vec::new(),
             service: None,
             started: Instant::now(),
             received_bytes: AtomicU64::new(0),
@@ -168,6 +176,12 @@ impl ConnectionRecord {
     /// The policy that decided.
     pub fn policy(&mut self, policy: Option<Arc<str>>) {
         self.policy = policy;
+    }
+
+    /// Dry-run policies that matched. The first [`MAX_LOGGED_DRY_RUNS`] are logged.
+    pub fn dry_run_policies(&mut self, mut policies: Vec<Arc<str>>) {
+        policies.truncate(MAX_LOGGED_DRY_RUNS);
+        self.dry_run_policies = policies;
     }
 
     /// The connection reaches its destination from here on.
@@ -269,6 +283,7 @@ impl ConnectionRecord {
             bytes_received: self.received_bytes.load(Ordering::Relaxed),
             duration_ms: self.started.elapsed().as_millis(),
             policy: self.policy.as_deref().unwrap_or_default(),
+            dry_run_policies: self.dry_run_policies.iter().map(|name| &**name).collect(),
             connection_security_policy: self.security.as_str(),
         };
         match serde_json::to_string(&line) {

@@ -1,5 +1,7 @@
 //! The demo's claims. Each gathers its evidence at the moment it is made, and fails with what it expected and saw.
 
+mod policy;
+
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -8,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use crate::access_log::text;
 use crate::app::{ECHO_PORT, HTTP_PORT};
 use crate::firewall;
-use crate::manifests::{policy, principal, spiffe_id};
+use crate::manifests::{self, principal, spiffe_id};
 use crate::mesh::Mesh;
 use crate::poll;
 use crate::topology::NodeName;
@@ -56,6 +58,22 @@ pub const ALL: &[Claim] = &[
     Claim {
         says: "a policy that names principals keeps the plaintext outsider out",
         prove: outsider_is_denied,
+    },
+    Claim {
+        says: "a Service's address reaches its endpoint, and the application sees the address that it asked for",
+        prove: policy::service_address,
+    },
+    Claim {
+        says: "STRICT mutual TLS keeps the plaintext outsider out, the mesh goes on",
+        prove: policy::strict,
+    },
+    Claim {
+        says: "a Deny policy cuts a connection that is open, and another one goes on",
+        prove: policy::live_cut,
+    },
+    Claim {
+        says: "a dry-run policy is counted and logged, and refuses nobody",
+        prove: policy::dry_run,
     },
     Claim {
         says: "with its agent killed, a Pod's new connections are refused at once",
@@ -207,7 +225,7 @@ fn deny_and_allow(mesh: &mut Mesh) -> Result<Vec<String>> {
         .connect(&mesh.pod("client").place(), server, ECHO_PORT)?
         .expect_ok()?;
     mesh.registry
-        .write("deny-client.yaml", &policy("deny-client", "server", "Deny", &rule))?;
+        .write("deny-client.yaml", &manifests::policy("deny-client", "server", "Deny", &rule))?;
     let start = Instant::now();
     mesh.wait_for_outcome("client", server, ECHO_PORT, false)?;
     let mut evidence = vec![format!("refused {:?} after the file was written", start.elapsed())];
@@ -237,8 +255,10 @@ fn outsider_is_denied(mesh: &mut Mesh) -> Result<Vec<String>> {
         .expect_ok()
         .context("before the policy")?;
     let rule = format!("[{{ from: [{{ principals: [{}] }}] }}]", principal("client"));
-    mesh.registry
-        .write("allow-client.yaml", &policy("allow-client", "server", "Allow", &rule))?;
+    mesh.registry.write(
+        "allow-client.yaml",
+        &manifests::policy("allow-client", "server", "Allow", &rule),
+    )?;
     let mut evidence = Vec::new();
     for address in addresses {
         mesh.wait_for_outcome("outsider", address, ECHO_PORT, false)?;

@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 
 use super::super::CaptureError;
 use super::super::bpf_syscalls::{BPF_F_NO_PREALLOC, map_take};
+use super::inspect::entries;
 use super::{failed, is_missing, programs::typed};
 
 type OfPod = HashMap<MapData, RedirectedConnectionKey, OriginalDestinationValue>;
@@ -115,6 +116,23 @@ impl Destinations {
         self.pods.lock().insert(key.netns_cookie, Arc::clone(&pod));
         drop(map);
         pod.take(key)
+    }
+
+    /// Entries of the fullest Pod's map. Should several Pods have filled theirs, the walk ends: that one is full is known by then.
+    pub(super) fn fullest(&self) -> usize {
+        const FULL_MAPS_WALKED: usize = 4;
+        let pods: Vec<_> = self.pods.lock().values().map(Arc::clone).collect();
+        let most = limits::MAX_ORIGINAL_DESTINATIONS_PER_POD as usize;
+        let (mut fullest, mut left) = (0, FULL_MAPS_WALKED * most);
+        for pod in pods {
+            let entries = entries(&pod.map.lock(), most.min(left));
+            fullest = fullest.max(entries);
+            left -= entries;
+            if left == 0 {
+                break;
+            }
+        }
+        fullest
     }
 
     /// Removes entries older than `age_ns` of every Pod whose place in the order is `turn` modulo `turns`: a Pod may fill its

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::os::fd::AsFd;
 
 use aya::maps::{HashMap, Map, MapData};
-use mesh_common::UpstreamConnectionKey;
+use mesh_common::{UpstreamConnectionKey, limits};
 
 use super::pin_names::pin_name;
 use super::{Kernel, bpf_syscalls, failed, typed};
@@ -23,7 +23,44 @@ pub enum LookupTarget {
     Netns(u64),
 }
 
+/// How full a map is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapFill {
+    pub name: &'static str,
+    pub entries: usize,
+    pub max_entries: usize,
+}
+
+/// A map's keys, up to its size: a Pod that changes its map meanwhile can make the walk begin again.
+pub(super) fn entries<K: aya::Pod, V: aya::Pod>(map: &HashMap<MapData, K, V>, max_entries: usize) -> usize {
+    map.keys().take(max_entries).filter(Result::is_ok).count()
+}
+
 impl Kernel {
+    /// One system call an entry: some 100,000 and 50 ms when all is full; the maps are nearly empty unless something is wrong.
+    #[must_use]
+    pub fn map_fill(&self) -> Vec<MapFill> {
+        let fill = |name, entries, max_entries: u32| MapFill {
+            name,
+            entries,
+            max_entries: max_entries as usize,
+        };
+        let (pods, upstreams) = (limits::MAX_PODS, limits::MAX_UPSTREAM_CONNECTIONS);
+        vec![
+            fill("pods", entries(&self.pods.lock(), pods as usize), pods),
+            fill(
+                "upstream_connections",
+                entries(&self.upstreams.lock(), upstreams as usize),
+                upstreams,
+            ),
+            fill(
+                "original_destinations_of_the_fullest_pod",
+                self.destinations.fullest(),
+                limits::MAX_ORIGINAL_DESTINATIONS_PER_POD,
+            ),
+        ]
+    }
+
     /// # Errors
     /// The pin cannot be opened: nothing is known then.
     pub fn lookup_target(&self, pod_uid: &str) -> Result<LookupTarget, CaptureError> {

@@ -304,3 +304,38 @@ async fn a_cut_and_a_release_reset_both_ends() {
     assert!(TcpStream::connect(address).await.is_err(), "the listener is closed");
     mesh.near.logs_reason("aborted").await;
 }
+
+#[tokio::test]
+async fn both_ends_of_a_tunnel_tell_how_tcp_fares_on_it() {
+    let mesh = Mesh::new();
+    let (client, server, mut stream, mut peer) = connected(&mesh).await;
+    let open = |node: &Node, direction: &str, count: usize| {
+        let line = format!("mesh_tunnels_open{{direction=\"{direction}\"}} {count}\n");
+        node.metrics.render().contains(&line)
+    };
+    assert!(open(&mesh.near, "outbound", 1) && open(&mesh.far, "inbound", 1));
+    stream.write_all(b"ping").await.unwrap();
+    peer.read_exact(&mut [0; 4]).await.unwrap();
+    client.handle.shutdown().await;
+    server.handle.shutdown().await;
+    for (node, direction, reporter) in [(&mesh.near, "outbound", "source"), (&mesh.far, "inbound", "destination")] {
+        let closed = async {
+            while !open(node, direction, 0) {
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(PATIENCE, closed).await.expect("the tunnel is still counted as open");
+        let metrics = node.metrics.render();
+        let labels = format!(
+            "{{destination_workload=\"server\",destination_workload_namespace=\"shop\",reporter=\"{reporter}\",source_workload=\"client\",source_workload_namespace=\"shop\"}}"
+        );
+        let value = |name: &str| {
+            let prefix = format!("{name}{labels} ");
+            let line = metrics.lines().find_map(|line| line.strip_prefix(&prefix));
+            line.map(|value| value.parse::<u64>().unwrap())
+        };
+        assert!(value("mesh_tcp_sent_segments_total") > Some(0), "{metrics}");
+        assert_eq!(value("mesh_tcp_retransmitted_segments_total"), Some(0), "{metrics}");
+        assert!(value("mesh_tcp_smoothed_rtt_seconds_count") > Some(0), "{metrics}");
+    }
+}

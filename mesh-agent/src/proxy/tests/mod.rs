@@ -9,6 +9,7 @@ mod raw;
 mod refuse;
 mod review;
 mod service;
+mod settings;
 mod tls;
 
 use std::collections::HashMap;
@@ -253,6 +254,7 @@ impl Mesh {
         mesh.tell(vec![Change::Settings(Settings {
             trust_domain: "cluster.local".into(),
             pod_ranges: vec!["127.250.0.0/16".parse().unwrap()],
+            ..Settings::default()
         })]);
         mesh
     }

@@ -22,7 +22,7 @@ async fn open(way: Way, mesh: &Mesh, client: &Pod, server: &Pod) -> (TcpStream, 
     }
 }
 
-async fn assert_cut(stream: &mut TcpStream) {
+pub(super) async fn assert_cut(stream: &mut TcpStream) {
     let mut byte = [0];
     let read = timeout(PATIENCE, stream.read(&mut byte))
         .await

@@ -150,14 +150,21 @@ pub fn swarm(address: &str, count: &str) -> Result<Value> {
     Ok(json!({ "ok": ok, "errors": errors }))
 }
 
+/// Lines to the echo server and back, until either end is over; what ends the connection is said at once, also while nobody speaks.
 pub fn chat(address: &str) -> Result<Value> {
     let stream = open(address)?;
+    stream.set_read_timeout(None)?;
     writeln!(std::io::stdout(), "connected")?;
-    let mut answers = BufReader::new(stream.try_clone()?).lines();
-    for line in std::io::stdin().lines() {
-        writeln!(&stream, "{}", line?).context("write")?;
-        let answer = answers.next().context("the server closed")?.context("read")?;
-        writeln!(std::io::stdout(), "{answer}")?;
+    let answers = BufReader::new(stream.try_clone()?).lines();
+    std::thread::spawn(move || {
+        for line in std::io::stdin().lines().map_while(Result::ok) {
+            // The other direction tells what became of the connection.
+            let _ = writeln!(&stream, "{line}");
+        }
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+    });
+    for answer in answers {
+        writeln!(std::io::stdout(), "{}", answer.context("read")?)?;
     }
     Ok(json!({ "ok": true }))
 }

@@ -1,0 +1,225 @@
+//! What the mesh's settings decide: mutual TLS only, and what is not the mesh's.
+
+use super::refuse::plaintext_to_echo;
+use super::review::assert_cut;
+use super::*;
+use crate::state::{Exclusions, Mtls};
+
+fn settings(mtls: Mtls) -> Settings {
+    Settings {
+        trust_domain: "cluster.local".into(),
+        mtls,
+        ..Settings::default()
+    }
+}
+
+fn excluding(port: u16) -> Settings {
+    Settings {
+        excluded: Exclusions {
+            ports: [port].into(),
+            ranges: vec![],
+        },
+        ..settings(Mtls::Strict)
+    }
+}
+
+fn only_in(namespace: &str, mtls: Mtls) -> Settings {
+    let otherwise = if mtls == Mtls::Strict {
+        Mtls::Permissive
+    } else {
+        Mtls::Strict
+    };
+    Settings {
+        namespaces: [(namespace.into(), mtls)].into(),
+        ..settings(otherwise)
+    }
+}
+
+fn metric(node: &Node, name: &str) -> u64 {
+    let page = node.metrics.render();
+    let value = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value.map_or(0, |value| value.parse().unwrap())
+}
+
+#[tokio::test]
+async fn strict_takes_nothing_in_clear_and_permissive_takes_it_again() {
+    let mesh = Mesh::new();
+    let client = mesh.pod(&mesh.near, "client").await;
+    let server = mesh.pod(&mesh.far, "server").await;
+    let outsider = fresh_address();
+    for (wanted, allowed) in [
+        (settings(Mtls::Permissive), true),
+        (settings(Mtls::Strict), false),
+        (only_in("shop", Mtls::Permissive), true),
+        (only_in("shop", Mtls::Strict), false),
+        (only_in("elsewhere", Mtls::Permissive), false),
+        (excluding(APPLICATION_PORT), true),
+        (excluding(APPLICATION_PORT + 1), false),
+    ] {
+        let shown = format!("{wanted:?}");
+        let refused = metric(&mesh.far, r#"mesh_policy_denied_total{policy="_strict"}"#);
+        mesh.far.state.apply(vec![Change::Settings(wanted)]);
+        let mut plaintext = plaintext_to_echo(&mesh, outsider, &server).await;
+        if allowed {
+            assert_echo(&mut plaintext, &shown).await;
+            drop(plaintext);
+        } else {
+            assert_refused(plaintext).await;
+            let line = mesh.far.logs_reason("plaintext_refused").await;
+            assert_eq!((&line["path"], &line["result"]), (&"plaintext".into(), &"refused".into()));
+            let now = metric(&mesh.far, r#"mesh_policy_denied_total{policy="_strict"}"#);
+            assert_eq!(now, refused + 1, "{shown}");
+        }
+        let echo = until_echo(&server).await;
+        assert_echo(&mut client.connect(server.application()).await, &shown).await;
+        echo.abort();
+        let _ = echo.await;
+    }
+    assert!(mesh.far.metrics.render().contains(r#"reason="plaintext_refused""#));
+}
+
+/// Once the one before it has gone.
+async fn until_echo(server: &Pod) -> JoinHandle<()> {
+    loop {
+        if let Ok(listener) = TcpListener::bind(server.application()).await {
+            drop(listener);
+            return server.echo().await;
+        }
+        sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test]
+async fn policy_still_decides_where_strict_lets_in() {
+    let mesh = Mesh::new();
+    let client = mesh.pod(&mesh.near, "client").await;
+    let server = mesh.pod(&mesh.far, "server").await;
+    mesh.tell(vec![
+        Change::Settings(excluding(APPLICATION_PORT)),
+        deny("shop/not-client", "client"),
+    ]);
+    assert_refused(plaintext_to_echo(&mesh, client.ip, &server).await).await;
+    mesh.far.logs_reason("denied_by_policy").await;
+}
+
+#[tokio::test]
+async fn strict_cuts_what_is_open_in_clear_and_nothing_else() {
+    let mesh = Mesh::new();
+    let client = mesh.pod(&mesh.near, "client").await;
+    let (server, other) = (mesh.pod(&mesh.far, "server").await, mesh.pod(&mesh.far, "other").await);
+    let mut plaintext = plaintext_to_echo(&mesh, fresh_address(), &server).await;
+    assert_echo(&mut plaintext, "in clear").await;
+    let _application = other.echo().await;
+    let mut tunnelled = client.connect(other.application()).await;
+    assert_echo(&mut tunnelled, "proven").await;
+    for harmless in [only_in("elsewhere", Mtls::Strict), excluding(APPLICATION_PORT)] {
+        mesh.far.state.apply(vec![Change::Settings(harmless)]);
+        assert_echo(&mut plaintext, "still").await;
+    }
+    mesh.far.state.apply(vec![Change::Settings(settings(Mtls::Strict))]);
+    assert_cut(&mut plaintext).await;
+    let line = mesh.far.logs_reason("cut_by_settings").await;
+    assert_eq!((&line["result"], &line["policy"]), (&"failed".into(), &"".into()));
+    assert_eq!(metric(&mesh.far, r#"mesh_policy_cut_total{policy="_strict"}"#), 1);
+    assert_echo(&mut tunnelled, "and on").await;
+}
+
+#[tokio::test]
+async fn strict_that_comes_while_a_connection_is_let_in_still_holds() {
+    let mesh = Mesh::new();
+    let server = mesh.pod(&mesh.far, "server").await;
+    let state = mesh.far.state.clone();
+    *server.network.once_decided.lock() = Some(Box::new(move || state.apply(vec![Change::Settings(settings(Mtls::Strict))])));
+    let mut stream = plaintext_to_echo(&mesh, fresh_address(), &server).await;
+    stream.write_all(b"must not arrive").await.unwrap();
+    assert_cut(&mut stream).await;
+    let line = mesh.far.logs_reason("cut_by_settings").await;
+    assert_eq!(line["bytes_received"], 0, "{line}");
+}
+
+#[tokio::test]
+async fn what_is_excluded_goes_in_clear_and_is_counted() {
+    let mesh = Mesh::new();
+    let client = mesh.pod(&mesh.near, "client").await;
+    let server = mesh.pod(&mesh.far, "server").await;
+    let _application = server.echo().await;
+    let by_range = Settings {
+        excluded: Exclusions {
+            ports: [].into(),
+            ranges: vec![server.ip.into()],
+        },
+        ..settings(Mtls::Permissive)
+    };
+    for (nth, settings) in [excluding(APPLICATION_PORT), by_range].into_iter().enumerate() {
+        mesh.tell(vec![Change::Settings(settings)]);
+        assert_echo(&mut client.connect(server.application()).await, "in clear").await;
+        let counted = metric(&mesh.near, r#"mesh_passthrough_connections_total{destination="excluded"}"#);
+        assert_eq!(counted, nth as u64 + 1);
+    }
+    let line = mesh.near.log_line(|line| line["path"] == "excluded").await;
+    assert_eq!(
+        (&line["destination_workload"], &line["connection_security_policy"]),
+        (&"server".into(), &"none".into())
+    );
+    assert_eq!(line["destination_principal"], "", "nothing is proven");
+
+    // The operator's word holds for one whose capture is lost, too; and for nothing else.
+    let mut lost = server.workload.clone();
+    lost.membership = Membership::Lost;
+    mesh.tell(vec![Change::Workload(lost)]);
+    assert_echo(&mut client.connect(server.application()).await, "in clear").await;
+    mesh.tell(vec![Change::Settings(settings(Mtls::Permissive))]);
+    assert_refused(client.connect(server.application()).await).await;
+    mesh.near.logs_reason("destination_lost").await;
+}
+
+#[tokio::test]
+async fn who_is_not_proven_yet_gets_nothing_in_clear_where_strict_holds() {
+    let mesh = Mesh::new();
+    let client = mesh.pod(&mesh.near, "client").await;
+    let server = mesh.pod(&mesh.far, "server").await;
+    let _application = server.echo().await;
+    let mut pending = server.workload.clone();
+    pending.membership = Membership::Pending;
+    mesh.tell(vec![Change::Workload(pending)]);
+    assert_echo(&mut client.connect(server.application()).await, "passed on").await;
+    mesh.near.state.apply(vec![Change::Settings(settings(Mtls::Strict))]);
+    assert_refused(client.connect(server.application()).await).await;
+    mesh.near.logs_reason("destination_pending").await;
+    // In time, it is waited for.
+    let mut stream = client.connect(server.application()).await;
+    sleep(Duration::from_millis(50)).await;
+    mesh.tell(vec![Change::Workload(server.workload.clone())]);
+    assert_echo(&mut stream, "by tunnel").await;
+}
+
+#[tokio::test]
+async fn dry_run_policies_are_counted_and_logged_and_decide_nothing() {
+    let mesh = Mesh::new();
+    let client = mesh.pod(&mesh.near, "client").await;
+    let server = mesh.pod(&mesh.far, "server").await;
+    let _application = server.echo().await;
+    let names: Vec<String> = (0..12).map(|nth| format!("shop/trial-{nth:02}")).collect();
+    let policies = names.iter().map(|name| match deny(name, "client") {
+        Change::Policy(policy) => Change::Policy(Arc::new(Policy {
+            dry_run: true,
+            ..(*policy).clone()
+        })),
+        _ => unreachable!(),
+    });
+    mesh.tell(policies.collect());
+    assert_echo(&mut client.connect(server.application()).await, "let in").await;
+    let line = mesh.far.log_line(|line| line["result"] == "ok").await;
+    let logged: Vec<&str> = line["dry_run_policies"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|name| name.as_str().unwrap())
+        .collect();
+    assert_eq!(logged, names[..8], "bounded");
+    assert_eq!(line["policy"], "");
+    for name in &names {
+        let counted = metric(&mesh.far, &format!("mesh_policy_dry_run_matches_total{{policy=\"{name}\"}}"));
+        assert_eq!(counted, 1, "{name}");
+    }
+}
