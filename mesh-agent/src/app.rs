@@ -340,7 +340,15 @@ async fn retry_when_connected(certificates: Arc<Certificates>, mut discovery: wa
 
 impl Agent {
     fn readiness(&self) -> Page {
-        // The datapath is attached since before this server runs: its failure ends the start.
+        // Attached since before this server runs, unless somebody's hand detached it.
+        let detached = self.capture.detached_programs();
+        if !detached.is_empty() {
+            let missing = format!(
+                "missing: kernel programs are detached ({}); restart the agent\n",
+                detached.join(", ")
+            );
+            return Page::text(StatusCode::SERVICE_UNAVAILABLE, missing);
+        }
         let discovery = self.discovery.borrow();
         if discovery.from_memory {
             // It serves its Pods by what was last known, as an agent does that has lost its control plane.

@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status};
 
 pub use client::{enroll, list, release};
-pub use socket::{LocalSocket, SocketError, listen_at};
+pub use socket::{LocalSocket, SocketError, listen_at, lock};
 
 use crate::capture::PodToEnroll;
 use crate::pods::{PodError, Pods};

@@ -1,6 +1,7 @@
 use std::io::{self, Write as _};
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::Parser as _;
 use mesh_agent::capture::{Capture, probe};
 use mesh_agent::config::{CleanupArgs, Cli, Command};
@@ -46,6 +47,8 @@ fn main() -> ExitCode {
 }
 
 async fn cleanup(args: CleanupArgs) -> anyhow::Result<()> {
+    // Undone under its hands, a running agent would say that it protects Pods that it does not.
+    let _lock = local::lock(&args.run_dir).context("end the agent first")?;
     memory::remove(&args.run_dir)?;
     let summary = Capture::cleanup(&args.run_dir, &args.pin_path).await?;
     say(&format!(

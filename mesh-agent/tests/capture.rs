@@ -229,6 +229,23 @@ async fn a_later_agent_takes_over_and_releases() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_program_that_is_detached_by_hand_is_missed() {
+    let Some(bed) = Bed::new("a_program_that_is_detached_by_hand_is_missed") else {
+        return;
+    };
+    let capture = bed.start();
+    assert!(capture.detached_programs().is_empty());
+    let links = bed
+        .config()
+        .kernel
+        .pin_path
+        .join(format!("v{}", mesh_common::ABI_VERSION))
+        .join("links");
+    std::fs::remove_file(links.join("connect4")).unwrap();
+    assert_eq!(capture.detached_programs(), ["connect4"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_cleanup_needs_no_agent() {
     let Some(bed) = Bed::new("a_cleanup_needs_no_agent") else {
         return;

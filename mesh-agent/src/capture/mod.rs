@@ -320,6 +320,12 @@ impl Capture {
         counters
     }
 
+    /// As [`Kernel::detached_programs`]: with any, the node's Pods are not captured as they should be.
+    #[must_use]
+    pub fn detached_programs(&self) -> Vec<&'static str> {
+        self.inner.kernel.detached_programs()
+    }
+
     /// How full the kernel's maps are.
     #[must_use]
     pub fn map_fill(&self) -> Vec<MapFill> {

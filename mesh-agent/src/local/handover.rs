@@ -182,7 +182,10 @@ pub async fn give(listener: UnixListener, offer: Arc<Offer>) {
                 return;
             }
             Ok(Err(error)) => warn!(%error, "no handover; this agent goes on"),
-            Err(error) => warn!(%error, "a handover did not end; this agent goes on"),
+            Err(error) => {
+                offer.pods.thaw();
+                warn!(%error, "a handover did not end; this agent goes on");
+            }
         }
     }
 }

@@ -44,6 +44,30 @@ pub struct LocalSocket {
     is_handed_over: AtomicBool,
 }
 
+/// Makes the folder and takes its lock, which is held until the file is dropped.
+///
+/// # Errors
+/// Another agent has the folder, or it cannot be used.
+pub fn lock(run_dir: &Path) -> Result<File, SocketError> {
+    let io = |source| SocketError::Io {
+        path: run_dir.to_owned(),
+        source,
+    };
+    DirBuilder::new().recursive(true).mode(0o700).create(run_dir).map_err(io)?;
+    let lock = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(run_dir.join(LOCK_FILE))
+        .map_err(io)?;
+    lock.try_lock().map_err(|error| match error {
+        TryLockError::WouldBlock => SocketError::InUse(run_dir.to_owned()),
+        TryLockError::Error(error) => io(error),
+    })?;
+    Ok(lock)
+}
+
 impl LocalSocket {
     /// Makes the folder, takes its lock, and listens.
     ///
@@ -54,18 +78,7 @@ impl LocalSocket {
             path: run_dir.to_owned(),
             source,
         };
-        DirBuilder::new().recursive(true).mode(0o700).create(run_dir).map_err(io)?;
-        let lock = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(run_dir.join(LOCK_FILE))
-            .map_err(io)?;
-        lock.try_lock().map_err(|error| match error {
-            TryLockError::WouldBlock => SocketError::InUse(run_dir.to_owned()),
-            TryLockError::Error(error) => io(error),
-        })?;
+        let lock = lock(run_dir)?;
         let path = socket_path(run_dir);
         // Ours to replace: we hold the lock. Should someone listen all the same, it is not an agent's, and not ours to break.
         if std::os::unix::net::UnixStream::connect(&path).is_ok() {

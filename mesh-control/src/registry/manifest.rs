@@ -79,6 +79,13 @@ pub struct Parsed {
     pub ignored: Vec<String>,
 }
 
+/// By way of YAML's own values, whose mappings refuse a key that is there twice: JSON's take the last one, and a policy would lose
+/// the rules of the first in silence.
+fn read(part: &str) -> Result<Value, String> {
+    let value: serde_norway::Value = serde_norway::from_str(part).map_err(|error| error.to_string())?;
+    serde_json::to_value(value).map_err(|error| error.to_string())
+}
+
 #[must_use]
 pub fn parse_file(text: &str) -> Parsed {
     let Parsed {
@@ -87,7 +94,7 @@ pub fn parse_file(text: &str) -> Parsed {
     } = Parsed::default();
     let mut number = 0;
     for part in split_documents(text.strip_prefix('\u{feff}').unwrap_or(text)) {
-        let value = match serde_norway::from_str::<Value>(part) {
+        let value = match read(part) {
             Ok(Value::Null) => continue,
             Ok(value) => value,
             Err(error) => {

@@ -8,6 +8,7 @@ use aya::maps::{HashMap, Map, MapData};
 use mesh_common::{UpstreamConnectionKey, limits};
 
 use super::pin_names::pin_name;
+use super::programs::NODE_PROGRAMS;
 use super::{Kernel, bpf_syscalls, failed, typed};
 use crate::addr::address_bytes;
 use crate::capture::CaptureError;
@@ -37,6 +38,20 @@ pub(super) fn entries<K: aya::Pod, V: aya::Pod>(map: &HashMap<MapData, K, V>, ma
 }
 
 impl Kernel {
+    /// Of the node's programs, those that are no longer attached: detached by hand, or cleaned up beside this agent.
+    #[must_use]
+    pub fn detached_programs(&self) -> Vec<&'static str> {
+        let is_attached = |name: &str| {
+            let link = bpf_syscalls::object_get(&self.directory.join("links").join(name))?;
+            bpf_syscalls::link_target(link.as_fd())
+        };
+        NODE_PROGRAMS
+            .iter()
+            .map(|(name, ..)| *name)
+            .filter(|name| !is_attached(name).is_ok_and(|cgroup| cgroup != 0))
+            .collect()
+    }
+
     /// One system call an entry: some 100,000 and 50 ms when all is full; the maps are nearly empty unless something is wrong.
     #[must_use]
     pub fn map_fill(&self) -> Vec<MapFill> {

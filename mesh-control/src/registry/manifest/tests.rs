@@ -116,6 +116,27 @@ fn a_broken_document_hides_no_other() {
 }
 
 #[test]
+fn a_key_that_is_there_twice_is_no_manifest() {
+    for text in [
+        "apiVersion: v1\nkind: Namespace\nmetadata: {name: a}\nmetadata: {name: b}\n",
+        "apiVersion: culvert.dev/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {name: a}\nspec:\n  action: Deny\n  action: Allow\n",
+        r#"{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "a", "labels": {"x": "1", "x": "2"}}}"#,
+    ] {
+        let documents = parse_file(text).documents;
+        let [
+            Document {
+                content: Err(rejected), ..
+            },
+        ] = &documents[..]
+        else {
+            panic!("{documents:?}")
+        };
+        assert_eq!(rejected.reason, Reason::Syntax);
+        assert!(rejected.message.contains("duplicate"), "{}", rejected.message);
+    }
+}
+
+#[test]
 fn errors_name_object_and_field() {
     let cases = [
         (
