@@ -207,10 +207,9 @@ async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
     let local_stop = alone.child_token();
     let mut local = tokio::spawn(local::serve(socket.clone(), pods.clone(), local_stop.clone()));
     if let Some(inherited) = inherited {
-        // Gone meanwhile? Then nobody is left to be told.
+        inherited.serving().context("taking over")?;
         socket.set_handed_over(false);
-        let told = inherited.serving();
-        info!(?told, "the agent before is taken over");
+        info!("the agent before is taken over");
     }
     let successors = local::listen_at(&handover::socket_path(&args.run_dir)).context("the handover socket")?;
     let offer = Offer {

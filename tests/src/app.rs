@@ -164,6 +164,15 @@ impl App {
         self.report(place, &["udp", &SocketAddr::new(address, ECHO_PORT).to_string()])
     }
 
+    /// Whether a Unix socket closes a connection without a byte.
+    ///
+    /// # Errors
+    /// The client failed.
+    pub fn is_closed_by(&self, place: &Place, socket: &Path) -> Result<bool> {
+        let report = self.report(place, &["unix", socket.to_str().context("a path")?])?;
+        Ok(report["closed"] == true)
+    }
+
     /// One connection that stays open.
     ///
     /// # Errors

@@ -3,7 +3,8 @@
 //!
 //! One message after the other, each a length, JSON, and descriptors: the successor's [`Hello`]; the [`Answer`] with the folder's
 //! lock, the local socket and the pages' listeners; a [`PodOffered`] with three listeners for each served Pod; the successor's
-//! [`SERVING`]. Before that last word nothing is given up: without it the running agent goes on as before.
+//! [`SERVING`]; the running agent's [`RELEASED`]. Before those last words nothing is given up: without the first the running agent
+//! goes on as before, and says so ([`GOES_ON`]), and then the successor must not: two agents would share the Pods.
 
 use std::collections::HashMap;
 use std::io::{self, Read as _};
@@ -26,7 +27,7 @@ use crate::pods::Pods;
 
 const SOCKET_FILE: &str = "handover.sock";
 /// Raised when a message changes; another version's agent is not taken over.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// The other agent answers at once, or hangs.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// From the offer until the successor serves: it loads programs, and finds again what was not offered.
@@ -35,6 +36,8 @@ const TAKEOVER_PATIENCE: Duration = Duration::from_secs(60);
 const MAX_MESSAGE_BYTES: usize = 16 * 1024;
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 const SERVING: &str = "serving";
+const RELEASED: &str = "released";
+const GOES_ON: &str = "goes on";
 
 /// Who wants to take over.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,10 +99,19 @@ impl Inherited {
         self.folder.take().ok_or_else(|| io::Error::other("taken already"))
     }
 
+    /// Tells the other agent that this one serves. One that died meanwhile has released everything as well.
+    ///
     /// # Errors
-    /// The other agent is gone, which is as well.
+    /// The other agent goes on, or may: this one must end.
     pub fn serving(&self) -> io::Result<()> {
-        write(&self.stream, &SERVING, &[])
+        // What it said before it closed can still be read.
+        let told = write(&self.stream, &SERVING, &[]);
+        match read::<String>(&self.stream) {
+            Ok((word, _)) if word == RELEASED => Ok(()),
+            Ok(_) => Err(io::Error::other("the running agent has given up waiting and goes on")),
+            Err(error) if is_gone(&error) => Ok(()),
+            Err(error) => Err(told.err().unwrap_or(error)),
+        }
     }
 
     /// The listener of this address, if it is one that was given.
@@ -172,17 +184,18 @@ pub async fn give(listener: UnixListener, offer: Arc<Offer>) {
             stream.set_nonblocking(false)?;
             let given = give_to(&stream, &giving);
             if given.is_err() {
+                giving.local.set_handed_over(false);
                 giving.pods.thaw();
+                // A successor that is gone need not hear it.
+                let _ = write(&stream, &GOES_ON, &[]);
             }
             given
         });
         match given.await {
-            Ok(Ok(())) => {
-                offer.local.set_handed_over(true);
-                return;
-            }
+            Ok(Ok(())) => return,
             Ok(Err(error)) => warn!(%error, "no handover; this agent goes on"),
             Err(error) => {
+                offer.local.set_handed_over(false);
                 offer.pods.thaw();
                 warn!(%error, "a handover did not end; this agent goes on");
             }
@@ -209,6 +222,8 @@ fn give_to(stream: &UnixStream, offer: &Offer) -> io::Result<()> {
         return refuse("a Pod is being enrolled or released; try again".to_owned());
     }
     info!("another agent takes over: until it serves, both accept");
+    // From here on a successor may have the socket: should this agent be ended meanwhile, its file stays.
+    offer.local.set_handed_over(true);
     // What it serves by, should the control plane be away.
     offer.memory.write_now();
     let pods = offer.pods.listeners();
@@ -227,10 +242,20 @@ fn give_to(stream: &UnixStream, offer: &Offer) -> io::Result<()> {
     stream.set_read_timeout(Some(TAKEOVER_PATIENCE))?;
     let (word, _) = read::<String>(stream)?;
     if word == SERVING {
+        // A successor that is gone again is none of this agent's business: it has said that it served.
+        let _ = write(stream, &RELEASED, &[]);
         Ok(())
     } else {
         Err(io::Error::other("the successor does not say that it serves"))
     }
+}
+
+/// The other process has ended, or closed its end.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+    )
 }
 
 fn write(stream: &UnixStream, message: &impl Serialize, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
@@ -249,4 +274,48 @@ fn read<T: DeserializeOwned>(mut stream: &UnixStream) -> io::Result<(T, Vec<Owne
     let mut text = vec![0; length];
     stream.read_exact(&mut text)?;
     Ok((serde_json::from_slice(&text)?, descriptors))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A successor at its last word, and the running agent's end.
+    fn last_word() -> (Inherited, UnixStream) {
+        let (stream, other) = UnixStream::pair().unwrap();
+        let inherited = Inherited {
+            folder: None,
+            pages: Vec::new(),
+            pods: HashMap::new(),
+            stream,
+        };
+        (inherited, other)
+    }
+
+    #[test]
+    fn a_successor_serves_only_where_nobody_else_does() {
+        let (inherited, other) = last_word();
+        write(&other, &RELEASED, &[]).unwrap();
+        inherited.serving().unwrap();
+        assert_eq!(read::<String>(&other).unwrap().0, SERVING);
+
+        // It died: by the time of the word, or before.
+        let (inherited, other) = last_word();
+        drop(other);
+        inherited.serving().unwrap();
+
+        // It waited in vain, and goes on: still there, or ended since.
+        let (inherited, other) = last_word();
+        write(&other, &GOES_ON, &[]).unwrap();
+        assert!(inherited.serving().is_err());
+        let (inherited, other) = last_word();
+        write(&other, &GOES_ON, &[]).unwrap();
+        drop(other);
+        assert!(inherited.serving().is_err());
+
+        // It hangs.
+        let (inherited, _other) = last_word();
+        inherited.stream.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+        assert!(inherited.serving().is_err());
+    }
 }

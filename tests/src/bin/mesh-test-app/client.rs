@@ -179,6 +179,12 @@ pub fn mptcp(address: &str) -> Result<Value> {
     Ok(json!({ "socket": true, "connected": connected.is_ok() }))
 }
 
+pub fn unix(path: &str) -> Result<Value> {
+    let mut stream = std::os::unix::net::UnixStream::connect(path).context("connect")?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    Ok(json!({ "closed": stream.read(&mut [0]).context("read")? == 0 }))
+}
+
 pub fn udp(address: &str) -> Result<Value> {
     let address: SocketAddr = address.parse()?;
     let socket = UdpSocket::bind(if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })?;

@@ -19,6 +19,7 @@ const USAGE: &str = "usage:
   mesh-test-app swarm ADDRESS:PORT COUNT           so many connections at the same time
   mesh-test-app chat ADDRESS:PORT                  one connection; lines of standard input go through the echo server
   mesh-test-app mptcp ADDRESS:PORT                 asks for a multipath TCP socket
+  mesh-test-app unix PATH                          one connection to a Unix socket, and whether it is closed without a byte
   mesh-test-app udp ADDRESS:PORT                   a datagram through the echo server
 load, for benchmarks:
   mesh-test-app load-serve PORT
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         ["swarm", address, count] => client::swarm(address, count),
         ["chat", address] => client::chat(address),
         ["mptcp", address] => client::mptcp(address),
+        ["unix", path] => client::unix(path),
         ["udp", address] => client::udp(address),
         ["load-serve", port] => load::serve(port),
         ["load-up", address, streams, bytes] => load::bulk(address, streams, bytes, true),
