@@ -14,6 +14,24 @@ use crate::workspace::Workspace;
 /// Root's home inside the fresh machine.
 const GUEST_HOME: &str = "/root";
 
+/// What rustup puts into `.cargo/bin`.
+const RUSTUPS_TOOLS: [&str; 14] = [
+    "cargo",
+    "cargo-clippy",
+    "cargo-fmt",
+    "cargo-miri",
+    "clippy-driver",
+    "rls",
+    "rust-analyzer",
+    "rust-gdb",
+    "rust-gdbgui",
+    "rust-lldb",
+    "rustc",
+    "rustdoc",
+    "rustfmt",
+    "rustup",
+];
+
 #[derive(Args)]
 pub struct Arguments {
     /// What to run there, in turn
@@ -125,10 +143,13 @@ impl Machine {
                 );
             }
         }
-        // bpf-linker is the project's business to bring, so the one beside rustup's tools is hidden.
-        script += &format!(
-            "if [ -e {root}{GUEST_HOME}/.cargo/bin/bpf-linker ]; then mount --bind /dev/null {root}{GUEST_HOME}/.cargo/bin/bpf-linker; fi\n"
-        );
+        // What else lies beside rustup's tools (bpf-linker, cargo-deny) is the project's business to bring.
+        for entry in std::fs::read_dir(home.join(".cargo/bin"))?.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if !RUSTUPS_TOOLS.contains(&name.as_str()) {
+                script += &format!("mount --bind /dev/null {root}{GUEST_HOME}/.cargo/bin/{name}\n");
+            }
+        }
         script += &format!("exec chroot {root} /bin/sh -c 'cd /culvert && exec \"$@\"' sh {line}\n");
         let mut command = Command::new("unshare");
         command

@@ -1,4 +1,7 @@
 use super::pins::{abi_version, cgroup2_mount, prepare_pins};
+use aya::programs::ProgramError;
+
+use super::programs::{LOOKUP_PROGRAM, NODE_PROGRAMS, program_failed};
 use super::*;
 
 #[test]
@@ -31,6 +34,20 @@ fn only_version_directories_are_versions() {
     assert_eq!(abi_version("v17"), Some(17));
     assert_eq!(abi_version("version"), None);
     assert_eq!(abi_version("1"), None);
+}
+
+#[test]
+fn a_kernel_that_cannot_load_a_program_is_told_what_it_lacks() {
+    let programs = NODE_PROGRAMS.map(|(name, _, feature)| (name, feature));
+    for (name, feature) in programs.into_iter().chain([LOOKUP_PROGRAM]) {
+        let refused = ProgramError::IOError(std::io::Error::from_raw_os_error(libc::EINVAL));
+        let error = program_failed(name, feature, &refused).to_string();
+        // The program, the feature with the kernel that brought it, and the kernel's own words.
+        assert!(feature.ends_with(')') && feature.contains('('), "{feature}");
+        for part in [name, feature, "CAP_BPF", "Invalid argument"] {
+            assert!(error.contains(part), "{part} is missing in {error}");
+        }
+    }
 }
 
 #[test]
