@@ -32,6 +32,9 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 /// and with another run of them this machine's addresses.
 const ONE_RUN_AT_A_TIME: &str = "/run/culvert-capture-tests.lock";
 
+/// Of everything that these tests make.
+const PREFIX: &str = "cvcap";
+
 pub struct Bed {
     pub folder: tempfile::TempDir,
     pub name: String,
@@ -48,6 +51,26 @@ pub fn run(command: &str) -> String {
         String::from_utf8_lossy(&output.stderr)
     );
     String::from_utf8(output.stdout).unwrap()
+}
+
+/// Removes what a run that was killed left behind: with its addresses still on this machine, a probe would arrive at its Pod, whose
+/// pinned programs refuse it. Whoever holds [`ONE_RUN_AT_A_TIME`] knows that nothing of these names is in use.
+fn sweep(unified: &Path) {
+    let temporary = std::env::temp_dir();
+    run(&format!(
+        "ip netns list | awk '/^{PREFIX}/ {{ print $1 }}' | xargs -r -n1 ip netns del
+         ip -o link show type veth | awk -F '[:@ ]+' '$2 ~ /^{PREFIX}/ {{ print $2 }}' | xargs -r -n1 ip link del
+         for folder in {temporary}/{PREFIX}*; do
+             [ -d $folder ] || continue
+             if mountpoint -q $folder/bpf; then rm -rf $folder/bpf/*; umount $folder/bpf; fi
+             rm -rf $folder
+         done
+         for cgroup in {unified}/{PREFIX}*; do
+             [ ! -d $cgroup ] || find $cgroup -depth -type d -exec rmdir {{}} + || true
+         done",
+        temporary = temporary.display(),
+        unified = unified.display(),
+    ));
 }
 
 impl Bed {
@@ -69,13 +92,14 @@ impl Bed {
         let lock = Flock::lock(lock, FlockArg::LockExclusive)
             .map_err(|(_, error)| error)
             .unwrap();
-        let name = format!("cvcap{}", std::process::id());
-        let folder = tempfile::tempdir().unwrap();
+        let unified = run("findmnt -nt cgroup2 -o TARGET | head -1");
+        let unified = PathBuf::from(unified.trim());
+        sweep(&unified);
+        let name = format!("{PREFIX}{}", std::process::id());
+        let folder = tempfile::Builder::new().prefix(PREFIX).tempdir().unwrap();
         let bpf = folder.path().join("bpf");
         fs::create_dir(&bpf).unwrap();
         run(&format!("mount -t bpf bpf {}", bpf.display()));
-        let unified = run("findmnt -nt cgroup2 -o TARGET | head -1");
-        let unified = PathBuf::from(unified.trim());
         let relative = fs::read_to_string("/proc/self/cgroup").unwrap();
         let relative = relative
             .lines()
@@ -85,13 +109,6 @@ impl Bed {
         let cgroup = unified.join(&name);
         fs::create_dir_all(cgroup.join("agent")).unwrap();
         fs::write(cgroup.join("agent/cgroup.procs"), "0").unwrap();
-        // An earlier test of this process that failed may have left them.
-        let _ = Command::new("sh")
-            .args([
-                "-c",
-                &format!("ip netns del {name}; ip netns del {name}b; ip link del {name}n; ip link del {name}m"),
-            ])
-            .output();
         run(&format!(
             "ip netns add {name} && ip -n {name} link set lo up \
              && ip link add {name}n type veth peer name eth0 netns {name} \
