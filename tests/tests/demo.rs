@@ -1,10 +1,11 @@
-//! The demo as a person meets it, and every command that the README and the demo tell a person to type.
+//! The demo as a person meets it, every command that the README and the demo tell a person to type, and the benchmarks' output.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
     reason = "a test: a panic is its failure, and standard output its report"
 )]
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -21,6 +22,7 @@ use mesh_tests::run_id::RunId;
 use mesh_tests::suite;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::Value;
 use tempfile::TempDir;
 
 /// Bringing up and all claims take some 15 s on a quiet machine.
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
             ("a_claim_that_fails_says_what_it_saw_and_fails_the_demo", failing_claim),
             ("without_root_it_names_root", without_root),
             ("the_readme_by_hand", by_hand),
+            ("the_benchmarks_measure_everything", benchmarks),
         ],
     )
 }
@@ -372,5 +375,55 @@ fn by_hand(shared: &mut Shared) -> Result<()> {
         away.contains("2 Pods released"),
         "expected that cleanup releases both:\n{said}"
     );
+    Ok(())
+}
+
+/// What is measured, for each system that it is measured for; what the figures are is no test's concern.
+fn benchmarks(_: &mut Shared) -> Result<()> {
+    const SYSTEMS: [&str; 3] = ["direct", "mesh", "mesh_same_node"];
+    let measures = [
+        (
+            "Gbit/s",
+            &["bulk_up_1", "bulk_down_1", "bulk_up_8", "bulk_down_8"][..],
+            &SYSTEMS[..],
+        ),
+        ("s/GB", &["bulk_up_1_cpu", "bulk_down_1_cpu"], &SYSTEMS[1..]),
+        ("µs", &["pingpong_64_p50", "pingpong_64_p99", "connect_1_p50"], &SYSTEMS),
+        ("s/10,000", &["pingpong_64_cpu", "connect_8_cpu"], &SYSTEMS),
+        ("1/s", &["connect_8_rate"], &SYSTEMS),
+        ("MB", &["rss_fresh", "rss_1000_idle"], &SYSTEMS[1..2]),
+    ];
+    let mut expected = BTreeSet::new();
+    for (unit, names, systems) in measures {
+        for name in names {
+            expected.extend(systems.iter().map(|system| format!("{name} {system} {unit}")));
+        }
+    }
+    let output = here()
+        .run(&binaries::path("mesh-bench")?, &["1", "--json", "--brief"], DEMO)?
+        .ok("the benchmarks")?;
+    let mut measured = BTreeSet::new();
+    for line in output.lines() {
+        let row: Value = serde_json::from_str(line).with_context(|| format!("not JSON: {line}"))?;
+        let word = |field: &str| {
+            row[field]
+                .as_str()
+                .map(str::to_owned)
+                .with_context(|| format!("{field}: {line}"))
+        };
+        let number = |field: &str| row[field].as_f64().with_context(|| format!("{field}: {line}"));
+        let (least, median, most) = (number("min")?, number("median")?, number("max")?);
+        // CPU time is counted coarsely: of so little it may be none.
+        ensure!(0.0 <= least && least <= median && median <= most && row["n"] == 1, "{line}");
+        ensure!(
+            median > 0.0 || row["measure"].as_str().is_some_and(|name| name.ends_with("_cpu")),
+            "{line}"
+        );
+        let is_new = measured.insert(format!("{} {} {}", word("measure")?, word("system")?, word("unit")?));
+        ensure!(is_new, "twice: {line}");
+    }
+    ensure!(measured == expected, "measured {measured:?}, not {expected:?}");
+    let usage = here().run(&binaries::path("mesh-bench")?, &["0"], COMMAND)?;
+    ensure!(!usage.status.success() && usage.stderr.contains("usage"), "{usage:?}");
     Ok(())
 }

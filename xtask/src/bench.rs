@@ -17,6 +17,9 @@ pub struct Arguments {
     /// One JSON object a line instead of a table
     #[arg(long)]
     json: bool,
+    /// Little of everything: to see that it runs. Its figures mean nothing
+    #[arg(long)]
+    brief: bool,
 }
 
 pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCode> {
@@ -28,6 +31,9 @@ pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCode> {
     bench.arg(arguments.rounds.to_string()).env("CULVERT_BIN_DIR", binaries);
     if arguments.json {
         bench.arg("--json");
+    }
+    if arguments.brief {
+        bench.arg("--brief");
     }
     Err(bench.exec()).with_context(|| format!("starting {}", binary.display()))
 }

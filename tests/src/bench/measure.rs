@@ -11,19 +11,41 @@ use crate::poll;
 use crate::process::{Conversation, Process};
 use crate::topology::NodeName;
 
-/// Enough for a second or two on the slower of the systems.
-const BULK_BYTES: u64 = 512 << 20;
 const BULK_STREAMS: u64 = 8;
-const PING_PONGS: usize = 10_000;
-/// A client's address has some 12,000 upstream ports at a server, which stay busy for a minute after their connections.
-const CONNECTS_ALONE: usize = 300;
 const CONNECT_THREADS: usize = 8;
-const CONNECTS_EACH: usize = 150;
 const IDLE_CONNECTIONS: usize = 1000;
 const DEADLINE: Duration = Duration::from_secs(120);
 
+/// How much of everything one measurement takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Amounts {
+    bulk_bytes: u64,
+    ping_pongs: usize,
+    /// A client's address has some 12,000 upstream ports at a server, which stay busy for a minute after their connections.
+    connects_alone: usize,
+    connects_each: usize,
+}
+
+impl Amounts {
+    /// A second or two of bulk on the slower of the systems.
+    pub const FULL: Self = Self {
+        bulk_bytes: 512 << 20,
+        ping_pongs: 10_000,
+        connects_alone: 300,
+        connects_each: 150,
+    };
+    /// Shows that everything can be measured; its figures mean little.
+    pub const BRIEF: Self = Self {
+        bulk_bytes: 8 << 20,
+        ping_pongs: 100,
+        connects_alone: 10,
+        connects_each: 5,
+    };
+}
+
 pub struct Bench<'a> {
     mesh: &'a mut Mesh,
+    amounts: Amounts,
     /// Kept for as long as they are measured.
     servers: Vec<Process>,
 }
@@ -36,7 +58,7 @@ struct Cpu {
 }
 
 impl<'a> Bench<'a> {
-    pub fn start(mesh: &'a mut Mesh) -> Result<Self> {
+    pub fn start(mesh: &'a mut Mesh, amounts: Amounts) -> Result<Self> {
         let mut servers = Vec::new();
         for system in System::ALL {
             let name = system.server();
@@ -52,7 +74,7 @@ impl<'a> Bench<'a> {
             })?;
             servers.push(server);
         }
-        Ok(Self { mesh, servers })
+        Ok(Self { mesh, amounts, servers })
     }
 
     pub fn run(self, rounds: usize, results: &mut Results) -> Result<()> {
@@ -100,7 +122,7 @@ impl<'a> Bench<'a> {
             ("bulk_up_8", None, "load-up", BULK_STREAMS),
             ("bulk_down_8", None, "load-down", BULK_STREAMS),
         ] {
-            let each = (BULK_BYTES / streams).to_string();
+            let each = (self.amounts.bulk_bytes / streams).to_string();
             let (report, cpu) = self.load(system, &[load, &streams.to_string(), &each])?;
             let (seconds, bytes) = (number(&report, "seconds")?, number(&report, "bytes")?);
             results.add(measure, "Gbit/s", system, bytes * 8.0 / seconds / 1e9);
@@ -112,19 +134,19 @@ impl<'a> Bench<'a> {
     }
 
     fn ping_pong(&self, system: System, results: &mut Results) -> Result<()> {
-        let (report, cpu) = self.load(system, &["load-ping-pong", &PING_PONGS.to_string()])?;
+        let (report, cpu) = self.load(system, &["load-ping-pong", &self.amounts.ping_pongs.to_string()])?;
         results.add("pingpong_64_p50", "µs", system, number(&report, "p50")?);
         results.add("pingpong_64_p99", "µs", system, number(&report, "p99")?);
         // A tenth more for the warming up.
-        let per_10_000 = cpu.everyone * 10_000.0 / (PING_PONGS as f64 * 1.1);
+        let per_10_000 = cpu.everyone * 10_000.0 / (self.amounts.ping_pongs as f64 * 1.1);
         results.add("pingpong_64_cpu", "s/10,000", system, per_10_000);
         Ok(())
     }
 
     fn connects(&self, system: System, results: &mut Results) -> Result<()> {
-        let (report, _) = self.load(system, &["load-connects", "1", &CONNECTS_ALONE.to_string()])?;
+        let (report, _) = self.load(system, &["load-connects", "1", &self.amounts.connects_alone.to_string()])?;
         results.add("connect_1_p50", "µs", system, number(&report, "p50")?);
-        let (threads, each) = (CONNECT_THREADS.to_string(), CONNECTS_EACH.to_string());
+        let (threads, each) = (CONNECT_THREADS.to_string(), self.amounts.connects_each.to_string());
         let (report, cpu) = self.load(system, &["load-connects", &threads, &each])?;
         let count = number(&report, "count")?;
         results.add("connect_8_rate", "1/s", system, count / number(&report, "seconds")?);

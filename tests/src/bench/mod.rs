@@ -9,6 +9,7 @@ use anyhow::{Result, bail};
 use crate::mesh::{Mesh, PodSpec};
 use crate::requirements;
 use crate::topology::NodeName;
+pub use measure::Amounts;
 use measure::Bench;
 pub use report::Format;
 use report::Results;
@@ -76,14 +77,14 @@ impl System {
 ///
 /// # Errors
 /// What is missing on this machine, or the first measurement that failed.
-pub fn run(rounds: usize, format: Format) -> Result<()> {
+pub fn run(rounds: usize, amounts: Amounts, format: Format) -> Result<()> {
     let missing = requirements::missing();
     if !missing.is_empty() {
         bail!("the benchmarks cannot run here; missing:\n  - {}", missing.join("\n  - "));
     }
     let mut results = Results::default();
     let mut mesh = Mesh::start(&PODS, &mut |step| report::progress(step))?;
-    let outcome = Bench::start(&mut mesh).and_then(|bench| bench.run(rounds, &mut results));
+    let outcome = Bench::start(&mut mesh, amounts).and_then(|bench| bench.run(rounds, &mut results));
     outcome.map_err(|error| mesh.with_logs(error))?;
     results.print(format)
 }

@@ -3,20 +3,22 @@
 use std::io::Write as _;
 use std::process::ExitCode;
 
-use mesh_tests::bench::{self, Format};
+use mesh_tests::bench::{self, Amounts, Format};
 
-const USAGE: &str = "usage: mesh-bench ROUNDS [--json]";
+const USAGE: &str = "usage: mesh-bench ROUNDS [--json] [--brief]";
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let (rounds, format) = match words.as_slice() {
-        [rounds] => (rounds.parse(), Format::Table),
-        [rounds, "--json"] => (rounds.parse(), Format::Json),
-        _ => ("".parse(), Format::Table),
-    };
+    let mut rounds = None;
+    let (mut format, mut amounts, mut is_understood) = (Format::Table, Amounts::FULL, true);
+    for argument in std::env::args().skip(1) {
+        match argument.as_str() {
+            "--json" => format = Format::Json,
+            "--brief" => amounts = Amounts::BRIEF,
+            number => is_understood &= rounds.replace(number.parse()).is_none(),
+        }
+    }
     let outcome = match rounds {
-        Ok(rounds @ 1..=100) => bench::run(rounds, format),
+        Some(Ok(rounds @ 1..=100)) if is_understood => bench::run(rounds, amounts, format),
         _ => Err(anyhow::anyhow!(USAGE)),
     };
     match outcome {
