@@ -169,6 +169,21 @@ impl Testbed {
         self.client(&self.pod(), &["script", text])
     }
 
+    /// The same with the one capability that most container runtimes grant for packets.
+    pub fn script_with_net_raw(&self, text: &str) -> Client {
+        let with_net_raw = [
+            "setpriv",
+            "--reuid=65534",
+            "--regid=65534",
+            "--clear-groups",
+            "--bounding-set=-all,+net_raw",
+            "--inh-caps=-all,+net_raw",
+            "--ambient-caps=-all,+net_raw",
+            "--no-new-privs",
+        ];
+        self.start(&self.pod(), &with_net_raw, &["script", text])
+    }
+
     /// The same as root, with every capability.
     pub fn script_as_root(&self, netns: &str, text: &str) -> Client {
         self.start(netns, &[], &["script", text])
