@@ -27,6 +27,7 @@ use crate::capture::{Capture, CaptureConfig, boot_id};
 use crate::config::{LogFormat, NodeToken, RunArgs};
 use crate::discovery::transport::ControlPlane;
 use crate::discovery::{self, DiscoveryStatus, NodeName, Subscriptions, report};
+use crate::identity::Identity;
 use crate::identity::renewal::Certificates;
 use crate::identity::store::CertificateStore;
 use crate::local::handover::{self, Hello, Inherited, Offer};
@@ -34,7 +35,7 @@ use crate::local::{self, LocalSocket, SocketError};
 use crate::memory::{self, Memory, Remembered};
 use crate::pods::{Pods, TrustDomain};
 use crate::proxy::{Buffers, Proxy};
-use crate::state::{SharedState, service_name};
+use crate::state::{Settings, SharedState, service_name};
 use crate::telemetry::{AccessLog, Metrics};
 use metrics::AgentMetrics;
 
@@ -148,6 +149,13 @@ async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
         })
     };
     let node: Arc<str> = token.node.as_str().into();
+    let trust = Trust {
+        state: state.clone(),
+        control: control.clone(),
+        certificates: certificates.clone(),
+    };
+    // The control plane may have to prove itself by what is remembered.
+    let _ = trust.apply();
     tasks.spawn(discovery::run(
         control.clone(),
         NodeName(node.clone()),
@@ -169,6 +177,7 @@ async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
     ));
 
     let proxy = Proxy::new(state.clone(), store.clone(), metrics.clone(), access_log);
+    tasks.spawn(until(stop.clone(), trust.follow(proxy.clone())));
     let buffers = proxy.registry().buffers().clone();
     let pods = Pods::new(capture.clone(), proxy, certificates.clone(), metrics.clone(), trust_domain);
     pods.recover().await;
@@ -337,6 +346,40 @@ async fn retry_when_connected(certificates: Arc<Certificates>, mut discovery: wa
     }
 }
 
+/// Whom the settings say to trust, for those who are no readers of the state.
+struct Trust {
+    state: Arc<SharedState>,
+    control: ControlPlane,
+    certificates: Arc<Certificates>,
+}
+
+impl Trust {
+    fn apply(&self) -> (Arc<Settings>, Vec<Identity>) {
+        let settings = self.state.read(|state| state.settings().clone());
+        self.control.trust(settings.trust_bundle.as_ref());
+        let dropped = self.certificates.trust(settings.trust_bundle.as_ref(), &settings.revoked);
+        (settings, dropped)
+    }
+
+    /// For ever.
+    async fn follow(self, proxy: Arc<Proxy>) {
+        let mut changed = self.state.changed();
+        let mut applied: Option<Arc<Settings>> = None;
+        loop {
+            changed.mark_unchanged();
+            let told = self.state.read(|state| state.settings().clone());
+            if !applied.as_ref().is_some_and(|applied| Arc::ptr_eq(applied, &told)) {
+                let (settings, dropped) = self.apply();
+                proxy.forget(&dropped);
+                applied = Some(settings);
+            }
+            if changed.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
 impl Agent {
     fn readiness(&self) -> Page {
         // Attached since before this server runs, unless somebody's hand detached it.
@@ -391,6 +434,8 @@ impl Agent {
                 "mtls_of_namespaces": settings.namespaces.iter().map(|(namespace, mtls)| (namespace.to_string(), mtls.as_str())).collect::<std::collections::BTreeMap<_, _>>(),
                 "excluded_ports": settings.excluded.ports,
                 "excluded_ranges": settings.excluded.ranges,
+                "trusted_roots": settings.trust_bundle.as_ref().map(|bundle| bundle.len()),
+                "revoked_identities": settings.revoked.iter().map(ToString::to_string).collect::<Vec<_>>(),
             })
         });
         let discovery = self.discovery.borrow().clone();

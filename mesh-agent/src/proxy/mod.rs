@@ -15,6 +15,7 @@ mod outbound;
 mod plaintext;
 mod pod;
 mod pool;
+mod proof;
 mod quota;
 mod registry;
 mod review;

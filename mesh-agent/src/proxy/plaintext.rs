@@ -61,13 +61,7 @@ async fn carry(
     }
     let registered = proxy.registry.register(
         &context.pod.pod_uid,
-        ConnectionInfo {
-            direction: Direction::Inbound,
-            path: ConnectionPath::Plaintext,
-            source: None,
-            source_address: client,
-            destination,
-        },
+        ConnectionInfo::new(Direction::Inbound, ConnectionPath::Plaintext, client, destination),
     )?;
     authorize(proxy, context, None, client.ip(), destination, record).await?;
     registered.decided();
