@@ -23,7 +23,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::admin::{self, Page, Pages};
 use crate::capture::kernel::KernelConfig;
-use crate::capture::{Capture, CaptureConfig, boot_id};
+use crate::capture::{Capture, CaptureConfig, boot_id, heap};
 use crate::config::{LogFormat, NodeToken, RunArgs};
 use crate::discovery::transport::ControlPlane;
 use crate::discovery::{self, DiscoveryStatus, NodeName, Subscriptions, report};
@@ -34,7 +34,8 @@ use crate::local::handover::{self, Hello, Inherited, Offer};
 use crate::local::{self, LocalSocket, SocketError};
 use crate::memory::{self, Memory, Remembered};
 use crate::pods::{Pods, TrustDomain};
-use crate::proxy::{Buffers, Proxy};
+use crate::proxy::limits::CONNECTIONS_PER_POD;
+use crate::proxy::{Buffers, Limits, Proxy};
 use crate::state::{Settings, SharedState, service_name};
 use crate::telemetry::{AccessLog, Metrics};
 use metrics::AgentMetrics;
@@ -46,6 +47,9 @@ const TASKS_PATIENCE: Duration = Duration::from_secs(2);
 /// for the next one yet.
 const FOLDER_TRIES: u32 = 20;
 const FOLDER_RETRY: Duration = Duration::from_millis(100);
+/// Open descriptors that are asked for: a node's Pods have a few hundred thousand connections at most, and it is the kernel's own default
+/// for a process (`fs.nr_open`).
+const WANTED_DESCRIPTORS: u64 = 1 << 20;
 /// Why the agent ends, beside signals.
 const HANDOVER: &str = "handover";
 
@@ -69,17 +73,19 @@ struct Agent {
 /// # Errors
 /// It cannot start; the message says what is missing.
 pub fn run(args: RunArgs) -> anyhow::Result<()> {
+    // Before any thread: each would have an arena of its own already.
+    heap::keep_small();
     start_logging(&args)?;
-    raise_descriptor_limit();
+    let limits = limits();
     let token = NodeToken::read(&args.token_file)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let result = runtime.block_on(agent(args, token));
+    let result = runtime.block_on(agent(args, token, limits));
     // Blocking tasks (a probe's child, say) end by themselves; the process need not wait for them.
     runtime.shutdown_timeout(TASKS_PATIENCE);
     result
 }
 
-async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
+async fn agent(args: RunArgs, token: NodeToken, limits: Limits) -> anyhow::Result<()> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let stop = CancellationToken::new();
     // What only one agent does: it ends when another takes over.
@@ -176,7 +182,7 @@ async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
         trust_domain.clone().follow(state.clone(), discovery.clone()),
     ));
 
-    let proxy = Proxy::new(state.clone(), store.clone(), metrics.clone(), access_log);
+    let proxy = Proxy::with_limits(state.clone(), store.clone(), metrics.clone(), access_log, limits);
     tasks.spawn(until(stop.clone(), trust.follow(proxy.clone())));
     let buffers = proxy.registry().buffers().clone();
     let pods = Pods::new(capture.clone(), proxy, certificates.clone(), metrics.clone(), trust_domain);
@@ -469,10 +475,25 @@ fn start_logging(args: &RunArgs) -> anyhow::Result<()> {
     started.map_err(|error| anyhow::anyhow!("logging: {error}"))
 }
 
-/// A connection has two sockets; the soft limit is often 1,024.
-fn raise_descriptor_limit() {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+/// A connection has two sockets. The soft limit of descriptors is often 1,024; the hard one can be raised only by whom the kernel lets.
+fn limits() -> Limits {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| {
+        let most = hard.max(WANTED_DESCRIPTORS);
+        setrlimit(Resource::RLIMIT_NOFILE, most, most).or_else(|_| setrlimit(Resource::RLIMIT_NOFILE, hard, hard))
+    });
     if let Err(error) = raised {
         warn!(%error, "the limit of open descriptors cannot be raised");
     }
+    let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
+    let limits = Limits::for_descriptors(usize::try_from(descriptors).unwrap_or(usize::MAX));
+    let connections_per_pod = limits.connections_per_pod;
+    if connections_per_pod < CONNECTIONS_PER_POD {
+        warn!(
+            descriptors,
+            connections_per_pod,
+            "few open descriptors are allowed (ulimit -n), so that each Pod may have fewer than {CONNECTIONS_PER_POD} connections; \
+             {WANTED_DESCRIPTORS} are enough"
+        );
+    }
+    limits
 }

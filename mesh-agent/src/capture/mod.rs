@@ -13,7 +13,7 @@ mod enrolments;
 mod events;
 #[cfg(fuzzing)]
 pub mod fuzz;
-mod heap;
+pub mod heap;
 mod heartbeat;
 pub mod kernel;
 mod namespace;

@@ -245,3 +245,45 @@ fn invalid(error: webpki::Error) -> rustls::Error {
     };
     reason.into()
 }
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
+
+    use super::*;
+
+    /// A serving certificate, and its root.
+    fn served() -> (CertificateDer<'static>, CertificateDer<'static>) {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let root = params.self_signed(&key).unwrap();
+        let mut leaf = CertificateParams::new(vec![CONTROL_SERVER_NAME.to_owned()]).unwrap();
+        leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        let leaf = leaf
+            .signed_by(&KeyPair::generate().unwrap(), &Issuer::new(params, key))
+            .unwrap();
+        (leaf.der().clone(), root.der().clone())
+    }
+
+    #[test]
+    fn the_token_is_believed_until_the_control_plane_has_named_its_roots() {
+        let (first, second) = (served(), served());
+        let verifier = PinnedRoot {
+            root_sha256: Sha256::digest(&first.1).into(),
+            trusted: Trusted::default(),
+            provider: Arc::new(rustls::crypto::aws_lc_rs::default_provider()),
+        };
+        let takes = |(leaf, root): &(CertificateDer<'static>, CertificateDer<'static>)| {
+            let name = ServerName::try_from(CONTROL_SERVER_NAME).unwrap();
+            let chain = [root.clone()];
+            verifier.verify_server_cert(leaf, &chain, &name, &[], UnixTime::now()).is_ok()
+        };
+        assert_eq!((takes(&first), takes(&second)), (true, false));
+        for (roots, expected) in [(vec![&first, &second], (true, true)), (vec![&second], (false, true))] {
+            let roots = roots.into_iter().map(|(_, root)| root.clone()).collect();
+            *verifier.trusted.write() = Some(Arc::new(TrustBundle::new(roots).unwrap()));
+            assert_eq!((takes(&first), takes(&second)), expected);
+        }
+    }
+}

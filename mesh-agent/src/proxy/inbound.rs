@@ -27,6 +27,7 @@ use super::proof::Proof;
 use super::registry::ConnectionInfo;
 use super::review;
 use super::socket::{Carried, within};
+use super::step::Step;
 use super::{Accepted, Proxy};
 use crate::identity::Identity;
 use crate::telemetry::{ConnectionPath, ConnectionRecord, Direction, Peer, Reporter, SecurityPolicy, WorkloadPair};
@@ -271,6 +272,7 @@ async fn carry(
         answer(&mut respond, status(&refusal), true)?;
         return Err(refusal);
     };
+    proxy.steps.done(Step::Accepted);
     let registered = proxy.registry.register(
         &context.pod.pod_uid,
         ConnectionInfo {
@@ -283,18 +285,23 @@ async fn carry(
         Ok(registered) => {
             let mut incoming = Incoming::new(receive, &registered);
             let connect = async {
+                proxy.steps.done(Step::Registered);
                 still_proven(proxy, &tunnel.proof)?;
                 let source = confirm_source(proxy, tunnel.peer.ip(), &tunnel.identity).await?;
+                proxy.steps.done(Step::Confirmed);
                 let peer = Peer::at(tunnel.peer).principal(Some(&tunnel.identity));
                 record.source(peer.workload(Some(&source)));
                 authorize(proxy, context, Some(&tunnel.identity), tunnel.peer.ip(), destination, record).await?;
+                proxy.steps.done(Step::Evaluated);
                 registered.decided();
+                proxy.steps.done(Step::Decided);
                 // From here on it is cut when the address gets another holder; it may have got one just before.
                 if !proxy.state.read(|state| tunnel.proof.peer_is_there(state)) {
                     return Err(Refusal::IdentityMismatch.into());
                 }
                 let upstream = context.pod.network.upstream_socket(tunnel.peer.ip(), destination)?;
                 let application = Carried::connect(upstream.socket, destination, "application").await?;
+                proxy.steps.done(Step::Connected);
                 Ok((upstream.lease, application))
             };
             // Whoever gives up, or sends much too early, is not waited for.

@@ -8,6 +8,7 @@ use super::Proxy;
 use super::pod::PodContext;
 use super::proof::Broken;
 use super::registry::{ConnectionInfo, Registered};
+use super::step::Step;
 use crate::policy::{self, Connection, Decision, Policy};
 use crate::state::{Settings, State};
 use crate::telemetry::{ConnectionRecord, Direction, IDENTITY_REVOKED, NEW_HOLDER, ROOT_REMOVED};
@@ -27,6 +28,7 @@ pub(super) async fn run(proxy: Arc<Proxy>, context: Arc<PodContext>) {
     let mut reviewed: Option<Rules> = None;
     loop {
         changed.mark_unchanged();
+        proxy.steps.done(Step::Reviewing);
         let rules = proxy.state.read(|state| applicable(state, &context));
         if !reviewed.as_ref().is_some_and(|before| before.same(&rules)) {
             review(&proxy, &context, &rules);
