@@ -23,18 +23,20 @@ use tracing_subscriber::EnvFilter;
 
 use crate::admin::{self, Page, Pages};
 use crate::capture::kernel::KernelConfig;
-use crate::capture::{Capture, CaptureConfig, boot_id};
+use crate::capture::{Capture, CaptureConfig, boot_id, heap};
 use crate::config::{LogFormat, NodeToken, RunArgs};
 use crate::discovery::transport::ControlPlane;
 use crate::discovery::{self, DiscoveryStatus, NodeName, Subscriptions, report};
+use crate::identity::Identity;
 use crate::identity::renewal::Certificates;
 use crate::identity::store::CertificateStore;
 use crate::local::handover::{self, Hello, Inherited, Offer};
 use crate::local::{self, LocalSocket, SocketError};
 use crate::memory::{self, Memory, Remembered};
 use crate::pods::{Pods, TrustDomain};
-use crate::proxy::{Buffers, Proxy};
-use crate::state::{SharedState, State, service_name};
+use crate::proxy::limits::CONNECTIONS_PER_POD;
+use crate::proxy::{Buffers, Limits, Proxy};
+use crate::state::{Settings, SharedState, State, service_name};
 use crate::telemetry::{AccessLog, Metrics};
 use metrics::AgentMetrics;
 
@@ -47,6 +49,9 @@ const FOLDER_TRIES: u32 = 20;
 const FOLDER_RETRY: Duration = Duration::from_millis(100);
 /// Between two looks at what is in the mesh: some milliseconds of work in a mesh of 100,000 addresses.
 const MESH_DESTINATIONS_INTERVAL: Duration = Duration::from_secs(1);
+/// Open descriptors that are asked for: a node's Pods have a few hundred thousand connections at most, and it is the kernel's own default
+/// for a process (`fs.nr_open`).
+const WANTED_DESCRIPTORS: u64 = 1 << 20;
 /// Why the agent ends, beside signals.
 const HANDOVER: &str = "handover";
 
@@ -70,17 +75,19 @@ struct Agent {
 /// # Errors
 /// It cannot start; the message says what is missing.
 pub fn run(args: RunArgs) -> anyhow::Result<()> {
+    // Before any thread: each would have an arena of its own already.
+    heap::keep_small();
     start_logging(&args)?;
-    raise_descriptor_limit();
+    let limits = limits();
     let token = NodeToken::read(&args.token_file)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let result = runtime.block_on(agent(args, token));
+    let result = runtime.block_on(agent(args, token, limits));
     // Blocking tasks (a probe's child, say) end by themselves; the process need not wait for them.
     runtime.shutdown_timeout(TASKS_PATIENCE);
     result
 }
 
-async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
+async fn agent(args: RunArgs, token: NodeToken, limits: Limits) -> anyhow::Result<()> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let stop = CancellationToken::new();
     // What only one agent does: it ends when another takes over.
@@ -150,6 +157,13 @@ async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
         })
     };
     let node: Arc<str> = token.node.as_str().into();
+    let trust = Trust {
+        state: state.clone(),
+        control: control.clone(),
+        certificates: certificates.clone(),
+    };
+    // The control plane may have to prove itself by what is remembered.
+    let _ = trust.apply();
     tasks.spawn(discovery::run(
         control.clone(),
         NodeName(node.clone()),
@@ -172,7 +186,8 @@ async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
 
     tasks.spawn(until(alone.clone(), tell_the_mesh(capture.clone(), state.clone())));
 
-    let proxy = Proxy::new(state.clone(), store.clone(), metrics.clone(), access_log);
+    let proxy = Proxy::with_limits(state.clone(), store.clone(), metrics.clone(), access_log, limits);
+    tasks.spawn(until(stop.clone(), trust.follow(proxy.clone())));
     let buffers = proxy.registry().buffers().clone();
     let pods = Pods::new(capture.clone(), proxy, certificates.clone(), metrics.clone(), trust_domain);
     pods.recover().await;
@@ -357,6 +372,40 @@ async fn retry_when_connected(certificates: Arc<Certificates>, mut discovery: wa
     }
 }
 
+/// Whom the settings say to trust, for those who are no readers of the state.
+struct Trust {
+    state: Arc<SharedState>,
+    control: ControlPlane,
+    certificates: Arc<Certificates>,
+}
+
+impl Trust {
+    fn apply(&self) -> (Arc<Settings>, Vec<Identity>) {
+        let settings = self.state.read(|state| state.settings().clone());
+        self.control.trust(settings.trust_bundle.as_ref());
+        let dropped = self.certificates.trust(settings.trust_bundle.as_ref(), &settings.revoked);
+        (settings, dropped)
+    }
+
+    /// For ever.
+    async fn follow(self, proxy: Arc<Proxy>) {
+        let mut changed = self.state.changed();
+        let mut applied: Option<Arc<Settings>> = None;
+        loop {
+            changed.mark_unchanged();
+            let told = self.state.read(|state| state.settings().clone());
+            if !applied.as_ref().is_some_and(|applied| Arc::ptr_eq(applied, &told)) {
+                let (settings, dropped) = self.apply();
+                proxy.forget(&dropped);
+                applied = Some(settings);
+            }
+            if changed.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
 impl Agent {
     fn readiness(&self) -> Page {
         // Attached since before this server runs, unless somebody's hand detached it.
@@ -411,6 +460,8 @@ impl Agent {
                 "mtls_of_namespaces": settings.namespaces.iter().map(|(namespace, mtls)| (namespace.to_string(), mtls.as_str())).collect::<std::collections::BTreeMap<_, _>>(),
                 "excluded_ports": settings.excluded.ports,
                 "excluded_ranges": settings.excluded.ranges,
+                "trusted_roots": settings.trust_bundle.as_ref().map(|bundle| bundle.len()),
+                "revoked_identities": settings.revoked.iter().map(ToString::to_string).collect::<Vec<_>>(),
             })
         });
         let discovery = self.discovery.borrow().clone();
@@ -444,10 +495,25 @@ fn start_logging(args: &RunArgs) -> anyhow::Result<()> {
     started.map_err(|error| anyhow::anyhow!("logging: {error}"))
 }
 
-/// A connection has two sockets; the soft limit is often 1,024.
-fn raise_descriptor_limit() {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+/// A connection has two sockets. The soft limit of descriptors is often 1,024; the hard one can be raised only by whom the kernel lets.
+fn limits() -> Limits {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| {
+        let most = hard.max(WANTED_DESCRIPTORS);
+        setrlimit(Resource::RLIMIT_NOFILE, most, most).or_else(|_| setrlimit(Resource::RLIMIT_NOFILE, hard, hard))
+    });
     if let Err(error) = raised {
         warn!(%error, "the limit of open descriptors cannot be raised");
     }
+    let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
+    let limits = Limits::for_descriptors(usize::try_from(descriptors).unwrap_or(usize::MAX));
+    let connections_per_pod = limits.connections_per_pod;
+    if connections_per_pod < CONNECTIONS_PER_POD {
+        warn!(
+            descriptors,
+            connections_per_pod,
+            "few open descriptors are allowed (ulimit -n), so that each Pod may have fewer than {CONNECTIONS_PER_POD} connections; \
+             {WANTED_DESCRIPTORS} are enough"
+        );
+    }
+    limits
 }

@@ -13,7 +13,7 @@ use rustls::client::{ResolvesClientCert, Resumption};
 use rustls::crypto::CryptoProvider;
 use rustls::crypto::aws_lc_rs::{self, cipher_suite};
 use rustls::sign::CertifiedKey;
-use rustls::{ClientConfig, CommonState, ServerConfig};
+use rustls::{ClientConfig, CommonState, RootCertStore, ServerConfig};
 use rustls_pki_types::{CertificateDer, ServerName};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
@@ -21,6 +21,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::identity::Identity;
 use crate::identity::store::CertifiedKeyPair;
+use crate::identity::trust::TrustBundle;
 
 pub use verify::first_identity;
 
@@ -45,12 +46,16 @@ pub enum TlsError {
 pub struct TlsPeer {
     pub identity: Identity,
     pub not_after: SystemTime,
+    /// Leaf first, as it was verified.
+    pub chain: Vec<CertificateDer<'static>>,
 }
 
-/// What is made once a certificate: rebuilt when the store has a newer one.
+/// What is made once a certificate: rebuilt when the store has a newer one, and when other roots are trusted.
 struct Generation {
     /// The pair's own life is the store's to decide.
     pair: Weak<CertifiedKeyPair>,
+    /// What clients are verified against.
+    roots: Arc<RootCertStore>,
     server: Arc<ServerConfig>,
     client_key: Arc<dyn ResolvesClientCert>,
 }
@@ -74,9 +79,10 @@ impl TlsConfigs {
     pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         &self,
         pair: &Arc<CertifiedKeyPair>,
+        trusted: Option<&TrustBundle>,
         stream: S,
     ) -> Result<(server::TlsStream<S>, TlsPeer), TlsError> {
-        let config = self.generation(pair)?.server.clone();
+        let config = self.generation(pair, trusted)?.server.clone();
         let tls = TlsAcceptor::from(config)
             .accept(stream)
             .await
@@ -90,12 +96,13 @@ impl TlsConfigs {
     pub async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
         &self,
         pair: &Arc<CertifiedKeyPair>,
+        trusted: Option<&TrustBundle>,
         expected: &Identity,
         address: IpAddr,
         stream: S,
     ) -> Result<(client::TlsStream<S>, TlsPeer), TlsError> {
-        let generation = self.generation(pair)?;
-        let verifier = verify::ExpectedServer::new(pair.roots.clone(), expected.clone(), provider());
+        let generation = self.generation(pair, trusted)?;
+        let verifier = verify::ExpectedServer::new(generation.roots.clone(), expected.clone(), provider());
         let mut config = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(|error| TlsError::OwnCertificate(error.to_string()))?
@@ -116,14 +123,16 @@ impl TlsConfigs {
         Ok((tls, peer))
     }
 
-    fn generation(&self, pair: &Arc<CertifiedKeyPair>) -> Result<Arc<Generation>, TlsError> {
+    fn generation(&self, pair: &Arc<CertifiedKeyPair>, trusted: Option<&TrustBundle>) -> Result<Arc<Generation>, TlsError> {
+        let roots = trusted.map_or(&pair.roots, TrustBundle::roots);
         let mut generations = self.generations.lock();
         if let Some(generation) = generations.get(&pair.identity)
             && std::ptr::eq(generation.pair.as_ptr(), Arc::as_ptr(pair))
+            && Arc::ptr_eq(&generation.roots, roots)
         {
             return Ok(generation.clone());
         }
-        let generation = Arc::new(Generation::new(pair).map_err(TlsError::OwnCertificate)?);
+        let generation = Arc::new(Generation::new(pair, roots).map_err(TlsError::OwnCertificate)?);
         // A handshake may have had the pair from before its identity was dropped: what that left goes here.
         generations.retain(|_, generation| generation.pair.strong_count() > 0);
         generations.insert(pair.identity.clone(), generation.clone());
@@ -142,12 +151,12 @@ impl TlsConfigs {
 }
 
 impl Generation {
-    fn new(pair: &Arc<CertifiedKeyPair>) -> Result<Self, String> {
+    fn new(pair: &Arc<CertifiedKeyPair>, roots: &Arc<RootCertStore>) -> Result<Self, String> {
         let provider = provider();
         let key =
             CertifiedKey::from_der(pair.chain.clone(), pair.key.clone_key(), &provider).map_err(|error| error.to_string())?;
         let key = Arc::new(OneKey(Arc::new(key)));
-        let clients = verify::MeshClients::new(pair.roots.clone(), &pair.identity.trust_domain, provider.clone())?;
+        let clients = verify::MeshClients::new(roots.clone(), &pair.identity.trust_domain, provider.clone())?;
         let mut server = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(|error| error.to_string())?
@@ -159,6 +168,7 @@ impl Generation {
         server.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
         Ok(Self {
             pair: Arc::downgrade(pair),
+            roots: roots.clone(),
             server: Arc::new(server),
             client_key: key,
         })
@@ -201,13 +211,14 @@ fn checked_peer(connection: &CommonState) -> Result<TlsPeer, TlsError> {
     if connection.alpn_protocol() != Some(ALPN) {
         return Err(TlsError::NoAlpn);
     }
-    let leaf = connection
-        .peer_certificates()
-        .and_then(<[CertificateDer<'_>]>::first)
+    let chain = connection.peer_certificates().unwrap_or_default();
+    let leaf = chain
+        .first()
         .ok_or_else(|| TlsError::PeerCertificate("there is none".into()))?;
     Ok(TlsPeer {
         identity: first_identity(leaf).map_err(TlsError::PeerCertificate)?,
         not_after: not_after(leaf).map_err(TlsError::PeerCertificate)?,
+        chain: chain.iter().map(|certificate| certificate.clone().into_owned()).collect(),
     })
 }
 

@@ -1,5 +1,6 @@
 //! Puts the parts together and runs them until a signal.
 
+use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -17,10 +18,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Server;
 
 use crate::authentication::Authenticator;
-use crate::authority::Authority;
+use crate::authority::{Authority, AuthorityError};
 use crate::certificates::Certificates;
 use crate::compile::Parameters;
-use crate::config::{NodeTokenArgs, ServeArgs};
+use crate::config::{NodeTokenArgs, RotateRootArgs, ServeArgs};
 use crate::control_plane::ControlPlane;
 use crate::discovery::Discovery;
 use crate::limits::{
@@ -30,6 +31,7 @@ use crate::limits::{
 use crate::metrics::Metrics;
 use crate::node_reports::Reports;
 use crate::registry::Follow;
+use crate::roots::{self, Roots};
 use crate::serving::{self, ServingCertificate};
 use crate::state_dir::{StateDir, write_private};
 use crate::tokens::Tokens;
@@ -113,19 +115,20 @@ async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Runnin
         bail!("--registry DIR and --state-dir DIR are needed");
     };
     let state = StateDir::open(state_dir).context("state directory")?;
-    let authority = Arc::new(Authority::open(&state, &args.trust_domain, now)?);
+    let roots = Arc::new(Roots::open(&state, &args.trust_domain, now)?);
     let tokens = Tokens::open(&state).context("state directory")?;
     let metrics = Arc::new(Metrics::new()?);
     let parameters = Parameters {
         trust_domain: args.trust_domain.clone(),
         cluster: args.cluster.clone(),
         pod_ranges: args.pod_cidr.clone(),
-        trust_bundle: vec![authority.root_pem().to_owned()],
+        trust_bundle: roots.in_force().bundle.clone(),
+        revoked: BTreeSet::new(),
     };
     let control =
         Arc::new(ControlPlane::new(parameters, state.clone(), Arc::clone(&metrics), bounds).context("state directory")?);
 
-    let certificate = Arc::new(ServingCertificate::new(Arc::clone(&authority)));
+    let certificate = Arc::new(ServingCertificate::new(Arc::clone(&roots)));
     let names = ServerNames {
         tokens: tokens.clone(),
         extra: args.server_name.clone(),
@@ -143,8 +146,9 @@ async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Runnin
 
     let follow = Follow::start(registry, state, Arc::clone(&control))?;
     let admin_task = tokio::spawn(admin::serve(admin_listener, Arc::clone(&control)));
-    let serving_task = tokio::spawn(keep_serving_certificate(certificate, names, Arc::clone(&metrics)));
     let publishing_task = tokio::spawn(Arc::clone(&control).publish_when_due());
+
+    let serving_task = tokio::spawn(keep_trust(Arc::clone(&roots), Arc::clone(&control), certificate, names));
 
     let authenticator = Authenticator::new(tokens, Arc::clone(&metrics));
     let discovery = Discovery {
@@ -154,7 +158,7 @@ async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Runnin
     let certificates = Certificates {
         control: Arc::clone(&control),
         authenticator: authenticator.clone(),
-        authority,
+        roots: Arc::clone(&roots),
         lifetime: args.certificate_lifetime,
     };
     let reports = Reports {
@@ -203,21 +207,49 @@ impl ServerNames {
     }
 }
 
-async fn keep_serving_certificate(certificate: Arc<ServingCertificate>, names: ServerNames, metrics: Arc<Metrics>) {
+/// Follows the files of roots, and makes the serving certificate anew when it is time.
+async fn keep_trust(roots: Arc<Roots>, control: Arc<ControlPlane>, certificate: Arc<ServingCertificate>, names: ServerNames) {
     let names = Arc::new(names);
     let mut ticks = interval(SERVING_CHECK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut failing = false;
     loop {
         ticks.tick().await;
+        let (roots, publisher) = (Arc::clone(&roots), Arc::clone(&control));
+        let reloaded = tokio::task::spawn_blocking(move || {
+            if roots.reload(OffsetDateTime::now_utc())? {
+                publisher.set_trust_bundle(roots.in_force().bundle.clone());
+            }
+            Ok::<_, AuthorityError>(())
+        });
+        let failed = reloaded.await.ok().and_then(Result::err);
+        if let Some(error) = &failed {
+            control.metrics.roots_failed.inc();
+            if !failing {
+                tracing::error!(%error, "the trusted roots cannot be read; those of before stay in force");
+            }
+        }
+        failing = failed.is_some();
         let (certificate, names) = (Arc::clone(&certificate), Arc::clone(&names));
         let refreshed = tokio::task::spawn_blocking(move || -> anyhow::Result<bool> {
             Ok(certificate.refresh(names.current()?, OffsetDateTime::now_utc())?)
         });
         if let Ok(Err(error)) = refreshed.await {
-            metrics.serving_certificate_failed.inc();
+            control.metrics.serving_certificate_failed.inc();
             tracing::error!("the serving certificate cannot be made anew, the old one stays: {error:#}");
         }
     }
+}
+
+/// `mesh-control rotate-root`.
+///
+/// # Errors
+/// As [`roots::rotate`].
+pub fn rotate_root(args: &RotateRootArgs) -> anyhow::Result<()> {
+    let state = StateDir::open(&args.state_dir).context("state directory")?;
+    let done = roots::rotate(&state, args.step, &args.trust_domain, OffsetDateTime::now_utc())?;
+    writeln!(std::io::stdout().lock(), "{done}")?;
+    Ok(())
 }
 
 /// `mesh-control node-token`.

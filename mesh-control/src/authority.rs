@@ -26,7 +26,7 @@ use crate::state_dir::{StateDir, StateError};
 mod tests;
 
 /// Key and certificate in one file, so that there is never half a root.
-const ROOT: &str = "root.pem";
+pub(crate) const ROOT: &str = "root.pem";
 
 #[derive(Debug, thiserror::Error)]
 pub enum AuthorityError {
@@ -77,7 +77,7 @@ impl Authority {
         Self::from_pem(&pem, now).map_err(|problem| AuthorityError::Root(format!("{path}: {problem}")))
     }
 
-    fn from_pem(pem: &[u8], now: OffsetDateTime) -> Result<Self, String> {
+    pub(crate) fn from_pem(pem: &[u8], now: OffsetDateTime) -> Result<Self, String> {
         let key = PrivateKeyDer::from_pem_slice(pem).map_err(|error| format!("the key: {error}"))?;
         let key = KeyPair::try_from(&key).map_err(|error| format!("the key: {error}"))?;
         let root_der = CertificateDer::from_pem_slice(pem)
@@ -193,7 +193,7 @@ fn leaf(now: OffsetDateTime, lifetime: Duration, at_most: OffsetDateTime) -> Res
     Ok(params)
 }
 
-fn new_root(trust_domain: &str, now: OffsetDateTime) -> Result<String, AuthorityError> {
+pub(crate) fn new_root(trust_domain: &str, now: OffsetDateTime) -> Result<String, AuthorityError> {
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(AuthorityError::signing)?;
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
@@ -208,7 +208,7 @@ fn new_root(trust_domain: &str, now: OffsetDateTime) -> Result<String, Authority
     Ok(key.serialize_pem() + &certificate.pem())
 }
 
-fn certificate_pem(der: &CertificateDer<'_>) -> String {
+pub(crate) fn certificate_pem(der: &CertificateDer<'_>) -> String {
     let base64 = base64::engine::general_purpose::STANDARD.encode(der);
     let mut pem = String::from("-----BEGIN CERTIFICATE-----\n");
     for (index, character) in base64.chars().enumerate() {

@@ -9,14 +9,15 @@ use time::OffsetDateTime;
 use tonic::{Request, Response, Status};
 
 use crate::authentication::Authenticator;
-use crate::authority::{Authority, AuthorityError};
+use crate::authority::AuthorityError;
 use crate::control_plane::ControlPlane;
 use crate::proto;
+use crate::roots::Roots;
 
 pub struct Certificates {
     pub control: Arc<ControlPlane>,
     pub authenticator: Authenticator,
-    pub authority: Arc<Authority>,
+    pub roots: Arc<Roots>,
     /// Longest lifetime, and that of requests that name none.
     pub lifetime: Duration,
 }
@@ -67,7 +68,8 @@ impl IstioCertificateService for Certificates {
                 return Err(self.refuse("malformed", node, status));
             }
         };
-        let signed = self
+        let roots = self.roots.in_force();
+        let signed = roots
             .authority
             .sign_workload(&request.csr, identity, lifetime, OffsetDateTime::now_utc())
             .map_err(|error| {
@@ -80,7 +82,7 @@ impl IstioCertificateService for Certificates {
         self.control.metrics.certificates_signed.inc();
         tracing::info!(node, identity, not_after = %signed.not_after, "certificate signed");
         Ok(Response::new(IstioCertificateResponse {
-            cert_chain: vec![signed.leaf_pem, self.authority.root_pem().to_owned()],
+            cert_chain: vec![signed.leaf_pem, roots.bundle.concat()],
         }))
     }
 }

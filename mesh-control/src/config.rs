@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use ipnet::IpNet;
 
 use crate::limits::{MAX_CERTIFICATE_LIFETIME, MIN_CERTIFICATE_LIFETIME};
+use crate::roots::Step;
 
 /// Culvert's control plane: compiles a folder of Kubernetes manifests to what the node agents must know, serves it to them, and
 /// signs their certificates.
@@ -35,6 +36,12 @@ pub enum Command {
     /// It works whether or not mesh-control is running on the state directory; a running one accepts the token within seconds.
     /// The file holds a secret: bring it to its node by a safe way.
     NodeToken(NodeTokenArgs),
+    /// Replaces the root of trust, in three steps, under a running mesh.
+    ///
+    /// `prepare` makes the next root, which every agent then trusts beside the present one; `activate` lets it sign; `retire` stops
+    /// trusting every other, and cuts what still depends on one. Between `activate` and `retire`, wait until certificates were renewed
+    /// (half of their lifetime), and give each node a new token.
+    RotateRoot(RotateRootArgs),
 }
 
 #[derive(Clone, Debug, Args)]
@@ -87,6 +94,18 @@ pub struct NodeTokenArgs {
     /// Replace the node's token: the agent that uses the old one is cut off within seconds.
     #[arg(long)]
     pub rotate: bool,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct RotateRootArgs {
+    #[arg(value_enum)]
+    pub step: Step,
+    /// The state directory of the control plane.
+    #[arg(long, env = "CULVERT_STATE_DIR", value_name = "DIR")]
+    pub state_dir: PathBuf,
+    /// As the control plane has it; the next root names it.
+    #[arg(long, env = "CULVERT_TRUST_DOMAIN", value_name = "NAME", default_value = "cluster.local", value_parser = trust_domain)]
+    pub trust_domain: String,
 }
 
 fn trust_domain(text: &str) -> Result<String, String> {

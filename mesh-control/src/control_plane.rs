@@ -3,15 +3,17 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::SystemTime;
 
 use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep_until};
 
+use crate::accounts::Accounts;
 use crate::capture_states::{CaptureState, CaptureStates, PodKey, Proof, pod_key};
-use crate::compile::{Parameters, Snapshot, compile};
-use crate::limits::{Bounds, MAX_CAPTURE_FILE_BYTES, MAX_REJECTIONS, MAX_REPORTED_PODS, PUBLISH_SHARE};
+use crate::compile::{Parameters, Snapshot, compile, spiffe_id};
+use crate::limits::{Bounds, MAX_ACCOUNTS_FILE_BYTES, MAX_CAPTURE_FILE_BYTES, MAX_REJECTIONS, MAX_REPORTED_PODS, PUBLISH_SHARE};
 use crate::metrics::Metrics;
 use crate::objects::{Kind, World};
 use crate::proto::PodWord;
@@ -19,6 +21,7 @@ use crate::registry::{Registry, Rejection};
 use crate::state_dir::{StateDir, StateError};
 
 const CAPTURE_STATES: &str = "capture-states.json";
+const ACCOUNTS: &str = "service-accounts.json";
 
 #[cfg(test)]
 mod tests;
@@ -27,7 +30,6 @@ const NO_POD_RANGES: &str = "no address ranges of Pods are known: Pods that disc
                              give Node manifests with spec.podCIDRs, or --pod-cidr";
 
 pub struct ControlPlane {
-    pub parameters: Parameters,
     pub metrics: Arc<Metrics>,
     pub bounds: Bounds,
     state_dir: StateDir,
@@ -45,6 +47,10 @@ pub struct ControlPlane {
 }
 
 struct Inner {
+    parameters: Parameters,
+    accounts: Accounts,
+    /// The accounts differ from those on disk.
+    unsaved_accounts: bool,
     world: Arc<World>,
     captures: CaptureStates,
     /// The last report of each node: a Pod may be proven before its manifest is read.
@@ -71,14 +77,24 @@ pub struct NodeStatus {
 
 impl ControlPlane {
     /// # Errors
-    /// The capture states on disk cannot be read: to go on without them would send proven Pods cleartext.
+    /// The capture states on disk cannot be read: to go on without them would send proven Pods cleartext. Nor can the accounts: whom
+    /// an operator deleted would be trusted again.
     pub fn new(parameters: Parameters, state_dir: StateDir, metrics: Arc<Metrics>, bounds: Bounds) -> Result<Self, StateError> {
         let captures = match state_dir.read(CAPTURE_STATES, MAX_CAPTURE_FILE_BYTES)? {
             None => CaptureStates::default(),
             Some(bytes) => serde_json::from_slice(&bytes)
                 .map_err(|error| StateError::content(&state_dir.path().join(CAPTURE_STATES), error))?,
         };
+        let accounts = match state_dir.read(ACCOUNTS, MAX_ACCOUNTS_FILE_BYTES)? {
+            None => Accounts::default(),
+            Some(bytes) => {
+                Accounts::from_json(&bytes).map_err(|error| StateError::content(&state_dir.path().join(ACCOUNTS), error))?
+            }
+        };
         let inner = Inner {
+            parameters,
+            accounts,
+            unsaved_accounts: false,
             world: Arc::default(),
             captures,
             reports: BTreeMap::new(),
@@ -88,7 +104,6 @@ impl ControlPlane {
             ignored: 0,
         };
         Ok(Self {
-            parameters,
             metrics,
             bounds,
             state_dir,
@@ -184,9 +199,28 @@ impl ControlPlane {
                 .with_label_values(&[kind.as_str()])
                 .set(i64::try_from(count).unwrap_or(i64::MAX));
         }
+        let before = inner.accounts.clone();
+        inner.accounts.follow(&world, unix_seconds());
+        inner.unsaved_accounts |= inner.accounts != before;
         inner.world = world;
         self.publish(&mut inner);
         self.ready.store(true, Ordering::Release);
+    }
+
+    /// Other roots are trusted from now on. Blocking.
+    pub fn set_trust_bundle(&self, bundle: Vec<String>) {
+        let mut inner = self.inner.lock();
+        inner.parameters.trust_bundle = bundle;
+        // Nothing is told before the folder was read.
+        if self.is_ready() {
+            self.publish(&mut inner);
+        }
+    }
+
+    /// PEM of the roots that are trusted, the signing one first.
+    #[must_use]
+    pub fn trust_bundle(&self) -> Vec<String> {
+        self.inner.lock().parameters.trust_bundle.clone()
     }
 
     /// Takes a node's report of its Pods. Blocking.
@@ -231,7 +265,13 @@ impl ControlPlane {
     fn publish(&self, inner: &mut Inner) {
         let began = Instant::now();
         inner.unpublished = false;
-        let mut snapshot = compile(&inner.world, &inner.captures, &self.parameters);
+        let trust_domain = inner.parameters.trust_domain.clone();
+        let revoked = inner.accounts.revoked();
+        inner.parameters.revoked = revoked
+            .map(|(namespace, name)| spiffe_id(&trust_domain, namespace, name))
+            .collect();
+        self.save_accounts(inner);
+        let mut snapshot = compile(&inner.world, &inner.captures, &inner.parameters);
         // A Pod that its agent proved before it was in the world, or that moved.
         let reports = std::mem::take(&mut inner.reports);
         let mut changed = false;
@@ -246,7 +286,7 @@ impl ControlPlane {
             inner.unsaved = true;
         }
         if changed {
-            snapshot = compile(&inner.world, &inner.captures, &self.parameters);
+            snapshot = compile(&inner.world, &inner.captures, &inner.parameters);
         }
         // On disk before any agent hears of it: after a crash nobody may have believed more than we know.
         if inner.unsaved {
@@ -279,6 +319,8 @@ impl ControlPlane {
                 .with_label_values(&[label])
                 .set(i64::try_from(count(state)).unwrap_or(i64::MAX));
         }
+        self.metrics
+            .set_trust(inner.parameters.trust_bundle.len(), inner.parameters.revoked.len());
         let ranges = snapshot.pod_ranges.len();
         self.metrics.pod_ranges.set(i64::try_from(ranges).unwrap_or(i64::MAX));
         let before = self.snapshot.send_replace(Arc::new(snapshot));
@@ -291,6 +333,23 @@ impl ControlPlane {
             .publish_interval
             .max(began.elapsed().saturating_mul(PUBLISH_SHARE));
         *self.publish_after.lock() = Instant::now() + pause;
+    }
+
+    /// On disk before any agent hears of it: whom one was told to be deleted stays so.
+    fn save_accounts(&self, inner: &mut Inner) {
+        if !inner.unsaved_accounts {
+            return;
+        }
+        let saved = (inner.accounts.to_json())
+            .map_err(|error| StateError::content(self.state_dir.path(), error))
+            .and_then(|content| self.state_dir.write(ACCOUNTS, &content));
+        match saved {
+            Ok(()) => inner.unsaved_accounts = false,
+            Err(error) => {
+                self.metrics.state_writes_failed.inc();
+                tracing::error!(%error, "the service accounts cannot be kept; after a restart deleted ones would be trusted");
+            }
+        }
     }
 
     /// Changes what is known of a node. Only authenticated nodes get here, so that their number is bounded by the tokens'.
@@ -347,6 +406,8 @@ impl ControlPlane {
             "ignored_manifests": inner.ignored,
             "versions": versions,
             "nodes": *self.nodes.lock(),
+            "trusted_roots": inner.parameters.trust_bundle.len(),
+            "revoked_identities": inner.parameters.revoked,
             "pods": pods,
             "rejected_manifests": rejections,
         })
@@ -372,6 +433,13 @@ impl Inner {
         self.unsaved |= changed;
         changed
     }
+}
+
+fn unix_seconds() -> u64 {
+    SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs()
 }
 
 /// By uid, and by name where the manifest has no uid.

@@ -2,8 +2,9 @@
 //! authority that signs for them.
 //!
 //! `registry` → `control_plane` (world and capture states) → `compile` → `discovery`. Pure: `registry` but for its folder,
-//! `capture_states`, `compile`, `discovery::subscription`.
+//! `accounts`, `capture_states`, `compile`, `discovery::subscription`.
 
+pub mod accounts;
 pub mod admin;
 pub mod app;
 pub mod authentication;
@@ -23,6 +24,7 @@ pub mod node_streams;
 pub mod objects;
 pub mod proto;
 pub mod registry;
+pub mod roots;
 pub mod serving;
 pub mod state_dir;
 pub mod tokens;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-pub use mesh_proto::{MAX_REQUEST_BYTES, MAX_RESOURCES};
+pub use mesh_proto::{MAX_REQUEST_BYTES, MAX_RESOURCES, MAX_REVOKED, MAX_TRUSTED_ROOTS};
 
 /// Files read from the registry folder. More: those that sort last are refused and said.
 pub const MAX_FILES: usize = 4096;
@@ -72,6 +72,8 @@ pub const MAX_NACK_BYTES: usize = 1024;
 
 /// PEM of the root and its key: about 1 KiB.
 pub const MAX_PEM_BYTES: u64 = 64 << 10;
+/// Bytes of the file of service accounts that have, or had, a manifest: 100,000 × two names of at most 253 B.
+pub const MAX_ACCOUNTS_FILE_BYTES: u64 = 64 << 20;
 /// PEM of a certificate request; a P-256 request has about 400 B.
 pub const MAX_CSR_BYTES: usize = 16 << 10;
 pub const MIN_CERTIFICATE_LIFETIME: Duration = Duration::from_secs(60);

@@ -16,6 +16,7 @@ fn main() -> ExitCode {
         .init();
     let done = match cli.command {
         Some(Command::NodeToken(args)) => app::node_token(&args),
+        Some(Command::RotateRoot(args)) => app::rotate_root(&args),
         None => serve(&cli.serve),
     };
     match done {

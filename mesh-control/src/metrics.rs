@@ -30,6 +30,9 @@ pub struct Metrics {
     pub capture_states: IntGaugeVec,
     pub state_writes_failed: IntCounter,
     pub serving_certificate_failed: IntCounter,
+    pub roots_failed: IntCounter,
+    trusted_roots: IntGauge,
+    revoked_identities: IntGauge,
 }
 
 impl Metrics {
@@ -123,6 +126,15 @@ impl Metrics {
                 "mesh_control_serving_certificate_failed_total",
                 "Serving certificates not made",
             )?,
+            roots_failed: counter(
+                "mesh_control_roots_failed_total",
+                "Reads of the trusted roots that failed, so that those of before stay in force",
+            )?,
+            trusted_roots: gauge("mesh_control_trusted_roots", "Roots that the mesh trusts")?,
+            revoked_identities: gauge(
+                "mesh_control_revoked_identities",
+                "Identities whose service account was deleted",
+            )?,
             registry,
         };
         // Shown from the start: an absent series and a zero are not the same to an alert.
@@ -134,6 +146,12 @@ impl Metrics {
             metrics.authentication_failed.with_label_values(&[refusal.reason()]);
         }
         Ok(metrics)
+    }
+
+    pub fn set_trust(&self, roots: usize, revoked: usize) {
+        for (gauge, count) in [(&self.trusted_roots, roots), (&self.revoked_identities, revoked)] {
+            gauge.set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
     }
 
     pub fn set_rejections(&self, rejections: &[Rejection]) {

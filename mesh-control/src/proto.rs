@@ -258,6 +258,7 @@ pub fn encode_settings(view: &SettingsView<'_>) -> Vec<u8> {
             .collect(),
         excluded_ports: config.excluded_ports.iter().map(|port| u32::from(*port)).collect(),
         excluded_cidrs: config.excluded_cidrs.iter().map(cidr).collect(),
+        revoked_identities: view.parameters.revoked.iter().cloned().collect(),
     };
     message.encode_to_vec()
 }

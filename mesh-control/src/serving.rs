@@ -12,7 +12,7 @@ use parking_lot::{Mutex, RwLock};
 use rustls::ServerConfig;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
-use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use time::OffsetDateTime;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
@@ -22,17 +22,19 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
 
-use crate::authority::{Authority, AuthorityError};
+use crate::authority::AuthorityError;
 use crate::limits::{ACCEPT_PAUSE, Bounds, MAX_SERVER_NAMES, TLS_HANDSHAKE_TIMEOUT};
 use crate::metrics::Metrics;
+use crate::roots::Roots;
 
 /// The certificate in use.
 pub struct ServingCertificate {
-    authority: Arc<Authority>,
+    roots: Arc<Roots>,
     current: RwLock<Option<Current>>,
 }
 
 struct Current {
+    root: CertificateDer<'static>,
     names: Vec<String>,
     renew_at: OffsetDateTime,
     key: Arc<CertifiedKey>,
@@ -46,14 +48,14 @@ impl std::fmt::Debug for ServingCertificate {
 
 impl ServingCertificate {
     #[must_use]
-    pub fn new(authority: Arc<Authority>) -> Self {
+    pub fn new(roots: Arc<Roots>) -> Self {
         Self {
-            authority,
+            roots,
             current: RwLock::new(None),
         }
     }
 
-    /// Makes a new certificate when there is none, at half-life, and when the names have changed.
+    /// Makes a new certificate when there is none, at half-life, and when the names, or the root that signs, have changed.
     ///
     /// # Errors
     /// It cannot be made; the old one stays in use.
@@ -61,23 +63,26 @@ impl ServingCertificate {
         names.sort();
         names.dedup();
         names.truncate(MAX_SERVER_NAMES);
+        let roots = self.roots.in_force();
+        let root = roots.authority.root_der();
         if self
             .current
             .read()
             .as_ref()
-            .is_some_and(|current| current.names == names && now < current.renew_at)
+            .is_some_and(|current| current.names == names && current.root == *root && now < current.renew_at)
         {
             return Ok(false);
         }
-        let (leaf, key, not_after) = self.authority.sign_serving(&names, now)?;
+        let (leaf, key, not_after) = roots.authority.sign_serving(&names, now)?;
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key));
         let key =
             rustls::crypto::aws_lc_rs::sign::any_ecdsa_type(&key).map_err(|error| AuthorityError::Signing(error.to_string()))?;
         // The root goes along: a node that knows only its fingerprint finds it in the chain.
-        let chain = vec![leaf, self.authority.root_der().clone()];
+        let chain = vec![leaf, root.clone()];
         let renew_at = now + (not_after - now) / 2;
         tracing::info!(?names, %not_after, "serving certificate made");
         *self.current.write() = Some(Current {
+            root: root.clone(),
             names,
             renew_at,
             key: Arc::new(CertifiedKey::new(chain, key)),

@@ -51,6 +51,10 @@ pub const SETTINGS_NAME: &str = "mesh";
 /// Resources of one type that an agent holds, and tells on each reconnect. Control plane and agent must agree: a resume beyond
 /// what the server takes would be cut off for ever. 100,000 × (name and version, about 110 B) = 11 MB of a first request.
 pub const MAX_RESOURCES: usize = 100_000;
+/// Roots in the settings: the signing one, its successor, and some that others brought along. An agent that is told more refuses.
+pub const MAX_TRUSTED_ROOTS: usize = 16;
+/// Revoked identities in the settings. 4,096 × about 100 B = 400 KiB.
+pub const MAX_REVOKED: usize = 4096;
 /// Bytes of a discovery request.
 pub const MAX_REQUEST_BYTES: usize = 16 << 20;
 /// Bytes of names and versions that an agent holds of one type, so that the request that tells them is one that can be taken.

@@ -14,7 +14,7 @@ mod enrolments;
 mod events;
 #[cfg(fuzzing)]
 pub mod fuzz;
-mod heap;
+pub mod heap;
 mod heartbeat;
 pub mod kernel;
 mod namespace;

@@ -8,6 +8,7 @@ use hyper_util::rt::TokioIo;
 use mesh_proto::ca::istio_certificate_service_client::IstioCertificateServiceClient;
 use mesh_proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use mesh_proto::node::node_reports_client::NodeReportsClient;
+use parking_lot::RwLock;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
 use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, SignatureScheme};
@@ -24,6 +25,7 @@ use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Request, Status};
 
 use crate::config::NodeToken;
+use crate::identity::trust::TrustBundle;
 
 /// The name in the control plane's serving certificate, wherever it listens.
 pub const CONTROL_SERVER_NAME: &str = "mesh-control.culvert-system.svc";
@@ -69,7 +71,11 @@ pub struct ControlPlane {
     channel: Channel,
     bearer: Bearer,
     address: Arc<str>,
+    trusted: Trusted,
 }
+
+/// The roots that the control plane itself has named; before it has, the token's fingerprint stands for one.
+type Trusted = Arc<RwLock<Option<Arc<TrustBundle>>>>;
 
 impl ControlPlane {
     /// # Errors
@@ -80,7 +86,8 @@ impl ControlPlane {
             .map_err(|_| TransportError::Secret)?;
         bearer.set_sensitive(true);
         let address: Arc<str> = address.unwrap_or(&token.address).into();
-        let tls = TlsConnector::from(Arc::new(client_config(token.root_sha256)?));
+        let trusted = Trusted::default();
+        let tls = TlsConnector::from(Arc::new(client_config(token.root_sha256, trusted.clone())?));
         let target = address.clone();
         let connector = tower::service_fn(move |_: Uri| {
             let (target, tls) = (target.clone(), tls.clone());
@@ -97,7 +104,13 @@ impl ControlPlane {
             channel,
             bearer: Bearer(bearer),
             address,
+            trusted,
         })
+    }
+
+    /// The control plane proves itself by one of these from its next connection on. Without any, by the token's fingerprint.
+    pub fn trust(&self, bundle: Option<&Arc<TrustBundle>>) {
+        *self.trusted.write() = bundle.cloned();
     }
 
     #[must_use]
@@ -136,10 +149,11 @@ async fn connect(address: &str, tls: TlsConnector) -> io::Result<TlsStream<TcpSt
     })?
 }
 
-fn client_config(root_sha256: [u8; 32]) -> Result<ClientConfig, rustls::Error> {
+fn client_config(root_sha256: [u8; 32], trusted: Trusted) -> Result<ClientConfig, rustls::Error> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let verifier = PinnedRoot {
         root_sha256,
+        trusted,
         provider: provider.clone(),
     };
     let mut config = ClientConfig::builder_with_provider(provider)
@@ -151,11 +165,12 @@ fn client_config(root_sha256: [u8; 32]) -> Result<ClientConfig, rustls::Error> {
     Ok(config)
 }
 
-/// Trusts only chains to the presented certificate whose digest the token names. An ordinary path validation from there: the
-/// digest replaces only where the trust anchor comes from.
+/// Trusts only chains to a presented certificate that is one of the mesh's roots, as the control plane has named them, or before it has,
+/// to the one whose digest the token names. An ordinary path validation from there: that replaces only where the trust anchor comes from.
 #[derive(Debug)]
 struct PinnedRoot {
     root_sha256: [u8; 32],
+    trusted: Trusted,
     provider: Arc<CryptoProvider>,
 }
 
@@ -170,7 +185,10 @@ impl ServerCertVerifier for PinnedRoot {
     ) -> Result<ServerCertVerified, rustls::Error> {
         let root = intermediates
             .iter()
-            .find(|certificate| Sha256::digest(certificate).as_slice() == self.root_sha256)
+            .find(|certificate| match &*self.trusted.read() {
+                Some(bundle) => bundle.contains(certificate),
+                None => Sha256::digest(certificate).as_slice() == self.root_sha256,
+            })
             .ok_or(CertificateError::UnknownIssuer)?;
         let anchor = webpki::anchor_from_trusted_cert(root).map_err(invalid)?;
         let certificate = webpki::EndEntityCert::try_from(end_entity).map_err(invalid)?;
@@ -226,4 +244,46 @@ fn invalid(error: webpki::Error) -> rustls::Error {
         other => CertificateError::Other(rustls::OtherError(Arc::new(other))),
     };
     reason.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
+
+    use super::*;
+
+    /// A serving certificate, and its root.
+    fn served() -> (CertificateDer<'static>, CertificateDer<'static>) {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let root = params.self_signed(&key).unwrap();
+        let mut leaf = CertificateParams::new(vec![CONTROL_SERVER_NAME.to_owned()]).unwrap();
+        leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        let leaf = leaf
+            .signed_by(&KeyPair::generate().unwrap(), &Issuer::new(params, key))
+            .unwrap();
+        (leaf.der().clone(), root.der().clone())
+    }
+
+    #[test]
+    fn the_token_is_believed_until_the_control_plane_has_named_its_roots() {
+        let (first, second) = (served(), served());
+        let verifier = PinnedRoot {
+            root_sha256: Sha256::digest(&first.1).into(),
+            trusted: Trusted::default(),
+            provider: Arc::new(rustls::crypto::aws_lc_rs::default_provider()),
+        };
+        let takes = |(leaf, root): &(CertificateDer<'static>, CertificateDer<'static>)| {
+            let name = ServerName::try_from(CONTROL_SERVER_NAME).unwrap();
+            let chain = [root.clone()];
+            verifier.verify_server_cert(leaf, &chain, &name, &[], UnixTime::now()).is_ok()
+        };
+        assert_eq!((takes(&first), takes(&second)), (true, false));
+        for (roots, expected) in [(vec![&first, &second], (true, true)), (vec![&second], (false, true))] {
+            let roots = roots.into_iter().map(|(_, root)| root.clone()).collect();
+            *verifier.trusted.write() = Some(Arc::new(TrustBundle::new(roots).unwrap()));
+            assert_eq!((takes(&first), takes(&second)), expected);
+        }
+    }
 }

@@ -4,6 +4,7 @@ pub mod certificate;
 pub mod renewal;
 pub mod rotation;
 pub mod store;
+pub mod trust;
 
 use std::fmt;
 use std::sync::Arc;

@@ -3,7 +3,7 @@
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
@@ -20,6 +20,7 @@ use super::Identity;
 use super::certificate::{CertificateError, KeyAndRequest};
 use super::rotation::Rotation;
 use super::store::{CertificateStore, CertifiedKeyPair};
+use super::trust::TrustBundle;
 use crate::discovery::transport::ControlPlane;
 
 /// Requests to the authority at a time.
@@ -81,6 +82,8 @@ pub struct Certificates {
     answers: Mutex<BTreeMap<Identity, Vec<String>>>,
     /// Of the agent before, until a Pod wants them.
     remembered: Mutex<BTreeMap<Identity, RememberedCertificate>>,
+    /// The roots that the control plane names, if it names any.
+    bundle: Mutex<Option<Arc<TrustBundle>>>,
     pub fetched_total: AtomicU64,
     pub failed_total: AtomicU64,
 }
@@ -96,6 +99,7 @@ impl Certificates {
             failures: Mutex::default(),
             answers: Mutex::default(),
             remembered: Mutex::default(),
+            bundle: Mutex::default(),
             fetched_total: AtomicU64::new(0),
             failed_total: AtomicU64::new(0),
         })
@@ -109,9 +113,10 @@ impl Certificates {
             let mut rotation = self.rotation.lock();
             let remembered = self.remembered.lock().remove(identity);
             if rotation.want(identity, pod_uid, now)
+                && !rotation.is_revoked(identity)
                 && let Some(remembered) = remembered
             {
-                match take_again(identity, &remembered, now) {
+                match take_again(identity, &remembered, now).and_then(|pair| self.trusted(pair, now)) {
                     Ok(pair) => {
                         rotation.fetched(identity, pair.not_before, pair.not_after, now, rand::random());
                         info!(%identity, fingerprint = %pair.fingerprint(), lifetime = ?pair.remaining(now), "remembered certificate in use");
@@ -141,6 +146,48 @@ impl Certificates {
             self.attempts.send_modify(|attempts| *attempts += 1);
         }
         dropped
+    }
+
+    /// Other roots are trusted from now on, or other service accounts are deleted: certificates that count no longer are dropped, and
+    /// asked for again where that can help. Returns whose they were.
+    #[must_use = "what was made of these certificates is to be dropped, too"]
+    pub fn trust(&self, bundle: Option<&Arc<TrustBundle>>, revoked: &BTreeSet<Identity>) -> Vec<Identity> {
+        let now = SystemTime::now();
+        let mut rotation = self.rotation.lock();
+        *self.bundle.lock() = bundle.cloned();
+        rotation.revoke(revoked, now);
+        let mut dropped = Vec::new();
+        for pair in self.store.all() {
+            let identity = &pair.identity;
+            let why = if revoked.contains(identity) {
+                "its service account was deleted"
+            } else if bundle.is_some_and(|bundle| !bundle.vouches_for(&pair.chain, now)) {
+                "its root is trusted no longer"
+            } else {
+                continue;
+            };
+            warn!(%identity, why, "certificate dropped");
+            self.store.remove(identity);
+            self.answers.lock().remove(identity);
+            self.failures.lock().insert(identity.clone(), why.to_owned());
+            rotation.lost(identity, now);
+            dropped.push(identity.clone());
+        }
+        drop(rotation);
+        self.due.notify_one();
+        if !dropped.is_empty() {
+            self.attempts.send_modify(|attempts| *attempts += 1);
+        }
+        dropped
+    }
+
+    fn trusted(&self, pair: CertifiedKeyPair, now: SystemTime) -> Result<CertifiedKeyPair, CertificateError> {
+        match &*self.bundle.lock() {
+            Some(bundle) if !bundle.vouches_for(&pair.chain, now) => Err(CertificateError::Answer(
+                "it is by a root that the mesh does not trust".to_owned(),
+            )),
+            _ => Ok(pair),
+        }
     }
 
     /// What the agent before had, before its Pods are served again.
@@ -252,6 +299,7 @@ impl Certificates {
         let random = rand::random::<f64>();
         // Held while the store is written, so that an identity dropped meanwhile is not put back.
         let mut rotation = self.rotation.lock();
+        let result = result.and_then(|(pair, answer)| Ok((self.trusted(pair, now)?, answer)));
         match result {
             Ok((pair, answer)) => {
                 self.fetched_total.fetch_add(1, Ordering::Relaxed);

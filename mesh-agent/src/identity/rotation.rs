@@ -18,6 +18,8 @@ const SHORTEST_RENEWAL: Duration = Duration::from_secs(1);
 #[derive(Debug, Default)]
 pub struct Rotation {
     identities: BTreeMap<Identity, Entry>,
+    /// Nothing is asked for in their name.
+    revoked: BTreeSet<Identity>,
 }
 
 #[derive(Debug)]
@@ -64,11 +66,33 @@ impl Rotation {
         dropped
     }
 
+    /// Whose service accounts are deleted; those that are so no longer are due at once.
+    pub fn revoke(&mut self, revoked: &BTreeSet<Identity>, now: SystemTime) {
+        let before = std::mem::replace(&mut self.revoked, revoked.clone());
+        for back in before.difference(revoked) {
+            self.lost(back, now);
+        }
+    }
+
+    #[must_use]
+    pub fn is_revoked(&self, identity: &Identity) -> bool {
+        self.revoked.contains(identity)
+    }
+
+    /// What is held is of no use any longer: another one is due at once.
+    pub fn lost(&mut self, identity: &Identity, now: SystemTime) {
+        if let Some(entry) = self.identities.get_mut(identity)
+            && entry.attempt != Attempt::Running
+        {
+            entry.attempt = Attempt::At(now);
+        }
+    }
+
     /// Takes the identities that are due at the authority, at most `limit`; each is answered by [`Self::fetched`] or [`Self::failed`].
     pub fn take_due(&mut self, now: SystemTime, limit: usize) -> Vec<Identity> {
         self.identities
             .iter_mut()
-            .filter(|(_, entry)| matches!(entry.attempt, Attempt::At(at) if at <= now))
+            .filter(|(identity, entry)| matches!(entry.attempt, Attempt::At(at) if at <= now) && !self.revoked.contains(identity))
             .take(limit)
             .map(|(identity, entry)| {
                 entry.attempt = Attempt::Running;
@@ -81,8 +105,9 @@ impl Rotation {
     #[must_use]
     pub fn next_due(&self) -> Option<SystemTime> {
         self.identities
-            .values()
-            .filter_map(|entry| match entry.attempt {
+            .iter()
+            .filter(|(identity, _)| !self.revoked.contains(identity))
+            .filter_map(|(_, entry)| match entry.attempt {
                 Attempt::At(at) => Some(at),
                 Attempt::Running => None,
             })
@@ -103,7 +128,7 @@ impl Rotation {
         };
         entry.failures = 0;
         entry.attempt = Attempt::At(renewal(not_before, not_after, now, random));
-        true
+        !self.revoked.contains(identity)
     }
 
     /// The attempt failed; what is held stays in use, and it is tried again. `random` is in 0..1. Returns the wait.
@@ -232,6 +257,23 @@ mod tests {
         rotation.fetched(&identity("a"), now - HOUR, now - HOUR / 2, now, 0.5);
         assert!(rotation.take_due(now, 8).is_empty());
         assert_eq!(rotation.next_due(), Some(now + SHORTEST_RENEWAL));
+    }
+
+    #[test]
+    fn nothing_is_asked_for_in_the_name_of_a_deleted_account() {
+        let (mut rotation, now) = (Rotation::default(), start());
+        rotation.want(&identity("a"), &"p".into(), now);
+        rotation.want(&identity("b"), &"q".into(), now);
+        rotation.take_due(now, 8);
+        // An answer that was under way is not kept.
+        rotation.revoke(&[identity("a")].into(), now);
+        assert!(!rotation.fetched(&identity("a"), now, now + HOUR, now, 0.0));
+        assert!(rotation.fetched(&identity("b"), now, now + HOUR, now, 0.0));
+        assert_eq!(rotation.take_due(now + HOUR, 8), [identity("b")]);
+        assert_eq!(rotation.next_due(), None);
+        // The account is back.
+        rotation.revoke(&BTreeSet::new(), now);
+        assert_eq!(rotation.take_due(now, 8), [identity("a")]);
     }
 
     #[test]

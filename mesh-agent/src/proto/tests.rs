@@ -5,6 +5,7 @@ use mesh_proto::security::{
 };
 use mesh_proto::workload::{Extension, NetworkAddress, Port};
 use mesh_proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, SETTINGS_TYPE_URL};
+use mesh_proto::{MAX_REVOKED, MAX_TRUSTED_ROOTS};
 use prost_types::Any;
 
 use super::*;
@@ -225,7 +226,8 @@ fn settings() {
             address: vec![10, 1, 2, 3],
             length: 16,
         }],
-        trust_bundle: vec!["pem".to_owned()],
+        trust_bundle: vec![root_pem()],
+        revoked_identities: vec!["spiffe://cluster.local/ns/shop/sa/gone".to_owned()],
         ..WireSettings::default()
     };
     let settings = Settings::try_from(wire.clone()).unwrap();
@@ -233,6 +235,36 @@ fn settings() {
         (settings.trust_domain.as_str(), settings.pod_ranges[0].to_string().as_str()),
         ("cluster.local", "10.1.0.0/16")
     );
+    assert_eq!(settings.trust_bundle.map(|bundle| bundle.len()), Some(1));
+    assert!(settings.revoked.contains(&Identity::new("cluster.local", "shop", "gone")));
+    assert_eq!(Settings::try_from(WireSettings::default()).unwrap().trust_bundle, None);
+    for (named, broken) in [
+        ("trust_bundle", vec!["pem".to_owned()]),
+        ("trust_bundle", vec![root_pem(); MAX_TRUSTED_ROOTS + 1]),
+    ] {
+        let trust_bundle = broken;
+        let broken = WireSettings {
+            trust_bundle,
+            ..wire.clone()
+        };
+        assert!(matches!(Settings::try_from(broken), Err(ProtoError::Field { field, .. }) if field == named));
+    }
+    for revoked_identities in [
+        vec!["nobody".to_owned()],
+        vec!["spiffe://cluster.local/ns/shop/sa/gone".to_owned(); MAX_REVOKED + 1],
+    ] {
+        let broken = WireSettings {
+            revoked_identities,
+            ..wire.clone()
+        };
+        assert!(matches!(
+            Settings::try_from(broken),
+            Err(ProtoError::Field {
+                field: "revoked_identities",
+                ..
+            })
+        ));
+    }
     for (address, length) in [(vec![10, 0], 8), (vec![10, 0, 0, 0], 33), (vec![10, 0, 0, 0], 1000)] {
         let broken = WireSettings {
             pod_ranges: vec![Cidr { address, length }],
@@ -244,6 +276,12 @@ fn settings() {
         ));
     }
     assert!(super::settings(&resource("other", SETTINGS_TYPE_URL, wire.encode_to_vec())).is_err());
+}
+
+fn root_pem() -> String {
+    let mut params = rcgen::CertificateParams::default();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    params.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap().pem()
 }
 
 fn cidr(address: &[u8], length: u32) -> Cidr {

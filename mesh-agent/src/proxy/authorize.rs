@@ -7,10 +7,11 @@ use super::Proxy;
 use super::error::{ProxyError, Refusal};
 use super::limits::{DISCOVERY_PATIENCE, FRESHNESS_PATIENCE};
 use super::pod::PodContext;
+use super::proof::{Broken, Proof};
 use crate::identity::Identity;
 use crate::policy::{self, Connection};
 use crate::state::{ApplicablePolicies, State};
-use crate::telemetry::ConnectionRecord;
+use crate::telemetry::{ConnectionRecord, IDENTITY_REVOKED, ROOT_REMOVED};
 use crate::workload::Workload;
 
 /// `source`: the proven identity; a plaintext connection has none.
@@ -29,7 +30,13 @@ pub(super) async fn authorize(
         return Err(Refusal::PlaintextRefused.into());
     }
     // A Pod that speaks TCP itself evades its capture, and with it its principal.
-    let claimed = proxy.state.read(|state| state.member_at(source_ip));
+    let (claimed, settings) = proxy
+        .state
+        .read(|state| (state.member_at(source_ip), state.settings().clone()));
+    let is_revoked = |workload: &Arc<Workload>| settings.revoked.contains(&workload.identity);
+    if source.is_none() && claimed.as_ref().is_some_and(is_revoked) {
+        return Err(refused(proxy, Broken::Revoked));
+    }
     let connection = Connection {
         source,
         claimed: claimed.as_ref().map(|workload| &workload.identity),
@@ -49,6 +56,22 @@ pub(super) async fn authorize(
         proxy.metrics.count_denied(verdict.decision.policy());
         Err(Refusal::DeniedByPolicy.into())
     }
+}
+
+/// Whether what a tunnel's ends have proven still counts. The caller has registered what relies on it.
+pub(super) fn still_proven(proxy: &Proxy, proof: &Proof) -> Result<(), ProxyError> {
+    let settings = proxy.state.read(|state| state.settings().clone());
+    proof
+        .broken_by(&settings)
+        .map_or(Ok(()), |broken| Err(refused(proxy, broken)))
+}
+
+fn refused(proxy: &Proxy, broken: Broken) -> ProxyError {
+    proxy.metrics.count_proof_refused(match broken {
+        Broken::Revoked => IDENTITY_REVOKED,
+        Broken::RootRemoved => ROOT_REMOVED,
+    });
+    broken.into()
 }
 
 fn refuses_plaintext(state: &State, context: &PodContext, destination: SocketAddr) -> bool {

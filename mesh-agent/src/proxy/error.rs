@@ -1,5 +1,6 @@
 use std::sync::Arc;
 
+use super::proof::Broken;
 use crate::capture::CaptureError;
 use crate::tls::TlsError;
 
@@ -50,6 +51,10 @@ pub enum Refusal {
     PlaintextRefused,
     CertificateMissing,
     CertificateExpired,
+    /// The service account of one of both ends was deleted.
+    IdentityRevoked,
+    /// A root that one of both certificates depends on is trusted no longer.
+    RootRemoved,
     Limit,
     /// A connection of the agent's own that came back to it.
     UpstreamLoop,
@@ -79,11 +84,26 @@ pub enum ResetBy {
     Policy,
     /// Cut by the agent: in clear, and its Pod now takes only mutual TLS.
     Settings,
+    /// Cut by the agent: the service account of one of its ends was deleted.
+    Revocation,
+    /// Cut by the agent: a root that it depends on is trusted no longer.
+    RemovedRoot,
+    /// Cut by the agent: its peer's address is somebody else's, or nobody's.
+    NewHolder,
 }
 
 impl From<Refusal> for ProxyError {
     fn from(refusal: Refusal) -> Self {
         Self::Refused(refusal)
+    }
+}
+
+impl From<Broken> for ProxyError {
+    fn from(broken: Broken) -> Self {
+        Self::Refused(match broken {
+            Broken::Revoked => Refusal::IdentityRevoked,
+            Broken::RootRemoved => Refusal::RootRemoved,
+        })
     }
 }
 
@@ -144,6 +164,9 @@ impl ProxyError {
             Self::Reset(ResetBy::Memory) => "memory_limit",
             Self::Reset(ResetBy::Policy) => "cut_by_policy",
             Self::Reset(ResetBy::Settings) => "cut_by_settings",
+            Self::Reset(ResetBy::Revocation) => "cut_by_revocation",
+            Self::Reset(ResetBy::RemovedRoot) => "cut_by_removed_root",
+            Self::Reset(ResetBy::NewHolder) => "cut_by_new_holder",
         }
     }
 }
@@ -166,6 +189,8 @@ impl Refusal {
             Self::PlaintextRefused => "plaintext_refused",
             Self::CertificateMissing => "certificate_missing",
             Self::CertificateExpired => "certificate_expired",
+            Self::IdentityRevoked => "identity_revoked",
+            Self::RootRemoved => "root_removed",
             Self::Limit => "limit",
             Self::UpstreamLoop => "upstream_loop",
             Self::BadRequest => "bad_request",
@@ -193,6 +218,9 @@ impl std::fmt::Display for ResetBy {
             Self::Memory => "its reader has stalled and memory is short",
             Self::Policy => "cut by a changed policy",
             Self::Settings => "cut by changed settings: its Pod takes nothing in clear",
+            Self::Revocation => "cut: a service account was deleted",
+            Self::RemovedRoot => "cut: a root is trusted no longer",
+            Self::NewHolder => "cut: the peer's address has another holder",
         })
     }
 }

@@ -13,7 +13,7 @@ use http::{Method, Request, Response, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, interval, sleep};
 
-use super::authorize::{authorize, confirm_source};
+use super::authorize::{authorize, confirm_source, still_proven};
 use super::buffers::Windows;
 use super::copy::{self, End, Incoming};
 use super::error::{Phase, ProxyError, Refusal, ResetBy};
@@ -23,9 +23,11 @@ use super::limits::{
 use super::measured::Measured;
 use super::pod::PodContext;
 use super::pool::keep_alive;
+use super::proof::Proof;
 use super::registry::ConnectionInfo;
 use super::review;
 use super::socket::{Carried, within};
+use super::step::Step;
 use super::{Accepted, Proxy};
 use crate::identity::Identity;
 use crate::telemetry::{ConnectionPath, ConnectionRecord, Direction, Peer, Reporter, SecurityPolicy, WorkloadPair};
@@ -41,6 +43,7 @@ struct Tunnel {
     local: IpAddr,
     /// When the first of both certificates ends.
     usable_until: SystemTime,
+    proof: Arc<Proof>,
 }
 
 pub(super) async fn serve(proxy: Arc<Proxy>, context: Arc<PodContext>, accepted: Accepted) {
@@ -88,7 +91,8 @@ async fn serve_tunnel(proxy: &Arc<Proxy>, context: &Arc<PodContext>, accepted: A
     let windows = context.buffers.windows();
     let (stream, measure) = Measured::new(stream.into_inner());
     let handshake = async {
-        let (tls, peer) = proxy.tls.accept(&pair, stream).await?;
+        let trusted = proxy.state.read(|state| state.settings().trust_bundle.clone());
+        let (tls, peer) = proxy.tls.accept(&pair, trusted.as_deref(), stream).await?;
         let connection = h2::server::Builder::new()
             .initial_window_size(windows.stream_window())
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
@@ -105,6 +109,8 @@ async fn serve_tunnel(proxy: &Arc<Proxy>, context: &Arc<PodContext>, accepted: A
     proxy.metrics.tunnels().count_handshake(Reporter::Destination, failed);
     let (connection, peer) = handshake?;
     drop(handshake_place);
+    let proof = Proof::new(&pair, &peer, address);
+    still_proven(proxy, &proof)?;
     measure.opened(&proxy.metrics, ends(proxy, context, address, &peer.identity));
     proxy.metrics.count_tunnel("accepted");
     let tunnel = Arc::new(Tunnel {
@@ -112,6 +118,7 @@ async fn serve_tunnel(proxy: &Arc<Proxy>, context: &Arc<PodContext>, accepted: A
         peer: accepted.client.socket_addr(),
         local: accepted.listener.ip(),
         usable_until: peer.not_after.min(pair.not_after),
+        proof,
     });
     serve_streams(proxy, context, connection, windows, tunnel).await;
     Ok(())
@@ -170,7 +177,11 @@ async fn serve_streams<T: AsyncRead + AsyncWrite + Unpin>(
             }
             _ = idle_check.tick(), if !closing => {
                 // Each stream's task holds the tunnel.
-                if Arc::strong_count(&tunnel) > 1 {
+                if proxy.state.read(|state| tunnel.proof.broken_by(state.settings())).is_some() {
+                    // Of no use any longer: each new stream would be refused.
+                    closing = true;
+                    connection.graceful_shutdown();
+                } else if Arc::strong_count(&tunnel) > 1 {
                     last_used = Instant::now();
                 } else if last_used.elapsed() >= patience {
                     closing = true;
@@ -261,27 +272,36 @@ async fn carry(
         answer(&mut respond, status(&refusal), true)?;
         return Err(refusal);
     };
+    proxy.steps.done(Step::Accepted);
     let registered = proxy.registry.register(
         &context.pod.pod_uid,
         ConnectionInfo {
-            direction: Direction::Inbound,
-            path: ConnectionPath::Tunnel,
             source: Some(tunnel.identity.clone()),
-            source_address: tunnel.peer,
-            destination,
+            proof: Some(tunnel.proof.clone()),
+            ..ConnectionInfo::new(Direction::Inbound, ConnectionPath::Tunnel, tunnel.peer, destination)
         },
     );
     let connected = match registered {
         Ok(registered) => {
             let mut incoming = Incoming::new(receive, &registered);
             let connect = async {
+                proxy.steps.done(Step::Registered);
+                still_proven(proxy, &tunnel.proof)?;
                 let source = confirm_source(proxy, tunnel.peer.ip(), &tunnel.identity).await?;
+                proxy.steps.done(Step::Confirmed);
                 let peer = Peer::at(tunnel.peer).principal(Some(&tunnel.identity));
                 record.source(peer.workload(Some(&source)));
                 authorize(proxy, context, Some(&tunnel.identity), tunnel.peer.ip(), destination, record).await?;
+                proxy.steps.done(Step::Evaluated);
                 registered.decided();
+                proxy.steps.done(Step::Decided);
+                // From here on it is cut when the address gets another holder; it may have got one just before.
+                if !proxy.state.read(|state| tunnel.proof.peer_is_there(state)) {
+                    return Err(Refusal::IdentityMismatch.into());
+                }
                 let upstream = context.pod.network.upstream_socket(tunnel.peer.ip(), destination)?;
                 let application = Carried::connect(upstream.socket, destination, "application").await?;
+                proxy.steps.done(Step::Connected);
                 Ok((upstream.lease, application))
             };
             // Whoever gives up, or sends much too early, is not waited for.
@@ -337,6 +357,8 @@ fn status(error: &ProxyError) -> StatusCode {
             | Refusal::PolicyMissing
             | Refusal::IdentityMismatch
             | Refusal::IdentityUnknown
+            | Refusal::IdentityRevoked
+            | Refusal::RootRemoved
             | Refusal::DestinationUnknown,
         ) => StatusCode::UNAUTHORIZED,
         _ => StatusCode::SERVICE_UNAVAILABLE,

@@ -12,6 +12,13 @@ pub const CONNECTIONS_PER_POD: usize = 20_000;
 /// Connections from one address that the destination has not decided about. A decision waits some seconds when discovery contradicts
 /// the peer; five such peers, not one, would fill a Pod's [`CONNECTIONS_PER_POD`].
 pub const UNDECIDED_PER_SOURCE: usize = 4_000;
+/// Descriptors that are nobody's connection: maps, links, listeners (three a Pod), pages, discovery.
+pub const DESCRIPTORS_RESERVED: usize = 1_024;
+/// A connection has at most so many: its two ends.
+const DESCRIPTORS_PER_CONNECTION: usize = 2;
+/// A Pod's connections may take one part in so many of the node's descriptors: where those are few, that is less than
+/// [`CONNECTIONS_PER_POD`]. 20,000 descriptors leave (20,000 - 1,024) / 2 / 2 = 4,744 connections to a Pod; 81,024 leave it all of them.
+const DESCRIPTOR_SHARES: usize = 2;
 /// Tunnels that others hold to a Pod. 1,024 × up to 200 streams; far above [`CONNECTIONS_PER_POD`].
 pub const INBOUND_TUNNELS_PER_POD: usize = 1_024;
 /// Of those, from one address: a source's own 20,000 connections need 200.
@@ -116,6 +123,18 @@ pub struct Limits {
     pub half_closed_idle: Duration,
 }
 
+impl Limits {
+    /// Those of an agent that may have so many open descriptors: whoever takes all that a Pod may take leaves some to the others.
+    #[must_use]
+    pub fn for_descriptors(descriptors: usize) -> Self {
+        let connections = descriptors.saturating_sub(DESCRIPTORS_RESERVED) / DESCRIPTORS_PER_CONNECTION;
+        Self {
+            connections_per_pod: CONNECTIONS_PER_POD.min(connections / DESCRIPTOR_SHARES),
+            ..Self::default()
+        }
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Self {
@@ -141,6 +160,21 @@ impl Default for Limits {
             idle_tunnel: IDLE_TUNNEL,
             idle_inbound_tunnel: IDLE_INBOUND_TUNNEL,
             half_closed_idle: HALF_CLOSED_IDLE,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pod_never_gets_more_than_half_of_the_descriptors() {
+        for (descriptors, connections) in [(0, 0), (1_024, 0), (20_000, 4_744), (81_024, 20_000), (1 << 20, 20_000)] {
+            let limits = Limits::for_descriptors(descriptors);
+            assert_eq!(limits.connections_per_pod, connections, "{descriptors}");
+            let taken = connections * DESCRIPTORS_PER_CONNECTION;
+            assert!(taken <= descriptors.saturating_sub(DESCRIPTORS_RESERVED).div_ceil(DESCRIPTOR_SHARES));
         }
     }
 }

@@ -15,10 +15,12 @@ mod outbound;
 mod plaintext;
 mod pod;
 mod pool;
+mod proof;
 mod quota;
 mod registry;
 mod review;
 mod socket;
+mod step;
 #[cfg(test)]
 mod tests;
 
@@ -58,6 +60,7 @@ pub struct Proxy {
     tls: Arc<TlsConfigs>,
     pool: Arc<Pool>,
     limits: Limits,
+    steps: step::Steps,
 }
 
 impl Proxy {
@@ -96,6 +99,7 @@ impl Proxy {
             registry: Arc::new(Registry::new(&limits)),
             tls,
             limits,
+            steps: step::Steps::default(),
         })
     }
 

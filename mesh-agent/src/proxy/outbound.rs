@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use http::{Method, Request, Uri};
 
+use super::authorize::still_proven;
 use super::copy::{self, End};
 use super::error::{ProxyError, Refusal};
 use super::limits::{DISCOVERY_PATIENCE, ENDPOINT_TRIES};
@@ -73,13 +74,12 @@ async fn carry(
 ) -> Result<(), ProxyError> {
     let registered = proxy.registry.register(
         &context.pod.pod_uid,
-        ConnectionInfo {
-            direction: Direction::Outbound,
-            path: ConnectionPath::Passthrough,
-            source: None,
-            source_address: client.socket_addr(),
-            destination: destination.socket_addr(),
-        },
+        ConnectionInfo::new(
+            Direction::Outbound,
+            ConnectionPath::Passthrough,
+            client.socket_addr(),
+            destination.socket_addr(),
+        ),
     )?;
     let far = match resolve(proxy, destination).await? {
         Destination::ServiceVip(service) => {
@@ -229,10 +229,22 @@ async fn tunnel(
     };
     let own = proxy.state.read(|state| context.workload(state));
     let request = connect_request(ends, own.as_deref())?;
-    tokio::select! {
-        stream = proxy.pool.open(context, &key, &request) => stream,
-        error = registered.cut_off() => Err(error),
+    let revoked = |state: &State| {
+        [&key.source, &key.expected]
+            .iter()
+            .any(|identity| state.settings().revoked.contains(identity))
+    };
+    if proxy.state.read(revoked) {
+        return Err(Refusal::IdentityRevoked.into());
     }
+    let stream = tokio::select! {
+        stream = proxy.pool.open(context, &key, &request) => stream?,
+        error = registered.cut_off() => return Err(error),
+    };
+    registered.rely_on(stream.guard.proof());
+    registered.decided();
+    still_proven(proxy, stream.guard.proof())?;
+    Ok(stream)
 }
 
 /// No `traceparent`: that is passed on, and an application's bytes are opaque here: there is none to pass on.

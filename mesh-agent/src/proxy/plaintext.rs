@@ -9,6 +9,7 @@ use super::pod::PodContext;
 use super::registry::ConnectionInfo;
 use super::review;
 use super::socket::Carried;
+use super::step::Step;
 use super::{Accepted, Proxy};
 use crate::addr::{ClientAddr, OriginalDst};
 use crate::capture::is_probe;
@@ -59,21 +60,20 @@ async fn carry(
     {
         return Err(Refusal::UpstreamLoop.into());
     }
+    proxy.steps.done(Step::Accepted);
     let registered = proxy.registry.register(
         &context.pod.pod_uid,
-        ConnectionInfo {
-            direction: Direction::Inbound,
-            path: ConnectionPath::Plaintext,
-            source: None,
-            source_address: client,
-            destination,
-        },
+        ConnectionInfo::new(Direction::Inbound, ConnectionPath::Plaintext, client, destination),
     )?;
+    proxy.steps.done(Step::Registered);
     authorize(proxy, context, None, client.ip(), destination, record).await?;
+    proxy.steps.done(Step::Evaluated);
     registered.decided();
+    proxy.steps.done(Step::Decided);
     let upstream = context.pod.network.upstream_socket(client.ip(), destination)?;
     let _lease = upstream.lease;
     let application = Carried::connect(upstream.socket, destination, "application").await?;
+    proxy.steps.done(Step::Connected);
     record.opened();
     let result = copy::plain(client_side, application, record, &registered).await;
     review::name_policy(record, &registered);

@@ -25,10 +25,11 @@ use super::limits::{
 };
 use super::measured::Measured;
 use super::pod::PodContext;
+use super::proof::Proof;
 use super::socket::{Carried, connect, within};
 use crate::identity::Identity;
 use crate::identity::store::{CertificateStore, CertifiedKeyPair};
-use crate::state::SharedState;
+use crate::state::{Settings, SharedState};
 use crate::telemetry::{Metrics, Peer, Reporter, WorkloadPair};
 use crate::tls::TlsConfigs;
 
@@ -70,6 +71,7 @@ struct Tunnel {
     /// The certificate that it was made with; a newer one wants a new tunnel.
     pair: Arc<CertifiedKeyPair>,
     peer_not_after: SystemTime,
+    proof: Arc<Proof>,
     streams: AtomicUsize,
     closed: AtomicBool,
     last_used: Mutex<Instant>,
@@ -150,7 +152,8 @@ impl Pool {
         if pair.is_expired(SystemTime::now()) {
             return Err(Refusal::CertificateExpired.into());
         }
-        if let Some(guard) = slot.claim(&pair) {
+        let settings = || self.state.read(|state| state.settings().clone());
+        if let Some(guard) = slot.claim(&pair, &settings()) {
             return Ok(guard);
         }
         let since = Instant::now();
@@ -158,7 +161,7 @@ impl Pool {
         let mut last_failure = timeout(self.limits.handshake_timeout, slot.connecting.lock())
             .await
             .map_err(|_| ProxyError::Timeout(Phase::Handshake))?;
-        if let Some(guard) = slot.claim(&pair) {
+        if let Some(guard) = slot.claim(&pair, &settings()) {
             return Ok(guard);
         }
         if let Some((at, error)) = &*last_failure
@@ -169,8 +172,13 @@ impl Pool {
         match self.establish(pod, key, slot, pair.clone()).await {
             Ok(tunnel) => {
                 self.metrics.count_tunnel("opened");
+                // A root was taken away, or an account deleted, during the handshake.
+                if let Some(broken) = tunnel.proof.broken_by(&settings()) {
+                    return Err(broken.into());
+                }
                 slot.tunnels.lock().push(tunnel);
-                slot.claim(&pair).ok_or(ProxyError::Refused(Refusal::CertificateExpired))
+                slot.claim(&pair, &settings())
+                    .ok_or(ProxyError::Refused(Refusal::CertificateExpired))
             }
             Err(error) => {
                 self.metrics.count_tunnel(error.reason());
@@ -197,7 +205,11 @@ impl Pool {
         let (stream, measure) = Measured::new(Carried::new(stream).into_inner());
         let windows = pod.buffers.windows();
         let handshake = async {
-            let (tls, peer) = self.tls.connect(&pair, &key.expected, key.destination, stream).await?;
+            let trusted = self.state.read(|state| state.settings().trust_bundle.clone());
+            let (tls, peer) = self
+                .tls
+                .connect(&pair, trusted.as_deref(), &key.expected, key.destination, stream)
+                .await?;
             let (send, connection) = h2::client::Builder::new()
                 .enable_push(false)
                 .initial_window_size(windows.stream_window())
@@ -216,6 +228,7 @@ impl Pool {
         measure.opened(&self.metrics, self.ends(pod, key));
         let tunnel = Arc::new(Tunnel {
             send,
+            proof: Proof::new(&pair, &peer, key.destination),
             pair,
             peer_not_after: peer.not_after,
             streams: AtomicUsize::new(0),
@@ -270,11 +283,11 @@ impl Pool {
 
 impl Slot {
     /// A stream on the fullest tunnel that has room, so that the others can become idle.
-    fn claim(&self, pair: &Arc<CertifiedKeyPair>) -> Option<StreamGuard> {
+    fn claim(&self, pair: &Arc<CertifiedKeyPair>, settings: &Settings) -> Option<StreamGuard> {
         let now = SystemTime::now();
         let mut tunnels = self.tunnels.lock();
         // Its streams keep a tunnel that is no longer here; it closes with the last of them.
-        tunnels.retain(|tunnel| tunnel.takes_new_streams(pair, now));
+        tunnels.retain(|tunnel| tunnel.takes_new_streams(pair, settings, now));
         let tunnel = tunnels
             .iter()
             .filter(|tunnel| tunnel.streams.load(Ordering::Relaxed) < tunnel.max_streams())
@@ -286,11 +299,12 @@ impl Slot {
 }
 
 impl Tunnel {
-    fn takes_new_streams(&self, current: &Arc<CertifiedKeyPair>, now: SystemTime) -> bool {
+    fn takes_new_streams(&self, current: &Arc<CertifiedKeyPair>, settings: &Settings, now: SystemTime) -> bool {
         !self.closed.load(Ordering::Relaxed)
             && Arc::ptr_eq(&self.pair, current)
             && !self.pair.is_expired(now)
             && now < self.peer_not_after
+            && self.proof.broken_by(settings).is_none()
     }
 
     fn max_streams(&self) -> usize {
@@ -299,6 +313,10 @@ impl Tunnel {
 }
 
 impl StreamGuard {
+    pub(super) fn proof(&self) -> &Arc<Proof> {
+        &self.0.proof
+    }
+
     async fn request(&self, request: Request<()>) -> Result<(SendStream<Bytes>, RecvStream), ProxyError> {
         within(RESPONSE_TIMEOUT, Phase::Response, async {
             let mut send = self.0.send.clone().ready().await?;

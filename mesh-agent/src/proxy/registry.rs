@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::buffers::{Account, Buffers, PodBuffers};
 use super::error::{ProxyError, Refusal, ResetBy};
 use super::limits::Limits;
+use super::proof::Proof;
 use super::review::CutBy;
 use crate::identity::Identity;
 use crate::telemetry::{ConnectionPath, Direction};
@@ -25,6 +26,25 @@ pub struct ConnectionInfo {
     pub source: Option<Identity>,
     pub source_address: SocketAddr,
     pub destination: SocketAddr,
+    /// Of the tunnel that carries it; none before there is one.
+    pub(super) proof: Option<Arc<Proof>>,
+    /// Its source was found at its address.
+    pub(super) decided: bool,
+}
+
+impl ConnectionInfo {
+    #[must_use]
+    pub fn new(direction: Direction, path: ConnectionPath, source_address: SocketAddr, destination: SocketAddr) -> Self {
+        Self {
+            direction,
+            path,
+            source: None,
+            source_address,
+            destination,
+            proof: None,
+            decided: false,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -145,6 +165,12 @@ impl Registry {
             .collect()
     }
 
+    fn change(&self, of: &Registered, change: impl FnOnce(&mut Connections, u64)) {
+        if let Some(connections) = self.inner.lock().pods.get_mut(&of.pod_uid) {
+            change(connections, of.id);
+        }
+    }
+
     #[must_use]
     pub fn count(&self, pod_uid: &str) -> usize {
         self.inner
@@ -172,6 +198,9 @@ impl Registered {
         self.cut.token.cancelled().await;
         ProxyError::Reset(match self.cut_by() {
             Some(CutBy::Settings) => ResetBy::Settings,
+            Some(CutBy::Revoked) => ResetBy::Revocation,
+            Some(CutBy::RootRemoved) => ResetBy::RemovedRoot,
+            Some(CutBy::NewHolder) => ResetBy::NewHolder,
             Some(CutBy::Policy(_) | CutBy::NoAllowMatched) | None => ResetBy::Policy,
         })
     }
@@ -193,11 +222,24 @@ impl Registered {
     /// It may go on to its destination.
     pub(super) fn decided(&self) {
         self.account.opened();
-        if let Some(source) = self.undecided_from.lock().take()
-            && let Some(connections) = self.registry.inner.lock().pods.get_mut(&self.pod_uid)
-        {
-            connections.no_longer_undecided(source);
-        }
+        let source = self.undecided_from.lock().take();
+        self.registry.change(self, |connections, id| {
+            if let Some(source) = source {
+                connections.no_longer_undecided(source);
+            }
+            if let Some(entry) = connections.entries.get_mut(&id) {
+                entry.info.decided = true;
+            }
+        });
+    }
+
+    /// From now on it is cut with what this tunnel's ends have proven. Whoever calls looks at that once more afterwards.
+    pub(super) fn rely_on(&self, proof: &Arc<Proof>) {
+        self.registry.change(self, |connections, id| {
+            if let Some(entry) = connections.entries.get_mut(&id) {
+                entry.info.proof = Some(proof.clone());
+            }
+        });
     }
 }
 

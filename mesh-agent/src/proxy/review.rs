@@ -1,20 +1,25 @@
-//! Policy covers the living: whenever the policies of a Pod change, or the mesh's settings, its inbound connections are decided again,
-//! and those that are now denied are cut. A connection is registered before its first decision, so none slips between.
+//! Policy covers the living: whenever the policies of a Pod change, or the mesh's settings, or who has which address, its connections
+//! are decided again, and those that are now denied are cut: inbound ones by policy, and those of either direction whose tunnel's proof
+//! counts no longer. A connection is registered before its first decision, so none slips between.
 
 use std::sync::Arc;
 
 use super::Proxy;
 use super::pod::PodContext;
+use super::proof::Broken;
 use super::registry::{ConnectionInfo, Registered};
-use crate::identity::Identity;
+use super::step::Step;
 use crate::policy::{self, Connection, Decision, Policy};
 use crate::state::{Settings, State};
-use crate::telemetry::{ConnectionRecord, Direction};
+use crate::telemetry::{ConnectionRecord, Direction, IDENTITY_REVOKED, NEW_HOLDER, ROOT_REMOVED};
 
 /// What a Pod's connections are decided by.
 struct Rules {
-    policies: Vec<Arc<Policy>>,
+    /// `None` while they are not all known: a connection is not cut for what may yet arrive; new ones are refused meanwhile.
+    policies: Option<Vec<Arc<Policy>>>,
     settings: Arc<Settings>,
+    /// Which state of who has which address.
+    holders: u64,
 }
 
 /// Reviews a Pod's connections until it is shut down.
@@ -23,9 +28,9 @@ pub(super) async fn run(proxy: Arc<Proxy>, context: Arc<PodContext>) {
     let mut reviewed: Option<Rules> = None;
     loop {
         changed.mark_unchanged();
-        if let Some(rules) = proxy.state.read(|state| applicable(state, &context))
-            && !reviewed.as_ref().is_some_and(|before| before.same(&rules))
-        {
+        proxy.steps.done(Step::Reviewing);
+        let rules = proxy.state.read(|state| applicable(state, &context));
+        if !reviewed.as_ref().is_some_and(|before| before.same(&rules)) {
             review(&proxy, &context, &rules);
             reviewed = Some(rules);
         }
@@ -40,38 +45,47 @@ pub(super) async fn run(proxy: Arc<Proxy>, context: Arc<PodContext>) {
     }
 }
 
-/// `None` while they are not all known: a connection is not cut for what may yet arrive; new ones are refused meanwhile.
-fn applicable(state: &State, context: &PodContext) -> Option<Rules> {
-    let applicable = state.policies_for(&*context.workload(state)?);
-    applicable.complete.then(|| Rules {
-        policies: applicable.policies,
+fn applicable(state: &State, context: &PodContext) -> Rules {
+    let applicable = context.workload(state).map(|workload| state.policies_for(&workload));
+    Rules {
+        policies: applicable
+            .filter(|applicable| applicable.complete)
+            .map(|applicable| applicable.policies),
         settings: state.settings().clone(),
-    })
+        holders: state.holders(),
+    }
 }
 
 impl Rules {
     fn same(&self, other: &Self) -> bool {
-        let (a, b) = (&self.policies, &other.policies);
-        let same_policies = a.len() == b.len() && a.iter().zip(b).all(|(a, b)| Arc::ptr_eq(a, b));
-        same_policies && Arc::ptr_eq(&self.settings, &other.settings)
+        let same_policies = match (&self.policies, &other.policies) {
+            (Some(a), Some(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| Arc::ptr_eq(a, b)),
+            (a, b) => a.is_none() && b.is_none(),
+        };
+        same_policies && Arc::ptr_eq(&self.settings, &other.settings) && self.holders == other.holders
     }
 }
 
 fn review(proxy: &Proxy, context: &PodContext, rules: &Rules) {
-    let cut = proxy.registry.cut(&context.pod.pod_uid, |info| {
-        let claimed = proxy.state.read(|state| state.member_at(info.source_address.ip()));
-        let claimed = claimed.as_ref().map(|workload| &workload.identity);
-        denied_by(rules, &context.pod.namespace, info, claimed)
+    let cut = proxy.state.read(|state| {
+        let registry = &proxy.registry;
+        registry.cut(&context.pod.pod_uid, |info| {
+            unproven(rules, info, state).or_else(|| denied_by(rules, &context.pod.namespace, info, state))
+        })
     });
     for by in &cut {
         match by {
             CutBy::Policy(policy) => proxy.metrics.count_cut(Some(policy)),
             CutBy::NoAllowMatched => proxy.metrics.count_cut(None),
             CutBy::Settings => proxy.metrics.count_plaintext_cut(),
+            CutBy::Revoked => proxy.metrics.count_proof_cut(IDENTITY_REVOKED),
+            CutBy::RootRemoved => proxy.metrics.count_proof_cut(ROOT_REMOVED),
+            CutBy::NewHolder => proxy.metrics.count_proof_cut(NEW_HOLDER),
         }
     }
-    if !cut.is_empty() {
-        tracing::info!(pod = %context.pod.name, connections = cut.len(), "changed policies or settings deny connections that were open: cut");
+    if let Some(by) = cut.first() {
+        let pod = &context.pod.name;
+        tracing::info!(%pod, connections = cut.len(), first_by = ?by, "changed policies, settings or addresses deny connections that were open: cut");
     }
 }
 
@@ -79,7 +93,7 @@ fn review(proxy: &Proxy, context: &PodContext, rules: &Rules) {
 pub(super) fn name_policy(record: &mut ConnectionRecord, registered: &Registered) {
     match registered.cut_by() {
         Some(CutBy::Policy(policy)) => record.policy(Some(policy.clone())),
-        Some(CutBy::NoAllowMatched | CutBy::Settings) => record.policy(None),
+        Some(_) => record.policy(None),
         None => {}
     }
 }
@@ -91,17 +105,40 @@ pub enum CutBy {
     NoAllowMatched,
     /// It is in clear, and its Pod takes only mutual TLS.
     Settings,
+    /// The service account of one of its ends was deleted.
+    Revoked,
+    /// One of its ends has proven itself by a root that is trusted no longer.
+    RootRemoved,
+    /// Its peer's address is somebody else's, or nobody's.
+    NewHolder,
 }
 
-fn denied_by(rules: &Rules, namespace: &str, info: &ConnectionInfo, claimed: Option<&Identity>) -> Option<CutBy> {
+/// Of either direction: what its tunnel's ends have proven counts no longer.
+fn unproven(rules: &Rules, info: &ConnectionInfo, state: &State) -> Option<CutBy> {
+    let proof = info.proof.as_ref()?;
+    match proof.broken_by(&rules.settings) {
+        Some(Broken::Revoked) => Some(CutBy::Revoked),
+        Some(Broken::RootRemoved) => Some(CutBy::RootRemoved),
+        // Undecided, it may be waiting for just that.
+        None => (info.decided && !proof.peer_is_there(state)).then_some(CutBy::NewHolder),
+    }
+}
+
+fn denied_by(rules: &Rules, namespace: &str, info: &ConnectionInfo, state: &State) -> Option<CutBy> {
     // What a Pod opens is decided where it arrives.
     if info.direction == Direction::Outbound {
         return None;
     }
+    let policies = rules.policies.as_ref()?;
     let (destination_ip, destination_port) = (info.destination.ip(), info.destination.port());
     let settings = &rules.settings;
     if info.source.is_none() && settings.refuses_plaintext(namespace, destination_ip, destination_port) {
         return Some(CutBy::Settings);
+    }
+    let claimed = state.member_at(info.source_address.ip());
+    let claimed = claimed.as_ref().map(|workload| &workload.identity);
+    if claimed.is_some_and(|claimed| info.source.is_none() && settings.revoked.contains(claimed)) {
+        return Some(CutBy::Revoked);
     }
     let connection = Connection {
         source: info.source.as_ref(),
@@ -110,7 +147,7 @@ fn denied_by(rules: &Rules, namespace: &str, info: &ConnectionInfo, claimed: Opt
         destination_ip,
         destination_port,
     };
-    match policy::evaluate(&rules.policies, &connection).decision {
+    match policy::evaluate(policies, &connection).decision {
         Decision::Allow { .. } => None,
         Decision::Deny { policy } => Some(policy.map_or(CutBy::NoAllowMatched, CutBy::Policy)),
     }

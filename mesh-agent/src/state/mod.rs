@@ -102,16 +102,22 @@ pub struct State {
     policies: HashMap<Arc<str>, Arc<Policy>>,
     settings: Arc<Settings>,
     synced: bool,
+    /// Raised when an address has another holder, or none any longer.
+    holders: u64,
 }
 
 impl State {
     pub fn apply(&mut self, changes: Vec<Change>) {
         for change in changes {
             match change {
-                Change::Workload(workload) => self.insert_workload(workload),
+                Change::Workload(workload) => {
+                    let addresses = self.addresses_of(&workload.uid, &workload.addresses);
+                    self.watching(&addresses, |state| state.insert_workload(workload));
+                }
                 Change::Service(service) => self.insert_service(service),
                 Change::RemoveAddress(name) => {
-                    self.remove_workload(&name);
+                    let addresses = self.addresses_of(&name, &[]);
+                    self.watching(&addresses, |state| state.remove_workload(&name));
                     self.remove_service(&name);
                 }
                 Change::Policy(policy) => {
@@ -121,9 +127,37 @@ impl State {
                     self.policies.remove(&*name);
                 }
                 Change::Settings(settings) => self.settings = settings.into(),
-                Change::Synced => self.synced = true,
+                Change::Synced => {
+                    self.synced = true;
+                    self.holders += 1;
+                }
             }
         }
+    }
+
+    /// A workload's addresses, those that it has and those that it will have.
+    fn addresses_of(&self, uid: &str, coming: &[IpAddr]) -> Vec<IpAddr> {
+        let held = self.workloads.get(uid).map_or(&[][..], |held| &held.addresses);
+        held.iter().chain(coming).copied().collect()
+    }
+
+    fn watching(&mut self, addresses: &[IpAddr], change: impl FnOnce(&mut Self)) {
+        let holders = |state: &Self| -> Vec<Option<Arc<Workload>>> { addresses.iter().map(|ip| state.by_address(*ip)).collect() };
+        let before = holders(self);
+        change(self);
+        let same = |(before, after): (&Option<Arc<Workload>>, &Option<Arc<Workload>>)| match (before, after) {
+            (Some(before), Some(after)) => before.identity == after.identity && before.membership == after.membership,
+            (before, after) => before.is_none() && after.is_none(),
+        };
+        if !before.iter().zip(&holders(self)).all(same) {
+            self.holders += 1;
+        }
+    }
+
+    /// Changes whenever somebody else has an address than before.
+    #[must_use]
+    pub fn holders(&self) -> u64 {
+        self.holders
     }
 
     #[must_use]

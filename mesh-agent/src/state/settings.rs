@@ -4,6 +4,9 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
+use crate::identity::Identity;
+use crate::identity::trust::TrustBundle;
+
 /// The mesh's settings; the defaults hold under a control plane that has none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Settings {
@@ -14,6 +17,10 @@ pub struct Settings {
     pub mtls: Mtls,
     pub namespaces: BTreeMap<Arc<str>, Mtls>,
     pub excluded: Exclusions,
+    /// What everybody's certificates are verified against. `None`: a control plane that names no roots; then those that came with our own.
+    pub trust_bundle: Option<Arc<TrustBundle>>,
+    /// Whose service accounts were deleted: they prove nothing any longer.
+    pub revoked: BTreeSet<Identity>,
 }
 
 /// Whether Pods of the mesh take connections in clear.

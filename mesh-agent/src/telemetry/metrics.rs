@@ -19,6 +19,10 @@ const MAX_POLICY_SERIES: usize = 1_000;
 const NO_ALLOW_MATCHED: &str = "_no_allow_matched";
 /// As [`NO_ALLOW_MATCHED`]: what STRICT mutual TLS refuses or cuts, as a DENY policy would.
 const STRICT: &str = "_strict";
+/// As [`NO_ALLOW_MATCHED`]: a service account that was deleted, a root that is trusted no longer, an address that is somebody else's.
+pub const IDENTITY_REVOKED: &str = "_identity_revoked";
+pub const ROOT_REMOVED: &str = "_root_removed";
+pub const NEW_HOLDER: &str = "_new_holder";
 /// Stands for everything that found no room.
 pub(super) const OVERFLOW: &str = "_other";
 
@@ -56,7 +60,14 @@ impl Reporter {
 /// The label that mesh dashboards filter by, with the two words that other ambient proxies use in it. `reason` says more.
 fn response_flags(reason: &str) -> &'static str {
     match reason {
-        "denied_by_policy" | "policy_missing" | "denied_by_destination" | "cut_by_policy" => "DENY",
+        "denied_by_policy"
+        | "policy_missing"
+        | "denied_by_destination"
+        | "cut_by_policy"
+        | "identity_revoked"
+        | "root_removed"
+        | "cut_by_revocation"
+        | "cut_by_removed_root" => "DENY",
         "connect_failed" | "connect_timeout" | "connect_failed_at_destination" | "handshake_failed" | "handshake_timeout" => {
             "CONNECT"
         }
@@ -372,6 +383,16 @@ impl Metrics {
     /// An open connection in clear was cut, as its Pod now takes only mutual TLS.
     pub fn count_plaintext_cut(&self) {
         self.policy_cut.with_label_values(&[STRICT]).inc();
+    }
+
+    /// A connection was refused for the end of a proof, such as [`IDENTITY_REVOKED`].
+    pub fn count_proof_refused(&self, why: &'static str) {
+        self.policy_denied.with_label_values(&[why]).inc();
+    }
+
+    /// An open connection was cut for the end of a proof.
+    pub fn count_proof_cut(&self, why: &'static str) {
+        self.policy_cut.with_label_values(&[why]).inc();
     }
 
     /// The policy's series, or the common one when there are too many.

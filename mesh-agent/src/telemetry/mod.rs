@@ -9,7 +9,9 @@ mod tests;
 mod tunnels;
 
 pub use access_log::AccessLog;
-pub use metrics::{ConnectionCounters, ConnectionLabels, Metrics, Reporter, take_over};
+pub use metrics::{
+    ConnectionCounters, ConnectionLabels, IDENTITY_REVOKED, Metrics, NEW_HOLDER, ROOT_REMOVED, Reporter, take_over,
+};
 pub use prefix::MetricsPrefix;
 pub use record::{ConnectionPath, ConnectionRecord, Direction, Peer, SecurityPolicy};
 pub use tunnels::{OpenTunnel, Tunnels, WorkloadPair};

@@ -287,7 +287,7 @@ impl ConnectionRecord {
             connection_security_policy: self.security.as_str(),
         };
         match serde_json::to_string(&line) {
-            Ok(line) => self.log.write(line),
+            Ok(line) => self.log.write(line, reason.is_empty()),
             Err(error) => tracing::error!(%error, "an access-log line cannot be written"),
         }
     }

@@ -89,7 +89,7 @@ impl Bench {
     }
 
     async fn channel(&self) -> Channel {
-        let root = self.running.control.parameters.trust_bundle[0].clone();
+        let root = self.running.control.trust_bundle()[0].clone();
         connect(self.running.listen, root).await.expect("connect")
     }
 
@@ -388,7 +388,7 @@ async fn certificates_are_signed_for_members_on_the_callers_node_only() {
         .expect("signed");
     let chain = signed.into_inner().cert_chain;
     assert_eq!(chain.len(), 2);
-    assert_eq!(chain[1], bench.running.control.parameters.trust_bundle[0]);
+    assert_eq!(chain[1], bench.running.control.trust_bundle()[0]);
     // What was asked for, and never more than the operator allows.
     for (asked, granted) in [(600, 600), (86_400, 3600), (0, 3600)] {
         let before = OffsetDateTime::now_utc().unix_timestamp();
@@ -438,7 +438,7 @@ async fn the_serving_certificate_learns_the_names_of_new_tokens() {
     let bench = Bench::start("").await;
     let tokens = Tokens::open(&StateDir::open(&bench.dir.path().join("state")).expect("state")).expect("tokens");
     tokens.issue("node-z", "mesh.example.test:15012", "00", false).expect("token");
-    let root = bench.running.control.parameters.trust_bundle[0].clone();
+    let root = bench.running.control.trust_bundle()[0].clone();
     let tls = ClientTlsConfig::new()
         .ca_certificate(Certificate::from_pem(root))
         .domain_name("mesh.example.test");

@@ -25,7 +25,7 @@ const SERVICE_DOMAIN: &str = "svc.cluster.local";
 const REGION_LABEL: &str = "topology.kubernetes.io/region";
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
-/// What an operator sets.
+/// What an operator sets, and what has followed from it.
 #[derive(Clone, Debug)]
 pub struct Parameters {
     pub trust_domain: String,
@@ -34,6 +34,8 @@ pub struct Parameters {
     pub pod_ranges: Vec<IpNet>,
     /// PEM of the roots.
     pub trust_bundle: Vec<String>,
+    /// SPIFFE ids that are nobody's any longer.
+    pub revoked: BTreeSet<String>,
 }
 
 /// Everything that agents are told, and what they may ask for.
@@ -159,7 +161,9 @@ pub fn compile(world: &World, captures: &CaptureStates, parameters: &Parameters)
         pods.insert(key.clone(), place);
         if is_member && !pod.node.is_empty() {
             let identity = spiffe_id(&parameters.trust_domain, &id.namespace, &pod.service_account);
-            identities.entry(pod.node.clone()).or_default().insert(identity);
+            if !parameters.revoked.contains(&identity) {
+                identities.entry(pod.node.clone()).or_default().insert(identity);
+            }
         }
         // Without an address nobody can reach it, and peers could not tell it by one.
         if pod.addresses.is_empty() {

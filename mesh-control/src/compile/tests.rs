@@ -104,6 +104,7 @@ fn parameters() -> Parameters {
         cluster: "Kubernetes".into(),
         pod_ranges: vec!["10.2.0.0/16".parse().expect("range")],
         trust_bundle: vec!["PEM".into()],
+        revoked: BTreeSet::new(),
     }
 }
 

@@ -29,6 +29,7 @@ fn control(publish_interval: std::time::Duration) -> (tempfile::TempDir, Arc<Con
         cluster: "Kubernetes".into(),
         pod_ranges: vec![],
         trust_bundle: vec![],
+        revoked: std::collections::BTreeSet::new(),
     };
     let bounds = Bounds {
         publish_interval,

@@ -146,3 +146,42 @@ async fn a_certificate_whose_pod_left_meanwhile_is_not_kept() {
     running.until(settled).await;
     assert!(running.store.identities().is_empty(), "the answer came too late");
 }
+
+#[tokio::test]
+async fn what_counts_no_longer_is_dropped_and_asked_for_again_when_it_can_be_had() {
+    let authority = Flaky::new(0);
+    let bundle = |pem: &str| Arc::new(TrustBundle::from_pem(&[pem.to_owned()]).unwrap());
+    let (own, foreign) = (bundle(&authority.root_pem), bundle(&Flaky::new(0).root_pem));
+    let running = Running::start(authority);
+    let (web, pod) = (identity("web"), Arc::from("pod"));
+    let none = BTreeSet::new();
+    assert!(running.certificates.trust(Some(&own), &none).is_empty());
+    running.certificates.want(&web, &pod);
+    let first = running.certificates.ready(&web, PATIENCE).await.unwrap();
+
+    // Its service account is deleted: nothing is asked for until it is back.
+    assert_eq!(running.certificates.trust(Some(&own), &[web.clone()].into()), [web.clone()]);
+    assert!(running.store.current(&web).is_none());
+    assert!(running.certificates.to_remember().is_empty(), "nor is it remembered");
+    let why = running.certificates.ready(&web, Duration::ZERO).await.unwrap_err();
+    assert!(why.contains("deleted"), "{why}");
+    assert!(running.certificates.trust(Some(&own), &none).is_empty());
+    let second = running.certificates.ready(&web, PATIENCE).await.unwrap();
+    assert_ne!(first.fingerprint(), second.fingerprint());
+
+    // Its root is trusted no longer; what this authority signs then is of no use.
+    assert_eq!(running.certificates.trust(Some(&foreign), &none), [web.clone()]);
+    running
+        .until(|| {
+            running
+                .certificates
+                .failures()
+                .get(&web)
+                .is_some_and(|why| why.contains("does not trust"))
+        })
+        .await;
+    assert!(running.store.current(&web).is_none());
+    assert!(running.certificates.trust(Some(&own), &none).is_empty());
+    running.certificates.retry_failed();
+    running.certificates.ready(&web, PATIENCE).await.unwrap();
+}

@@ -11,6 +11,7 @@ mod review;
 mod service;
 mod settings;
 mod tls;
+mod trust;
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -23,7 +24,7 @@ use mesh_common::{OUTBOUND_PORT, PLAINTEXT_INBOUND_PORT, TUNNEL_PORT};
 use parking_lot::Mutex;
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType};
 use rustls::RootCertStore;
-use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::task::JoinHandle;
@@ -56,6 +57,7 @@ pub(super) fn fresh_address() -> IpAddr {
 pub(super) struct Authority {
     issuer: Issuer<'static, KeyPair>,
     roots: Arc<RootCertStore>,
+    pub root: CertificateDer<'static>,
 }
 
 impl Authority {
@@ -69,6 +71,7 @@ impl Authority {
         Self {
             issuer: Issuer::new(params, key),
             roots: Arc::new(roots),
+            root: certificate.der().clone(),
         }
     }
 
@@ -122,8 +125,6 @@ pub(super) const OWN_UPSTREAM_PORT: u16 = 61_234;
 struct LoopbackNetwork {
     own: IpAddr,
     destinations: Mutex<HashMap<SocketAddr, OriginalDst>>,
-    /// Called once, between the decision about an inbound connection and its way to the application.
-    once_decided: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 impl std::fmt::Debug for LoopbackNetwork {
@@ -145,9 +146,6 @@ impl PodNetwork for LoopbackNetwork {
     }
 
     fn upstream_socket(&self, client: IpAddr, _: SocketAddr) -> Result<Upstream, CaptureError> {
-        if let Some(meanwhile) = self.once_decided.lock().take() {
-            meanwhile();
-        }
         Ok(Upstream {
             socket: socket_at(client),
             lease: UpstreamLease::default(),
@@ -285,7 +283,6 @@ impl Mesh {
         let network = Arc::new(LoopbackNetwork {
             own: ip,
             destinations: Mutex::default(),
-            once_decided: Mutex::default(),
         });
         let listener = async |port| TcpListener::bind(SocketAddr::new(ip, port)).await.unwrap();
         let listeners = PodListeners {

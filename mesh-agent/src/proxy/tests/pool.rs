@@ -34,7 +34,14 @@ async fn a_renewed_certificate_serves_new_connections() {
     let mut after = client.connect(server.application()).await;
     assert_echo(&mut after, "hello").await;
     assert_eq!(opened(&mesh.near), 2);
-    assert_echo(&mut before, "open ones go on").await;
+    // Who was there is gone.
+    review::assert_cut(&mut before).await;
+    mesh.near.logs_reason("cut_by_new_holder").await;
+    let metrics = mesh.near.metrics.render();
+    assert!(
+        metrics.contains(r#"mesh_policy_cut_total{policy="_new_holder"} 1"#),
+        "{metrics}"
+    );
 }
 
 #[tokio::test]

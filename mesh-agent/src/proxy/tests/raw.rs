@@ -25,7 +25,7 @@ impl RawTunnel {
             ..workload("raw", from)
         })]);
         let stream = socket_at(from).connect(SocketAddr::new(to.ip, TUNNEL_PORT)).await.unwrap();
-        let handshake = mesh.near.proxy.tls.connect(&pair, &to.workload.identity, to.ip, stream);
+        let handshake = mesh.near.proxy.tls.connect(&pair, None, &to.workload.identity, to.ip, stream);
         let (tls, _) = timeout(PATIENCE, handshake).await.unwrap().unwrap();
         let (send, mut connection) = h2::client::handshake(tls).await.unwrap();
         let silence = CancellationToken::new();

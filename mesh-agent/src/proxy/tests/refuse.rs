@@ -248,13 +248,11 @@ async fn a_pod_has_only_so_many_connections() {
     let registry = Arc::new(Registry::with_limit(2));
     let pod: Arc<str> = "pod".into();
     let address: SocketAddr = "127.0.0.1:1".parse().unwrap();
-    let info = ConnectionInfo {
-        direction: crate::telemetry::Direction::Inbound,
-        path: crate::telemetry::ConnectionPath::Plaintext,
-        source: None,
-        source_address: address,
-        destination: address,
-    };
+    let (direction, path) = (
+        crate::telemetry::Direction::Inbound,
+        crate::telemetry::ConnectionPath::Plaintext,
+    );
+    let info = ConnectionInfo::new(direction, path, address, address);
     let first = registry.register(&pod, info.clone()).unwrap();
     let _second = registry.register(&pod, info.clone()).unwrap();
     assert_eq!(registry.register(&pod, info.clone()).unwrap_err().reason(), "limit");

@@ -1,8 +1,19 @@
 //! A changed policy and the connections that live.
 
 use super::*;
+use crate::proxy::step::Step;
 
 const CHANGES: usize = 100;
+/// All the points at which a policy may change while a connection is let in.
+const STEPS: [Step; 7] = [
+    Step::Accepted,
+    Step::Registered,
+    Step::Confirmed,
+    Step::Evaluated,
+    Step::Decided,
+    Step::Connected,
+    Step::Reviewing,
+];
 
 /// How a client of the mesh comes to a server: by its agent's tunnel, or around it, in plaintext from its own address.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -78,18 +89,33 @@ async fn a_policy_that_changes_while_a_connection_is_let_in_still_holds() {
     let client = mesh.pod(&mesh.near, "client").await;
     let server = mesh.pod(&mesh.far, "server").await;
     for way in [Way::Tunnel, Way::Plaintext] {
-        let state = mesh.far.state.clone();
-        *server.network.once_decided.lock() = Some(Box::new(move || state.apply(vec![deny("shop/late", "client")])));
-        let (mut stream, echo) = open(way, &mesh, &client, &server).await;
-        // A byte that reached the application would come back.
-        stream.write_all(b"must not arrive").await.unwrap();
-        assert_cut(&mut stream).await;
-        let line = mesh.far.logs_reason("cut_by_policy").await;
-        assert_eq!(line["bytes_received"], 0, "{way:?}: {line}");
-        mesh.far.state.apply(vec![Change::RemovePolicy("shop/late".into())]);
-        if let Some(echo) = echo {
-            echo.abort();
-            let _ = echo.await;
+        for step in STEPS {
+            if (way, step) == (Way::Plaintext, Step::Confirmed) {
+                continue;
+            }
+            let policy = format!("shop/late-{way:?}-{step:?}");
+            let (state, late) = (mesh.far.state.clone(), deny(&policy, "client"));
+            let steps = &mesh.far.proxy.steps;
+            steps.at(step, Box::new(move || state.apply(vec![late])));
+            if step == Step::Reviewing {
+                mesh.far.state.apply(vec![deny("shop/other", "nobody")]);
+            }
+            let (mut stream, echo) = open(way, &mesh, &client, &server).await;
+            assert_cut(&mut stream).await;
+            assert!(!steps.is_waiting(), "{way:?}: {step:?} was never done");
+            // Refused, or cut, by this policy and no other.
+            let line = mesh.far.log_line(|line| line["policy"] == policy.as_str()).await;
+            let reason = line["reason"].as_str().unwrap();
+            assert!(
+                ["denied_by_policy", "cut_by_policy"].contains(&reason),
+                "{way:?}, {step:?}: {line}"
+            );
+            assert_eq!(line["bytes_received"], 0, "{way:?}, {step:?}: {line}");
+            mesh.far.state.apply(vec![Change::RemovePolicy(policy)]);
+            if let Some(echo) = echo {
+                echo.abort();
+                let _ = echo.await;
+            }
         }
     }
 }

@@ -129,7 +129,10 @@ async fn strict_that_comes_while_a_connection_is_let_in_still_holds() {
     let mesh = Mesh::new();
     let server = mesh.pod(&mesh.far, "server").await;
     let state = mesh.far.state.clone();
-    *server.network.once_decided.lock() = Some(Box::new(move || state.apply(vec![Change::Settings(settings(Mtls::Strict))])));
+    mesh.far.proxy.steps.at(
+        crate::proxy::step::Step::Decided,
+        Box::new(move || state.apply(vec![Change::Settings(settings(Mtls::Strict))])),
+    );
     let mut stream = plaintext_to_echo(&mesh, fresh_address(), &server).await;
     stream.write_all(b"must not arrive").await.unwrap();
     assert_cut(&mut stream).await;

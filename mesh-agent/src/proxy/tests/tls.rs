@@ -278,7 +278,7 @@ async fn what_is_made_of_a_certificate_ends_with_it() {
         let connect = TcpStream::connect(listener.local_addr().unwrap());
         let (accepted, client) = tokio::join!(listener.accept(), connect);
         drop(client.unwrap());
-        assert!(configs.accept(&pair, accepted.unwrap().0).await.is_err());
+        assert!(configs.accept(&pair, None, accepted.unwrap().0).await.is_err());
         assert_eq!(configs.identities(), [identity(account)], "the others' pairs are gone");
     }
 }

@@ -40,7 +40,7 @@ impl Bench {
     /// A channel over which the server can send next to nothing until its messages are read.
     async fn narrow_channel(&self) -> Channel {
         let tls = ClientTlsConfig::new()
-            .ca_certificate(Certificate::from_pem(self.running.control.parameters.trust_bundle[0].clone()))
+            .ca_certificate(Certificate::from_pem(self.running.control.trust_bundle()[0].clone()))
             .domain_name("localhost");
         Endpoint::from_shared(format!("https://{}", self.running.listen))
             .expect("URI")
@@ -98,7 +98,7 @@ async fn connections_are_bounded_in_all_and_of_one_address() {
         let bench = Bench::start_within(&web(), bounds).await;
         let first = bench.channel().await;
         let _second = bench.channel().await;
-        let root = bench.running.control.parameters.trust_bundle[0].clone();
+        let root = bench.running.control.trust_bundle()[0].clone();
         assert!(connect(bench.running.listen, root).await.is_err(), "{bounds:?}");
         assert!(bench.metric("mesh_control_connections_refused_total{reason=\"too_many\"} 1"));
         drop(first);

@@ -1,0 +1,196 @@
+//! Service accounts that were deleted. Pods may name an account that has no manifest, as on bare machines; one that had a manifest and
+//! has none any longer is *revoked*: its certificates are dropped, and its connections cut. Pure; kept in the state directory, so that
+//! a restart of the control plane pardons nobody.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+use crate::limits::{MAX_CERTIFICATE_LIFETIME, MAX_REVOKED};
+use crate::objects::{Kind, Object, World};
+
+/// Namespace and name.
+pub type Account = (String, String);
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Accounts {
+    /// With a manifest now.
+    known: BTreeSet<Account>,
+    /// Unix seconds of the deletion.
+    revoked: BTreeMap<Account, u64>,
+}
+
+/// As it is kept.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Kept {
+    known: BTreeSet<Account>,
+    revoked: Vec<(Account, u64)>,
+}
+
+impl Accounts {
+    /// # Errors
+    /// It is none that this program wrote.
+    pub fn from_json(bytes: &[u8]) -> Result<Self, serde_json::Error> {
+        let kept: Kept = serde_json::from_slice(bytes)?;
+        Ok(Self {
+            known: kept.known,
+            revoked: kept.revoked.into_iter().collect(),
+        })
+    }
+
+    /// # Errors
+    /// None that can happen to names and numbers.
+    pub fn to_json(&self) -> Result<Vec<u8>, serde_json::Error> {
+        serde_json::to_vec(&Kept {
+            known: self.known.clone(),
+            revoked: self
+                .revoked
+                .iter()
+                .map(|(account, since)| (account.clone(), *since))
+                .collect(),
+        })
+    }
+
+    /// Takes over what has a manifest now. An account is forgotten when no Pod names it and none of its certificates can hold any
+    /// longer; beyond [`MAX_REVOKED`], the oldest without Pods go first.
+    pub fn follow(&mut self, world: &World, now: u64) {
+        let of_kind = |kind: Kind| world.iter().filter(move |(id, _)| id.kind == kind);
+        let present: BTreeSet<Account> = of_kind(Kind::ServiceAccount)
+            .map(|(id, _)| (id.namespace.clone(), id.name.clone()))
+            .collect();
+        for gone in self.known.difference(&present) {
+            tracing::warn!(
+                namespace = gone.0,
+                name = gone.1,
+                "service account deleted: its certificates and connections end"
+            );
+            self.revoked.insert(gone.clone(), now);
+        }
+        for account in &present {
+            if self.revoked.remove(account).is_some() {
+                tracing::info!(namespace = account.0, name = account.1, "service account is back");
+            }
+        }
+        self.known = present;
+        let named: BTreeSet<(&str, &str)> = of_kind(Kind::Pod)
+            .filter_map(|(id, object)| match object.as_ref() {
+                Object::Pod(pod) => Some((id.namespace.as_str(), pod.service_account.as_str())),
+                _ => None,
+            })
+            .collect();
+        let is_named = |account: &Account| named.contains(&(account.0.as_str(), account.1.as_str()));
+        self.revoked
+            .retain(|account, since| is_named(account) || now.saturating_sub(*since) <= MAX_CERTIFICATE_LIFETIME.as_secs());
+        let beyond = self.revoked.len().saturating_sub(MAX_REVOKED);
+        if beyond > 0 {
+            let mut oldest: Vec<(bool, u64, Account)> = self
+                .revoked
+                .iter()
+                .map(|(account, since)| (is_named(account), *since, account.clone()))
+                .collect();
+            oldest.sort();
+            tracing::error!(
+                forgotten = beyond,
+                "more than {MAX_REVOKED} deleted service accounts: the oldest are forgotten"
+            );
+            for (_, _, account) in oldest.into_iter().take(beyond) {
+                self.revoked.remove(&account);
+            }
+        }
+    }
+
+    #[must_use]
+    pub fn revoked(&self) -> impl ExactSizeIterator<Item = &Account> {
+        self.revoked.keys()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::registry::{Registry, Scan};
+
+    const DAYS_90: u64 = 90 * 24 * 3600;
+
+    fn account(name: &str) -> String {
+        format!("apiVersion: v1\nkind: ServiceAccount\nmetadata: {{name: {name}, namespace: shop}}\n---\n")
+    }
+
+    fn pod(account: &str) -> String {
+        format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: of-{account}, namespace: shop}}\nspec: {{serviceAccountName: {account}}}\n---\n"
+        )
+    }
+
+    fn world(text: &str) -> Arc<World> {
+        let mut registry = Registry::default();
+        registry.apply(&Scan::from([("mesh.yaml".to_owned(), Ok(Arc::from(text)))]));
+        assert!(registry.rejections().is_empty(), "{:?}", registry.rejections());
+        registry.world()
+    }
+
+    fn revoked(accounts: &Accounts) -> Vec<&str> {
+        accounts.revoked().map(|(_, name)| name.as_str()).collect()
+    }
+
+    #[test]
+    fn only_what_was_there_can_be_deleted_and_it_can_come_back() {
+        let mut accounts = Accounts::default();
+        accounts.follow(&world(&(pod("never-there") + &account("web"))), 1);
+        assert!(revoked(&accounts).is_empty());
+        accounts.follow(&world(&(pod("never-there") + &pod("web"))), 2);
+        assert_eq!(revoked(&accounts), ["web"]);
+        // Kept over a restart.
+        let mut accounts = Accounts::from_json(&accounts.to_json().expect("JSON")).expect("the same");
+        accounts.follow(&world(&pod("web")), 3);
+        assert_eq!(revoked(&accounts), ["web"]);
+        // Deleted while nobody looked.
+        accounts.follow(&world(&(account("web") + &account("other"))), 4);
+        assert!(revoked(&accounts).is_empty());
+        let mut accounts = Accounts::from_json(&accounts.to_json().expect("JSON")).expect("the same");
+        accounts.follow(&world(&account("web")), 5);
+        assert_eq!(revoked(&accounts), ["other"]);
+    }
+
+    #[test]
+    fn an_account_is_forgotten_when_neither_pods_nor_certificates_are_left() {
+        let mut accounts = Accounts::default();
+        accounts.follow(&world(&(account("web") + &account("idle"))), 0);
+        accounts.follow(&world(&pod("web")), 10);
+        accounts.follow(&world(&pod("web")), 10 + DAYS_90);
+        assert_eq!(revoked(&accounts), ["idle", "web"]);
+        accounts.follow(&world(&pod("web")), 11 + DAYS_90);
+        assert_eq!(revoked(&accounts), ["web"], "a Pod still names it");
+        accounts.follow(&world(&pod("other")), 12 + DAYS_90);
+        assert!(revoked(&accounts).is_empty());
+    }
+
+    #[test]
+    fn there_are_only_so_many() {
+        let mut accounts = Accounts::default();
+        let manifests: String = (0..MAX_REVOKED / 2).map(|n| account(&format!("a{n}"))).collect();
+        let more: String = (0..=MAX_REVOKED / 2).map(|n| account(&format!("b{n}"))).collect();
+        for (now, text) in [(1, &manifests), (2, &more)] {
+            let world: World = text
+                .split("---\n")
+                .filter(|text| !text.is_empty())
+                .flat_map(|text| (*world(text)).clone())
+                .collect();
+            accounts.follow(&world, now);
+        }
+        accounts.follow(&world(&pod("a0")), 3);
+        assert_eq!(accounts.revoked().len(), MAX_REVOKED);
+        assert!(accounts.revoked().any(|(_, name)| name == "a0"), "a Pod names it");
+        assert!(!accounts.revoked().any(|(_, name)| name == "a1"), "the oldest of the others");
+    }
+
+    #[test]
+    fn what_is_kept_and_damaged_is_an_error() {
+        for damaged in ["", "{}", "[]", r#"{"known":[],"revoked":[],"more":1}"#] {
+            assert!(Accounts::from_json(damaged.as_bytes()).is_err(), "{damaged}");
+        }
+    }
+}

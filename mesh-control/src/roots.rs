@@ -1,0 +1,173 @@
+//! The roots that the mesh trusts: the one that signs, and those beside it while one takes the place of another. The files in the state
+//! directory are followed, so that a root that an operator takes away is taken from every agent within seconds.
+
+use std::sync::Arc;
+
+use parking_lot::RwLock;
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject as _;
+use time::OffsetDateTime;
+
+use crate::authority::{self, Authority, AuthorityError};
+use crate::limits::{MAX_PEM_BYTES, MAX_TRUSTED_ROOTS};
+use crate::state_dir::StateDir;
+
+#[cfg(test)]
+mod tests;
+
+/// Certificates that are trusted beside the signing root's, PEM. None when it is missing.
+const TRUSTED: &str = "trusted-roots.pem";
+/// The root that is to sign next, as the signing one is kept.
+const NEXT: &str = "next-root.pem";
+
+/// What is in force.
+pub struct InForce {
+    pub authority: Authority,
+    /// PEM of every trusted root, each once, the signing one first.
+    pub bundle: Vec<String>,
+}
+
+pub struct Roots {
+    state: StateDir,
+    trust_domain: String,
+    in_force: RwLock<Arc<InForce>>,
+}
+
+impl Roots {
+    /// # Errors
+    /// As [`Authority::open`]; the trusted roots cannot be read.
+    pub fn open(state: &StateDir, trust_domain: &str, now: OffsetDateTime) -> Result<Self, AuthorityError> {
+        let in_force = read(state, trust_domain, now)?;
+        Ok(Self {
+            state: state.clone(),
+            trust_domain: trust_domain.to_owned(),
+            in_force: RwLock::new(Arc::new(in_force)),
+        })
+    }
+
+    #[must_use]
+    pub fn in_force(&self) -> Arc<InForce> {
+        self.in_force.read().clone()
+    }
+
+    /// Reads the files again; whether they say something else.
+    ///
+    /// # Errors
+    /// They cannot be read: what was in force stays so.
+    pub fn reload(&self, now: OffsetDateTime) -> Result<bool, AuthorityError> {
+        // A root that vanished is no reason to make another.
+        if !self.state.path().join(authority::ROOT).exists() {
+            return Err(AuthorityError::Root(format!("{}: vanished", authority::ROOT)));
+        }
+        let read = read(&self.state, &self.trust_domain, now)?;
+        if read.bundle == self.in_force().bundle {
+            return Ok(false);
+        }
+        tracing::warn!(
+            signing = read.authority.root_sha256(),
+            trusted = read.bundle.len(),
+            "the trusted roots have changed"
+        );
+        *self.in_force.write() = Arc::new(read);
+        Ok(true)
+    }
+}
+
+fn read(state: &StateDir, trust_domain: &str, now: OffsetDateTime) -> Result<InForce, AuthorityError> {
+    let authority = Authority::open(state, trust_domain, now)?;
+    let mut bundle = vec![authority.root_pem().to_owned()];
+    for der in trusted(state)? {
+        let pem = authority::certificate_pem(&der);
+        if !bundle.contains(&pem) {
+            bundle.push(pem);
+        }
+    }
+    if bundle.len() > MAX_TRUSTED_ROOTS {
+        return Err(bad(state, TRUSTED, &format!("more than {MAX_TRUSTED_ROOTS} roots")));
+    }
+    Ok(InForce { authority, bundle })
+}
+
+fn bad(state: &StateDir, file: &str, problem: &str) -> AuthorityError {
+    AuthorityError::Root(format!("{}: {problem}", state.path().join(file).display()))
+}
+
+/// The certificates in the file of trusted roots. An empty or garbled file is an error, and no wish to trust nobody.
+fn trusted(state: &StateDir) -> Result<Vec<CertificateDer<'static>>, AuthorityError> {
+    let Some(pem) = state.read(TRUSTED, MAX_PEM_BYTES)? else {
+        return Ok(Vec::new());
+    };
+    let certificates = CertificateDer::pem_slice_iter(&pem)
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|error| bad(state, TRUSTED, &error.to_string()))?;
+    if certificates.is_empty() {
+        return Err(bad(
+            state,
+            TRUSTED,
+            "no certificate in it; remove it to trust the signing root alone",
+        ));
+    }
+    for der in &certificates {
+        let (rest, parsed) =
+            x509_parser::parse_x509_certificate(der).map_err(|error| bad(state, TRUSTED, &format!("a certificate: {error}")))?;
+        if !rest.is_empty() || !parsed.is_ca() {
+            return Err(bad(state, TRUSTED, "a certificate in it is no authority's"));
+        }
+    }
+    Ok(certificates.into_iter().map(CertificateDer::into_owned).collect())
+}
+
+/// A step of a root's replacement. Each is done by a running control plane within seconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Step {
+    /// Make the next root. It is trusted, and does not sign yet.
+    Prepare,
+    /// Let the next root sign. The former one stays trusted.
+    Activate,
+    /// Trust the signing root alone. What still depends on another is cut off.
+    Retire,
+}
+
+/// Makes one step; returns what an operator should know.
+///
+/// # Errors
+/// The steps before it are missing, or the disk's.
+pub fn rotate(state: &StateDir, step: Step, trust_domain: &str, now: OffsetDateTime) -> Result<String, AuthorityError> {
+    let current = read(state, trust_domain, now)?;
+    let next = state.read(NEXT, MAX_PEM_BYTES)?;
+    let trust = |roots: &[String]| state.write(TRUSTED, roots.concat().as_bytes());
+    match (step, next) {
+        (Step::Prepare, Some(_)) => Err(bad(state, NEXT, "a next root is there already; activate it")),
+        (Step::Prepare, None) => {
+            let made = authority::new_root(trust_domain, now)?;
+            let next = Authority::from_pem(made.as_bytes(), now).map_err(|problem| bad(state, NEXT, &problem))?;
+            // Trusted before it can sign.
+            trust(&[current.bundle, vec![next.root_pem().to_owned()]].concat())?;
+            state.write(NEXT, made.as_bytes())?;
+            Ok(format!(
+                "the next root, SHA-256 {}, is trusted; activate it once every agent has heard of it",
+                next.root_sha256()
+            ))
+        }
+        (Step::Activate, None) => Err(bad(state, NEXT, "there is no next root; prepare one")),
+        (Step::Activate, Some(made)) => {
+            let next = Authority::from_pem(&made, now).map_err(|problem| bad(state, NEXT, &problem))?;
+            trust(&[current.bundle, vec![next.root_pem().to_owned()]].concat())?;
+            state.write(authority::ROOT, &made)?;
+            state.remove(NEXT)?;
+            Ok(format!(
+                "the root with SHA-256 {} signs; give the nodes new tokens (node-token --rotate), and retire the former root once \
+                 every certificate was renewed",
+                next.root_sha256()
+            ))
+        }
+        (Step::Retire, Some(_)) => Err(bad(state, NEXT, "a next root is there; activate it first")),
+        (Step::Retire, None) => {
+            state.remove(TRUSTED)?;
+            Ok(format!(
+                "only the root with SHA-256 {} is trusted",
+                current.authority.root_sha256()
+            ))
+        }
+    }
+}
