@@ -19,6 +19,9 @@ use mesh_tests::process::Conversation;
 use mesh_tests::suite;
 use mesh_tests::topology::{NodeName, forms};
 
+#[path = "policy/revocation.rs"]
+mod revocation;
+
 /// What a refusal may take on a machine with two busy cores; it takes about a millisecond.
 const QUICKLY: Duration = Duration::from_secs(1);
 const POOL: (Ipv4Addr, Ipv6Addr) = (Ipv4Addr::new(10, 96, 9, 9), Ipv6Addr::new(0xfd96, 0, 0, 0, 0, 0, 9, 9));
@@ -42,6 +45,9 @@ fn main() -> ExitCode {
             ("a_dry_run_is_counted_and_logged_and_not_enforced", dry_run),
             ("a_service_goes_on_with_one_of_two_endpoints", one_of_two_endpoints),
             ("a_service_leads_back_to_its_own_client", own_service),
+            ("a_hundred_changes_leave_who_is_not_meant", revocation::hundred_changes),
+            ("a_deleted_service_account_cuts_its_connections", revocation::deleted_account),
+            ("a_removed_root_cuts_what_depends_on_it", revocation::removed_root),
         ],
     )
 }
