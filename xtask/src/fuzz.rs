@@ -1,4 +1,7 @@
 //! `cargo xtask fuzz`: libFuzzer on every parser of bytes from outside. Stable Rust: the coverage instrumentation is LLVM's own.
+//!
+//! Usually the mesh's own crates alone are instrumented (`fuzz/rustc.sh`): everything else is what the workspace was built with
+//! already. `--whole` instruments the dependencies as well, which finds ways through YAML, HTTP and X.509, and takes minutes more.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -10,7 +13,23 @@ use crate::tools;
 use crate::workspace::Workspace;
 
 /// As `fuzz/Cargo.toml` has them.
-const TARGETS: [&str; 6] = ["connect", "discovery", "identity", "manifests", "netlink", "request"];
+const TARGETS: [&str; 13] = [
+    "certificate",
+    "connect",
+    "discovery",
+    "handover",
+    "identity",
+    "manifests",
+    "memory",
+    "netlink",
+    "reports",
+    "request",
+    "responses",
+    "subscriptions",
+    "token",
+];
+/// Seconds for each target among the tests.
+const TEST_SECONDS: u32 = 5;
 const RSS_LIMIT_MB: u32 = 2048;
 /// Of one input.
 const TIMEOUT_SECONDS: u32 = 10;
@@ -24,81 +43,124 @@ const INSTRUMENTATION: [&str; 6] = [
     "-Cllvm-args=-sanitizer-coverage-pc-table",
     "-Cllvm-args=-sanitizer-coverage-trace-compares",
 ];
+/// What `fuzz/rustc.sh` reads them from.
+const INSTRUMENTATION_VARIABLE: &str = "CULVERT_FUZZ_FLAGS";
 
 #[derive(Args)]
 pub struct Arguments {
     /// Seconds for each target, beside its corpus
     #[arg(long, default_value_t = 60)]
     time: u32,
+    /// Instruments the dependencies, too
+    #[arg(long)]
+    whole: bool,
     /// Only these
     #[arg(value_parser = TARGETS)]
     targets: Vec<String>,
 }
 
+/// The built targets, and where what they make goes.
+struct Fuzzer<'a> {
+    workspace: &'a Workspace,
+    binaries: PathBuf,
+    folder: PathBuf,
+}
+
 pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCode> {
-    tools::ensure_command("g++", "g++", "libFuzzer is C++")?;
-    let folder = workspace.target.join("fuzz");
-    tools::say("building the fuzz targets (the first time takes some minutes)");
-    let mut cargo = workspace.cargo(&["build", "--locked", "--release", "--manifest-path", "fuzz/Cargo.toml"]);
-    // With a target named, procedural macros are built without the instrumentation.
-    let host = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
-    cargo
-        .args(["--target", &host])
-        .env("CARGO_ENCODED_RUSTFLAGS", INSTRUMENTATION.join("\x1f"))
-        .env("CARGO_TARGET_DIR", folder.join("build"));
-    tools::run(&mut cargo)?;
-    let binaries = folder.join("build").join(host).join("release");
+    let fuzzer = Fuzzer::build(workspace, arguments.whole)?;
     let chosen = TARGETS
         .iter()
         .filter(|target| arguments.targets.is_empty() || arguments.targets.iter().any(|chosen| chosen == *target));
-    let mut found = Vec::new();
+    let mut is_clean = true;
     for target in chosen {
-        tools::say(&format!("== {target}: its corpus, then {} s", arguments.time));
-        if !fuzz(workspace, &binaries, &folder, target, arguments.time)? {
-            found.push(*target);
-        }
+        is_clean &= fuzzer.run(target, arguments.time)?;
     }
-    if found.is_empty() {
+    if is_clean {
         tools::say("nothing was found");
         return Ok(ExitCode::SUCCESS);
-    }
-    for target in found {
-        let findings = folder.join("findings").join(target);
-        tools::say(&format!(
-            "{target}: something was found; its input is in {}. Give it to {} to see it again; a copy in fuzz/corpus/{target} keeps it \
-             found",
-            findings.display(),
-            binaries.join(target).display()
-        ));
     }
     Ok(ExitCode::FAILURE)
 }
 
-/// False: it crashed, hung or grew.
-fn fuzz(workspace: &Workspace, binaries: &Path, folder: &Path, target: &str, seconds: u32) -> Result<bool> {
-    let committed = workspace.root.join("fuzz/corpus").join(target);
-    if !committed.is_dir() {
-        bail!("{} is missing: a target starts from a corpus", committed.display());
+/// For `cargo xtask test`: each target whose name contains the filter, briefly. Answers those of them that found something.
+pub fn test(workspace: &Workspace, filter: Option<&str>) -> Result<Vec<(&'static str, bool)>> {
+    let fuzzer = Fuzzer::build(workspace, false)?;
+    let chosen = TARGETS
+        .iter()
+        .filter(|target| filter.is_none_or(|filter| target.contains(filter)));
+    chosen
+        .map(|target| Ok((*target, fuzzer.run(target, TEST_SECONDS)?)))
+        .collect()
+}
+
+impl<'a> Fuzzer<'a> {
+    fn build(workspace: &'a Workspace, whole: bool) -> Result<Self> {
+        tools::ensure_command("g++", "g++", "libFuzzer is C++")?;
+        tools::say("building the fuzz targets (the first time takes some minutes)");
+        let folder = workspace.target.join("fuzz");
+        let mut cargo = workspace.cargo(&["build", "--locked", "--manifest-path", "fuzz/Cargo.toml"]);
+        let binaries = if whole {
+            // With a target named, procedural macros are built without the instrumentation.
+            let host = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+            cargo
+                .args(["--release", "--target", &host])
+                .env("CARGO_ENCODED_RUSTFLAGS", INSTRUMENTATION.join("\x1f"))
+                .env("CARGO_TARGET_DIR", folder.join("build"));
+            folder.join("build").join(host).join("release")
+        } else {
+            cargo
+                .env("RUSTC_WRAPPER", workspace.root.join("fuzz/rustc.sh"))
+                .env(INSTRUMENTATION_VARIABLE, INSTRUMENTATION.join(" "));
+            workspace.binaries()
+        };
+        tools::run(&mut cargo)?;
+        Ok(Self {
+            workspace,
+            binaries,
+            folder,
+        })
     }
-    // What is found on the way stays out of the checkout.
-    let [grown, findings] = ["grown", "findings"].map(|kind| folder.join(kind).join(target));
-    for made in [&grown, &findings] {
-        std::fs::create_dir_all(made)?;
+
+    /// The committed corpus, then what comes of it. False: it crashed, hung or grew.
+    fn run(&self, target: &str, seconds: u32) -> Result<bool> {
+        tools::say(&format!("== {target}: its corpus, then {seconds} s"));
+        let committed = self.workspace.root.join("fuzz/corpus").join(target);
+        if !committed.is_dir() {
+            bail!("{} is missing: a target starts from a corpus", committed.display());
+        }
+        // What is found on the way stays out of the checkout.
+        let [grown, findings] = ["grown", "findings"].map(|kind| self.folder.join(kind).join(target));
+        for made in [&grown, &findings] {
+            std::fs::create_dir_all(made)?;
+        }
+        let is_clean = self.start(target, &findings, "-runs=0", &[&committed])?
+            && (seconds == 0
+                || self.start(
+                    target,
+                    &findings,
+                    &format!("-max_total_time={seconds}"),
+                    &[&grown, &committed],
+                )?);
+        if !is_clean {
+            tools::say(&format!(
+                "{target}: something was found; its input is in {}. Give it to {} to see it again; a copy in fuzz/corpus/{target} \
+                 keeps it found",
+                findings.display(),
+                self.binaries.join(target).display()
+            ));
+        }
+        Ok(is_clean)
     }
-    let run = |arguments: &[String]| -> Result<bool> {
-        let mut command = Command::new(binaries.join(target));
+
+    fn start(&self, target: &str, findings: &Path, limit: &str, corpora: &[&Path]) -> Result<bool> {
+        let mut command = Command::new(self.binaries.join(target));
         command
             .arg(format!("-rss_limit_mb={RSS_LIMIT_MB}"))
             .arg(format!("-timeout={TIMEOUT_SECONDS}"))
             .arg(format!("-artifact_prefix={}/", findings.display()))
-            .args(["-verbosity=0", "-print_final_stats=1"])
-            .args(arguments)
+            .args(["-verbosity=0", "-print_final_stats=1", limit])
+            .args(corpora)
             .env("RUST_BACKTRACE", "1");
         Ok(command.status()?.success())
-    };
-    let path = |path: &PathBuf| path.display().to_string();
-    if !run(&["-runs=0".to_owned(), path(&committed)])? {
-        return Ok(false);
     }
-    Ok(seconds == 0 || run(&[format!("-max_total_time={seconds}"), path(&grown), path(&committed)])?)
 }
