@@ -7,8 +7,6 @@ use mesh_agent::addr::ip_from_bytes;
 use mesh_common::OUTBOUND_PORT;
 
 use super::FAMILIES;
-use mesh_agent::addr::ip_from_bytes;
-
 use super::testbed::*;
 
 hook_test! {
