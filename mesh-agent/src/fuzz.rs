@@ -12,6 +12,7 @@ pub use crate::capture::fuzz::netlink;
 pub use crate::config::fuzz::token;
 use crate::discovery::subscription::Subscription;
 use crate::identity::Identity;
+pub use crate::identity::certificate::fuzz as answer;
 pub use crate::local::handover::fuzz as handover;
 pub use crate::memory::fuzz as memory;
 use crate::state::Change;

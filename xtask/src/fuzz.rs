@@ -3,17 +3,19 @@
 //! Usually the mesh's own crates alone are instrumented (`fuzz/rustc.sh`): everything else is what the workspace was built with
 //! already. `--whole` instruments the dependencies as well, which finds ways through YAML, HTTP and X.509, and takes minutes more.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use clap::Args;
 
 use crate::tools;
 use crate::workspace::Workspace;
 
 /// As `fuzz/Cargo.toml` has them.
-const TARGETS: [&str; 13] = [
+const TARGETS: [&str; 14] = [
+    "answer",
     "certificate",
     "connect",
     "discovery",
@@ -30,6 +32,8 @@ const TARGETS: [&str; 13] = [
 ];
 /// Seconds for each target among the tests.
 const TEST_SECONDS: u32 = 5;
+/// Of what a target says before it fails.
+const SHOWN_LINES: usize = 80;
 const RSS_LIMIT_MB: u32 = 2048;
 /// Of one input.
 const TIMEOUT_SECONDS: u32 = 10;
@@ -152,15 +156,72 @@ impl<'a> Fuzzer<'a> {
         Ok(is_clean)
     }
 
+    /// What it says goes to a file: it is much, and of use only when something was found.
     fn start(&self, target: &str, findings: &Path, limit: &str, corpora: &[&Path]) -> Result<bool> {
+        let said = self.folder.join(format!("{target}.log"));
         let mut command = Command::new(self.binaries.join(target));
         command
             .arg(format!("-rss_limit_mb={RSS_LIMIT_MB}"))
             .arg(format!("-timeout={TIMEOUT_SECONDS}"))
             .arg(format!("-artifact_prefix={}/", findings.display()))
-            .args(["-verbosity=0", "-print_final_stats=1", limit])
+            .args(["-print_final_stats=1", "-print_funcs=0", limit])
             .args(corpora)
-            .env("RUST_BACKTRACE", "1");
-        Ok(command.status()?.success())
+            .env("RUST_BACKTRACE", "1")
+            .stderr(File::create(&said)?);
+        let is_clean = command
+            .status()
+            .with_context(|| format!("starting the fuzz target {target}"))?
+            .success();
+        let said = String::from_utf8_lossy(&std::fs::read(&said)?).into_owned();
+        if is_clean {
+            tools::say(&format!("   {}", summary(&said)?));
+        } else {
+            let lines: Vec<&str> = said.lines().collect();
+            lines[lines.len().saturating_sub(SHOWN_LINES)..]
+                .iter()
+                .for_each(|line| tools::say(line));
+        }
+        Ok(is_clean)
+    }
+}
+
+/// How much was run. A target that reached nothing was not tested: its instrumentation is missing, or its corpus.
+fn summary(said: &str) -> Result<String> {
+    let number = |text: &str| text.split_whitespace().next().and_then(|word| word.parse::<u64>().ok());
+    let after = |mark: &str| said.rsplit_once(mark).and_then(|(_, rest)| number(rest));
+    let executions = after("stat::number_of_executed_units:");
+    let edges = after(" cov: ");
+    match (executions, edges) {
+        (Some(executions @ 1..), Some(edges @ 1..)) => Ok(format!("{executions} executions, {edges} edges reached")),
+        _ => bail!("the fuzz target ran nothing, or is not instrumented: {executions:?} executions, {edges:?} edges"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_target_is_run() {
+        let targets = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/targets")).unwrap();
+        let mut names: Vec<_> = targets
+            .map(|entry| entry.unwrap().path().file_stem().unwrap().to_owned())
+            .collect();
+        names.sort();
+        assert_eq!(names, TARGETS);
+    }
+
+    #[test]
+    fn what_was_run_is_said_and_nothing_is_an_error() {
+        let said =
+            "#7\tINITED cov: 12 ft: 20 corp: 3/9b\n#99\tDONE   cov: 31 ft: 40\nstat::number_of_executed_units: 99\nstat::x: 1";
+        assert_eq!(summary(said).unwrap(), "99 executions, 31 edges reached");
+        for nothing in [
+            "",
+            "#2\tDONE cov: 0 ft: 1\nstat::number_of_executed_units: 2",
+            "#2\tDONE cov: 5 ft: 1",
+        ] {
+            assert!(summary(nothing).is_err(), "{nothing}");
+        }
     }
 }
