@@ -7,6 +7,7 @@
 )]
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use mesh_tests::demo::PODS;
 use mesh_tests::manifests::{MESHED, policy, spiffe_id};
 use mesh_tests::mesh::{Mesh, PodSpec};
 use mesh_tests::poll::{self, SOON};
+use mesh_tests::process::Process;
 use mesh_tests::snapshot;
 use mesh_tests::suite;
 use mesh_tests::topology::{self, NodeName, WORLD_V4, WORLD_V6};
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
             ("a_denied_connection_names_its_policy", denied),
             ("a_broken_manifest_leaves_the_last_good_policy", broken_manifest),
             ("a_connection_has_one_log_line_on_each_side", one_line_each),
+            ("an_ordinary_web_server_serves_through_the_mesh", web_server),
             ("release_leaves_the_pod_as_it_was", release),
         ],
     )
@@ -374,12 +377,24 @@ fn broken_manifest(mesh: &mut Mesh) -> Result<()> {
         &policy("mine", "server", "Deny", &format!("[{{ to: [{{ ports: [{ECHO_PORT}] }}] }}]")),
     )?;
     mesh.wait_for_outcome("client", server, ECHO_PORT, false)?;
-    for broken in [
-        "apiVersion: [",
-        &policy("mine", "server", "Deny", "[{ to: [{ ports: [99999] }] }]"),
-        &policy("mine", "server", "Maybe", "[]"),
+    let good = policy("fine", "nobody", "Deny", "[]");
+    let rule = "[{ to: [{ ports: [99999] }] }]";
+    for (broken, said) in [
+        (
+            "apiVersion: [".to_owned(),
+            &["document=1 ", "reason=\"syntax\"", "no YAML"][..],
+        ),
+        (
+            policy("mine", "server", "Deny", rule),
+            &["document=1 ", "reason=\"field\"", "shop/mine", "spec.rules[0].to[0].ports[0]"],
+        ),
+        (
+            format!("{good}---\n{}", policy("mine", "server", "Maybe", "[]")),
+            &["document=2 ", "reason=\"field\"", "shop/mine", "spec.action"],
+        ),
     ] {
-        mesh.registry.write("mine.yaml", broken)?;
+        let read = control_log(mesh)?.len();
+        mesh.registry.write("mine.yaml", &broken)?;
         // A change elsewhere arrives, so the broken file was read, and is still without effect.
         let other = format!("[{{ to: [{{ ports: [{ECHO_PORT}] }}] }}]");
         mesh.registry.write("other.yaml", &policy("other", "local", "Deny", &other))?;
@@ -392,11 +407,78 @@ fn broken_manifest(mesh: &mut Mesh) -> Result<()> {
         mesh.app
             .connect(&mesh.pod("client").place(), server, ECHO_PORT)?
             .expect_refused(QUICKLY)?;
+        // One line says all that is needed to find it.
+        let log = control_log(mesh)?.split_off(read);
+        let always = ["WARN", "manifest rejected", "file=mine.yaml", "last_good_in_force=true"];
+        ensure!(
+            log.lines()
+                .any(|line| always.iter().chain(said).all(|part| line.contains(part))),
+            "no line says {always:?} and {said:?}:\n{log}"
+        );
     }
-    let log = std::fs::read_to_string(mesh.topology.folder().join("mesh-control.log"))?;
-    ensure!(log.contains("mine.yaml"), "mesh-control's log does not name the broken file");
     mesh.registry.remove("mine.yaml")?;
     mesh.wait_for_outcome("client", server, ECHO_PORT, true)
+}
+
+fn control_log(mesh: &Mesh) -> Result<String> {
+    Ok(std::fs::read_to_string(mesh.topology.folder().join("mesh-control.log"))?)
+}
+
+/// Python's own, by its own client: nobody told them of a mesh.
+fn web_server(mesh: &mut Mesh) -> Result<()> {
+    const PORT: u16 = 8088;
+    const PAGE: &str = "what an ordinary server has to say\n";
+    // More than fits into the buffers of a connection.
+    const LARGE_BYTES: usize = 8 << 20;
+    let python = Path::new("/usr/bin/python3");
+    let folder = mesh.topology.folder().join("site");
+    std::fs::create_dir(&folder)?;
+    std::fs::write(folder.join("page.txt"), PAGE)?;
+    std::fs::write(folder.join("large"), vec![b'x'; LARGE_BYTES])?;
+    let path = folder.to_str().context("a path")?;
+    let get = "import sys, urllib.request as r\n\
+               get = lambda path: r.urlopen(sys.argv[1] + path, timeout=15).read()\n\
+               sys.stdout.write(get('/page.txt').decode()); large = get('/large'); print(len(large), large.count(b'x'))";
+    for (server, bind) in [("server", "::"), ("local", "0.0.0.0")] {
+        let log = mesh.topology.folder().join(format!("site-of-{server}.log"));
+        let arguments = [
+            "-u",
+            "-m",
+            "http.server",
+            &PORT.to_string(),
+            "--bind",
+            bind,
+            "--directory",
+            path,
+        ];
+        let place = mesh.pod(server).place();
+        let mut process = Process::start("the web server", place.command(python, &arguments)?, log.clone())?;
+        poll::until_true("the web server answers its own Pod", SOON, || {
+            process.check_running()?;
+            let url = format!("http://127.0.0.1:{PORT}");
+            Ok(place.run(python, &["-c", get, &url], SOON)?.status.success())
+        })?;
+        let client = mesh.pod("client");
+        let served = |address: &IpAddr| bind == "::" || address.to_canonical().is_ipv4();
+        for address in mesh.pod(server).forms().into_iter().filter(served) {
+            let access = mesh.access_log(NodeName::One);
+            let position = access.position();
+            let url = format!("http://{}", SocketAddr::new(address, PORT));
+            let said = client.place().run(python, &["-c", get, &url], SOON)?.ok(&url)?;
+            ensure!(
+                said == format!("{PAGE}{LARGE_BYTES} {LARGE_BYTES}\n"),
+                "{url} served {said:?}"
+            );
+            let fields = [("path", "tunnel"), ("result", "ok"), ("destination_workload", server)];
+            access.wait_for(position, &fields, SOON)?;
+            // As the server logs it: from the client itself.
+            let own = client.own_address(address);
+            let said = std::fs::read_to_string(&log)?;
+            let line = |line: &str| line.contains(&format!("{own} - - ")) && line.contains("\"GET /large HTTP/1.1\" 200");
+            ensure!(said.lines().any(line), "{url}: no request from {own} in:\n{said}");
+        }
+    }
+    Ok(())
 }
 
 fn release(mesh: &mut Mesh) -> Result<()> {
