@@ -40,6 +40,8 @@ mod backlog;
 mod bounds;
 #[path = "hooks/disguises.rs"]
 mod disguises;
+#[path = "hooks/memory.rs"]
+mod memory;
 #[path = "hooks/ports.rs"]
 mod ports;
 #[path = "hooks/upstreams.rs"]
