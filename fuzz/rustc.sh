@@ -4,7 +4,7 @@
 rustc=$1
 shift
 case " $* " in
-  *" --crate-name mesh_agent "* | *" --crate-name mesh_api "* | *" --crate-name mesh_control "* | *" --crate-name mesh_proto "*)
+  *" --crate-name mesh_agent "* | *" --crate-name mesh_api "* | *" --crate-name mesh_control "* | *" --crate-name mesh_proto "* | *" --crate-name planted "*)
     # shellcheck disable=SC2086 # Several flags.
     exec "$rustc" "$@" $CULVERT_FUZZ_FLAGS
     ;;

@@ -32,6 +32,9 @@ const TARGETS: [&str; 14] = [
 ];
 /// Seconds for each target among the tests.
 const TEST_SECONDS: u32 = 5;
+/// The target with a bug, and how long it may take to find it: it takes less than a second.
+const PLANTED: &str = "planted";
+const PLANTED_SECONDS: u32 = 60;
 /// Of what a target says before it fails.
 const SHOWN_LINES: usize = 80;
 const RSS_LIMIT_MB: u32 = 2048;
@@ -118,11 +121,26 @@ impl<'a> Fuzzer<'a> {
             workspace.binaries()
         };
         tools::run(&mut cargo)?;
-        Ok(Self {
+        let fuzzer = Self {
             workspace,
             binaries,
             folder,
-        })
+        };
+        fuzzer.find_planted()?;
+        Ok(fuzzer)
+    }
+
+    /// What finds nothing is believed where it finds what is there.
+    fn find_planted(&self) -> Result<()> {
+        let findings = self.folder.join("findings").join(PLANTED);
+        std::fs::create_dir_all(&findings)?;
+        let limit = format!("-max_total_time={PLANTED_SECONDS}");
+        let (is_clean, said) = self.start(PLANTED, &findings, &limit, &[])?;
+        if is_clean || !said.contains("the planted bug") {
+            bail!("the fuzzer did not find the bug that is planted for it: what it does not find elsewhere says nothing");
+        }
+        tools::say("the planted bug was found");
+        Ok(())
     }
 
     /// The committed corpus, then what comes of it. False: it crashed, hung or grew.
@@ -137,14 +155,20 @@ impl<'a> Fuzzer<'a> {
         for made in [&grown, &findings] {
             std::fs::create_dir_all(made)?;
         }
-        let is_clean = self.start(target, &findings, "-runs=0", &[&committed])?
-            && (seconds == 0
-                || self.start(
-                    target,
-                    &findings,
-                    &format!("-max_total_time={seconds}"),
-                    &[&grown, &committed],
-                )?);
+        let run = |limit: &str, corpora: &[&Path]| -> Result<bool> {
+            let (is_clean, said) = self.start(target, &findings, limit, corpora)?;
+            if is_clean {
+                tools::say(&format!("   {}", summary(&said)?));
+            } else {
+                let lines: Vec<&str> = said.lines().collect();
+                lines[lines.len().saturating_sub(SHOWN_LINES)..]
+                    .iter()
+                    .for_each(|line| tools::say(line));
+            }
+            Ok(is_clean)
+        };
+        let is_clean = run("-runs=0", &[&committed])?
+            && (seconds == 0 || run(&format!("-max_total_time={seconds}"), &[&grown, &committed])?);
         if !is_clean {
             tools::say(&format!(
                 "{target}: something was found; its input is in {}. Give it to {} to see it again; a copy in fuzz/corpus/{target} \
@@ -156,8 +180,8 @@ impl<'a> Fuzzer<'a> {
         Ok(is_clean)
     }
 
-    /// What it says goes to a file: it is much, and of use only when something was found.
-    fn start(&self, target: &str, findings: &Path, limit: &str, corpora: &[&Path]) -> Result<bool> {
+    /// Whether it ended well, and what it said: it is much, and of use only when something was found.
+    fn start(&self, target: &str, findings: &Path, limit: &str, corpora: &[&Path]) -> Result<(bool, String)> {
         let said = self.folder.join(format!("{target}.log"));
         let mut command = Command::new(self.binaries.join(target));
         command
@@ -168,20 +192,11 @@ impl<'a> Fuzzer<'a> {
             .args(corpora)
             .env("RUST_BACKTRACE", "1")
             .stderr(File::create(&said)?);
-        let is_clean = command
-            .status()
+        let status = command.status();
+        let is_clean = status
             .with_context(|| format!("starting the fuzz target {target}"))?
             .success();
-        let said = String::from_utf8_lossy(&std::fs::read(&said)?).into_owned();
-        if is_clean {
-            tools::say(&format!("   {}", summary(&said)?));
-        } else {
-            let lines: Vec<&str> = said.lines().collect();
-            lines[lines.len().saturating_sub(SHOWN_LINES)..]
-                .iter()
-                .for_each(|line| tools::say(line));
-        }
-        Ok(is_clean)
+        Ok((is_clean, String::from_utf8_lossy(&std::fs::read(&said)?).into_owned()))
     }
 }
 
@@ -206,6 +221,7 @@ mod tests {
         let targets = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/targets")).unwrap();
         let mut names: Vec<_> = targets
             .map(|entry| entry.unwrap().path().file_stem().unwrap().to_owned())
+            .filter(|name| name != PLANTED)
             .collect();
         names.sort();
         assert_eq!(names, TARGETS);
