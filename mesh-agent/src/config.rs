@@ -4,6 +4,16 @@
 mod tests;
 mod token;
 
+/// The private parsers of this module, for `cargo xtask fuzz` alone.
+#[cfg(fuzzing)]
+pub(crate) mod fuzz {
+    pub fn token(bytes: &[u8]) {
+        if let Ok(text) = std::str::from_utf8(bytes) {
+            super::token::fuzz(text);
+        }
+    }
+}
+
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 

@@ -2,12 +2,21 @@
 
 use std::net::IpAddr;
 
-use mesh_proto::discovery::Resource;
+use mesh_proto::ADDRESS_TYPE_URL;
+use mesh_proto::discovery::{DeltaDiscoveryResponse, Resource};
+use prost::Message as _;
 use prost_types::Any;
+use rustls_pki_types::CertificateDer;
 
 pub use crate::capture::fuzz::netlink;
+pub use crate::config::fuzz::token;
+use crate::discovery::subscription::Subscription;
 use crate::identity::Identity;
-use crate::{proto, proxy};
+pub use crate::identity::certificate::fuzz as answer;
+pub use crate::local::handover::fuzz as handover;
+pub use crate::memory::fuzz as memory;
+use crate::state::Change;
+use crate::{proto, proxy, tls};
 
 /// One resource of a discovery response, as each of the types.
 pub fn discovery(bytes: &[u8]) {
@@ -48,5 +57,28 @@ pub fn identity(bytes: &[u8]) {
         && let Ok(identity) = Identity::parse(text)
     {
         assert_eq!(identity.to_string(), text);
+    }
+}
+
+/// What a control plane sends on a stream, one response after the other. What is held is what another agent would take over.
+pub fn responses(mut bytes: &[u8]) {
+    let decode = |resource: &Resource| proto::address(resource).map_err(|error| error.to_string());
+    let mut subscription = Subscription::new(ADDRESS_TYPE_URL);
+    while let Ok(response) = DeltaDiscoveryResponse::decode_length_delimited(&mut bytes) {
+        let (nonce, resources) = (response.nonce.clone(), response.resources.len());
+        let received = subscription.receive(response, decode, |name| Some(Change::RemoveAddress(name)), |_| None);
+        assert_eq!(received.reply.response_nonce, nonce);
+        assert!(received.rejected.len() <= resources);
+        assert_eq!(received.reply.error_detail.is_some(), !received.rejected.is_empty());
+    }
+    let mut next = Subscription::new(ADDRESS_TYPE_URL);
+    let restored = next.restore(subscription.snapshot(), decode, |_| None);
+    assert_eq!((next.held(), restored.rejected.len()), (subscription.held(), 0));
+}
+
+/// A peer's certificate, as TLS hands it on.
+pub fn certificate(bytes: &[u8]) {
+    if let Ok(identity) = tls::first_identity(&CertificateDer::from(bytes)) {
+        assert_eq!(Identity::parse(&identity.to_string()).ok(), Some(identity));
     }
 }

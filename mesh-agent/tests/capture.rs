@@ -11,6 +11,8 @@ mod backstop;
 mod bed;
 #[path = "capture/defences.rs"]
 mod defences;
+#[path = "capture/ports.rs"]
+mod ports;
 #[path = "capture/recovery.rs"]
 mod recovery;
 #[path = "capture/repair.rs"]
@@ -55,7 +57,8 @@ async fn a_setting_that_was_there_before_stays() {
         return;
     };
     run(&format!(
-        "ip netns exec {0} sh -c 'echo 1 > /proc/sys/net/ipv4/tcp_fwmark_accept' && ip -n {0} rule add pref 77 fwmark 9 lookup 9",
+        "ip netns exec {0} sh -c 'echo 1 > /proc/sys/net/ipv4/tcp_fwmark_accept
+             echo 8000-8002,15001 > /proc/sys/net/ipv4/ip_local_reserved_ports' && ip -n {0} rule add pref 77 fwmark 9 lookup 9",
         bed.name
     ));
     let before = bed.snapshot();

@@ -34,12 +34,16 @@ macro_rules! hook_test {
 
 #[path = "hooks/applications.rs"]
 mod applications;
+#[path = "hooks/backlog.rs"]
+mod backlog;
 #[path = "hooks/backstop.rs"]
 mod backstop;
 #[path = "hooks/bounds.rs"]
 mod bounds;
 #[path = "hooks/disguises.rs"]
 mod disguises;
+#[path = "hooks/memory.rs"]
+mod memory;
 #[path = "hooks/ports.rs"]
 mod ports;
 #[path = "hooks/upstreams.rs"]
@@ -74,9 +78,12 @@ hook_test! {
         let kernel = testbed.enrolled();
         let cookie = testbed.cookie();
         let listener = listen_as_agent(&kernel, &testbed.pod(), OUTBOUND_PORT);
-        testbed.connect("4", "203.0.113.9", 80).end();
-        let (_stream, key) = accept(&listener, cookie);
-        assert_eq!(kernel.take_original_destination(&key).unwrap().unwrap().port, 80);
+        for (family, address, meant, _) in FAMILIES {
+            testbed.connect(family, address, 80).end();
+            let (_stream, key) = accept(&listener, cookie);
+            let taken = kernel.take_original_destination(&key).unwrap().unwrap();
+            assert_eq!((ip_from_bytes(taken.address).to_string().as_str(), taken.port), (meant, 80));
+        }
     }
 }
 
@@ -86,9 +93,12 @@ hook_test! {
         let _listener = listen_as_agent(&kernel, &testbed.pod(), OUTBOUND_PORT);
         let entries = || destinations(&testbed, testbed.cookie()).iter().count();
         // From an address that answers do not come back to: it stays in SYN_SENT until it is given up.
-        for (family, option, from, address) in
-            [("4", "IP, 19", "203.0.113.1", "203.0.113.9"), ("6", "IPV6, 75", "2001:db8:9::1", "2001:db8:9::9")]
-        {
+        // IP_TRANSPARENT, IPV6_TRANSPARENT: by either, an IPv6 socket takes a v4-mapped address.
+        for (family, option, from, address) in [
+            ("4", "IP, 19", "203.0.113.1", "203.0.113.9"),
+            ("6", "IPV6, 75", "2001:db8:9::1", "2001:db8:9::9"),
+            ("6", "IPV6, 75", "::ffff:203.0.113.1", "::ffff:203.0.113.9"),
+        ] {
             let mut client = testbed.script_as_root(&testbed.pod(), &format!(
                 "s = stream('{family}'); s.setsockopt(socket.IPPROTO_{option}, 1); s.bind(('{from}', 0)); s.setblocking(False)
 say(errno.errorcode[s.connect_ex(('{address}', 80))]); told(); s.close(); say('closed')"

@@ -1,7 +1,8 @@
-//! Size of every kernel map, in one place, with its memory. An entry of a hash map costs about key + value + 64 bytes.
+//! Size of every kernel map, in one place, with its memory. An entry of a hash map costs at most key + value + 72 bytes, and each map
+//! about 1 KiB; `MAP_MEMORY` adds it up.
 
 /// Pods on a node (`PODS`, and the slots of `LISTENERS`). The kubelet's default limit is 110.
-/// 1,024 × (8 + 72 + 64) B = 144 KiB.
+/// 1,024 × (8 + 72 + 72) B = 152 KiB.
 pub const MAX_PODS: u32 = 1024;
 
 /// Addresses of a Pod. Kubernetes gives two (dual stack).
@@ -9,12 +10,12 @@ pub const MAX_POD_ADDRESSES: usize = 4;
 
 /// Redirected connections of *one Pod* between their connect and the agent's accept (its map in `ORIGINAL_DESTINATIONS`): twice
 /// the agent's backlog. A Pod can keep entries for as long as it keeps sockets in SYN_SENT; so each has a map of its own, made at
-/// enrolment and freed at release. 8,192 × (48 + 32 + 64) B + 128 KiB of buckets = 1.3 MiB a Pod at most; entries are allocated
+/// enrolment and freed at release. 8,192 × (48 + 32 + 72) B = 1.2 MiB a Pod at most; entries are allocated
 /// as used. Full: the connection has no entry, is counted, and the agent refuses it when it accepts. Other Pods do not notice.
 pub const MAX_ORIGINAL_DESTINATIONS_PER_POD: u32 = 8_192;
 
 /// Connects of the agent to applications on their way (`UPSTREAM_CONNECTIONS`): until the application's end is established.
-/// 65,536 × (40 + 8 + 64) B = 7 MiB at most; allocated as used. The agent bounds its connects far below, in user space, and
+/// 65,536 × (40 + 8 + 72) B = 7.5 MiB at most; allocated as used. The agent bounds its connects far below, in user space, and
 /// refuses there. Should the map be full nevertheless, the connect is counted and steered to the agent's plaintext listener, as
 /// one of the client that it shows: it does not reach the application, and passes no policy that this client would not.
 pub const MAX_UPSTREAM_CONNECTIONS: u32 = 65_536;
@@ -30,3 +31,49 @@ pub const MAX_MESH_DESTINATIONS: u32 = 65_536;
 /// IPv6 extension headers that are walked on the way to TCP. Real packets have one or two; behind more, a packet that a Pod sends
 /// is dropped and counted.
 pub const MAX_EXTENSION_HEADERS: u32 = 8;
+/// What the kernel holds for a map at most, all entries used, on a machine with so many CPUs.
+#[derive(Clone, Copy, Debug)]
+pub struct MapMemory {
+    /// Of its pin; `POD` is each Pod's own in `ORIGINAL_DESTINATIONS`.
+    pub name: &'static str,
+    pub bytes: u64,
+    pub bytes_per_cpu: u64,
+}
+
+/// `mesh-agent/tests/hooks/memory.rs` fills the maps and compares with what the kernel says. The storage of sockets is not in it:
+/// it is memory of the sockets themselves, of which each may have `net.core.optmem_max`.
+pub const MAP_MEMORY: [MapMemory; 10] = [
+    hash("PODS", MAX_PODS, 8 + 72),
+    array("HEARTBEAT", 8, 0),
+    array("AGENT_SOCKETS", 0, 32),
+    array("ORIGINAL_DESTINATIONS_OF_SOCKETS", 0, 32),
+    hash("ORIGINAL_DESTINATIONS", MAX_PODS, 8 + 8),
+    hash("POD", MAX_ORIGINAL_DESTINATIONS_PER_POD, 48 + 32),
+    hash("UPSTREAM_CONNECTIONS", MAX_UPSTREAM_CONNECTIONS, 40 + 8),
+    array("LISTENERS", MAX_LISTENERS as u64 * 8, 0),
+    array("MESH_DESTINATIONS", MAX_MESH_DESTINATIONS as u64 * 128, 0),
+    array("COUNTERS", super::Counter::COUNT as u64 * 8, super::Counter::COUNT as u64 * 8),
+];
+
+/// By CPU: its locks, and a spare entry.
+const fn hash(name: &'static str, entries: u32, key_and_value: u64) -> MapMemory {
+    let entry = key_and_value + HASH_ENTRY_BYTES;
+    MapMemory {
+        name,
+        bytes: MAP_BYTES + entries as u64 * entry,
+        bytes_per_cpu: 32 + entry,
+    }
+}
+
+const fn array(name: &'static str, bytes: u64, bytes_per_cpu: u64) -> MapMemory {
+    MapMemory {
+        name,
+        bytes: MAP_BYTES + bytes,
+        bytes_per_cpu,
+    }
+}
+
+/// Of a map without entries, about.
+const MAP_BYTES: u64 = 1024;
+/// Of an entry of a hash map beside its key and value, with its bucket.
+const HASH_ENTRY_BYTES: u64 = 72;

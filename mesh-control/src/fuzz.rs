@@ -2,8 +2,13 @@
 
 use std::sync::Arc;
 
-use crate::authority;
+use mesh_proto::discovery::DeltaDiscoveryRequest;
+use mesh_proto::node::NodeReport;
+use prost::Message as _;
+
+use crate::discovery::subscription::Subscription;
 use crate::registry::{Registry, Scan};
+use crate::{authority, proto};
 
 /// A file of the registry folder: read twice it says the same, and what was good once stays when it breaks.
 pub fn manifests(bytes: &[u8]) {
@@ -21,5 +26,24 @@ pub fn manifests(bytes: &[u8]) {
 pub fn request(bytes: &[u8]) {
     if let Ok(text) = std::str::from_utf8(bytes) {
         authority::fuzz(text);
+    }
+}
+
+/// What an agent asks for on a stream, one request after the other, where there is nothing yet: no name that it gives is answered
+/// without having been asked for.
+pub fn subscriptions(mut bytes: &[u8]) {
+    let mut subscription = Subscription::default();
+    while let Ok(request) = DeltaDiscoveryRequest::decode_length_delimited(&mut bytes) {
+        let _ = proto::text_field(request.node.as_ref().and_then(|node| node.metadata.as_ref()), "NODE_NAME");
+        if subscription.request(proto::request_from_wire(request), None).is_err() {
+            return;
+        }
+    }
+}
+
+/// What an agent says of its Pods: no word about a Pod that it did not name.
+pub fn reports(bytes: &[u8]) {
+    if let Ok(report) = NodeReport::decode(bytes) {
+        assert!(proto::pod_words(&report.pods).len() <= report.pods.len());
     }
 }

@@ -293,21 +293,36 @@ fn without_root(shared: &mut Shared) -> Result<()> {
     // Where "nobody" may run it.
     let folder = shared.folder.path();
     std::fs::set_permissions(folder, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
-    let binary = folder.join("mesh-demo");
-    std::fs::copy(binaries::path("mesh-demo")?, &binary)?;
     let nobody = Place {
         unprivileged: true,
         ..here()
     };
-    for arguments in [&["--check"][..], &[]] {
-        let output = nobody.run(&binary, arguments, COMMAND)?;
-        let said = format!("{}{}", output.stdout, output.stderr);
-        ensure!(
-            output.status.code() == Some(1) && said.contains("missing") && said.contains("root"),
-            "expected a failure that names root, saw {output:?}"
-        );
-        ensure!(!said.contains("Bringing up"), "it began without root: {said}");
+    for (name, commands) in [
+        ("mesh-demo", &[&["--check"][..], &[]][..]),
+        ("xtask", &[&["demo", "--check"], &["demo"], &["bench"], &["fresh"]]),
+    ] {
+        let binary = folder.join(name);
+        std::fs::copy(binaries::path(name)?, &binary)?;
+        for arguments in commands {
+            let output = nobody.run(&binary, arguments, COMMAND)?;
+            let said = format!("{}{}", output.stdout, output.stderr);
+            ensure!(
+                output.status.code() == Some(1) && said.contains("missing") && said.contains("root"),
+                "{name} {arguments:?}: expected a failure that names root, saw {output:?}"
+            );
+            ensure!(
+                !said.contains("Bringing up") && !said.contains("building") && !said.contains("panicked"),
+                "{name} {arguments:?}: it began without root: {said}"
+            );
+        }
     }
+    // What needs no root is not held back, and what was not tested is said; in CI that is a failure.
+    let output = nobody.run(&folder.join("xtask"), &["test", "net"], COMMAND)?;
+    let said = format!("{}{}", output.stdout, output.stderr);
+    ensure!(
+        said.contains("skipped: net: everything: root is missing") && said.contains("1 skipped"),
+        "expected a skip that names root, saw {output:?}"
+    );
     Ok(())
 }
 

@@ -32,6 +32,9 @@ const AGENT_PORTS: [u16; 4] = [15001, 15006, TUNNEL_PORT, PROBE_PORT];
 const TUNNEL_PORT: u16 = 15008;
 const PROBE_PORT: u16 = 15009;
 
+#[path = "mesh/web_server.rs"]
+mod web_server;
+
 fn main() -> ExitCode {
     suite::run(
         "mesh",
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
             ("a_denied_connection_names_its_policy", denied),
             ("a_broken_manifest_leaves_the_last_good_policy", broken_manifest),
             ("a_connection_has_one_log_line_on_each_side", one_line_each),
+            ("an_ordinary_web_server_serves_through_the_mesh", web_server::serves),
             ("release_leaves_the_pod_as_it_was", release),
         ],
     )
@@ -374,12 +378,24 @@ fn broken_manifest(mesh: &mut Mesh) -> Result<()> {
         &policy("mine", "server", "Deny", &format!("[{{ to: [{{ ports: [{ECHO_PORT}] }}] }}]")),
     )?;
     mesh.wait_for_outcome("client", server, ECHO_PORT, false)?;
-    for broken in [
-        "apiVersion: [",
-        &policy("mine", "server", "Deny", "[{ to: [{ ports: [99999] }] }]"),
-        &policy("mine", "server", "Maybe", "[]"),
+    let good = policy("fine", "nobody", "Deny", "[]");
+    let rule = "[{ to: [{ ports: [99999] }] }]";
+    for (broken, said) in [
+        (
+            "apiVersion: [".to_owned(),
+            &["document=1 ", "reason=\"syntax\"", "no YAML"][..],
+        ),
+        (
+            policy("mine", "server", "Deny", rule),
+            &["document=1 ", "reason=\"field\"", "shop/mine", "spec.rules[0].to[0].ports[0]"],
+        ),
+        (
+            format!("{good}---\n{}", policy("mine", "server", "Maybe", "[]")),
+            &["document=2 ", "reason=\"field\"", "shop/mine", "spec.action"],
+        ),
     ] {
-        mesh.registry.write("mine.yaml", broken)?;
+        let read = control_log(mesh)?.len();
+        mesh.registry.write("mine.yaml", &broken)?;
         // A change elsewhere arrives, so the broken file was read, and is still without effect.
         let other = format!("[{{ to: [{{ ports: [{ECHO_PORT}] }}] }}]");
         mesh.registry.write("other.yaml", &policy("other", "local", "Deny", &other))?;
@@ -392,11 +408,21 @@ fn broken_manifest(mesh: &mut Mesh) -> Result<()> {
         mesh.app
             .connect(&mesh.pod("client").place(), server, ECHO_PORT)?
             .expect_refused(QUICKLY)?;
+        // One line says all that is needed to find it.
+        let log = control_log(mesh)?.split_off(read);
+        let always = ["WARN", "manifest rejected", "file=mine.yaml", "last_good_in_force=true"];
+        ensure!(
+            log.lines()
+                .any(|line| always.iter().chain(said).all(|part| line.contains(part))),
+            "no line says {always:?} and {said:?}:\n{log}"
+        );
     }
-    let log = std::fs::read_to_string(mesh.topology.folder().join("mesh-control.log"))?;
-    ensure!(log.contains("mine.yaml"), "mesh-control's log does not name the broken file");
     mesh.registry.remove("mine.yaml")?;
     mesh.wait_for_outcome("client", server, ECHO_PORT, true)
+}
+
+fn control_log(mesh: &Mesh) -> Result<String> {
+    Ok(std::fs::read_to_string(mesh.topology.folder().join("mesh-control.log"))?)
 }
 
 fn release(mesh: &mut Mesh) -> Result<()> {

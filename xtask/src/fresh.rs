@@ -1,5 +1,5 @@
 //! `cargo xtask fresh`: the README's two commands on a machine that has nothing: a minimal Debian 12 made for the purpose,
-//! with only rustup's toolchain brought in. This machine's apt sources and options are used, as any mirror will do.
+//! with only rustup's active stable toolchain brought in. This machine's apt sources and options are used, as any mirror will do.
 
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -129,12 +129,17 @@ impl Machine {
         }
         script += &format!("mount --rbind /dev {root}/dev\nmkdir -p {root}/sys/fs/cgroup\n");
         script += &format!("mount -t cgroup2 cgroup2 {root}/sys/fs/cgroup\nmount -t bpf bpf {root}/sys/fs/bpf\n");
-        for folder in [home.join(".rustup"), home.join(".cargo/bin")] {
-            if folder.is_dir() {
-                let inside = format!("{root}{GUEST_HOME}/{}", folder.strip_prefix(&home)?.display());
-                script += &format!("mkdir -p {inside}\nmount --bind {} {inside}\n", folder.display());
-            }
-        }
+        // The stable toolchain alone: with another that builds `core`, the way that everybody else's machine goes is not gone.
+        let toolchain = stable_toolchain()?;
+        let name = toolchain.file_name().context("a toolchain has a name")?.display();
+        let (rustup, cargo) = (
+            format!("{root}{GUEST_HOME}/.rustup"),
+            format!("{root}{GUEST_HOME}/.cargo/bin"),
+        );
+        script += &format!("mkdir -p {rustup}/toolchains/{name} {cargo}\n");
+        script += &format!("mount --bind {} {rustup}/toolchains/{name}\n", toolchain.display());
+        script += &format!("mount --bind {} {cargo}\n", home.join(".cargo/bin").display());
+        script += &format!("printf 'version = \"12\"\\ndefault_toolchain = \"{name}\"\\n' > {rustup}/settings.toml\n");
         for file in [".cargo/config.toml", ".cargo/env"] {
             if home.join(file).is_file() {
                 script += &format!(
@@ -177,6 +182,15 @@ impl Machine {
             .process_group(0);
         Ok(command)
     }
+}
+
+/// Where the toolchain is that builds this checkout.
+fn stable_toolchain() -> Result<PathBuf> {
+    let version = tools::output(Command::new("rustc").arg("--version"))?;
+    if version.contains("-nightly") || version.contains("-beta") {
+        bail!("the active toolchain is {version}; README asks for stable, so only that is brought in");
+    }
+    tools::rust_sysroot()
 }
 
 impl Drop for Machine {

@@ -1,6 +1,6 @@
 //! `cargo xtask test`: every test that this machine can run, counted; what it cannot run is said, and never counts as passed.
 
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 
@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 
 use crate::workspace::{USER_HALF, Workspace};
-use crate::{demo, ebpf, tools};
+use crate::{demo, ebpf, fuzz, tools};
 
 #[derive(Args)]
 pub struct Arguments {
@@ -23,6 +23,8 @@ pub struct Arguments {
 enum Part {
     /// Seconds, no root: tables, protocol state machines, the tunnel on loopback
     Unit,
+    /// Every parser of bytes from outside: its corpus, and seconds of what comes of it
+    Fuzz,
     /// Minutes, root: the kernel programs, two nodes of namespaces, the demo's claims
     Net,
     /// A real Kubernetes
@@ -62,6 +64,16 @@ pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCode> {
     if wants(Part::Net) {
         net(workspace, filter, &mut totals)?;
     }
+    // Last: it shares what the others have built.
+    if wants(Part::Fuzz) {
+        heading("fuzz targets");
+        match fuzz::test(workspace, filter) {
+            Ok(targets) => targets
+                .into_iter()
+                .for_each(|(target, is_clean)| totals.add(&format!("the fuzz target {target}"), is_clean)),
+            Err(error) => totals.add(&format!("the fuzz targets could not be run: {error:#}"), false),
+        }
+    }
     if wants(Part::Kube) {
         tools::say("kube: there is no Kubernetes suite yet; nothing was tested against a real Kubernetes");
     }
@@ -94,7 +106,8 @@ fn unit(workspace: &Workspace, filter: Option<&str>, totals: &mut Totals) -> Res
         None
     };
     let mut cargo = workspace.cargo(&["test", "--locked", "--no-fail-fast", "--lib", "--bins"]);
-    cargo.args(USER_HALF).arg("--").args(filter);
+    // With it a test that skips itself is heard.
+    cargo.args(USER_HALF).args(["--", "--nocapture"]).args(filter);
     if let Some(object) = &object {
         cargo.env(ebpf::OBJECT_VARIABLE, object);
     }
@@ -134,34 +147,45 @@ fn net(workspace: &Workspace, filter: Option<&str>, totals: &mut Totals) -> Resu
     heading("the demo's claims");
     let mut command = Command::new(workspace.binaries().join("mesh-demo"));
     command.arg("--check").env("CULVERT_BIN_DIR", workspace.binaries());
-    if command.status().context("starting the demo")?.success() {
-        totals.passed += 1;
-    } else {
-        totals.failed += 1;
-        totals.broken.push("the demo".to_owned());
-    }
+    let is_good = command.status().context("starting the demo")?.success();
+    totals.add("the demo", is_good);
     Ok(())
 }
 
 impl Totals {
+    /// Something that is one test by itself.
+    fn add(&mut self, name: &str, is_good: bool) {
+        if is_good {
+            self.passed += 1;
+        } else {
+            self.failed += 1;
+            self.broken.push(name.to_owned());
+        }
+    }
+
     /// Runs a test command, shows its output and counts by the harness's own summary lines.
     fn count(&mut self, name: &str, command: &mut Command) -> Result<()> {
         let mut child = command.stdout(Stdio::piped()).spawn().context("starting cargo")?;
         let output = child.stdout.take().context("the output of cargo")?;
-        let mut stdout = std::io::stdout();
+        self.read(BufReader::new(output), &mut std::io::stdout())?;
+        if !child.wait()?.success() {
+            self.broken.push(name.to_owned());
+        }
+        Ok(())
+    }
+
+    /// A test command's output, which is also shown.
+    fn read(&mut self, output: impl BufRead, shown: &mut impl Write) -> Result<()> {
         let before = (self.passed, self.skipped.len(), self.reported_skips);
-        for line in BufReader::new(output).split(b'\n') {
+        for line in output.split(b'\n') {
             let line = String::from_utf8_lossy(&line?).into_owned();
-            let _ = writeln!(stdout, "{line}");
+            let _ = writeln!(shown, "{line}");
             self.take(&line);
         }
         // A test of Rust's own harness that skips itself counts as passed there; not here. Suites with our runner say
         // themselves how many they skipped.
         let skipped_themselves = (self.skipped.len() - before.1).saturating_sub(self.reported_skips - before.2);
         self.passed = self.passed.saturating_sub(skipped_themselves).max(before.0);
-        if !child.wait()?.success() {
-            self.broken.push(name.to_owned());
-        }
         Ok(())
     }
 
@@ -230,6 +254,28 @@ mod tests {
         totals.take("test result: FAILED. 3 passed; 0 failed; 2 ignored");
         assert_eq!((totals.passed, totals.failed), (15, 1));
         assert_eq!(totals.skipped, ["a::b: no root"]);
+    }
+
+    #[test]
+    fn a_test_that_skips_itself_has_not_passed() {
+        let mut totals = Totals::default();
+        let said = "test b ... ok\nnoise SKIPPED: a::b: only root can\ntest result: ok. 3 passed; 0 failed; 0 ignored\n";
+        let mut shown = Vec::new();
+        totals.read(said.as_bytes(), &mut shown).unwrap();
+        assert_eq!((totals.passed, totals.failed), (2, 0));
+        assert_eq!(
+            totals.lines(),
+            ["skipped: a::b: only root can", "2 passed, 0 failed, 1 skipped"]
+        );
+        assert_eq!(shown, said.as_bytes());
+    }
+
+    #[test]
+    fn something_that_is_one_test_is_counted_as_one() {
+        let mut totals = Totals::default();
+        totals.add("good", true);
+        totals.add("bad", false);
+        assert_eq!(totals.lines(), ["failed: bad", "1 passed, 1 failed, 0 skipped"]);
     }
 
     #[test]

@@ -87,23 +87,51 @@ pub fn rust_sysroot() -> Result<PathBuf> {
     Ok(PathBuf::from(output(Command::new("rustc").args(["--print", "sysroot"]))?))
 }
 
-/// The linker of kernel programs: the one on the machine if it has the right version, else one built against rustup's own LLVM
-/// and kept outside the checkout, so that the next clean clone finds it.
+/// The linker of kernel programs: the one on the machine if it has the right version, else one built against an LLVM that is
+/// there, and kept outside the checkout, so that the next clean clone finds it.
 pub fn bpf_linker(workspace: &Workspace) -> Result<PathBuf> {
-    let wanted = format!("bpf-linker {BPF_LINKER_VERSION}");
-    let llvm = rust_llvm()?;
-    let own = cache_folder(workspace).join(format!("bpf-linker-{BPF_LINKER_VERSION}-{}", identity_of(&llvm)?));
-    let built = own.join("bin").join("bpf-linker");
-    for candidate in [find_command("bpf-linker"), Some(built.clone())].into_iter().flatten() {
-        let version = Command::new(&candidate).arg("--version").stderr(Stdio::null()).output();
-        if version.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).starts_with(&wanted)) {
-            return Ok(candidate);
+    if let Some(linker) = find_command("bpf-linker").filter(|linker| is_wanted(linker)) {
+        return Ok(linker);
+    }
+    first_that_works(
+        &[("the LLVM of rustup's rustc", &rust_llvm), ("Debian's LLVM", &debian_llvm)],
+        |llvm| linker_for(workspace, llvm),
+    )
+    .context("no bpf-linker, which links the kernel programs")
+}
+
+/// What `make` makes of the first thing for which it does. A failure is said at once: what follows takes minutes.
+fn first_that_works<T>(things: &[(&str, &dyn Fn() -> Result<PathBuf>)], make: impl Fn(&Path) -> Result<T>) -> Result<T> {
+    let mut failures = Vec::new();
+    for (name, thing) in things {
+        match thing().and_then(|thing| make(&thing)) {
+            Ok(made) => return Ok(made),
+            Err(error) => {
+                let failure = format!("with {name}: {error:#}");
+                say(&failure);
+                failures.push(failure);
+            }
         }
+    }
+    bail!("{}", failures.join("; "))
+}
+
+fn is_wanted(linker: &Path) -> bool {
+    let version = Command::new(linker).arg("--version").stderr(Stdio::null()).output();
+    version.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).starts_with(&format!("bpf-linker {BPF_LINKER_VERSION}")))
+}
+
+/// The linker that was built against that library; built now if it was not.
+fn linker_for(workspace: &Workspace, llvm: &Path) -> Result<PathBuf> {
+    let own = cache_folder(workspace).join(format!("bpf-linker-{BPF_LINKER_VERSION}-{}", identity_of(llvm)?));
+    let built = own.join("bin").join("bpf-linker");
+    if is_wanted(&built) {
+        return Ok(built);
     }
     say(&format!(
         "building bpf-linker {BPF_LINKER_VERSION}: it links the kernel programs (a minute or two, once)"
     ));
-    let prefix = link_llvm(&llvm, &own)?;
+    let prefix = link_llvm(llvm, &own)?;
     let scratch = own.join("build");
     let mut cargo = workspace.cargo(&[
         "install",
@@ -121,8 +149,12 @@ pub fn bpf_linker(workspace: &Workspace) -> Result<PathBuf> {
         .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
         .env("CARGO_PROFILE_RELEASE_STRIP", "true")
         .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1");
-    run(&mut cargo)?;
+    let installed = run(&mut cargo);
     let _ = std::fs::remove_dir_all(scratch);
+    installed?;
+    if !is_wanted(&built) {
+        bail!("{} was built and does not run", built.display());
+    }
     Ok(built)
 }
 
@@ -156,7 +188,20 @@ fn rust_llvm() -> Result<PathBuf> {
         .with_context(|| format!("no LLVM 22 in {}: Rust 1.95 from rustup brings it", folder.display()))
 }
 
-/// A folder that looks like an installed LLVM: the library that rustc itself brings, under the names that the linker asks for
+/// The one that Debian's compiler for kernel programs brings.
+fn debian_llvm() -> Result<PathBuf> {
+    const PACKAGE: &str = "libllvm22";
+    let library = PathBuf::from(format!("/usr/lib/{}-linux-gnu/libLLVM.so.22.1", std::env::consts::ARCH));
+    if !library.exists() {
+        install(&[PACKAGE], "the LLVM of the linker of kernel programs")?;
+    }
+    if !library.exists() {
+        bail!("{PACKAGE} has no {}", library.display());
+    }
+    Ok(library)
+}
+
+/// A folder that looks like an installed LLVM: a library that is there already, under the names that the linker asks for
 /// when it is built (`libLLVM.so`) and when it runs (its own).
 fn link_llvm(library: &Path, own: &Path) -> Result<PathBuf> {
     let prefix = own.join("llvm");
@@ -168,4 +213,29 @@ fn link_llvm(library: &Path, own: &Path) -> Result<PathBuf> {
         std::os::unix::fs::symlink(library, &link)?;
     }
     Ok(prefix)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_fails_is_stood_in_for_and_named_if_nothing_works() {
+        let there = || Ok(PathBuf::from("/there"));
+        let missing = || bail!("it is missing");
+        let broken = |path: &Path| {
+            if path.ends_with("broken") {
+                bail!("it does not link");
+            }
+            Ok(path.to_owned())
+        };
+        let works = first_that_works(
+            &[("one", &missing), ("two", &|| Ok("/broken".into())), ("three", &there)],
+            broken,
+        );
+        assert_eq!(works.unwrap(), Path::new("/there"));
+        let nothing = first_that_works(&[("one", &missing), ("two", &|| Ok("/broken".into()))], broken);
+        let said = nothing.unwrap_err().to_string();
+        assert_eq!(said, "with one: it is missing; with two: it does not link");
+    }
 }

@@ -12,7 +12,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use aya::Ebpf;
 use aya::maps::{Array, HashMap, MapData, PerCpuArray, SkStorage, SockMap};
-use aya::programs::Program;
 use ipnet::IpNet;
 use mesh_common::{
     AgentSocketValue, Counter, LISTENERS_PER_POD, OriginalDestinationValue, PodValue, RedirectedConnectionKey,
@@ -24,10 +23,8 @@ use parking_lot::Mutex;
 use self::destinations::{Destinations, remove_if};
 use self::mesh_destinations::MeshDestinations;
 use self::pin_names::{pin_name, pod_uid};
-use self::pins::{attach, detach, names_in, open_cgroup_root, prepare_pins};
-use self::programs::{
-    LOOKUP_PROGRAM, NODE_PROGRAMS, OBJECT, load_node_programs, loader, loading, program_failed, take_map, typed,
-};
+use self::pins::{NewLinks, attach, detach, names_in, open_cgroup_root, prepare_pins};
+use self::programs::{LOOKUP_PROGRAM, NODE_PROGRAMS, attaching, load_lookup_program, load_node_programs, take_map, typed};
 use super::CaptureError;
 use super::bpf_syscalls::{self, AttachType};
 use super::heap;
@@ -83,7 +80,15 @@ impl Kernel {
     /// # Errors
     /// No bpffs, no cgroup v2, pins of another ABI version, or a kernel without a needed feature, which the error names.
     pub fn load(config: &KernelConfig) -> Result<Kernel, CaptureError> {
-        let loaded = Self::load_with(config, load_node_programs);
+        Self::load_tested(config, |_| Ok(()))
+    }
+
+    /// The same with a last word of the caller. What fails leaves nothing attached that was not so before.
+    pub(super) fn load_tested(
+        config: &KernelConfig,
+        test: impl FnOnce(&Kernel) -> Result<(), CaptureError>,
+    ) -> Result<Kernel, CaptureError> {
+        let loaded = Self::load_with(config, load_node_programs, test);
         heap::trim();
         loaded
     }
@@ -93,12 +98,13 @@ impl Kernel {
     /// # Errors
     /// As [`Kernel::load`].
     pub fn load_as_before_set_retval(config: &KernelConfig) -> Result<Kernel, CaptureError> {
-        Self::load_with(config, |directory, _| load_node_programs(directory, false))
+        Self::load_with(config, |directory, _| load_node_programs(directory, false), |_| Ok(()))
     }
 
     fn load_with(
         config: &KernelConfig,
         load_node_programs: impl Fn(&Path, bool) -> Result<Ebpf, CaptureError>,
+        test: impl FnOnce(&Kernel) -> Result<(), CaptureError>,
     ) -> Result<Kernel, CaptureError> {
         if !has_programs() {
             return Err(CaptureError::Other(
@@ -123,18 +129,19 @@ impl Kernel {
                 Err(_) => return Err(error),
             },
         };
+        // Each Pod gets an instance of its own; a kernel that has no such programs is told so now, not at the first Pod.
+        drop(load_lookup_program(&directory, limits::MAX_PODS)?);
+        let mut new_links = NewLinks::default();
         let cgroup_id = cgroup.metadata().map_err(|error| failed(cgroup_root.display(), error))?.ino();
         for (name, attach_type, _) in NODE_PROGRAMS {
             let program = programs.program(name).ok_or_else(|| failed(name, "not in the object"))?;
             let fd = program.fd().map_err(|error| failed(name, error))?;
-            attach(
-                fd.as_fd(),
-                cgroup.as_fd(),
-                cgroup_id,
-                attach_type,
-                &directory.join("links").join(name),
-            )
-            .map_err(|error| failed(format!("attaching {name} to {}", cgroup_root.display()), error))?;
+            let pin = directory.join("links").join(name);
+            let is_new = attach(fd.as_fd(), cgroup.as_fd(), cgroup_id, attach_type, &pin)
+                .map_err(|error| attaching(name, cgroup_root.display(), &error))?;
+            if is_new {
+                new_links.add(pin);
+            }
         }
 
         let kernel = Kernel {
@@ -152,6 +159,8 @@ impl Kernel {
         let now = now_ns()?;
         kernel.destinations.sweep(0, 1, now, DESTINATION_AGE_NS);
         kernel.sweep_upstreams(now);
+        test(&kernel)?;
+        new_links.keep();
         Ok(kernel)
     }
 
@@ -231,15 +240,9 @@ impl Kernel {
     }
 
     fn load_and_attach_lookup(&self, slot: u32, pod_uid: &str, netns: BorrowedFd<'_>) -> Result<(), CaptureError> {
-        let (name, feature) = LOOKUP_PROGRAM;
-        let mut programs = loader(&self.directory)
-            .override_global("SLOT", &slot, true)
-            .load(OBJECT)
-            .map_err(loading)?;
-        let Some(Program::SkLookup(program)) = programs.program_mut(name) else {
-            return Err(failed(name, "not in the object"));
-        };
-        program.load().map_err(|error| program_failed(name, feature, &error))?;
+        let (name, _) = LOOKUP_PROGRAM;
+        let programs = load_lookup_program(&self.directory, slot)?;
+        let program = programs.program(name).ok_or_else(|| failed(name, "not in the object"))?;
         let fd = program.fd().map_err(|error| failed(name, error))?;
         let inode = nix::sys::stat::fstat(netns)
             .map_err(|error| failed("the Pod's network namespace", error))?
@@ -251,7 +254,8 @@ impl Kernel {
             AttachType::SkLookup,
             &self.directory.join("pods").join(pin_name(pod_uid)),
         )
-        .map_err(|error| failed(format!("attaching {name} to the network namespace of Pod {pod_uid}"), error))
+        .map(|_| ())
+        .map_err(|error| attaching(name, format_args!("the network namespace of Pod {pod_uid}"), &error))
     }
 
     /// Detaches a Pod's sk_lookup program. `false`: it had none.

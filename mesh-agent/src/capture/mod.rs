@@ -136,8 +136,10 @@ impl Capture {
             .into_iter()
             .map(|(uid, record)| (uid, Enrolment::of(record)))
             .collect();
-        let kernel = Arc::new(Kernel::load(&config.kernel)?);
-        self_test::upstream_connects_are_noted(&kernel, &cgroup_root)?;
+        let kernel = Kernel::load_tested(&config.kernel, |kernel| {
+            self_test::upstream_connects_are_noted(kernel, &cgroup_root)
+        })?;
+        let kernel = Arc::new(kernel);
         let heartbeat = Heartbeat::start(Arc::clone(&kernel))?;
         probe_child::sweep_probe_cgroups(&cgroup_root);
         Ok(Arc::new(Self {

@@ -2,7 +2,6 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
 
 use mesh_common::RedirectedConnectionKey;
 use tokio::net::TcpSocket;
@@ -20,21 +19,16 @@ pub struct PodNamespace {
     netns: NetNamespace,
     slot: u32,
     addresses: Vec<IpAddr>,
-    /// Counts the upstream sockets; gives each its local port.
-    next_port: AtomicU32,
     upstreams: Upstreams,
 }
 
 impl PodNamespace {
     pub(super) fn new(kernel: Arc<Kernel>, netns: NetNamespace, slot: u32, addresses: Vec<IpAddr>, upstreams: Upstreams) -> Self {
-        // A restarted agent starts elsewhere in the range: connections of its predecessor may be in TIME_WAIT.
-        let next_port = AtomicU32::new(rand::random());
         Self {
             kernel,
             netns,
             slot,
             addresses,
-            next_port,
             upstreams,
         }
     }
@@ -87,7 +81,7 @@ impl PodNetwork for PodNamespace {
         let towards = application.ip();
         let socket = self
             .netns
-            .run(|| sockets::upstream(&self.kernel, self.slot, &self.next_port, client, client_is_pod, towards))?;
+            .run(|| sockets::upstream(&self.kernel, self.slot, client, client_is_pod, towards))?;
         let local = socket.local_addr().step("reading an upstream socket's address")?;
         self.upstreams.register(&mut lease, local, application);
         Ok(Upstream { socket, lease })

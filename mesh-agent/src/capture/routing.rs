@@ -1,13 +1,17 @@
 //! What the Pod's namespace needs so that the application's answers to a transparent client address come back to the agent: a rule,
-//! a route and three settings. Everything here runs inside the namespace (`NetNamespace::run`).
+//! a route and three settings; and a fourth that keeps the agent's ports. Everything here runs inside the namespace
+//! (`NetNamespace::run`).
 //!
 //! The upstream socket's SYN carries our mark; `tcp_fwmark_accept` gives it to the application's accepted socket,
 //! `fwmark_reflect` to a reset from a closed port; the rule sends what is marked to our table, which delivers it locally.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
+use std::ops::RangeInclusive;
 use std::path::Path;
 
+use mesh_common::{OUTBOUND_PORT, PLAINTEXT_INBOUND_PORT, PROBE_PORT, TUNNEL_PORT};
 use serde::{Deserialize, Serialize};
 
 use super::netlink::{Family, Netlink};
@@ -23,6 +27,11 @@ const RULE_PREFERENCE: u32 = 100;
 const SETTINGS_V4: [&str; 2] = ["net/ipv4/tcp_fwmark_accept", "net/ipv4/fwmark_reflect"];
 const SETTINGS_V6: [&str; 1] = ["net/ipv6/fwmark_reflect"];
 const WANTED: &str = "1";
+
+const AGENT_PORTS: [u16; 4] = [OUTBOUND_PORT, PLAINTEXT_INBOUND_PORT, TUNNEL_PORT, PROBE_PORT];
+/// Ports that the kernel gives nobody who asks for *any* port (IPv4 and IPv6): bind4/6 see only who asks for one by name. A Pod
+/// whose port range holds one of the agent's would else have that port when the next agent wants to listen there.
+const RESERVED: &str = "net/ipv4/ip_local_reserved_ports";
 
 /// What was there before; written to the enrolment's record before anything is changed.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,6 +51,10 @@ pub(super) fn observe() -> Result<Before, CaptureError> {
     }
     let ipv6 = has_ipv6();
     let mut settings = Vec::new();
+    let reserved = read_setting(RESERVED)?;
+    if with_agent_ports(&reserved)? != ports(&reserved)? {
+        settings.push((RESERVED.to_owned(), reserved));
+    }
     for setting in wanted_settings(ipv6) {
         let value = read_setting(setting)?;
         if value != WANTED {
@@ -71,6 +84,12 @@ pub(super) fn set_up(before: &Before) -> Result<Vec<&'static str>, CaptureError>
             missing.push(setting);
         }
     }
+    let reserved = read_setting(RESERVED)?;
+    let wanted = with_agent_ports(&reserved)?;
+    if wanted != ports(&reserved)? {
+        write_setting(RESERVED, &ranges(&wanted))?;
+        missing.push(RESERVED);
+    }
     Ok(missing)
 }
 
@@ -84,12 +103,15 @@ pub(super) fn undo(before: &Before) -> Result<(), CaptureError> {
         }
     };
     for (setting, value) in &before.settings {
-        keep(read_setting(setting).and_then(|now| {
-            if now == WANTED {
-                write_setting(setting, value)
-            } else {
-                Ok(())
+        keep(read_setting(setting).and_then(|now| match setting.as_str() {
+            RESERVED => {
+                // Others of the Pod may have reserved more since.
+                let (mut now, before) = (ports(&now)?, ports(value)?);
+                now.retain(|port| before.contains(port) || !AGENT_PORTS.contains(port));
+                write_setting(setting, &ranges(&now))
             }
+            _ if now == WANTED => write_setting(setting, value),
+            _ => Ok(()),
         }));
     }
     match Netlink::open().step("opening a netlink socket in the Pod") {
@@ -123,6 +145,41 @@ fn wanted_settings(ipv6: bool) -> impl Iterator<Item = &'static str> {
     SETTINGS_V4.iter().chain(v6).copied()
 }
 
+fn with_agent_ports(reserved: &str) -> Result<BTreeSet<u16>, CaptureError> {
+    let mut ports = ports(reserved)?;
+    ports.extend(AGENT_PORTS);
+    Ok(ports)
+}
+
+/// A list as `8080,9000-9002`, as proc(5) has it.
+fn ports(list: &str) -> Result<BTreeSet<u16>, CaptureError> {
+    let mut ports = BTreeSet::new();
+    for part in list.split(',').filter(|part| !part.is_empty()) {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        match (first.parse(), last.parse()) {
+            (Ok(first), Ok(last)) => ports.extend::<RangeInclusive<u16>>(first..=last),
+            _ => {
+                return Err(CaptureError::Other(format!(
+                    "{RESERVED} in the Pod holds {part:?}, which is no port"
+                )));
+            }
+        }
+    }
+    Ok(ports)
+}
+
+fn ranges(ports: &BTreeSet<u16>) -> String {
+    let mut ranges: Vec<(u16, u16)> = Vec::new();
+    for &port in ports {
+        match ranges.last_mut() {
+            Some((_, last)) if last.checked_add(1) == Some(port) => *last = port,
+            _ => ranges.push((port, port)),
+        }
+    }
+    let texts: Vec<String> = ranges.iter().map(|(first, last)| format!("{first}-{last}")).collect();
+    texts.join(",")
+}
+
 fn has_ipv6() -> bool {
     read_setting("net/ipv6/conf/lo/disable_ipv6").is_ok_and(|value| value == "0")
 }
@@ -134,10 +191,33 @@ fn read_setting(setting: &str) -> Result<String, CaptureError> {
 }
 
 fn write_setting(setting: &str, value: &str) -> Result<(), CaptureError> {
-    match fs::write(Path::new("/proc/sys").join(setting), value) {
+    // An empty list without its line end would be no write at all.
+    match fs::write(Path::new("/proc/sys").join(setting), format!("{value}\n")) {
         Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => Err(CaptureError::Refused(format!(
             "/proc/sys is read-only for the agent, which must set {setting} in the Pod: give its container a writable /proc/sys"
         ))),
         result => result.step("writing a sysctl in the Pod"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_of_ports_are_read_and_written() {
+        for (list, written) in [
+            ("", ""),
+            ("8080", "8080-8080"),
+            ("8080,9000-9002", "8080-8080,9000-9002"),
+            ("1-2,3,65534-65535", "1-3,65534-65535"),
+        ] {
+            assert_eq!(ranges(&ports(list).unwrap()), written);
+        }
+        for bad in ["a", "1-", "-1", "65536", "1,b"] {
+            assert!(ports(bad).is_err(), "{bad}");
+        }
+        assert_eq!(ranges(&with_agent_ports("15007").unwrap()), "15001-15001,15006-15009");
+        assert!(AGENT_PORTS.into_iter().all(mesh_common::is_agent_port));
     }
 }

@@ -5,7 +5,6 @@ use std::io::{self, BufRead, BufReader};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use mesh_common::{AgentSocketValue, OUTBOUND_PORT, PLAINTEXT_INBOUND_PORT, TUNNEL_PORT, socket_kind};
 use nix::sys::socket::{setsockopt, sockopt};
@@ -140,7 +139,6 @@ pub(super) fn outbound(kernel: &Kernel, slot: u32, towards: IpAddr) -> Result<Tc
 pub(super) fn upstream(
     kernel: &Kernel,
     slot: u32,
-    next_port: &AtomicU32,
     client: IpAddr,
     client_is_pod: bool,
     towards: IpAddr,
@@ -166,20 +164,20 @@ pub(super) fn upstream(
             IpAddr::V4(_) => socket.set_ip_transparent_v4(true).step("setting IP_TRANSPARENT")?,
             IpAddr::V6(_) => socket.set_ip_transparent_v6(true).step("setting IPV6_TRANSPARENT")?,
         }
-        bind_in_own_range(&socket, next_port, client)?;
+        bind_in_own_range(&socket, client)?;
     }
     Ok(into_tokio(socket))
 }
 
-/// First for a port that nothing else holds with this address: then no 4-tuple can collide. When the tries run out (most of the
+/// At random, so that nobody else's SYN meets one that is on its way but by trying thousands. First for a port that nothing else holds with this address: then no 4-tuple can collide. When the tries run out (most of the
 /// range is busy, or in TIME_WAIT), for one that is shared: the kernel then tells at connect (EADDRNOTAVAIL) if the very
 /// 4-tuple lives.
-fn bind_in_own_range(socket: &Socket, next_port: &AtomicU32, client: IpAddr) -> Result<(), CaptureError> {
+fn bind_in_own_range(socket: &Socket, client: IpAddr) -> Result<(), CaptureError> {
     for attempt in 0..EXCLUSIVE_TRIES + SHARED_TRIES {
         if attempt == EXCLUSIVE_TRIES {
             socket.set_reuse_address(true).step("setting SO_REUSEADDR")?;
         }
-        let port = upstream_port(next_port.fetch_add(1, Ordering::Relaxed));
+        let port = upstream_port(rand::random());
         match socket.bind(&SocketAddr::new(client, port).into()) {
             // From here on the port may be shared: with the application, should it want to listen there, too.
             Ok(()) => return socket.set_reuse_address(true).step("setting SO_REUSEADDR"),
@@ -190,8 +188,8 @@ fn bind_in_own_range(socket: &Socket, next_port: &AtomicU32, client: IpAddr) -> 
     Err(CaptureError::PortsExhausted(client))
 }
 
-fn upstream_port(counter: u32) -> u16 {
-    UPSTREAM_PORT_FIRST + u16::try_from(counter % UPSTREAM_PORTS).unwrap_or(0)
+fn upstream_port(random: u32) -> u16 {
+    UPSTREAM_PORT_FIRST + u16::try_from(random % UPSTREAM_PORTS).unwrap_or(0)
 }
 
 fn check_client(client: IpAddr, towards: IpAddr) -> Result<(), CaptureError> {

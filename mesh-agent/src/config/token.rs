@@ -109,3 +109,12 @@ impl NodeToken {
         })
     }
 }
+
+/// What is taken can be sent in a header, and names a server.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(text: &str) {
+    if let Ok(token) = NodeToken::parse(text) {
+        assert!(!token.node.is_empty() && token.address.contains(':'));
+        assert!(http::HeaderValue::try_from(format!("Bearer {}", token.secret.expose())).is_ok());
+    }
+}

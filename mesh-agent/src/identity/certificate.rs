@@ -176,6 +176,59 @@ fn parse_pem<'a>(texts: impl Iterator<Item = &'a String>) -> Result<Vec<Certific
     Ok(certificates)
 }
 
+/// An authority's answer: its elements stand between zero bytes, `LEAF` and `ROOT` in them for a right certificate and its root. The
+/// first three bytes change a character of the leaf's text; a leaf that is not as it was signed is never taken.
+#[cfg(fuzzing)]
+pub fn fuzz(bytes: &[u8]) {
+    use std::sync::OnceLock;
+
+    struct Right {
+        key: Vec<u8>,
+        leaf: String,
+        root: String,
+    }
+    fn right() -> Result<Right, rcgen::Error> {
+        let root_key = KeyPair::generate()?;
+        let mut params = CertificateParams::default();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let root = params.self_signed(&root_key)?.pem();
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let mut leaf = CertificateParams::default();
+        leaf.subject_alt_names = vec![SanType::URI("spiffe://cluster.local/ns/shop/sa/web".try_into()?)];
+        leaf.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ServerAuth];
+        let leaf = leaf.signed_by(&key, &rcgen::Issuer::new(params, root_key))?;
+        Ok(Right {
+            key: key.serialize_der(),
+            leaf: leaf.pem(),
+            root,
+        })
+    }
+    static RIGHT: OnceLock<Right> = OnceLock::new();
+    let right = RIGHT.get_or_init(|| right().unwrap_or_else(|error| panic!("no certificate to start from: {error}")));
+    let [high, low, change, text @ ..] = bytes else { return };
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    // The lines between the first and the last; of the text's own last characters some have bits that do not count.
+    let body = right.leaf.find('\n').unwrap_or(0)..right.leaf.rfind("\n-").unwrap_or(0).saturating_sub(4);
+    let at = body.start + usize::from(u16::from_be_bytes([*high, *low])) % body.len();
+    let (before, rest) = right.leaf.split_at(at);
+    let is_text = rest.starts_with(|character: char| !character.is_ascii_whitespace());
+    // 64 and more: as it was.
+    let leaf = match ALPHABET.get(usize::from(*change)) {
+        Some(character) if is_text => format!("{before}{}{}", char::from(*character), &rest[1..]),
+        _ => right.leaf.clone(),
+    };
+    let elements: Vec<String> = String::from_utf8_lossy(text)
+        .split('\0')
+        .map(|element| element.replace("LEAF", &leaf).replace("ROOT", &right.root))
+        .collect();
+    let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
+    let identity = Identity::new("cluster.local", "shop", "web");
+    let request = KeyAndRequest::with_key(&right.key).unwrap_or_else(|error| panic!("the key is good: {error}"));
+    if let Ok(pair) = request.certify(&identity, &elements, now) {
+        assert!(leaf == right.leaf && pair.not_before <= now && now < pair.not_after && !pair.roots.is_empty());
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -276,6 +276,24 @@ fn read<T: DeserializeOwned>(mut stream: &UnixStream) -> io::Result<(T, Vec<Owne
     Ok((serde_json::from_slice(&text)?, descriptors))
 }
 
+/// What the other end of a handover says: the successor's words, then those of the agent that runs.
+#[cfg(fuzzing)]
+pub fn fuzz(bytes: &[u8]) {
+    use std::io::Write as _;
+    let Ok((stream, mut other)) = UnixStream::pair() else { return };
+    // More than a message may have does not fit into the socket's buffer at once.
+    if other.set_nonblocking(true).is_err() || other.write_all(&bytes[..bytes.len().min(2 * MAX_MESSAGE_BYTES)]).is_err() {
+        return;
+    }
+    drop(other);
+    let _ = read::<Hello>(&stream);
+    let _ = read::<Answer>(&stream);
+    while let Ok((offered, descriptors)) = read::<PodOffered>(&stream) {
+        assert!(offered.uid.len() <= MAX_MESSAGE_BYTES && descriptors.is_empty());
+    }
+    let _ = read::<String>(&stream);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -164,3 +164,23 @@ pub fn decode(bytes: &[u8], owner: &Owner, now: SystemTime) -> Result<Remembered
 fn seconds(time: SystemTime) -> u64 {
     time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
 }
+
+/// A file with a right head. What is believed says the same when it is written again.
+#[cfg(fuzzing)]
+pub fn fuzz(content: &[u8]) {
+    let owner = Owner {
+        node: "n".to_owned(),
+        root_sha256: [7; 32],
+        boot_id: "b".to_owned(),
+    };
+    let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
+    let file = [MAGIC, &Sha256::digest(content), content].concat();
+    if let Ok(remembered) = decode(&file, &owner, now) {
+        let again = encode(&owner, remembered, now).and_then(|bytes| {
+            let remembered = decode(&bytes, &owner, now)?;
+            Ok((encode(&owner, remembered, now)?, bytes))
+        });
+        let (second, first) = again.unwrap_or_else(|error| panic!("what was believed cannot be written: {error}"));
+        assert!(first == second, "what is written is not what was believed");
+    }
+}

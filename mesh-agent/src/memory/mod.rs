@@ -19,6 +19,8 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
+#[cfg(fuzzing)]
+pub use file::fuzz;
 pub use file::{FileError, LONGEST_ABSENCE, MAX_FILE_BYTES, Owner, Remembered};
 
 const FILE: &str = "memory";

@@ -23,7 +23,7 @@ async fn each_piece_that_is_taken_away_is_put_back() {
     let inside = |command: &str| {
         run(&format!("ip netns exec {} sh -c '{command}'", bed.name));
     };
-    let pieces: [(&str, &dyn Fn()); 11] = [
+    let pieces: [(&str, &dyn Fn()); 12] = [
         ("pods_entry", &|| hand.remove_pod(cookie).unwrap()),
         ("sk_lookup", &|| assert!(hand.detach_lookup("uid-1").unwrap())),
         ("sk_lookup", &|| {
@@ -39,6 +39,9 @@ async fn each_piece_that_is_taken_away_is_put_back() {
         ("return_route", &|| inside("ip -6 route flush table 17238")),
         ("net/ipv4/tcp_fwmark_accept", &|| {
             inside("echo 0 > /proc/sys/net/ipv4/tcp_fwmark_accept");
+        }),
+        ("net/ipv4/ip_local_reserved_ports", &|| {
+            inside("echo > /proc/sys/net/ipv4/ip_local_reserved_ports");
         }),
         ("net/ipv6/fwmark_reflect", &|| {
             inside("echo 0 > /proc/sys/net/ipv6/fwmark_reflect")

@@ -107,32 +107,37 @@ hook_test! {
         let kernel = testbed.loaded();
         kernel.beat().unwrap();
         let server = listen(&testbed.outsider(), 8080);
-        let mut client = testbed.script(&format!(
-            "
-old = stream(); old.connect(('{OUTSIDER_V4}', 8080)); ends(old)
-unused = stream('6')
-told()
-unused.connect(('2001:db8:9::9', 80)); ends(unused)
-s = stream(); s.connect(('203.0.113.9', 81)); ends(s)
-old.sendall(b'still here'); ends(old)"
-        ));
-        assert_eq!(client.said(), format!("{OUTSIDER_V4} 8080 from {POD_V4}"));
-        let (mut older, _) = server.accept().unwrap();
-        kernel.add_pod(testbed.cookie(), &pod_value()).unwrap();
-        let listener = listen_as_agent(&kernel, &testbed.pod(), OUTBOUND_PORT);
         let elsewhere = testbed.cgroup.join("elsewhere");
         fs::create_dir(&elsewhere).unwrap();
-        fs::write(elsewhere.join("cgroup.procs"), client.pid().to_string()).unwrap();
-        client.tell();
-        assert_eq!(client.hear(), format!("2001:db8:9::9 80 from {POD_V6}"));
-        assert_eq!(client.hear(), format!("203.0.113.9 81 from {POD_V4}"));
-        assert_eq!(client.hear(), format!("{OUTSIDER_V4} 8080 from {POD_V4}"));
-        for port in [80, 81] {
-            let (_stream, key) = accept(&listener, testbed.cookie());
-            assert_eq!(kernel.take_original_destination(&key).unwrap().unwrap().port, port);
+        let outsiders = [OUTSIDER_V4, OUTSIDER_V6, "::ffff:10.99.0.1"];
+        for ((family, address, meant, own), outsider) in super::FAMILIES.into_iter().zip(outsiders) {
+            let mut client = testbed.script(&format!(
+                "
+old = stream('{family}'); old.connect(('{outsider}', 8080)); ends(old)
+unused = stream('{family}')
+told()
+unused.connect(('{address}', 80)); ends(unused)
+s = stream('{family}'); s.connect(('{address}', 81)); ends(s)
+old.sendall(b'still here'); ends(old)"
+            ));
+            assert_eq!(client.said(), format!("{outsider} 8080 from {own}"));
+            let (mut older, _) = server.accept().unwrap();
+            kernel.add_pod(testbed.cookie(), &pod_value()).unwrap();
+            let listener = listen_as_agent(&kernel, &testbed.pod(), OUTBOUND_PORT);
+            fs::write(elsewhere.join("cgroup.procs"), client.pid().to_string()).unwrap();
+            client.tell();
+            assert_eq!(client.hear(), format!("{address} 80 from {own}"));
+            assert_eq!(client.hear(), format!("{address} 81 from {own}"));
+            assert_eq!(client.hear(), format!("{outsider} 8080 from {own}"));
+            for port in [80, 81] {
+                let (_stream, key) = accept(&listener, testbed.cookie());
+                let taken = kernel.take_original_destination(&key).unwrap().unwrap();
+                assert_eq!((ip_from_bytes(taken.address).to_string().as_str(), taken.port), (meant, port));
+            }
+            let mut data = [0; 10];
+            older.read_exact(&mut data).unwrap();
+            assert_eq!(&data, b"still here");
+            kernel.remove_pod(testbed.cookie()).unwrap();
         }
-        let mut data = [0; 10];
-        older.read_exact(&mut data).unwrap();
-        assert_eq!(&data, b"still here");
     }
 }

@@ -27,23 +27,27 @@ hook_test! {
             map.insert(key(port as u16), value, 0).unwrap();
         }
         let listener = listen_as_agent(&kernel, &testbed.pod(), OUTBOUND_PORT);
-        let _refused = testbed.connect("4", "203.0.113.9", 80);
-        let (_stream, accepted) = accept(&listener, cookie);
-        assert_eq!(kernel.take_original_destination(&accepted).unwrap(), None);
-        assert_eq!(counter(&kernel, "destinations_full"), 1);
         // The neighbour connects as ever.
         let neighbours = listen_as_agent(&kernel, &testbed.outsider(), OUTBOUND_PORT);
-        let _client = testbed.client(&testbed.outsider(), &["connect", "4", "203.0.113.9|80"]);
-        let (_stream, accepted) = accept(&neighbours, neighbour);
-        assert_eq!(kernel.take_original_destination(&accepted).unwrap().unwrap().port, 80);
+        for (full, (family, address, _, _)) in (1..).zip(FAMILIES) {
+            let _refused = testbed.connect(family, address, 80);
+            let (_stream, accepted) = accept(&listener, cookie);
+            assert_eq!(kernel.take_original_destination(&accepted).unwrap(), None);
+            assert_eq!(counter(&kernel, "destinations_full"), full);
+            let _client = testbed.client(&testbed.outsider(), &["connect", family, &format!("{address}|80")]);
+            let (_stream, accepted) = accept(&neighbours, neighbour);
+            assert_eq!(kernel.take_original_destination(&accepted).unwrap().unwrap().port, 80);
+        }
         // Another agent knows the map, and what is taken makes room.
         drop(kernel);
         let kernel = testbed.loaded();
         assert_eq!(kernel.take_original_destination(&key(5)).unwrap(), Some(value));
-        let _client = testbed.connect("6", "2001:db8:9::9", 81);
-        let (_stream, accepted) = accept(&listener, cookie);
-        assert_eq!(kernel.take_original_destination(&accepted).unwrap().unwrap().port, 81);
-        assert_eq!(counter(&kernel, "destinations_full"), 1);
+        for (family, address, _, _) in FAMILIES {
+            let _client = testbed.connect(family, address, 81);
+            let (_stream, accepted) = accept(&listener, cookie);
+            assert_eq!(kernel.take_original_destination(&accepted).unwrap().unwrap().port, 81);
+        }
+        assert_eq!(counter(&kernel, "destinations_full"), 3);
         // Released, nothing is left of it, also for an agent that did not release it.
         let other = testbed.loaded();
         kernel.remove_pod(cookie).unwrap();

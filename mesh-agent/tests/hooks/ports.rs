@@ -68,32 +68,40 @@ hook_test! {
     fn nobody_but_the_agent_gets_what_is_redirected(testbed) {
         let kernel = testbed.loaded();
         kernel.beat().unwrap();
-        // Bound before the enrolment, not listening: the agent's own bind does not fail by it.
-        let mut impostor = testbed.script(&format!(
-            "
+        // Redirected is a connect to 127.0.0.1, ::1 or ::ffff:127.0.0.1: who listens there, by the family of its socket.
+        let impostors = [("4", "127.0.0.1"), ("6", "::1"), ("6", "::ffff:127.0.0.1")];
+        let mut refused = 0;
+        for ((family, address, _, own), (own_family, loopback)) in super::FAMILIES.into_iter().zip(impostors) {
+            // Bound before the enrolment, not listening: the agent's own bind does not fail by it.
+            let mut impostor = testbed.script(&format!(
+                "
 def bound(device):
-    s = stream(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    s = stream('{own_family}'); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if device: s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
-    s.bind(('127.0.0.1', {OUTBOUND_PORT})); return s
+    s.bind(('{loopback}', {OUTBOUND_PORT})); return s
 plain, on_lo = bound(None), bound(b'lo\\0')
 say('bound'); told()
 plain.listen(); say('listens'); told()
 plain.close(); on_lo.listen(); say('listens')"
-        ));
-        assert_eq!(impostor.said(), "bound");
-        kernel.add_pod(testbed.cookie(), &pod_value()).unwrap();
-        let listener = listen_as_agent(&kernel, &testbed.pod(), OUTBOUND_PORT);
-        assert_eq!(testbed.connect("4", "203.0.113.9", 80).said(), format!("203.0.113.9 80 from {POD_V4}"));
-        drop(listener);
-        for refused in [1, 2] {
-            impostor.tell();
-            assert_eq!(impostor.hear(), "listens");
-            assert_eq!(testbed.connect("4", "203.0.113.9", 80).said(), "ECONNREFUSED");
-            assert_eq!(counter(&kernel, "refused_no_listener"), refused);
+            ));
+            assert_eq!(impostor.said(), "bound");
+            kernel.add_pod(testbed.cookie(), &pod_value()).unwrap();
+            let listener = listen_as_agent(&kernel, &testbed.pod(), OUTBOUND_PORT);
+            assert_eq!(testbed.connect(family, address, 80).said(), format!("{address} 80 from {own}"));
+            drop(listener);
+            for _ in 0..2 {
+                impostor.tell();
+                assert_eq!(impostor.hear(), "listens");
+                assert_eq!(testbed.connect(family, address, 80).said(), "ECONNREFUSED");
+                refused += 1;
+                assert_eq!(counter(&kernel, "refused_no_listener"), refused);
+            }
+            drop(impostor);
+            kernel.remove_pod(testbed.cookie()).unwrap();
         }
+        kernel.add_pod(testbed.cookie(), &pod_value()).unwrap();
         // The same where nobody listens.
-        drop(impostor);
-        for (refused, (family, address, _, _)) in (3..).zip(super::FAMILIES) {
+        for (refused, (family, address, _, _)) in (refused + 1..).zip(super::FAMILIES) {
             assert_eq!(testbed.connect(family, address, 80).said(), "ECONNREFUSED");
             assert_eq!(counter(&kernel, "refused_no_listener"), refused);
         }

@@ -11,7 +11,7 @@ use aya::programs::Program;
 
 use super::pin_names::{pin_name, pod_uid};
 use super::pins::{detach, names_in};
-use super::programs::{BACKSTOP_PROGRAM, OBJECT, loader, loading, program_failed};
+use super::programs::{BACKSTOP_PROGRAM, load_backstop_program};
 use super::{Kernel, bpf_syscalls, failed};
 use crate::capture::{CaptureError, heap};
 
@@ -26,14 +26,10 @@ impl Kernel {
     /// The kernel has no tcx (6.6), or an interface is gone.
     pub fn attach_backstop(&self, netns_cookie: u64, pod_uid: &str, interfaces: &[u32]) -> Result<(), CaptureError> {
         let (name, feature) = BACKSTOP_PROGRAM;
-        let mut programs = loader(&self.directory)
-            .override_global("NETNS_COOKIE", &netns_cookie, true)
-            .load(OBJECT)
-            .map_err(loading)?;
-        let Some(Program::SchedClassifier(program)) = programs.program_mut(name) else {
+        let programs = load_backstop_program(&self.directory, netns_cookie)?;
+        let Some(Program::SchedClassifier(program)) = programs.program(name) else {
             return Err(failed(name, "not in the object"));
         };
-        program.load().map_err(|error| program_failed(name, feature, &error))?;
         let program = program.fd().map_err(|error| failed(name, error))?;
         let directory = self.backstops_of(pod_uid);
         match DirBuilder::new().mode(0o700).create(&directory) {

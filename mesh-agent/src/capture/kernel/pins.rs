@@ -44,18 +44,44 @@ pub(super) fn cleanup(pin_path: &Path) -> Result<CleanupReport, CaptureError> {
     }
 }
 
-/// Updates the link that is pinned at `pin`, if it is still attached to the target, or makes and pins a new one.
+/// The links that a start has made. They go with it if it fails: with half of them attached nothing works, and nobody knows.
+#[derive(Default)]
+pub(super) struct NewLinks(Vec<PathBuf>);
+
+impl NewLinks {
+    pub(super) fn add(&mut self, pin: PathBuf) {
+        self.0.push(pin);
+    }
+
+    /// The start succeeded.
+    pub(super) fn keep(mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for NewLinks {
+    fn drop(&mut self) {
+        for pin in self.0.drain(..).rev() {
+            let undone = bpf_syscalls::object_get(&pin).and_then(|link| detach(link.as_fd(), &pin));
+            if let Err(error) = undone {
+                tracing::error!(pin = %pin.display(), %error, "what a failed start attached cannot be detached: run `mesh-agent cleanup`");
+            }
+        }
+    }
+}
+
+/// Updates the link that is pinned at `pin`, if it is still attached to the target, or makes and pins a new one. True: a new one.
 pub(super) fn attach(
     program: BorrowedFd<'_>,
     target: BorrowedFd<'_>,
     target_id: u64,
     attach_type: AttachType,
     pin: &Path,
-) -> io::Result<()> {
+) -> io::Result<bool> {
     match bpf_syscalls::object_get(pin) {
         Ok(link) => {
             if bpf_syscalls::link_target(link.as_fd())? == target_id {
-                return bpf_syscalls::link_update(link.as_fd(), program);
+                return bpf_syscalls::link_update(link.as_fd(), program).map(|()| false);
             }
             // Its cgroup or namespace is gone, or another was meant.
             detach(link.as_fd(), pin)?;
@@ -64,7 +90,7 @@ pub(super) fn attach(
         Err(error) => return Err(error),
     }
     let link = bpf_syscalls::link_create(program, target, attach_type)?;
-    bpf_syscalls::object_pin(link.as_fd(), pin)
+    bpf_syscalls::object_pin(link.as_fd(), pin).map(|()| true)
 }
 
 pub(super) fn detach(link: BorrowedFd<'_>, pin: &Path) -> io::Result<()> {

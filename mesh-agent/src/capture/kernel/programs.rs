@@ -11,7 +11,7 @@ use super::super::bpf_syscalls::AttachType;
 use super::failed;
 
 /// The object that `cargo xtask build-ebpf` made; empty in an agent that was built without it.
-pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf.o"));
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf.o"));
 
 /// The node's programs by function name in mesh-ebpf, where each attaches, and the kernel feature that it needs.
 pub(super) const NODE_PROGRAMS: [(&str, AttachType, &str); 10] = [
@@ -50,6 +50,8 @@ pub(super) const NODE_PROGRAMS: [(&str, AttachType, &str); 10] = [
         "cgroup/sock_create with bpf_get_netns_cookie (5.7)",
     ),
 ];
+/// Before 5.8: CAP_SYS_ADMIN.
+const RIGHTS: &str = "CAP_BPF, CAP_NET_ADMIN";
 pub(super) const LOOKUP_PROGRAM: (&str, &str) = ("steer", "sk_lookup (5.9)");
 pub(super) const BACKSTOP_PROGRAM: (&str, &str) = ("backstop", "tcx (6.6)");
 
@@ -59,7 +61,7 @@ pub fn has_programs() -> bool {
     !OBJECT.is_empty()
 }
 
-pub(super) fn loader(directory: &Path) -> EbpfLoader<'_> {
+fn loader(directory: &Path) -> EbpfLoader<'_> {
     let mut loader = EbpfLoader::new();
     loader.default_map_pin_directory(directory);
     // A map that is declared in BTF cannot ask for its pin by itself.
@@ -87,14 +89,52 @@ pub(super) fn load_node_programs(directory: &Path, has_set_retval: bool) -> Resu
     Ok(programs)
 }
 
-pub(super) fn loading(error: aya::EbpfError) -> CaptureError {
-    failed("loading the kernel programs", chain(&error))
+/// A Pod's instance of sk_lookup.
+pub(super) fn load_lookup_program(directory: &Path, slot: u32) -> Result<Ebpf, CaptureError> {
+    let (name, feature) = LOOKUP_PROGRAM;
+    let mut programs = loader(directory)
+        .override_global("SLOT", &slot, true)
+        .load(OBJECT)
+        .map_err(loading)?;
+    let Some(Program::SkLookup(program)) = programs.program_mut(name) else {
+        return Err(failed(name, "not in the object"));
+    };
+    program.load().map_err(|error| program_failed(name, feature, &error))?;
+    Ok(programs)
+}
+
+/// A Pod's instance of the backstop.
+pub(super) fn load_backstop_program(directory: &Path, netns_cookie: u64) -> Result<Ebpf, CaptureError> {
+    let (name, feature) = BACKSTOP_PROGRAM;
+    let mut programs = loader(directory)
+        .override_global("NETNS_COOKIE", &netns_cookie, true)
+        .load(OBJECT)
+        .map_err(loading)?;
+    let Some(Program::SchedClassifier(program)) = programs.program_mut(name) else {
+        return Err(failed(name, "not in the object"));
+    };
+    program.load().map_err(|error| program_failed(name, feature, &error))?;
+    Ok(programs)
+}
+
+fn loading(error: aya::EbpfError) -> CaptureError {
+    failed(
+        format!("making the maps of the kernel programs, which needs BTF, socket storage (5.2) and {RIGHTS}"),
+        chain(&error),
+    )
 }
 
 pub(super) fn program_failed(name: &str, feature: &str, error: &ProgramError) -> CaptureError {
     failed(
-        format!("loading the kernel program {name}, which needs {feature} and CAP_BPF, CAP_NET_ADMIN"),
+        format!("loading the kernel program {name}, which needs {feature} and {RIGHTS}"),
         chain(error),
+    )
+}
+
+pub(super) fn attaching(name: &str, target: impl std::fmt::Display, error: &std::io::Error) -> CaptureError {
+    failed(
+        format!("attaching the kernel program {name} to {target}, which needs BPF links (5.7, for sk_lookup 5.9) and {RIGHTS}"),
+        error,
     )
 }
 

@@ -176,6 +176,13 @@ async fn whom_the_server_takes() {
             ),
         ),
         (
+            "not valid yet",
+            Attempt::with(
+                mesh.authority
+                    .issue_with(&client, &[&client.to_string()], &[], hour + Duration::from_secs(7200)),
+            ),
+        ),
+        (
             "no clientAuth",
             Attempt::with(mesh.authority.issue_with(
                 &client,
@@ -317,6 +324,63 @@ async fn what_a_connect_is_answered() {
     }
 }
 
+/// How a far side speaks.
+struct Speech<'a> {
+    versions: &'a [&'static SupportedProtocolVersion],
+    alpn: &'a [&'a [u8]],
+    ciphers: &'a [SupportedCipherSuite],
+}
+
+const RIGHT: Speech<'static> = Speech {
+    versions: TLS13_ONLY,
+    alpn: &[b"h2"],
+    ciphers: rustls::crypto::aws_lc_rs::ALL_CIPHER_SUITES,
+};
+
+impl Speech<'_> {
+    fn config(&self, pair: &CertifiedKeyPair) -> Arc<rustls::ServerConfig> {
+        let mut provider = rustls::crypto::aws_lc_rs::default_provider();
+        provider.cipher_suites = self.ciphers.to_vec();
+        let mut config = rustls::ServerConfig::builder_with_provider(Arc::new(provider))
+            .with_protocol_versions(self.versions)
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(pair.chain.clone(), pair.key.clone_key())
+            .unwrap();
+        config.alpn_protocols = self.alpn.iter().map(|protocol| protocol.to_vec()).collect();
+        Arc::new(config)
+    }
+}
+
+/// Connects to a far side like that; the request that it got, if it was taken.
+async fn taken(mesh: &Mesh, client: &Pod, config: Arc<rustls::ServerConfig>) -> Option<http::request::Parts> {
+    let ip = fresh_address();
+    mesh.tell(vec![Change::Workload(workload("server", ip))]);
+    let listener = TcpListener::bind(SocketAddr::new(ip, TUNNEL_PORT)).await.unwrap();
+    let far = tokio::spawn(async move {
+        let (stream, _) = listener.accept().await.unwrap();
+        let tls = TlsAcceptor::from(config).accept(stream).await.ok()?;
+        assert!(tls.get_ref().1.server_name().is_none(), "no server name is sent");
+        let mut connection = h2::server::handshake(tls).await.ok()?;
+        let (request, _respond) = connection.accept().await?.ok()?;
+        Some(request.into_parts().0)
+    });
+    let destination = SocketAddr::new(ip, APPLICATION_PORT);
+    let stream = client.connect(destination).await;
+    let request = timeout(PATIENCE, far).await.unwrap().unwrap();
+    if let Some(request) = &request {
+        assert_eq!(request.method, Method::CONNECT);
+        assert_eq!(request.uri.authority().unwrap().as_str(), destination.to_string());
+        let forwarded = format!("for=\"{}\"", stream.local_addr().unwrap());
+        assert_eq!(request.headers["forwarded"], forwarded.as_str());
+        let baggage =
+            "k8s.cluster.name=Kubernetes,k8s.namespace.name=shop,k8s.pod.name=client,service.name=client,service.version=v1";
+        assert_eq!(request.headers["baggage"], baggage);
+    }
+    assert_refused(stream).await;
+    request
+}
+
 /// A far side that is not who discovery says it is.
 #[tokio::test]
 async fn whom_the_client_takes() {
@@ -326,60 +390,76 @@ async fn whom_the_client_takes() {
     let usages = [ExtendedKeyUsagePurpose::ServerAuth];
     let hour = in_an_hour();
     let uri = expected.to_string();
+    let foreign = Identity::new("elsewhere", "shop", "server");
+    let issue = |uris: &[&str], usages: &[_], until| mesh.authority.issue_with(&expected, uris, usages, until);
+    let other_usage = [ExtendedKeyUsagePurpose::ClientAuth];
+    let later = hour + Duration::from_secs(7200);
     let table = [
         ("somebody else", mesh.authority.issue(&identity("other")), false),
+        ("another trust domain", mesh.authority.issue(&foreign), false),
         ("another root", Authority::new().issue(&expected), false),
-        (
-            "no serverAuth",
-            mesh.authority
-                .issue_with(&expected, &[&uri], &[ExtendedKeyUsagePurpose::ClientAuth], hour),
-            false,
-        ),
-        (
-            "expired",
-            mesh.authority.issue_with(&expected, &[&uri], &usages, a_minute_ago()),
-            false,
-        ),
+        ("no identity", issue(&["https://example.com/"], &usages, hour), false),
+        ("no serverAuth", issue(&[&uri], &other_usage, hour), false),
+        ("expired", issue(&[&uri], &usages, a_minute_ago()), false),
+        ("not valid yet", issue(&[&uri], &usages, later), false),
         (
             "one of its names",
-            mesh.authority
-                .issue_with(&expected, &[&identity("first").to_string(), &uri], &usages, hour),
+            issue(&[&identity("first").to_string(), &uri], &usages, hour),
             true,
         ),
     ];
-    for (name, pair, taken) in table {
-        let ip = fresh_address();
-        mesh.tell(vec![Change::Workload(workload("server", ip))]);
-        let listener = TcpListener::bind(SocketAddr::new(ip, TUNNEL_PORT)).await.unwrap();
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let mut config = rustls::ServerConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(pair.chain.clone(), pair.key.clone_key())
-            .unwrap();
-        config.alpn_protocols = vec![b"h2".to_vec()];
-        let far = tokio::spawn(async move {
-            let (stream, _) = listener.accept().await.unwrap();
-            let tls = TlsAcceptor::from(Arc::new(config)).accept(stream).await.ok()?;
-            assert!(tls.get_ref().1.server_name().is_none(), "no server name is sent");
-            let mut connection = h2::server::handshake(tls).await.ok()?;
-            let (request, _respond) = connection.accept().await?.ok()?;
-            Some(request.into_parts().0)
-        });
-        let destination = SocketAddr::new(ip, APPLICATION_PORT);
-        let stream = client.connect(destination).await;
-        let request = timeout(PATIENCE, far).await.unwrap().unwrap();
-        assert_eq!(request.is_some(), taken, "{name}");
-        if let Some(request) = request {
-            assert_eq!(request.method, Method::CONNECT);
-            assert_eq!(request.uri.authority().unwrap().as_str(), destination.to_string());
-            let forwarded = format!("for=\"{}\"", stream.local_addr().unwrap());
-            assert_eq!(request.headers["forwarded"], forwarded.as_str());
-            let baggage =
-                "k8s.cluster.name=Kubernetes,k8s.namespace.name=shop,k8s.pod.name=client,service.name=client,service.version=v1";
-            assert_eq!(request.headers["baggage"], baggage);
-        }
-        assert_refused(stream).await;
+    for (name, pair, is_taken) in table {
+        assert_eq!(taken(&mesh, &client, RIGHT.config(&pair)).await.is_some(), is_taken, "{name}");
     }
+}
+
+/// A far side that is who it should be, and speaks otherwise.
+#[tokio::test]
+async fn how_the_client_has_to_be_spoken_to() {
+    let mesh = Mesh::new();
+    let client = mesh.pod(&mesh.near, "client").await;
+    let pair = mesh.authority.issue(&identity("server"));
+    let table = [
+        (
+            "TLS 1.2",
+            Speech {
+                versions: &[&rustls::version::TLS12],
+                ..RIGHT
+            },
+            false,
+        ),
+        ("no ALPN", Speech { alpn: &[], ..RIGHT }, false),
+        (
+            "another ALPN",
+            Speech {
+                alpn: &[b"http/1.1"],
+                ..RIGHT
+            },
+            false,
+        ),
+        (
+            "ChaCha20 only",
+            Speech {
+                ciphers: &[cipher_suite::TLS13_CHACHA20_POLY1305_SHA256],
+                ..RIGHT
+            },
+            false,
+        ),
+        (
+            "AES-128 only",
+            Speech {
+                ciphers: &[cipher_suite::TLS13_AES_128_GCM_SHA256],
+                ..RIGHT
+            },
+            true,
+        ),
+    ];
+    for (name, speech, is_taken) in table {
+        assert_eq!(
+            taken(&mesh, &client, speech.config(&pair)).await.is_some(),
+            is_taken,
+            "{name}"
+        );
+    }
+    mesh.near.logs_reason("handshake_failed").await;
 }
