@@ -49,7 +49,7 @@ pub fn run(workspace: &Workspace, folder: &Path, filter: Option<&str>, report: &
         return Ok(());
     }
     let start = Instant::now();
-    tools::say(&format!("-- the policy engine: {} mutations", chosen.len()));
+    tools::say(&format!("-- the policy engine: {} mutations against {ORACLE}", chosen.len()));
     let bench = Bench {
         engine: read(workspace, ENGINE)?,
         identity: alone(&read(workspace, IDENTITY)?),
@@ -64,7 +64,7 @@ pub fn run(workspace: &Workspace, folder: &Path, filter: Option<&str>, report: &
     }
     for (mutation, judged) in bench.judge(&chosen)? {
         match judged {
-            Ok(()) => report.notice("policy engine", mutation.name, ORACLE),
+            Ok(()) => report.notice(mutation.name),
             Err(why) => report.fault(format!("policy engine: {}: {why}", mutation.name)),
         }
     }

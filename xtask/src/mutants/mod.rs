@@ -203,11 +203,12 @@ impl Report {
             self.fault(format!("{}: without {}, {name} {why}", mutant.name, mutant.without));
             return;
         }
-        self.notice(&mutant.attacks.join(", "), mutant.without, &by.join(", "));
+        let (attacks, without, by) = (mutant.attacks.join(", "), mutant.without, by.join(", "));
+        self.notice(&format!("{attacks}: without {without}: by {by}"));
     }
 
-    pub fn notice(&mut self, attack: &str, without: &str, by: &str) {
+    fn notice(&mut self, what: &str) {
         self.noticed += 1;
-        tools::say(&format!("   noticed: {attack}: without {without}: by {by}"));
+        tools::say(&format!("   noticed: {what}"));
     }
 }

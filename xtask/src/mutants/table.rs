@@ -34,7 +34,7 @@ pub struct Group {
     pub controls: &'static [(Suite, &'static str)],
 }
 
-pub const GROUPS: [Group; 1] = [kernel::CAPTURE];
+pub const GROUPS: [Group; 2] = [kernel::CAPTURE, kernel::REDIRECT];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Suite {
