@@ -34,7 +34,7 @@ use crate::local::{self, LocalSocket, SocketError};
 use crate::memory::{self, Memory, Remembered};
 use crate::pods::{Pods, TrustDomain};
 use crate::proxy::{Buffers, Proxy};
-use crate::state::{SharedState, service_name};
+use crate::state::{SharedState, State, service_name};
 use crate::telemetry::{AccessLog, Metrics};
 use metrics::AgentMetrics;
 
@@ -45,6 +45,8 @@ const TASKS_PATIENCE: Duration = Duration::from_secs(2);
 /// for the next one yet.
 const FOLDER_TRIES: u32 = 20;
 const FOLDER_RETRY: Duration = Duration::from_millis(100);
+/// Between two looks at what is in the mesh: some milliseconds of work in a mesh of 100,000 addresses.
+const MESH_DESTINATIONS_INTERVAL: Duration = Duration::from_secs(1);
 /// Why the agent ends, beside signals.
 const HANDOVER: &str = "handover";
 
@@ -167,6 +169,8 @@ async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
         alone.clone(),
         trust_domain.clone().follow(state.clone(), discovery.clone()),
     ));
+
+    tasks.spawn(until(alone.clone(), tell_the_mesh(capture.clone(), state.clone())));
 
     let proxy = Proxy::new(state.clone(), store.clone(), metrics.clone(), access_log);
     let buffers = proxy.registry().buffers().clone();
@@ -325,6 +329,22 @@ async fn until(stop: CancellationToken, work: impl Future<Output = ()>) {
     tokio::select! {
         () = stop.cancelled() => {}
         () = work => {}
+    }
+}
+
+/// The backstops follow the state. A change that cannot be told is tried again with the next look.
+async fn tell_the_mesh(capture: Arc<Capture>, state: Arc<SharedState>) {
+    let mut changed = state.changed();
+    loop {
+        changed.mark_unchanged();
+        let told = capture.set_mesh_destinations(state.read(State::prefixes)).await;
+        if let Err(error) = &told {
+            error!(%error, "the backstops do not know what is in the mesh");
+        }
+        tokio::time::sleep(MESH_DESTINATIONS_INTERVAL).await;
+        if told.is_ok() && changed.changed().await.is_err() {
+            return;
+        }
     }
 }
 

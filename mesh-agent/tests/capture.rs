@@ -5,6 +5,8 @@
     reason = "a test: a panic is its failure, and standard output its report"
 )]
 
+#[path = "capture/backstop.rs"]
+mod backstop;
 #[path = "capture/bed.rs"]
 mod bed;
 #[path = "capture/defences.rs"]

@@ -36,6 +36,8 @@ macro_rules! hook_test {
 mod applications;
 #[path = "hooks/attacks.rs"]
 mod attacks;
+#[path = "hooks/backstop.rs"]
+mod backstop;
 #[path = "hooks/bounds.rs"]
 mod bounds;
 #[path = "hooks/disguises.rs"]
@@ -298,12 +300,13 @@ hook_test! {
     fn another_version_is_refused_and_cleanup_leaves_nothing(testbed) {
         let kernel = testbed.enrolled();
         kernel.attach_lookup(SLOT, "pod.uid", netns_file(&testbed.pod()).as_fd()).unwrap();
+        backstop::attach(&testbed, &kernel);
         drop(kernel);
         fs::rename(testbed.pins(), testbed.pin_path.join("v999")).unwrap();
         let error = Kernel::load(&testbed.config()).unwrap_err().to_string();
         assert!(error.contains("v999") && error.contains("mesh-agent cleanup"), "{error}");
         let report = Kernel::cleanup(&testbed.pin_path).unwrap();
-        assert_eq!((report.links_detached, report.maps_removed), (11, 8));
+        assert_eq!((report.links_detached, report.maps_removed), (12, 9));
         assert!(!testbed.pin_path.exists());
         assert_eq!(Kernel::cleanup(&testbed.pin_path).unwrap(), CleanupReport::default());
         // The Pod is as it was: its connects go where they are sent.

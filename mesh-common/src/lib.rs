@@ -8,7 +8,7 @@ pub mod limits;
 
 /// Version of everything pinned: map layouts, program semantics. Raise it with any change of the types in this crate; an
 /// agent refuses to use pins of another version.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Ports of the agent's listeners inside each Pod's network namespace.
 pub const OUTBOUND_PORT: u16 = 15001;
@@ -153,10 +153,17 @@ pub enum Counter {
     RefusedBind = 14,
     /// Connects refused because the agent does not listen in the Pod, or somebody else does at its port.
     RefusedNoListener = 15,
+    /// Packets that left a Pod with a source address that is not its own, dropped.
+    DroppedForeignSource = 16,
+    /// SYNs to the mesh that left a Pod and were not the agent's, dropped.
+    DroppedForeignSyn = 17,
+    /// Packets that left a Pod and could be TCP whose header cannot be seen, dropped: truncated, in overlapping fragments, behind
+    /// too many extension headers, or behind a second VLAN tag.
+    DroppedHiddenHeader = 18,
 }
 
 impl Counter {
-    pub const ALL: [(Counter, &'static str); 16] = [
+    pub const ALL: [(Counter, &'static str); 19] = [
         (Counter::Redirected, "redirected"),
         (Counter::RefusedAgentSilent, "refused_agent_silent"),
         (Counter::RefusedAgentPort, "refused_agent_port"),
@@ -173,6 +180,9 @@ impl Counter {
         (Counter::RefusedBoundDevice, "refused_bound_device"),
         (Counter::RefusedBind, "refused_bind"),
         (Counter::RefusedNoListener, "refused_no_listener"),
+        (Counter::DroppedForeignSource, "dropped_foreign_source"),
+        (Counter::DroppedForeignSyn, "dropped_foreign_syn"),
+        (Counter::DroppedHiddenHeader, "dropped_hidden_header"),
     ];
     pub const COUNT: u32 = Self::ALL.len() as u32;
 }

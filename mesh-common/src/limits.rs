@@ -21,3 +21,12 @@ pub const MAX_UPSTREAM_CONNECTIONS: u32 = 65_536;
 
 /// Entries of `LISTENERS`: 1,024 × 2 × 8 B = 16 KiB.
 pub const MAX_LISTENERS: u32 = MAX_PODS * super::LISTENERS_PER_POD;
+
+/// Prefixes that are in the mesh, or taken out of it (`MESH_DESTINATIONS`): the Pod ranges, services' addresses, and workloads
+/// outside of the ranges. With its inner node each takes 128 B: 65,536 × 128 B = 8 MiB at most; allocated as used. Full: every
+/// destination counts as the mesh's, and Pods reach the outside only by the agent; counted and logged.
+pub const MAX_MESH_DESTINATIONS: u32 = 65_536;
+
+/// IPv6 extension headers that are walked on the way to TCP. Real packets have one or two; behind more, a packet that a Pod sends
+/// is dropped and counted.
+pub const MAX_EXTENSION_HEADERS: u32 = 8;

@@ -10,10 +10,10 @@ use aya_ebpf::bindings::{
 use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_sk_lookup_tcp, bpf_sk_release};
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
-use mesh_common::{Counter, OUTBOUND_PORT, PodValue, SocketDestinationValue, is_agent_port, limits, socket_kind};
+use mesh_common::{Counter, OUTBOUND_PORT, PodValue, SocketDestinationValue, is_agent_port, socket_kind};
 
 use crate::address::{Address, IPPROTO_TCP, address_field, field, set_address_field, set_field};
-use crate::maps::{AGENT_SOCKETS, ORIGINAL_DESTINATIONS_OF_SOCKETS, PASS, agent_is_alive, count, pod_of, refuse};
+use crate::maps::{AGENT_SOCKETS, ORIGINAL_DESTINATIONS_OF_SOCKETS, PASS, agent_is_alive, count, is_own, pod_of, refuse};
 
 const ECONNREFUSED: i32 = 111;
 
@@ -178,20 +178,6 @@ fn agent_listens(ctx: &SockAddrContext, is_v4: bool) -> bool {
     // SAFETY: found above, released once.
     unsafe { bpf_sk_release(found.cast()) };
     is_agents
-}
-
-/// Whether an address is one of the Pod's own.
-#[inline(always)]
-fn is_own(pod: &PodValue, address: Address) -> bool {
-    let mut i = 0;
-    while i < limits::MAX_POD_ADDRESSES {
-        // SAFETY: `addresses` lies 8 bytes into the value, which the kernel aligns to 8.
-        if i < pod.address_count as usize && unsafe { Address::read(&raw const pod.addresses[i]) } == address {
-            return true;
-        }
-        i += 1;
-    }
-    false
 }
 
 #[inline(always)]

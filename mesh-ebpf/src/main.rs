@@ -31,6 +31,8 @@ mod sk_lookup;
 mod sock_create;
 #[cfg(target_arch = "bpf")]
 mod sockops;
+#[cfg(target_arch = "bpf")]
+mod tcx;
 
 /// No helper that these programs call is reserved for GPL programs.
 #[cfg(target_arch = "bpf")]

@@ -7,14 +7,17 @@ use aya_ebpf::bindings::{BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CR
 use aya_ebpf::btf_maps::{self, HashOfMaps};
 use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_set_retval, bpf_sk_storage_get};
 use aya_ebpf::macros::{btf_map, map};
-use aya_ebpf::maps::{Array, HashMap, PerCpuArray, SockMap};
+use aya_ebpf::maps::lpm_trie::Key;
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, SockMap};
 use mesh_common::{
-    AgentSocketValue, Counter, HEARTBEAT_LEASE_NS, OriginalDestinationValue, PodValue, RedirectedConnectionKey,
+    AddressBytes, AgentSocketValue, Counter, HEARTBEAT_LEASE_NS, OriginalDestinationValue, PodValue, RedirectedConnectionKey,
     SocketDestinationValue, UpstreamConnectionKey, limits,
 };
 
+use crate::address::Address;
+
 /// Enrolled Pods by network-namespace cookie. Written by the agent at enrolment and release; read by connect, bind, sockops,
-/// getsockname and sock_create.
+/// getsockname, sock_create and tcx.
 #[map]
 pub static PODS: HashMap<u64, PodValue> = HashMap::pinned(limits::MAX_PODS, 0);
 
@@ -23,7 +26,7 @@ pub static PODS: HashMap<u64, PodValue> = HashMap::pinned(limits::MAX_PODS, 0);
 pub static HEARTBEAT: Array<u64> = Array::pinned(1, 0);
 
 /// The agent's own sockets. Written by the agent, by file descriptor, before `connect` or `bind`; read by connect,
-/// bind and sockops.
+/// bind, sockops and tcx.
 #[btf_map]
 pub static AGENT_SOCKETS: SocketStorage<AgentSocketValue, { (BPF_F_NO_PREALLOC | BPF_F_CLONE) as usize }> = SocketStorage::new();
 
@@ -53,6 +56,10 @@ pub static UPSTREAM_CONNECTIONS: HashMap<UpstreamConnectionKey, u64> =
 /// The agent's listeners. Written by the agent; read by sk_lookup. A socket that closes leaves the map by itself.
 #[map]
 pub static LISTENERS: SockMap = SockMap::pinned(limits::MAX_LISTENERS, 0);
+
+/// What is in the mesh, by prefix in normal form: 1, or 0 for what is taken out of a wider one. Written by the agent; read by tcx.
+#[map]
+pub static MESH_DESTINATIONS: LpmTrie<AddressBytes, u8> = LpmTrie::pinned(limits::MAX_MESH_DESTINATIONS, 0);
 
 /// What happened, per CPU, by [`Counter`]. Written by every program; read by the agent.
 #[map]
@@ -134,6 +141,27 @@ pub fn agent_is_alive() -> bool {
 pub fn pod_of<'a>(netns_cookie: u64) -> Option<&'a PodValue> {
     // SAFETY: preallocated entry; a Pod that is released meanwhile at worst decides one more connect.
     unsafe { PODS.get(&netns_cookie) }
+}
+
+/// Whether an address is one of the Pod's own.
+#[inline(always)]
+pub fn is_own(pod: &PodValue, address: Address) -> bool {
+    let mut i = 0;
+    while i < limits::MAX_POD_ADDRESSES {
+        // SAFETY: `addresses` lies 8 bytes into the value, which the kernel aligns to 8.
+        if i < pod.address_count as usize && unsafe { Address::read(&raw const pod.addresses[i]) } == address {
+            return true;
+        }
+        i += 1;
+    }
+    false
+}
+
+/// Whether a destination is the mesh's: the longest prefix that it is in says so.
+#[inline(always)]
+pub fn is_in_mesh(destination: Address) -> bool {
+    let key = Key::new(128, destination.bytes());
+    MESH_DESTINATIONS.get(&key).is_some_and(|of_mesh| *of_mesh != 0)
 }
 
 /// The connections of a Pod that the agent is to accept. `None`: it is not enrolled.

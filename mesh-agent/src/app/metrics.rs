@@ -38,6 +38,7 @@ pub struct AgentMetrics {
     started: Instant,
     prefix: MetricsPrefix,
     pods: IntGaugeVec,
+    pods_without_backstop: IntGaugeVec,
     local_refused: IntCounter,
     buffered_bytes: IntGauge,
     exclusions: IntGaugeVec,
@@ -107,6 +108,11 @@ impl AgentMetrics {
             certificate_requests: counters("mesh_certificate_requests_total", "Requests for certificates.", "result")?,
             certificates: gauge("mesh_certificates", "Identities that the agent holds a certificate of.")?,
             pods: gauges("mesh_pods", "Enrolled Pods by the state of their proof.", &["proof"])?,
+            pods_without_backstop: gauges(
+                "mesh_pods_without_backstop",
+                "Enrolled Pods whose raw packets are not checked, by the reason.",
+                &["reason"],
+            )?,
             local_refused,
             buffered_bytes: gauge(
                 "mesh_buffered_bytes",
@@ -161,6 +167,14 @@ impl AgentMetrics {
             self.pods
                 .with_label_values(&[proof])
                 .set(size(pods.iter().filter(|pod| pod.proof == proof).count()));
+        }
+        let backstops = agent.capture.backstops();
+        for reason in ["no_veth", "failed"] {
+            let count = backstops
+                .iter()
+                .filter(|(_, backstop)| backstop.missing() == Some(reason))
+                .count();
+            self.pods_without_backstop.with_label_values(&[reason]).set(size(count));
         }
         take_over(&self.local_refused, agent.socket.refused());
         self.buffered_bytes.set(size(agent.buffers.held_bytes()));

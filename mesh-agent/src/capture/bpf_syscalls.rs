@@ -18,6 +18,11 @@ const BPF_LINK_DETACH: libc::c_long = 34;
 
 const BPF_LINK_TYPE_CGROUP: u32 = 3;
 const BPF_LINK_TYPE_NETNS: u32 = 5;
+const BPF_LINK_TYPE_TCX: u32 = 11;
+
+const BPF_TCX_INGRESS: u32 = 46;
+/// With no other program named: before all of them.
+const BPF_F_BEFORE: u32 = 1 << 3;
 
 /// Entries of a hash map are allocated when they are added.
 pub const BPF_F_NO_PREALLOC: u32 = 1;
@@ -83,6 +88,14 @@ pub fn link_create(program: BorrowedFd<'_>, target: BorrowedFd<'_>, attach_type:
     owned(bpf(BPF_LINK_CREATE, &mut attributes)?)
 }
 
+/// Attaches a program before all others to what an interface of the calling thread's namespace receives.
+pub fn link_create_tcx(program: BorrowedFd<'_>, interface: u32) -> io::Result<OwnedFd> {
+    let mut attributes = Attributes::default();
+    attributes[0] = pair(raw(program), interface);
+    attributes[1] = pair(BPF_TCX_INGRESS, BPF_F_BEFORE);
+    owned(bpf(BPF_LINK_CREATE, &mut attributes)?)
+}
+
 /// Puts another program in the place of a link's, without a gap.
 pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     let mut attributes = Attributes::default();
@@ -97,9 +110,10 @@ pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     bpf(BPF_LINK_DETACH, &mut attributes).map(|_| ())
 }
 
-/// What a link is attached to: the cgroup's id or the network namespace's inode; 0 when that is gone.
+/// What a link is attached to: the cgroup's id, the network namespace's inode or the interface's index; 0 when that is gone.
 pub fn link_target(link: BorrowedFd<'_>) -> io::Result<u64> {
-    // type, id, prog_id, padding; then by type {cgroup_id: u64, …} or {netns_ino: u32, …}.
+    // type, id, prog_id, padding; then by type {cgroup_id: u64, …} or {netns_ino: u32, …} or
+    // {ifindex: u32, …}.
     let mut info = [0_u64; 16];
     let mut attributes = Attributes::default();
     attributes[0] = pair(raw(link), u32::try_from(size_of_val(&info)).map_err(io::Error::other)?);
@@ -115,7 +129,7 @@ pub fn link_target(link: BorrowedFd<'_>) -> io::Result<u64> {
     };
     match first(info[0]) {
         BPF_LINK_TYPE_CGROUP => Ok(info[2]),
-        BPF_LINK_TYPE_NETNS => Ok(u64::from(first(info[2]))),
+        BPF_LINK_TYPE_NETNS | BPF_LINK_TYPE_TCX => Ok(u64::from(first(info[2]))),
         other => Err(io::Error::other(format!("a link of unexpected type {other}"))),
     }
 }

@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
+use super::backstop::Backstop;
 use super::enrolments::{EnrolmentRecord, Enrolments, PodToEnroll};
 use super::events::Events;
 use super::kernel::Kernel;
@@ -43,6 +44,7 @@ pub(super) struct Enrolment {
     pub(super) record: EnrolmentRecord,
     /// Of the listeners that were opened for it, as /proc/net/tcp shows them.
     pub(super) listeners: [u64; 3],
+    pub(super) backstop: Backstop,
     /// `None` until it is recovered: its listeners are not ours yet, and its connections are refused.
     pub(super) active: Option<Arc<PodNamespace>>,
 }
@@ -60,6 +62,7 @@ impl Enrolment {
         Self {
             record,
             listeners: [0; 3],
+            backstop: Backstop::default(),
             active: None,
         }
     }
@@ -148,6 +151,7 @@ impl Inner {
             .set_listener(record.slot, PLAINTEXT_LISTENER, listeners.plaintext.as_fd())?;
         self.kernel.attach_lookup(record.slot, &record.pod.uid, netns.as_fd())?;
         self.kernel.add_pod(record.netns_cookie, &pod_value(&record))?;
+        self.set_up_backstop(&record, &netns, true);
         let network = Arc::new(PodNamespace::new(
             Arc::clone(&self.kernel),
             netns,
@@ -208,6 +212,7 @@ impl Inner {
 
     fn forget_in_kernel(&self, record: &EnrolmentRecord) -> Result<(), CaptureError> {
         self.kernel.remove_pod(record.netns_cookie)?;
+        self.kernel.detach_backstops(&record.pod.uid)?;
         self.kernel.detach_lookup(&record.pod.uid)?;
         self.kernel.clear_listeners(record.slot);
         Ok(())

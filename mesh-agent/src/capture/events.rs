@@ -8,13 +8,16 @@ pub(super) struct Events {
     pub kept_closed: AtomicU64,
     /// Pieces of a Pod's capture that were missing and were put back.
     pub repaired: AtomicU64,
+    /// Times that what is in the mesh did not fit into the kernel's map.
+    pub mesh_destinations_full: AtomicU64,
 }
 
 impl Events {
-    pub(super) fn counts(&self) -> [(&'static str, u64); 2] {
+    pub(super) fn counts(&self) -> [(&'static str, u64); 3] {
         [
             ("kept_closed", self.kept_closed.load(Ordering::Relaxed)),
             ("repaired", self.repaired.load(Ordering::Relaxed)),
+            ("mesh_destinations_full", self.mesh_destinations_full.load(Ordering::Relaxed)),
         ]
     }
 }

@@ -1,7 +1,7 @@
 //! The kernel programs and their maps: loading, attaching, pinning, and every map operation of the agent.
 //!
 //! Everything is pinned below `<pin path>/v<ABI version>`: the maps by name, the node's links in `links/`, each Pod's sk_lookup
-//! link in `pods/`. Pins outlive the agent; a new one reuses the maps and replaces the programs of the links in place.
+//! link in `pods/`, its tcx links in `backstops/`. Pins outlive the agent; a new one reuses the maps and replaces the programs of the links in place.
 
 use std::fmt;
 use std::io;
@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use aya::Ebpf;
 use aya::maps::{Array, HashMap, MapData, PerCpuArray, SkStorage, SockMap};
 use aya::programs::Program;
+use ipnet::IpNet;
 use mesh_common::{
     AgentSocketValue, Counter, LISTENERS_PER_POD, OriginalDestinationValue, PodValue, RedirectedConnectionKey,
     UpstreamConnectionKey, limits,
@@ -21,6 +22,7 @@ use nix::time::{ClockId, clock_gettime};
 use parking_lot::Mutex;
 
 use self::destinations::{Destinations, remove_if};
+use self::mesh_destinations::MeshDestinations;
 use self::pin_names::{pin_name, pod_uid};
 use self::pins::{attach, detach, names_in, open_cgroup_root, prepare_pins};
 use self::programs::{
@@ -58,6 +60,7 @@ pub struct Kernel {
     destinations: Destinations,
     upstreams: Mutex<HashMap<MapData, UpstreamConnectionKey, u64>>,
     listeners: Mutex<SockMap<MapData>>,
+    mesh_destinations: Mutex<MeshDestinations>,
     counters: PerCpuArray<MapData, u64>,
     beats: AtomicU32,
 }
@@ -141,6 +144,7 @@ impl Kernel {
             destinations: Destinations::open(take_map(&mut programs, "ORIGINAL_DESTINATIONS")?)?,
             upstreams: Mutex::new(typed(take_map(&mut programs, "UPSTREAM_CONNECTIONS")?)?),
             listeners: Mutex::new(typed(take_map(&mut programs, "LISTENERS")?)?),
+            mesh_destinations: Mutex::new(MeshDestinations::open(typed(take_map(&mut programs, "MESH_DESTINATIONS")?)?)?),
             counters: typed(take_map(&mut programs, "COUNTERS")?)?,
             beats: AtomicU32::new(0),
             directory,
@@ -297,6 +301,14 @@ impl Kernel {
         self.destinations.take(key)
     }
 
+    /// What is in the mesh from now on, or taken out of a wider prefix. `true`: it is too much for the map, and everything is.
+    ///
+    /// # Errors
+    /// The map refuses; it holds more of the mesh than before then, not less.
+    pub fn set_mesh_destinations(&self, prefixes: &[(IpNet, bool)]) -> Result<bool, CaptureError> {
+        self.mesh_destinations.lock().replace(prefixes)
+    }
+
     /// Renews the lease: until it is over the programs take the agent for alive.
     ///
     /// # Errors
@@ -373,8 +385,10 @@ fn is_missing(error: &aya::maps::MapError) -> bool {
     }
 }
 
+mod backstop;
 mod destinations;
 pub mod inspect;
+mod mesh_destinations;
 mod pin_names;
 mod pins;
 mod programs;

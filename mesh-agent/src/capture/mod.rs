@@ -1,10 +1,11 @@
 //! The datapath's user half: the only module that knows aya. `kernel` holds programs and maps; the rest brings a Pod's network
 //! namespace into the mesh and out of it again.
 //!
-//! Order of an enrolment: record, return path, listeners, sk_lookup, and last the Pod's entry in `PODS`, from which on its
-//! connects are redirected. A release goes backwards.
+//! Order of an enrolment: record, return path, listeners, sk_lookup, the Pod's entry in `PODS`, from which on its connects are
+//! redirected, and last the backstop. A release goes backwards.
 
 mod addresses;
+mod backstop;
 mod bpf_syscalls;
 mod cgroup_root;
 pub mod descriptors;
@@ -35,8 +36,10 @@ use std::collections::HashMap;
 use std::net::{IpAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use futures_util::future::{BoxFuture, FutureExt, try_join_all};
+use ipnet::IpNet;
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
@@ -52,6 +55,7 @@ use self::probe::{PROBE_ADDRESS_V4, PROBE_ADDRESS_V6};
 use self::probe_child::ProbeCgroup;
 use self::upstreams::MAX_UPSTREAMS;
 
+pub use self::backstop::Backstop;
 pub use self::enrolments::{PodToEnroll, boot_id};
 pub use self::namespace::PodNamespace;
 pub use self::network::{CaptureError, PodListeners, PodNetwork, Upstream};
@@ -324,6 +328,34 @@ impl Capture {
     #[must_use]
     pub fn detached_programs(&self) -> Vec<&'static str> {
         self.inner.kernel.detached_programs()
+    }
+
+    /// Whether each Pod that is served has its backstop, by uid.
+    #[must_use]
+    pub fn backstops(&self) -> Vec<(String, Backstop)> {
+        let pods = self.inner.pods.lock();
+        let served = pods.iter().filter(|(_, enrolment)| enrolment.active.is_some());
+        served.map(|(uid, enrolment)| (uid.clone(), enrolment.backstop)).collect()
+    }
+
+    /// Tells the backstops what is in the mesh, or taken out of a wider prefix.
+    ///
+    /// # Errors
+    /// The kernel refuses: more counts as the mesh's than should.
+    pub async fn set_mesh_destinations(&self, prefixes: Vec<(IpNet, bool)>) -> Result<(), CaptureError> {
+        let inner = Arc::clone(&self.inner);
+        blocking(move || {
+            if inner.kernel.set_mesh_destinations(&prefixes)? {
+                inner.events.mesh_destinations_full.fetch_add(1, Ordering::Relaxed);
+                tracing::error!(
+                    prefixes = prefixes.len(),
+                    "more prefixes are in the mesh than the kernel's map has room for: everything counts as the mesh's, and what Pods \
+                     send around their agent to the outside is dropped"
+                );
+            }
+            Ok(())
+        })
+        .await
     }
 
     /// How full the kernel's maps are.

@@ -3,6 +3,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, Socket, Type};
@@ -26,6 +27,8 @@ const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const RTM_NEWLINK: u16 = 16;
 const RTM_GETLINK: u16 = 18;
+const RTM_NEWNSID: u16 = 88;
+const RTM_GETNSID: u16 = 90;
 const RTM_NEWADDR: u16 = 20;
 const RTM_GETADDR: u16 = 22;
 const RTM_NEWROUTE: u16 = 24;
@@ -61,6 +64,14 @@ pub(super) enum AddressState {
     Duplicate,
 }
 
+/// One end of a veth pair: where its other end is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct VethPeer {
+    pub interface: u32,
+    /// What the namespace that was asked calls the peer's namespace.
+    pub nsid: i32,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Change {
     Add,
@@ -94,6 +105,31 @@ impl Netlink {
             }
         })?;
         Ok(up)
+    }
+
+    /// The other ends of this namespace's veths that lie in another namespace.
+    pub(super) fn veth_peers(&self) -> io::Result<Vec<VethPeer>> {
+        let mut peers = Vec::new();
+        self.request(RTM_GETLINK, NLM_F_REQUEST | NLM_F_DUMP, &[0; 16], |kind, body| {
+            if kind == RTM_NEWLINK {
+                peers.extend(parse_veth_peer(body));
+            }
+        })?;
+        Ok(peers)
+    }
+
+    /// What this namespace calls another one; `None` while it has no name for it.
+    pub(super) fn nsid_of(&self, netns: BorrowedFd<'_>) -> io::Result<Option<i32>> {
+        const NETNSA_FD: u16 = 3;
+        let mut body = vec![0; 4]; // struct rtgenmsg
+        push_attribute(&mut body, NETNSA_FD, netns.as_raw_fd().cast_unsigned());
+        let mut nsid = None;
+        self.request(RTM_GETNSID, NLM_F_REQUEST | NLM_F_ACK, &body, |kind, body| {
+            if kind == RTM_NEWNSID {
+                nsid = parse_nsid(body);
+            }
+        })?;
+        Ok(nsid)
     }
 
     pub(super) fn addresses(&self) -> io::Result<Vec<(IpAddr, AddressState)>> {
@@ -230,24 +266,59 @@ fn split_message(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
     Some((kind, body, next))
 }
 
+/// A veth whose other end is in another namespace, in a struct ifinfomsg with its attributes.
+fn parse_veth_peer(body: &[u8]) -> Option<VethPeer> {
+    const IFLA_LINK: u16 = 5;
+    const IFLA_LINKINFO: u16 = 18;
+    const IFLA_LINK_NETNSID: u16 = 37;
+    const IFLA_INFO_KIND: u16 = 1;
+    let (mut interface, mut nsid, mut is_veth) = (None, None, false);
+    for_each_attribute(body.get(16..)?, |kind, value| {
+        match kind {
+            IFLA_LINK => interface = Some(u32_at(value, 0)?),
+            IFLA_LINK_NETNSID => nsid = Some(u32_at(value, 0)?.cast_signed()),
+            IFLA_LINKINFO => for_each_attribute(value, |kind, value| {
+                is_veth |= kind == IFLA_INFO_KIND && value == b"veth\0";
+                Some(())
+            })?,
+            _ => {}
+        }
+        Some(())
+    })?;
+    is_veth.then_some(VethPeer {
+        interface: interface?,
+        nsid: nsid?,
+    })
+}
+
+/// In a struct rtgenmsg with its attributes; negative where there is none.
+fn parse_nsid(body: &[u8]) -> Option<i32> {
+    const NETNSA_NSID: u16 = 1;
+    let mut nsid = None;
+    for_each_attribute(body.get(4..)?, |kind, value| {
+        if kind == NETNSA_NSID {
+            nsid = Some(u32_at(value, 0)?.cast_signed());
+        }
+        Some(())
+    })?;
+    nsid.filter(|nsid| *nsid >= 0)
+}
+
 fn parse_address(body: &[u8]) -> Option<(IpAddr, AddressState)> {
     const IFA_ADDRESS: u16 = 1;
     const IFA_LOCAL: u16 = 2;
     const IFA_FLAGS: u16 = 8;
     let mut flags = u32::from(*body.get(2)?);
     let (mut address, mut local) = (None, None);
-    let mut rest = body.get(8..)?;
-    while rest.len() >= 4 {
-        let length = usize::from(u16::from_ne_bytes([rest[0], rest[1]]));
-        let value = rest.get(4..length)?;
-        match u16::from_ne_bytes([rest[2], rest[3]]) {
+    for_each_attribute(body.get(8..)?, |kind, value| {
+        match kind {
             IFA_ADDRESS => address = parse_ip(value),
             IFA_LOCAL => local = parse_ip(value),
             IFA_FLAGS => flags = u32_at(value, 0)?,
             _ => {}
         }
-        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-    }
+        Some(())
+    })?;
     let state = if flags & IFA_F_DADFAILED != 0 {
         AddressState::Duplicate
     } else if flags & IFA_F_TENTATIVE != 0 && flags & IFA_F_OPTIMISTIC == 0 {
@@ -257,6 +328,19 @@ fn parse_address(body: &[u8]) -> Option<(IpAddr, AddressState)> {
     };
     // On a point-to-point device IFA_ADDRESS is the peer's.
     Some((local.or(address)?, state))
+}
+
+/// Kind and value of each attribute. `None`: one is damaged, or `each` says so.
+fn for_each_attribute(bytes: &[u8], mut each: impl FnMut(u16, &[u8]) -> Option<()>) -> Option<()> {
+    const NLA_TYPE_MASK: u16 = 0x3fff;
+    let mut rest = bytes;
+    while rest.len() >= 4 {
+        let length = usize::from(u16::from_ne_bytes([rest[0], rest[1]]));
+        let value = rest.get(4..length)?;
+        each(u16::from_ne_bytes([rest[2], rest[3]]) & NLA_TYPE_MASK, value)?;
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    Some(())
 }
 
 fn parse_ip(bytes: &[u8]) -> Option<IpAddr> {
@@ -281,10 +365,17 @@ pub(super) fn fuzz(bytes: &[u8]) {
     let mut rest = bytes;
     while let Some((_, body, further)) = split_message(rest) {
         assert!(further.len() < rest.len(), "no progress");
-        let _ = parse_address(body);
+        fuzz_body(body);
         rest = further;
     }
-    let _ = parse_address(bytes);
+    fuzz_body(bytes);
+}
+
+#[cfg(fuzzing)]
+fn fuzz_body(body: &[u8]) {
+    let _ = parse_address(body);
+    let _ = parse_veth_peer(body);
+    let _ = parse_nsid(body);
 }
 
 #[cfg(test)]
@@ -301,6 +392,37 @@ mod tests {
             parse_address(&body),
             Some((IpAddr::V4(Ipv4Addr::new(10, 0, 0, 7)), AddressState::Tentative))
         );
+    }
+
+    #[test]
+    fn only_a_veth_with_its_other_end_elsewhere_has_a_peer() {
+        let link = |kind: &[u8], nsid: Option<u32>| {
+            let mut body = vec![0; 16];
+            push_attribute(&mut body, 5, 42);
+            // IFLA_LINKINFO (nested) with IFLA_INFO_KIND.
+            let length = 4 + kind.len() as u16;
+            body.extend((4 + length.next_multiple_of(4)).to_ne_bytes());
+            body.extend((18_u16 | 0x8000).to_ne_bytes());
+            body.extend(length.to_ne_bytes());
+            body.extend(1_u16.to_ne_bytes());
+            body.extend(kind);
+            body.resize(body.len().next_multiple_of(4), 0);
+            if let Some(nsid) = nsid {
+                push_attribute(&mut body, 37, nsid);
+            }
+            body
+        };
+        let peer = VethPeer { interface: 42, nsid: 3 };
+        assert_eq!(parse_veth_peer(&link(b"veth\0", Some(3))), Some(peer));
+        assert_eq!(parse_veth_peer(&link(b"veth\0", None)), None);
+        assert_eq!(parse_veth_peer(&link(b"macvlan\0", Some(3))), None);
+        assert_eq!(parse_veth_peer(&[0; 15]), None);
+        let nsid = |nsid: i32| {
+            let mut body = vec![0; 4];
+            push_attribute(&mut body, 1, nsid.cast_unsigned());
+            parse_nsid(&body)
+        };
+        assert_eq!((nsid(0), nsid(7), nsid(-1)), (Some(0), Some(7), None));
     }
 
     #[test]

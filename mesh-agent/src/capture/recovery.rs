@@ -131,6 +131,12 @@ impl Inner {
                 .map(|e| (e.record.netns_cookie, e.record.pod.uid.clone()))
                 .unzip()
         };
+        for uid in self.kernel.pods_with_backstops()? {
+            // Its interfaces went with its namespace. One that lives still checks what its Pod sends.
+            if !uids.contains(&uid) && self.kernel.backstops(&uid)?.is_empty() {
+                self.kernel.detach_backstops(&uid)?;
+            }
+        }
         let mut all_gone = true;
         for uid in self.kernel.attached_pods()? {
             if uids.contains(&uid) {

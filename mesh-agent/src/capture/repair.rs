@@ -43,6 +43,9 @@ impl Inner {
             self.kernel.attach_lookup(record.slot, uid, netns.as_fd())?;
             repairs.repaired.push("sk_lookup");
         }
+        if let (_, true) = self.set_up_backstop(&record, netns, false) {
+            repairs.repaired.push("backstop");
+        }
         let (added, are_listening) = netns.run(|| Ok((routing::set_up(&record.before)?, sockets::are_listening(&listeners)?)))?;
         repairs.repaired.extend(added);
         repairs.is_listener_lost = !are_listening;

@@ -1,6 +1,7 @@
 //! What the control plane has told: workloads, services, policies and settings. [`State`] is pure; [`SharedState`] lets
 //! connections read it and wait, bounded, for something fresher.
 
+mod prefixes;
 mod settings;
 mod shared;
 #[cfg(test)]

@@ -173,6 +173,76 @@ fn what_is_excluded_is_not_the_meshs_whatever_stands_there() {
     }
 }
 
+/// As the kernel reads prefixes.
+fn is_in_mesh(prefixes: &[(ipnet::IpNet, bool)], ip: &str) -> bool {
+    let ip: IpAddr = ip.parse().unwrap();
+    let everything = |prefix: &ipnet::IpNet| prefix.prefix_len() == 0;
+    prefixes
+        .iter()
+        .filter(|(prefix, _)| prefix.contains(&ip) || everything(prefix))
+        .max_by_key(|(prefix, _)| prefix.prefix_len())
+        .is_some_and(|(_, is_in)| *is_in)
+}
+
+#[test]
+fn what_is_in_the_mesh_by_address_alone() {
+    let mut state = State::default();
+    let everywhere = ["10.0.0.1", "8.8.8.8", "2001:db8::1"];
+    assert!(
+        everywhere.iter().all(|ip| is_in_mesh(&state.prefixes(), ip)),
+        "before all is told"
+    );
+    state.apply(vec![
+        Change::Synced,
+        Change::Settings(Settings {
+            pod_ranges: vec![
+                "10.0.0.0/16".parse().unwrap(),
+                "10.7.1.0/24".parse().unwrap(),
+                "fd00::/64".parse().unwrap(),
+            ],
+            excluded: Exclusions {
+                ports: [22].into(),
+                ranges: vec!["10.0.1.0/24".parse().unwrap(), "10.7.0.0/16".parse().unwrap()],
+            },
+            ..Settings::default()
+        }),
+        Change::Workload(workload("inside", "10.0.0.1", Membership::Proven)),
+        Change::Workload(workload("elsewhere", "192.0.2.1", Membership::Pending)),
+        Change::Workload(workload("lost", "2001:db8::1", Membership::Lost)),
+        Change::Workload(workload("outsider", "192.0.2.2", Membership::Outside)),
+        Change::Workload(workload("excluded", "10.7.0.1", Membership::Proven)),
+        Change::Service(Service {
+            name: "web".into(),
+            namespace: "shop".into(),
+            hostname: "web.shop.svc.cluster.local".into(),
+            addresses: vec!["10.96.0.1".parse().unwrap()],
+            ports: Vec::new(),
+            only_healthy: true,
+        }),
+    ]);
+    let prefixes = state.prefixes();
+    for (ip, expected) in [
+        ("10.0.0.1", true),
+        ("10.0.9.9", true),
+        ("fd00::9", true),
+        ("192.0.2.1", true),
+        ("2001:db8::1", true),
+        ("10.96.0.1", true),
+        ("192.0.2.2", false),
+        ("2001:db8::2", false),
+        ("10.96.0.2", false),
+        ("8.8.8.8", false),
+        // Excluded: of a Pod range, a Pod range itself, a member.
+        ("10.0.1.1", false),
+        ("10.7.1.1", false),
+        ("10.7.0.1", false),
+    ] {
+        assert_eq!(is_in_mesh(&prefixes, ip), expected, "{ip}");
+    }
+    // Addresses in a range need no place of their own.
+    assert_eq!(prefixes.len(), 2 + 2 + 3, "{prefixes:?}");
+}
+
 #[test]
 fn strict_by_mesh_and_namespace() {
     let mut settings = Settings {

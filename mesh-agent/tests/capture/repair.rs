@@ -19,14 +19,19 @@ async fn each_piece_that_is_taken_away_is_put_back() {
 
     let hand = Kernel::load(&bed.kernel_config()).unwrap();
     let pin = bed.folder.path().join("bpf/culvert/v*/pods/uid-1");
+    let backstop = bed.folder.path().join("bpf/culvert/v*/backstops/uid-1/*");
     let inside = |command: &str| {
         run(&format!("ip netns exec {} sh -c '{command}'", bed.name));
     };
-    let pieces: [(&str, &dyn Fn()); 9] = [
+    let pieces: [(&str, &dyn Fn()); 11] = [
         ("pods_entry", &|| hand.remove_pod(cookie).unwrap()),
         ("sk_lookup", &|| assert!(hand.detach_lookup("uid-1").unwrap())),
         ("sk_lookup", &|| {
             run(&format!("rm {}", pin.display()));
+        }),
+        ("backstop", &|| assert!(hand.detach_backstops("uid-1").unwrap())),
+        ("backstop", &|| {
+            run(&format!("rm {}", backstop.display()));
         }),
         ("return_rule", &|| inside("ip rule del pref 100")),
         ("return_rule", &|| inside("ip -6 rule del pref 100")),

@@ -86,7 +86,7 @@ fn try_all(testbed: &Testbed, how: &str, make: &str, connect: &str, is_privilege
     for (family, address) in OUTSIDE {
         let script = format!("f = '{family}'; to = ('{address}', {PORT})\n{make}\n{connect}\nends(s)");
         let client = if is_privileged {
-            testbed.script_with_net_raw(&testbed.pod(), &script)
+            testbed.script_with_net_raw(&script)
         } else {
             testbed.script(&script)
         };

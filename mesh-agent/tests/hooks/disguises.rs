@@ -21,7 +21,7 @@ hook_test! {
         let outbound = listen_as_agent(&kernel, &testbed.pod(), OUTBOUND_PORT);
         for (family, address, _, own) in FAMILIES {
             let script = format!("s = stream('{family}'); {MARKED}; s.connect(('{address}', 80)); ends(s)");
-            let client = testbed.script_with_net_raw(&testbed.pod(), &script);
+            let client = testbed.script_with_net_raw(&script);
             assert_eq!(client.said(), format!("{address} 80 from {own}"));
             let (_stream, key) = accept(&outbound, testbed.cookie());
             assert_eq!(kernel.take_original_destination(&key).unwrap().unwrap().port, 80);
@@ -29,7 +29,7 @@ hook_test! {
         // From outside, and from within the Pod under another's address, as the agent's own upstream connects look.
         for (family, address, outsider) in [("4", POD_V4, OUTSIDER_V4), ("6", POD_V6, OUTSIDER_V6)] {
             let script = format!("s = stream('{family}'); {MARKED}; s.connect(('{address}', 8080)); ends(s)");
-            let _client = testbed.script_with_net_raw(&testbed.outsider(), &script);
+            let _client = testbed.script_with_net_raw_in(&testbed.outsider(), &script);
             let (_stream, client) = plaintext.accept().unwrap();
             assert_eq!(client.ip().to_canonical().to_string(), outsider);
             let (level, option) = if family == "4" { ("IP", 19) } else { ("IPV6", 75) };
@@ -38,7 +38,7 @@ hook_test! {
                 script,
                 "s.setsockopt(socket.IPPROTO_{level}, {option}, 1); s.bind(('{outsider}', 20001)); s.connect(('{address}', 8080)); ends(s)"
             ).unwrap();
-            let client = testbed.script_with_net_raw(&testbed.pod(), &script);
+            let client = testbed.script_with_net_raw(&script);
             assert_eq!(client.said(), format!("{address} 8080 from {outsider}"));
             assert!(application.accept().is_err(), "the application was reached past its agent");
             let (_stream, client) = plaintext.accept().unwrap();

@@ -174,8 +174,12 @@ impl Testbed {
         self.client(&self.pod(), &["script", text])
     }
 
-    /// The same with the one capability that container runtimes grant by default and that matters here.
-    pub fn script_with_net_raw(&self, netns: &str, text: &str) -> Client {
+    /// The same with the one capability that most container runtimes grant for packets.
+    pub fn script_with_net_raw(&self, text: &str) -> Client {
+        self.script_with_net_raw_in(&self.pod(), text)
+    }
+
+    pub fn script_with_net_raw_in(&self, netns: &str, text: &str) -> Client {
         let with_net_raw = [
             "setpriv",
             "--reuid=65534",

@@ -73,6 +73,11 @@ impl Kernel {
                 self.destinations.fullest(),
                 limits::MAX_ORIGINAL_DESTINATIONS_PER_POD,
             ),
+            fill(
+                "mesh_destinations",
+                self.mesh_destinations.lock().len(),
+                limits::MAX_MESH_DESTINATIONS,
+            ),
         ]
     }
 

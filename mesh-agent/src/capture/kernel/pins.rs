@@ -125,7 +125,13 @@ pub(super) fn prepare_pins(pin_path: &Path) -> Result<PathBuf, CaptureError> {
         )));
     }
     let directory = pin_path.join(format!("v{ABI_VERSION}"));
-    for path in [pin_path, &directory, &directory.join("links"), &directory.join("pods")] {
+    for path in [
+        pin_path,
+        &directory,
+        &directory.join("links"),
+        &directory.join("pods"),
+        &directory.join(super::backstop::DIRECTORY),
+    ] {
         match DirBuilder::new().mode(0o700).create(path) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(path.display(), error)),
             _ => {}

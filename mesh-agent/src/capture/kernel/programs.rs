@@ -51,6 +51,7 @@ pub(super) const NODE_PROGRAMS: [(&str, AttachType, &str); 10] = [
     ),
 ];
 pub(super) const LOOKUP_PROGRAM: (&str, &str) = ("steer", "sk_lookup (5.9)");
+pub(super) const BACKSTOP_PROGRAM: (&str, &str) = ("backstop", "tcx (6.6)");
 
 /// Whether this agent was built with the kernel programs.
 #[must_use]

@@ -1,7 +1,7 @@
 use super::pins::{abi_version, cgroup2_mount, prepare_pins};
 use aya::programs::ProgramError;
 
-use super::programs::{LOOKUP_PROGRAM, NODE_PROGRAMS, program_failed};
+use super::programs::{BACKSTOP_PROGRAM, LOOKUP_PROGRAM, NODE_PROGRAMS, program_failed};
 use super::*;
 
 #[test]
@@ -39,7 +39,7 @@ fn only_version_directories_are_versions() {
 #[test]
 fn a_kernel_that_cannot_load_a_program_is_told_what_it_lacks() {
     let programs = NODE_PROGRAMS.map(|(name, _, feature)| (name, feature));
-    for (name, feature) in programs.into_iter().chain([LOOKUP_PROGRAM]) {
+    for (name, feature) in programs.into_iter().chain([LOOKUP_PROGRAM, BACKSTOP_PROGRAM]) {
         let refused = ProgramError::IOError(std::io::Error::from_raw_os_error(libc::EINVAL));
         let error = program_failed(name, feature, &refused).to_string();
         // The program, the feature with the kernel that brought it, and the kernel's own words.
