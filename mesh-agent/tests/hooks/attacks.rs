@@ -2,13 +2,15 @@
 //! grant, towards a server that would answer.
 
 use std::io::ErrorKind;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::time::Duration;
 use std::{fs, thread};
 
 use mesh_agent::addr::ip_from_bytes;
 use mesh_agent::capture::kernel::Kernel;
 use mesh_common::OUTBOUND_PORT;
 
+use super::backstop;
 use super::testbed::*;
 
 /// The server outside, as applications may write it.
@@ -191,6 +193,29 @@ s.connect(('{address}', {PORT})); ends(s)"
             assert_eq!(client.said(), format!("{own} {PORT} from {own}"));
             ends.expect_captured("after AF_UNSPEC", address, &client.hear());
         }
+    }
+}
+
+hook_test! {
+    fn a_freely_bound_address_does_not_leave_the_pod(testbed) {
+        let kernel = testbed.enrolled();
+        let server = within(&testbed.outsider(), || UdpSocket::bind(("::", PORT)).unwrap());
+        server.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        // IPV6_FREEBIND, which nobody needs a right for. (Linux sends nothing over IPv4 from such an address.)
+        let send_from = |source: &str| {
+            let client = testbed.script(&format!(
+                "s = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM); s.setsockopt(41, 78, 1)
+s.bind(('{source}', 0)); s.sendto(b'x', ('{OUTSIDER_V6}', {PORT})); say('sent')"
+            ));
+            assert_eq!(client.said(), "sent");
+        };
+        let arrived_from = || server.recv_from(&mut [0; 8]).unwrap().1.ip().to_string();
+        send_from("fd99::77");
+        assert_eq!(arrived_from(), "fd99::77", "the attack is none here");
+        backstop::attach(&testbed, &kernel);
+        send_from("fd99::77");
+        send_from(POD_V6);
+        assert_eq!(arrived_from(), POD_V6, "a datagram from an address that is not the Pod's");
     }
 }
 

@@ -1,6 +1,6 @@
 //! Building a mutated tree, and running one test of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
@@ -52,9 +52,9 @@ pub fn build(main: &Workspace, tree: &Workspace, suites: &[Suite]) -> Result<Bui
         "--no-run",
         "--message-format=json-render-diagnostics",
     ]);
-    for suite in suites {
-        tests.args(suite.cargo_target());
-    }
+    // Each once: cargo takes no `--lib` twice.
+    let targets: BTreeSet<Vec<&str>> = suites.iter().map(|suite| suite.cargo_target()).collect();
+    tests.args(targets.into_iter().flatten());
     let mut child = tests.stdout(Stdio::piped()).spawn().context("starting cargo")?;
     let messages = BufReader::new(child.stdout.take().context("the output of cargo")?);
     let mut built = Built::default();

@@ -176,7 +176,7 @@ fn package(tree: &Path, suite: Suite) -> PathBuf {
     tree.join(match suite {
         Suite::Agent | Suite::Hooks => "mesh-agent",
         Suite::Control => "mesh-control",
-        Suite::ForeignPeer | Suite::Attacks => "tests",
+        Suite::Attacks => "tests",
     })
 }
 

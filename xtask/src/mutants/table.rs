@@ -1,6 +1,7 @@
 //! What is removed, and which test must notice: an entry a defence. CONTRIBUTING.md tells how to add one.
 
 mod kernel;
+mod tunnel;
 
 /// A change that takes a defence away.
 pub struct Mutant {
@@ -34,7 +35,7 @@ pub struct Group {
     pub controls: &'static [(Suite, &'static str)],
 }
 
-pub const GROUPS: [Group; 2] = [kernel::CAPTURE, kernel::REDIRECT];
+pub const GROUPS: [Group; 3] = [kernel::CAPTURE, kernel::REDIRECT, tunnel::TUNNEL];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Suite {
@@ -44,19 +45,17 @@ pub enum Suite {
     /// mesh-agent/tests.
     Hooks,
     /// tests/tests.
-    ForeignPeer,
     Attacks,
 }
 
 impl Suite {
-    const ALL: [Self; 5] = [Self::Agent, Self::Control, Self::Hooks, Self::ForeignPeer, Self::Attacks];
+    const ALL: [Self; 4] = [Self::Agent, Self::Control, Self::Hooks, Self::Attacks];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::Agent => "mesh_agent",
             Self::Control => "mesh_control",
             Self::Hooks => "hooks",
-            Self::ForeignPeer => "foreign_peer",
             Self::Attacks => "attacks",
         }
     }
@@ -69,12 +68,12 @@ impl Suite {
     pub fn cargo_target(self) -> Vec<&'static str> {
         match self {
             Self::Agent | Self::Control => vec!["--lib"],
-            Self::Hooks | Self::ForeignPeer | Self::Attacks => vec!["--test", self.name()],
+            Self::Hooks | Self::Attacks => vec!["--test", self.name()],
         }
     }
 
     /// tests/src/suite.rs: one set-up for all checks, and so one process. Others run a process for each test.
     pub fn has_own_runner(self) -> bool {
-        matches!(self, Self::ForeignPeer | Self::Attacks)
+        matches!(self, Self::Attacks)
     }
 }

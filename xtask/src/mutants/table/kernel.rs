@@ -4,6 +4,7 @@
 use super::{Edit, Group, Mutant, Noticed, Suite};
 
 const CONNECT: &str = "mesh-ebpf/src/connect.rs";
+const TCX: &str = "mesh-ebpf/src/tcx.rs";
 const LOOKUP: &str = "mesh-ebpf/src/sk_lookup.rs";
 const CONTROL: (Suite, &str) = (Suite::Hooks, "link_local_is_left_alone_and_counted");
 
@@ -103,7 +104,7 @@ pub const CAPTURE: Group = Group {
             edits: &[Edit {
                 file: CONNECT,
                 from: "interface != 0 && interface != LOOPBACK_INTERFACE",
-                to: "false",
+                to: "interface != 0 && interface != LOOPBACK_INTERFACE && interface == 0",
             }],
             noticed_by: &[hooks(
                 "bounds::a_socket_bound_to_another_interface_is_refused_and_holds_nothing",
@@ -270,6 +271,55 @@ pub const CAPTURE: Group = Group {
                 "proxy::tests::refuse::an_agents_port_is_no_application",
                 "no line with the reason agent_port",
             )],
+        },
+        Mutant {
+            name: "foreign-source",
+            attacks: &["raw and packet sockets", "IPV6_FREEBIND"],
+            without: "the look at a packet's source",
+            edits: &[
+                Edit {
+                    file: TCX,
+                    from: "    if !is_own(pod, source) {",
+                    to: "    if !is_own(pod, source) && pod.address_count == 0 {",
+                },
+                Edit {
+                    file: TCX,
+                    from: "(source.is_v4() || !is_own(pod, source)) {",
+                    to: "(source.is_v4() || !is_own(pod, source)) && pod.address_count == 0 {",
+                },
+            ],
+            noticed_by: &[
+                hooks("backstop::a_foreign_source_is_dropped", "to=OUT_V4)]): attached: true"),
+                hooks(
+                    "attacks::a_freely_bound_address_does_not_leave_the_pod",
+                    "a datagram from an address that is not the Pod's",
+                ),
+            ],
+        },
+        Mutant {
+            name: "foreign-syn",
+            attacks: &["raw and packet sockets"],
+            without: "the drop of a SYN to the mesh that the agent did not send",
+            edits: &[Edit {
+                file: TCX,
+                from: "    Verdict::Drop(Counter::DroppedForeignSyn)\n",
+                to: "    Verdict::Next\n",
+            }],
+            noticed_by: &[hooks(
+                "backstop::a_syn_from_a_raw_or_a_packet_socket_is_dropped",
+                "send_raw(V4, [plain(V4, port)]): attached: true",
+            )],
+        },
+        Mutant {
+            name: "server-identity",
+            attacks: &["wrong identity"],
+            without: "the source's look who the server is",
+            edits: &[Edit {
+                file: "mesh-agent/src/tls/verify.rs",
+                from: "if uris.contains(&expected) {",
+                to: "if uris.contains(&expected) || !uris.is_empty() {",
+            }],
+            noticed_by: &[agent("proxy::tests::tls::whom_the_client_takes", "somebody else")],
         },
         Mutant {
             name: "foreign-identities",
