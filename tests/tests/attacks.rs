@@ -16,7 +16,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use mesh_tests::app::ECHO_PORT;
 use mesh_tests::binaries;
-use mesh_tests::foreign::{Certificates, Claims, FOREIGN, Files, Validity, connect};
+use mesh_tests::foreign::{Certificates, Claims, FOREIGN, Files, PYTHON, Validity, connect};
 use mesh_tests::manifests::policy;
 use mesh_tests::mesh::{Mesh, PodSpec};
 use mesh_tests::poll::{self, SOON};
@@ -292,9 +292,15 @@ fn without_rights(shared: &Shared, socket: &str, attack: impl FnOnce(&Mesh, &Pla
     let (folder, socket) = (node.run_dir(), node.run_dir().join(socket));
     let refused = || mesh.metric(NodeName::Two, "mesh_local_refused_total", &[]);
     let before = refused()?;
+    let reach = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])";
+    let reached = nobody.run(
+        Path::new(PYTHON),
+        &["-c", reach, socket.to_str().context("a path")?],
+        COMMAND_DEADLINE,
+    )?;
     ensure!(
-        mesh.app.is_closed_by(&nobody, &socket).is_err(),
-        "nobody may look into --run-dir"
+        !reached.status.success() && reached.stderr.contains("PermissionError"),
+        "nobody may look into --run-dir: {reached:?}"
     );
     ensure!(
         refused()? == before,
@@ -339,7 +345,7 @@ except (ConnectionResetError, BrokenPipeError): data = b''
 print(len(data))";
     without_rights(shared, "handover.sock", |_, nobody, socket| {
         let socket = socket.to_str().context("a path")?;
-        let output = nobody.run(Path::new(mesh_tests::foreign::PYTHON), &["-c", ASK, socket], COMMAND_DEADLINE)?;
+        let output = nobody.run(Path::new(PYTHON), &["-c", ASK, socket], COMMAND_DEADLINE)?;
         let answered = output.ok("the false successor")?;
         if answered.trim() != "0" {
             bail!("the agent answered a successor without rights");

@@ -3,6 +3,8 @@
 
 mod build;
 mod engine;
+#[cfg(test)]
+mod index;
 mod table;
 mod tree;
 mod verdict;
