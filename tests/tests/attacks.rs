@@ -14,6 +14,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use mesh_tests::access_log::text;
 use mesh_tests::app::ECHO_PORT;
 use mesh_tests::binaries;
 use mesh_tests::foreign::{Certificates, Claims, FOREIGN, Files, PYTHON, Validity, connect};
@@ -31,6 +32,7 @@ const PODS: [PodSpec; 3] = [
     pod("neighbour", NodeName::Two, 21),
 ];
 const OUTBOUND_PORT: u16 = 15001;
+const PLAINTEXT_PORT: u16 = 15006;
 const ADMIN_PORT: u16 = 15000;
 /// Nobody's, but an attacker's claim.
 const CLAIMED: &str = "203.0.113.9";
@@ -68,6 +70,7 @@ fn main() -> ExitCode {
             ("tls_1_2", tls12),
             ("no_alpn", no_alpn),
             ("a_forwarded_header_that_lies", lying_forwarded),
+            ("plaintext_to_the_agents_ports", agents_ports),
             ("the_nodes_admin_page_from_a_pod", admin_page),
             ("the_local_socket_without_rights", local_socket),
             ("the_handover_socket_without_rights", handover_socket),
@@ -248,6 +251,26 @@ fn lying_forwarded(shared: &mut Shared) -> Result<()> {
     mesh.registry.remove("only-claimed.yaml")?;
     mesh.wait_for_outcome("client", mesh.pod("server").v4.into(), ECHO_PORT, true)?;
     outcome
+}
+
+/// From outside of any capture.
+fn agents_ports(shared: &mut Shared) -> Result<()> {
+    let mesh = &shared.mesh;
+    let log = mesh.access_log(NodeName::Two);
+    for address in server(shared) {
+        let position = log.position();
+        let attempt = mesh.app.connect(&mesh.pod(FOREIGN.name).place(), address, PLAINTEXT_PORT)?;
+        ensure!(!attempt.ok(), "{address}: {}", attempt.report);
+        let line = log.wait_for(position, &[("direction", "inbound")], SOON)?;
+        ensure!(
+            text(&line, "reason") == "agent_port",
+            "{address} port {PLAINTEXT_PORT} was not refused as an agent's port: {line}"
+        );
+        // The outbound one knows of no destination for what was not redirected.
+        let attempt = mesh.app.connect(&mesh.pod(FOREIGN.name).place(), address, OUTBOUND_PORT)?;
+        ensure!(!attempt.ok(), "{address}: {}", attempt.report);
+    }
+    Ok(())
 }
 
 fn admin_page(shared: &mut Shared) -> Result<()> {

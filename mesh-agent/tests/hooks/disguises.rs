@@ -14,10 +14,7 @@ const MARKED: &str = "s.setsockopt(socket.SOL_SOCKET, 36, 0x4356)";
 
 hook_test! {
     fn a_firewall_mark_proves_nothing(testbed) {
-        let (kernel, _tunnel, plaintext) = steered(&testbed);
-        return_path(&testbed);
-        let application = listen(&testbed.pod(), 8080);
-        application.set_nonblocking(true).unwrap();
+        let (kernel, _tunnel, _plaintext) = steered(&testbed);
         let outbound = listen_as_agent(&kernel, &testbed.pod(), OUTBOUND_PORT);
         for (family, address, _, own) in FAMILIES {
             let script = format!("s = stream('{family}'); {MARKED}; s.connect(('{address}', 80)); ends(s)");
@@ -26,6 +23,15 @@ hook_test! {
             let (_stream, key) = accept(&outbound, testbed.cookie());
             assert_eq!(kernel.take_original_destination(&key).unwrap().unwrap().port, 80);
         }
+    }
+}
+
+hook_test! {
+    fn a_firewall_mark_does_not_lead_to_the_application(testbed) {
+        let (kernel, _tunnel, plaintext) = steered(&testbed);
+        return_path(&testbed);
+        let application = listen(&testbed.pod(), 8080);
+        application.set_nonblocking(true).unwrap();
         // From outside, and from within the Pod under another's address, as the agent's own upstream connects look.
         for (family, address, outsider) in [("4", POD_V4, OUTSIDER_V4), ("6", POD_V6, OUTSIDER_V6)] {
             let script = format!("s = stream('{family}'); {MARKED}; s.connect(('{address}', 8080)); ends(s)");

@@ -15,14 +15,21 @@ pub fn outcomes(output: &str) -> BTreeMap<String, Outcome> {
     let mut outcomes = BTreeMap::new();
     // What follows a test's heading is what it said.
     let mut speaker: Option<String> = None;
+    // What it printed past the harness may stand before its verdict.
+    let mut running: Option<String> = None;
     for line in output.lines() {
-        if let Some((name, verdict)) = line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... ")) {
+        let heading = line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... "));
+        let late = matches!(line, "ok" | "FAILED").then(|| running.take()).flatten();
+        let heading = late.as_deref().map(|name| (name, line)).or(heading);
+        if let Some((name, verdict)) = heading {
             let failed = verdict.starts_with("FAILED");
             speaker = failed.then(|| name.to_owned());
             if failed {
                 outcomes.insert(name.to_owned(), Outcome::Failed(String::new()));
             } else if verdict.starts_with("ok") {
                 outcomes.insert(name.to_owned(), Outcome::Passed);
+            } else {
+                running = Some(name.to_owned());
             }
         } else if let Some(name) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
             speaker = Some(name.to_owned());
@@ -51,5 +58,10 @@ mod tests {
         assert_eq!(read["mesh::good"], Outcome::Passed);
         assert!(matches!(&read["mesh::bad"], Outcome::Failed(said) if said.contains("refusal") && !said.contains("afterwards")));
         assert!(outcomes("error: could not compile").is_empty());
+        let output = "test a::loud ... wrote a file\nFAILED\n\nfailures:\n\n---- a::loud stdout ----\nreached it\n\
+                      test a::well ... wrote a file\nok\nok\n";
+        let read = outcomes(output);
+        assert!(matches!(&read["a::loud"], Outcome::Failed(said) if said.contains("reached it")));
+        assert_eq!((&read["a::well"], read.len()), (&Outcome::Passed, 2));
     }
 }

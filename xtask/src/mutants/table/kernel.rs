@@ -80,7 +80,7 @@ pub const CAPTURE: Group = Group {
             }],
             noticed_by: &[hooks(
                 "attacks::a_socket_that_was_let_go_once_is_taken_the_next_time",
-                "after AF_UNSPEC to 10.99.0.1: past the agent",
+                "after AF_UNSPEC to ::ffff:10.99.0.1: past the agent",
             )],
         },
         Mutant {
@@ -226,7 +226,7 @@ pub const CAPTURE: Group = Group {
                 to: "UPSTREAM_CONNECTIONS.get_ptr(&upstream).is_some() || upstream.client_port == 20_001",
             }],
             noticed_by: &[hooks(
-                "disguises::a_firewall_mark_proves_nothing",
+                "disguises::a_firewall_mark_does_not_lead_to_the_application",
                 "the application was reached past its agent",
             )],
         },
@@ -255,21 +255,7 @@ pub const CAPTURE: Group = Group {
             }],
             noticed_by: &[agent(
                 "proxy::tests::refuse::what_the_source_refuses",
-                "no line with the reason agent_port",
-            )],
-        },
-        Mutant {
-            name: "plaintext-agent-port",
-            attacks: &["a direct connection to an agent port"],
-            without: "the destination's refusal of plaintext to an agent's port",
-            edits: &[Edit {
-                file: "mesh-agent/src/proxy/plaintext.rs",
-                from: "    if mesh_common::is_agent_port(destination.port()) {",
-                to: "    if mesh_common::is_agent_port(destination.port()) && destination.port() == 0 {",
-            }],
-            noticed_by: &[agent(
-                "proxy::tests::refuse::an_agents_port_is_no_application",
-                "no line with the reason agent_port",
+                "the source let it go on",
             )],
         },
         Mutant {

@@ -213,6 +213,17 @@ async fn carry(",
             )],
         },
         Mutant {
+            name: "plaintext-agent-port",
+            attacks: &["a direct connection to an agent port"],
+            without: "the destination's refusal of plaintext to an agent's port (the look at its own upstreams then ends the loop)",
+            edits: &[Edit {
+                file: "mesh-agent/src/proxy/plaintext.rs",
+                from: "    if mesh_common::is_agent_port(destination.port()) {",
+                to: "    if mesh_common::is_agent_port(destination.port()) && destination.port() == 0 {",
+            }],
+            noticed_by: &[attacks("plaintext_to_the_agents_ports", "was not refused as an agent's port")],
+        },
+        Mutant {
             name: "admin-page",
             attacks: &["a direct connection to an agent port"],
             without: "an admin page that is only on loopback",
