@@ -17,6 +17,9 @@ use crate::{ebpf, tools};
 /// Our own packages, and crates by their names in file names: another path, another build.
 const OWN: [&str; 3] = ["mesh-", "mesh_", "xtask"];
 
+/// What the suites with a set-up of their own start.
+const STARTED: [&str; 3] = ["mesh-agent", "mesh-control", "mesh-test-app"];
+
 /// What cargo made: test binaries, and libraries to compile against.
 #[derive(Default)]
 pub struct Built {
@@ -43,7 +46,8 @@ pub fn build(main: &Workspace, tree: &Workspace, suites: &[Suite]) -> Result<Bui
         cargo
     };
     if suites.iter().any(|suite| suite.has_own_runner()) {
-        tools::run(&mut cargo(&["build", "--locked", "--quiet", "--bins"]))?;
+        let mut binaries = cargo(&["build", "--locked", "--quiet"]);
+        tools::run(binaries.args(STARTED.iter().flat_map(|name| ["--bin", name])))?;
     }
     let mut tests = cargo(&[
         "test",

@@ -29,7 +29,7 @@ pub const TUNNEL: Group = Group {
             }],
             noticed_by: &[attacks(
                 "an_authority_that_names_another_pod",
-                "who names another Pod was answered 200",
+                "the agent at 10.61.2.20 tried to connect to 10.61.2.21:9000",
             )],
         },
         Mutant {
@@ -43,7 +43,7 @@ pub const TUNNEL: Group = Group {
             }],
             noticed_by: &[attacks(
                 "an_authority_that_names_the_agent",
-                "who names the agent was answered 200",
+                "the agent at 10.61.2.20 tried to connect to 10.61.2.20:15001",
             )],
         },
         Mutant {
