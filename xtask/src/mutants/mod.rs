@@ -214,3 +214,43 @@ impl Report {
         tools::say(&format!("   noticed: {what}"));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_failure_by_the_attacks_success_counts() {
+        const MUTANT: Mutant = Mutant {
+            name: "door",
+            attacks: &["walking in"],
+            without: "the lock",
+            edits: &[],
+            noticed_by: &[Noticed {
+                suite: Suite::Hooks,
+                test: "locked",
+                says: "walked in",
+            }],
+        };
+        let failed = |said: &str| Some(Outcome::Failed(said.to_owned()));
+        for (outcome, noticed) in [
+            (failed("panicked: walked in, from 10.0.0.1"), true),
+            (failed("panicked: the house burns"), false),
+            (Some(Outcome::Passed), false),
+            (None, false),
+        ] {
+            let ended = outcome
+                .clone()
+                .map(|outcome| ((Suite::Hooks, "locked"), outcome))
+                .into_iter()
+                .collect();
+            let mut report = Report::default();
+            report.judge(&MUTANT, &ended);
+            assert_eq!(
+                (report.noticed, report.faults.len()),
+                if noticed { (1, 0) } else { (0, 1) },
+                "{outcome:?}"
+            );
+        }
+    }
+}
