@@ -34,6 +34,8 @@ macro_rules! hook_test {
 
 #[path = "hooks/applications.rs"]
 mod applications;
+#[path = "hooks/attacks.rs"]
+mod attacks;
 #[path = "hooks/backlog.rs"]
 mod backlog;
 #[path = "hooks/backstop.rs"]

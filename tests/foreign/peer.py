@@ -1,7 +1,7 @@
 """A peer of the tunnel that shares nothing with Culvert: Debian's python3-h2 over Python's ssl (OpenSSL).
 
-peer.py client CERT KEY ROOT HOST AUTHORITY   opens a CONNECT to HOST:15008, echoes one line, half-closes; JSON on stdout
-peer.py server CERT KEY ROOT                  accepts tunnels on port 15008 and echoes; a JSON line for each CONNECT
+peer.py client CERT KEY ROOT HOST AUTHORITY CLAIMS   opens a CONNECT to HOST:15008, echoes one line, half-closes; JSON on stdout
+peer.py server CERT KEY ROOT                         accepts tunnels on port 15008 and echoes; a JSON line for each CONNECT
 """
 import json
 import socket
@@ -17,14 +17,12 @@ PORT = 15008
 LINE = b"through a foreign peer\n"
 
 
-def context(side, cert, key, root):
+def context(side, root):
     tls = ssl.SSLContext(side)
     tls.minimum_version = ssl.TLSVersion.TLSv1_3
     tls.check_hostname = False
     tls.verify_mode = ssl.CERT_REQUIRED
-    tls.load_cert_chain(cert, key)
     tls.load_verify_locations(root)
-    tls.set_alpn_protocols(["h2"])
     return tls
 
 
@@ -38,19 +36,30 @@ def identity(tls):
     return [value for kind, value in tls.getpeercert().get("subjectAltName", ()) if kind == "URI"]
 
 
-def client(cert, key, root, host, authority):
+def claiming(tls, cert, key, claims):
+    """As CLAIMS (JSON) has it: {"certificate": false} shows none, {"alpn": false} names no protocol, {"tls12": true}."""
+    if claims["certificate"]:
+        tls.load_cert_chain(cert, key)
+    if claims["alpn"]:
+        tls.set_alpn_protocols(["h2"])
+    if claims["tls12"]:
+        tls.minimum_version = tls.maximum_version = ssl.TLSVersion.TLSv1_2
+    return tls
+
+
+def client(cert, key, root, host, authority, claims):
     """The report is printed also when TLS refuses us: a refusal is an answer, and any other exception a fault of this script."""
     report = {"echoed": False}
     try:
-        tunnel(cert, key, root, host, authority, report)
-    except (ssl.SSLError, ConnectionResetError) as error:
+        tunnel(cert, key, root, host, authority, json.loads(claims), report)
+    except (ssl.SSLError, ConnectionResetError, BrokenPipeError) as error:
         report["refused"] = str(error)
     print(json.dumps(report), flush=True)
 
 
-def tunnel(cert, key, root, host, authority, report):
+def tunnel(cert, key, root, host, authority, claims, report):
     raw = socket.create_connection((host, PORT), timeout=10)
-    tls = context(ssl.PROTOCOL_TLS_CLIENT, cert, key, root).wrap_socket(raw)
+    tls = claiming(context(ssl.PROTOCOL_TLS_CLIENT, root), cert, key, claims).wrap_socket(raw)
     connection = h2.connection.H2Connection(configuration(client_side=True))
     connection.initiate_connection()
     report.update(alpn=tls.selected_alpn_protocol(), version=tls.version(), server=identity(tls))
@@ -58,7 +67,7 @@ def tunnel(cert, key, root, host, authority, report):
         (":method", "CONNECT"),
         (":authority", authority),
         ("baggage", "k8s.cluster.name=elsewhere,k8s.namespace.name=shop"),
-        ("forwarded", "for=\"203.0.113.9:1\""),
+        ("forwarded", claims["forwarded"] or "for=\"203.0.113.9:1\""),
     ])
     tls.sendall(connection.data_to_send())
     received, ended = b"", False
@@ -68,6 +77,8 @@ def tunnel(cert, key, root, host, authority, report):
             report["closed"] = True
             break
         for event in connection.receive_data(data):
+            # The server's first frame comes once it has taken the certificate: in TLS 1.3 our side of the handshake ends before.
+            report["answered"] = True
             if isinstance(event, h2.events.ResponseReceived):
                 headers = {name.decode() if isinstance(name, bytes) else name:
                            value.decode() if isinstance(value, bytes) else value for name, value in event.headers}
@@ -118,7 +129,7 @@ def serve_tunnel(raw, tls_context):
 
 
 def server(cert, key, root):
-    tls_context = context(ssl.PROTOCOL_TLS_SERVER, cert, key, root)
+    tls_context = claiming(context(ssl.PROTOCOL_TLS_SERVER, root), cert, key, {"certificate": True, "alpn": True, "tls12": False})
     # Dual-stack: IPv4 comes as v4-mapped.
     listener = socket.create_server(("::", PORT), family=socket.AF_INET6, dualstack_ipv6=True)
     print(json.dumps({"listening": PORT}), flush=True)

@@ -113,7 +113,15 @@ impl App {
     /// # Errors
     /// The request failed: as the client said.
     pub fn get(&self, place: &Place, address: IpAddr, path: &str) -> Result<String> {
-        let url = format!("http://{}{path}", SocketAddr::new(address, HTTP_PORT));
+        self.get_at(place, SocketAddr::new(address, HTTP_PORT), path)
+    }
+
+    /// The same of another server than a Pod's.
+    ///
+    /// # Errors
+    /// As [`App::get`].
+    pub fn get_at(&self, place: &Place, address: SocketAddr, path: &str) -> Result<String> {
+        let url = format!("http://{address}{path}");
         let what = format!("expected an answer to GET {url}; it");
         self.run(place, &["get", &url])?.ok(&what)
     }

@@ -12,6 +12,7 @@ pub mod cgroup;
 pub mod demo;
 pub mod exposition;
 pub mod firewall;
+pub mod foreign;
 pub mod http;
 pub mod manifests;
 pub mod mesh;

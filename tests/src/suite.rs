@@ -31,7 +31,7 @@ pub fn skip(why: &str) -> anyhow::Error {
 /// A named check on what the suite shares.
 pub type Check<T> = (&'static str, fn(&mut T) -> Result<()>);
 
-/// Runs a suite: the set-up, every check (filtered by the first argument), the tear-down. A machine that lacks something
+/// Runs a suite: the set-up, every check (those whose names contain an argument, if there is one), the tear-down. A machine that lacks something
 /// skips all checks, saying what it lacks.
 #[must_use]
 pub fn run<T>(
@@ -40,10 +40,13 @@ pub fn run<T>(
     explain: fn(&T, anyhow::Error) -> anyhow::Error,
     checks: &[Check<T>],
 ) -> ExitCode {
-    let filter = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
+    let filters: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|argument| !argument.starts_with('-'))
+        .collect();
     let chosen: Vec<&Check<T>> = checks
         .iter()
-        .filter(|(name, _)| filter.as_ref().is_none_or(|filter| name.contains(filter.as_str())))
+        .filter(|(name, _)| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str())))
         .collect();
     if std::env::args().any(|argument| argument == "--list") {
         for (name, _) in &chosen {

@@ -6,13 +6,13 @@
 )]
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
-use std::time::Duration;
+use std::path::Path;
+use std::process::ExitCode;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use mesh_tests::access_log::text;
 use mesh_tests::app::ECHO_PORT;
+use mesh_tests::foreign::{self, Certificates, FOREIGN, Files, PYTHON};
 use mesh_tests::manifests::spiffe_id;
 use mesh_tests::mesh::{Mesh, PodSpec};
 use mesh_tests::poll::{self, SOON};
@@ -20,9 +20,6 @@ use mesh_tests::process::{Process, tail};
 use mesh_tests::suite;
 use mesh_tests::topology::NodeName;
 use serde_json::Value;
-
-/// Debian's own, which has python3-h2; another python in the PATH may not.
-const PYTHON: &str = "/usr/bin/python3";
 
 const PODS: [PodSpec; 2] = [
     PodSpec {
@@ -40,15 +37,6 @@ const PODS: [PodSpec; 2] = [
         annotations: "",
     },
 ];
-/// In the mesh by another maker's agent, which says so by the annotation.
-const FOREIGN: PodSpec = PodSpec {
-    name: "foreign",
-    node: NodeName::One,
-    host: 40,
-    meshed: true,
-    annotations: "ambient.istio.io/redirection: enabled",
-};
-
 struct Shared {
     server: Process,
     certificates: Certificates,
@@ -89,7 +77,7 @@ fn set_up() -> Result<Shared> {
 }
 
 fn start_server(mesh: &Mesh, files: &Files) -> Result<Process> {
-    let script = script(mesh)?;
+    let script = foreign::script(mesh)?;
     let arguments = [script.as_str(), "server", files.certificate()?, files.key()?, files.root()?];
     let place = mesh.pod("foreign").place();
     let log = mesh.topology.folder().join("foreign.log");
@@ -105,40 +93,13 @@ fn start_server(mesh: &Mesh, files: &Files) -> Result<Process> {
     Ok(server)
 }
 
-/// Where unprivileged users can read it.
-fn script(mesh: &Mesh) -> Result<String> {
-    let target = mesh.topology.folder().join("peer.py");
-    std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("foreign/peer.py"), &target)?;
-    Ok(target.display().to_string())
-}
-
-/// A CONNECT from the foreign Pod with these files; the client's report, of a refusal as well. A client that crashes has not
-/// been refused.
-fn connect(shared: &Shared, files: &Files, to: IpAddr) -> Result<Value> {
-    let (script, host) = (script(&shared.mesh)?, to.to_string());
-    let authority = SocketAddr::new(to.to_canonical(), ECHO_PORT).to_string();
-    let arguments = [
-        script.as_str(),
-        "client",
-        files.certificate()?,
-        files.key()?,
-        files.root()?,
-        host.as_str(),
-        authority.as_str(),
-    ];
-    let place = shared.mesh.pod("foreign").place();
-    let output = place.run(Path::new(PYTHON), &arguments, Duration::from_secs(30))?;
-    let report = output.ok("the foreign client")?;
-    serde_json::from_str(&report).with_context(|| format!("the foreign client said {report}"))
-}
-
 fn foreign_client(shared: &mut Shared) -> Result<()> {
     let files = shared.certificates.issue("foreign")?;
     let mesh = &shared.mesh;
     for address in mesh.pod("server").forms() {
         let log = mesh.access_log(NodeName::Two);
         let position = log.position();
-        let report = connect(shared, &files, address)?;
+        let report = foreign::connect(mesh, &files, address, &foreign::Claims::default())?;
         for (field, wanted) in [
             ("status", Value::from("200")),
             ("alpn", "h2".into()),
@@ -202,7 +163,7 @@ fn foreign_server(shared: &mut Shared) -> Result<()> {
 fn expect_refused(shared: &Shared, files: &Files, to: IpAddr, reason: &str) -> Result<()> {
     let log = shared.mesh.access_log(NodeName::Two);
     let position = log.position();
-    let report = connect(shared, files, to)?;
+    let report = foreign::connect(&shared.mesh, files, to, &foreign::Claims::default())?;
     ensure!(
         report["status"] != "200" && report["echoed"] == false,
         "expected a refusal, saw {report}"
@@ -229,141 +190,6 @@ fn another_authority(shared: &mut Shared) -> Result<()> {
     let own = shared.certificates.of_another_authority("foreign")?;
     for address in shared.mesh.pod("server").forms() {
         expect_refused(shared, &own, address, "handshake_failed")?;
-    }
-    Ok(())
-}
-
-/// Signs with the root key in the control plane's state folder, by openssl.
-struct Certificates {
-    folder: PathBuf,
-    root: PathBuf,
-}
-
-struct Files {
-    certificate: PathBuf,
-    key: PathBuf,
-    root: PathBuf,
-}
-
-impl Files {
-    fn certificate(&self) -> Result<&str> {
-        self.certificate.to_str().context("a path")
-    }
-    fn key(&self) -> Result<&str> {
-        self.key.to_str().context("a path")
-    }
-    fn root(&self) -> Result<&str> {
-        self.root.to_str().context("a path")
-    }
-}
-
-impl Certificates {
-    fn new(mesh: &Mesh) -> Result<Self> {
-        let folder = mesh.topology.folder().join("foreign");
-        std::fs::create_dir(&folder)?;
-        let root = mesh.control_state_dir().join("root.pem");
-        // What peers may read is the certificate alone.
-        openssl(&[
-            "x509",
-            "-in",
-            path(&root)?,
-            "-out",
-            path(&folder.join("root-certificate.pem"))?,
-        ])?;
-        Ok(Self { folder, root })
-    }
-
-    fn issue(&self, service_account: &str) -> Result<Files> {
-        self.sign(service_account, service_account, &self.root)
-    }
-
-    fn of_another_authority(&self, service_account: &str) -> Result<Files> {
-        let (key, certificate) = (self.folder.join("other-root.key"), self.folder.join("other-root.crt"));
-        openssl(&[
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:P-256",
-            "-nodes",
-            "-days",
-            "1",
-            "-subj",
-            "/O=another",
-            "-keyout",
-            path(&key)?,
-            "-out",
-            path(&certificate)?,
-        ])?;
-        let both = self.folder.join("other-root.pem");
-        std::fs::write(&both, [std::fs::read(&key)?, std::fs::read(&certificate)?].concat())?;
-        self.sign("other", service_account, &both)
-    }
-
-    fn sign(&self, name: &str, service_account: &str, root: &Path) -> Result<Files> {
-        let at = |ending: &str| self.folder.join(format!("{name}{ending}"));
-        let (key, request, certificate, extensions) = (at(".key"), at(".csr"), at(".crt"), at(".ext"));
-        std::fs::write(
-            &extensions,
-            format!(
-                "subjectAltName=critical,URI:{}\nextendedKeyUsage=serverAuth,clientAuth\n\
-                 keyUsage=critical,digitalSignature\nbasicConstraints=critical,CA:FALSE\n",
-                spiffe_id(service_account)
-            ),
-        )?;
-        openssl(&[
-            "req",
-            "-new",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:P-256",
-            "-nodes",
-            "-subj",
-            "/",
-            "-keyout",
-            path(&key)?,
-            "-out",
-            path(&request)?,
-        ])?;
-        openssl(&[
-            "x509",
-            "-req",
-            "-in",
-            path(&request)?,
-            "-CA",
-            path(root)?,
-            "-CAkey",
-            path(root)?,
-            "-CAcreateserial",
-            "-CAserial",
-            path(&at(".srl"))?,
-            "-days",
-            "1",
-            "-extfile",
-            path(&extensions)?,
-            "-out",
-            path(&certificate)?,
-        ])?;
-        // The peer runs unprivileged.
-        std::os::unix::fs::chown(&key, Some(65_534), None)?;
-        Ok(Files {
-            certificate,
-            key,
-            root: self.folder.join("root-certificate.pem"),
-        })
-    }
-}
-
-fn path(path: &Path) -> Result<&str> {
-    path.to_str().context("a path that is UTF-8")
-}
-
-fn openssl(arguments: &[&str]) -> Result<()> {
-    let output = Command::new("openssl").args(arguments).output().context("starting openssl")?;
-    if !output.status.success() {
-        bail!("openssl {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr));
     }
     Ok(())
 }

@@ -28,6 +28,11 @@ pub fn object(workspace: &Workspace) -> Result<PathBuf> {
         }
         return Ok(object);
     }
+    build(workspace)
+}
+
+/// Builds it, whatever object is named.
+pub fn build(workspace: &Workspace) -> Result<PathBuf> {
     let compiler = compiler()?;
     let linker = tools::bpf_linker(workspace)?;
     let folder = workspace.target.join("ebpf");

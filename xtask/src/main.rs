@@ -5,6 +5,7 @@ mod demo;
 mod ebpf;
 mod fresh;
 mod fuzz;
+mod mutants;
 mod test;
 mod tidy;
 mod tools;

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 
 use crate::workspace::{USER_HALF, Workspace};
-use crate::{demo, ebpf, fuzz, tools};
+use crate::{demo, ebpf, fuzz, mutants, tools};
 
 #[derive(Args)]
 pub struct Arguments {
@@ -27,6 +27,8 @@ enum Part {
     Fuzz,
     /// Minutes, root: the kernel programs, two nodes of namespaces, the demo's claims
     Net,
+    /// Minutes, root: builds without a defence, in which the attack's test must fail
+    Mutants,
     /// A real Kubernetes
     Kube,
 }
@@ -73,6 +75,9 @@ pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCode> {
                 .for_each(|(target, is_clean)| totals.add(&format!("the fuzz target {target}"), is_clean)),
             Err(error) => totals.add(&format!("the fuzz targets could not be run: {error:#}"), false),
         }
+    }
+    if wants(Part::Mutants) {
+        mutants(workspace, filter, &mut totals)?;
     }
     if wants(Part::Kube) {
         tools::say("kube: there is no Kubernetes suite yet; nothing was tested against a real Kubernetes");
@@ -123,14 +128,7 @@ fn net(workspace: &Workspace, filter: Option<&str>, totals: &mut Totals) -> Resu
             .push("net: everything: root is missing (network namespaces, cgroups and eBPF need it)".to_owned());
         return Ok(());
     }
-    demo::prepare(workspace)?;
-    if !PathBuf::from("/usr/lib/python3/dist-packages/h2").exists() {
-        tools::install(
-            &["python3", "python3-h2", "openssl"],
-            "an HTTP/2 stack that is not ours, to test the tunnel against",
-        )?;
-    }
-    tools::ensure_command("openssl", "openssl", "certificates for the foreign peer")?;
+    prepare(workspace)?;
     let object = ebpf::object(workspace)?;
     // Every suite here needs the kernel, so all integration tests are of this part.
     let mut cargo = workspace.cargo(&["test", "--locked", "--no-fail-fast", "--test", "*"]);
@@ -150,6 +148,35 @@ fn net(workspace: &Workspace, filter: Option<&str>, totals: &mut Totals) -> Resu
     let is_good = command.status().context("starting the demo")?.success();
     totals.add("the demo", is_good);
     Ok(())
+}
+
+fn mutants(workspace: &Workspace, filter: Option<&str>, totals: &mut Totals) -> Result<()> {
+    heading("builds without a defence");
+    if !tools::is_root() {
+        totals
+            .skipped
+            .push("mutants: everything: root is missing (network namespaces, cgroups and eBPF need it)".to_owned());
+        return Ok(());
+    }
+    prepare(workspace)?;
+    let report = mutants::run(workspace, filter)?;
+    totals.passed += report.noticed;
+    totals.failed += report.faults.len();
+    let first_line = |fault: &String| fault.lines().next().map(str::to_owned);
+    totals.broken.extend(report.faults.iter().filter_map(first_line));
+    Ok(())
+}
+
+/// What the suites need of the machine, and the binaries that they start.
+fn prepare(workspace: &Workspace) -> Result<()> {
+    demo::prepare(workspace)?;
+    if !PathBuf::from("/usr/lib/python3/dist-packages/h2").exists() {
+        tools::install(
+            &["python3", "python3-h2", "openssl"],
+            "an HTTP/2 stack that is not ours, to test the tunnel against",
+        )?;
+    }
+    tools::ensure_command("openssl", "openssl", "certificates for the foreign peer")
 }
 
 impl Totals {

@@ -35,6 +35,15 @@ impl Workspace {
         })
     }
 
+    /// A copy of the checkout, with a target folder of its own.
+    pub fn at(root: PathBuf, target: PathBuf) -> Self {
+        Self {
+            root,
+            target,
+            profile: "dev",
+        }
+    }
+
     /// The same one, optimized: what is measured must be what runs in production.
     pub fn for_release(&self) -> Self {
         Self {

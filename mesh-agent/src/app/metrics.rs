@@ -67,7 +67,7 @@ impl AgentMetrics {
         };
         let local_refused = IntCounter::new(
             "mesh_local_refused_total",
-            "Connections to the local socket that were not root's.",
+            "Connections to the local socket or the handover's that were not root's.",
         )?;
         registry.register(Box::new(local_refused.clone()))?;
         let last_word_age = Gauge::new(

@@ -176,6 +176,7 @@ pub async fn give(listener: UnixListener, offer: Arc<Offer>) {
         };
         if !stream.peer_cred().is_ok_and(|peer| peer.uid() == 0) {
             warn!("the handover socket is root's only; connection refused");
+            offer.local.count_refused();
             continue;
         }
         let giving = offer.clone();

@@ -127,6 +127,11 @@ impl LocalSocket {
         self.is_handed_over.store(is_handed_over, Ordering::Relaxed);
     }
 
+    /// Of a socket beside this one: both are counted together.
+    pub(super) fn count_refused(&self) {
+        self.refused.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Connections that were not root's.
     #[must_use]
     pub fn refused(&self) -> u64 {
@@ -144,7 +149,7 @@ impl LocalSocket {
                         }
                     }
                     Ok(peer) => {
-                        self.refused.fetch_add(1, Ordering::Relaxed);
+                        self.count_refused();
                         warn!(
                             uid = peer.uid(),
                             pid = peer.pid(),
@@ -152,7 +157,7 @@ impl LocalSocket {
                         );
                     }
                     Err(error) => {
-                        self.refused.fetch_add(1, Ordering::Relaxed);
+                        self.count_refused();
                         warn!(%error, "a connection to the local socket has no credentials; refused");
                     }
                 },

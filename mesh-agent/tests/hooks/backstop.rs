@@ -162,6 +162,9 @@ hook_test! {
     fn a_foreign_source_is_dropped(testbed) {
         // What is not a SYN is dropped as well; without the backstop the SYN shows that such packets arrive.
         attacks(&testbed, &[
+            // To the outside, where no SYN is asked about.
+            ("V4", "send_packet(V4, [plain(V4, port, source='10.99.0.77', to=OUT_V4)])", SOURCE),
+            ("V6", "send_packet(V6, [plain(V6, port, source='fd99::77', to=OUT_V6)])", SOURCE),
             ("V4", "send_raw(V4, [plain(V4, port, source='10.99.0.77')])", SOURCE),
             ("V4", "send_packet(V4, [plain(V4, port, source='203.0.113.7')])", SOURCE),
             ("V6", "send_raw(V6, [plain(V6, port, source='fd99::77')])", SOURCE),

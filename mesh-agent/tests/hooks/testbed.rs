@@ -86,7 +86,10 @@ pub struct Testbed {
     name: String,
     pub pin_path: PathBuf,
     bpffs: PathBuf,
+    /// Where its clients run.
     pub cgroup: PathBuf,
+    /// Beside that one.
+    pub elsewhere: PathBuf,
 }
 
 impl Testbed {
@@ -99,11 +102,13 @@ impl Testbed {
             pin_path: bpffs.join("culvert"),
             bpffs,
             cgroup,
+            elsewhere: cgroup_root().join(format!("{name}e")),
             name,
         };
         let (pod, outsider) = (testbed.pod(), testbed.outsider());
         fs::create_dir_all(&testbed.bpffs).unwrap();
         fs::create_dir(&testbed.cgroup).unwrap();
+        fs::create_dir(&testbed.elsewhere).unwrap();
         run(&format!("mount -t bpf bpf {}", testbed.bpffs.display()));
         run(&format!(
             "ip netns add {pod}; ip netns add {outsider}
@@ -171,17 +176,21 @@ impl Testbed {
 
     /// The same with the one capability that most container runtimes grant for packets.
     pub fn script_with_net_raw(&self, text: &str) -> Client {
+        self.script_with_net_raw_in(&self.pod(), text)
+    }
+
+    pub fn script_with_net_raw_in(&self, netns: &str, text: &str) -> Client {
         let with_net_raw = [
             "setpriv",
             "--reuid=65534",
             "--regid=65534",
             "--clear-groups",
+            "--no-new-privs",
             "--bounding-set=-all,+net_raw",
             "--inh-caps=-all,+net_raw",
             "--ambient-caps=-all,+net_raw",
-            "--no-new-privs",
         ];
-        self.start(&self.pod(), &with_net_raw, &["script", text])
+        self.start(netns, &with_net_raw, &["script", text])
     }
 
     /// The same as root, with every capability.
@@ -230,12 +239,12 @@ impl Drop for Testbed {
     fn drop(&mut self) {
         let _ = Kernel::cleanup(&self.pin_path);
         let (pod, outsider) = (self.pod(), self.outsider());
-        let (bpffs, cgroup) = (self.bpffs.display(), self.cgroup.display());
+        let (bpffs, cgroup, elsewhere) = (self.bpffs.display(), self.cgroup.display(), self.elsewhere.display());
         let _ = Command::new("sh")
             .args([
                 "-c",
                 &format!(
-                    "ip netns del {pod}; ip netns del {outsider}; umount {bpffs}; rmdir {bpffs} {cgroup}/* {cgroup} 2>/dev/null"
+                    "ip netns del {pod}; ip netns del {outsider}; umount {bpffs}; rmdir {bpffs} {cgroup}/* {cgroup} {elsewhere} 2>/dev/null"
                 ),
             ])
             .status();

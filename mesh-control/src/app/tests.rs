@@ -424,7 +424,8 @@ async fn certificates_are_signed_for_members_on_the_callers_node_only() {
         let refused = client
             .create_certificate(authorized(request(identity, algorithm), &token.secret))
             .await;
-        assert_eq!(refused.expect_err("refused").code(), code, "{identity}");
+        let status = refused.expect_err(&format!("signed for a node that has no such Pod: {identity}"));
+        assert_eq!(status.code(), code, "{identity}");
     }
     let refused = client
         .create_certificate(authorized(request(own, &PKCS_ECDSA_P256_SHA256), "node-a.x"))

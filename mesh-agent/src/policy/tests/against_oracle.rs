@@ -179,11 +179,28 @@ proptest! {
 
 /// Cases in which each mutation must show itself.
 const CASES: usize = 1500;
+/// Of them, those in which each mutation of the module must show itself.
+const FIXED_CASES: usize = 500;
 
 /// Always the same cases: a mutation that is found once is found for ever.
 fn cases() -> impl Iterator<Item = Vec<oracle::Policy>> {
     let mut runner = TestRunner::deterministic();
     std::iter::repeat_with(move || policies().new_tree(&mut runner).unwrap().current())
+}
+
+/// What `cargo xtask test mutants` runs against every mutation of the module.
+#[test]
+fn fixed_cases_are_decided_as_the_oracle_says() {
+    for policies in cases().take(FIXED_CASES) {
+        let (built, oracle) = (built(&policies), Oracle::new(&policies, Mutation::None));
+        for point in connections() {
+            let (decided, expected) = (module(&built, point), oracle.verdict(point));
+            assert_eq!(
+                decided, expected,
+                "the module and the oracle differ about {point:?} by {policies:?}"
+            );
+        }
+    }
 }
 
 #[test]

@@ -10,7 +10,7 @@ pub const IDENTITIES: [(&str, &str, &str); 4] = [
     ("other.org/ns/shop/sa/web", "shop", "web"),
 ];
 pub const SOURCES: [&str; 4] = ["10.0.0.1", "10.0.1.1", "::ffff:10.0.0.2", "fd00::1"];
-pub const DESTINATIONS: [&str; 3] = ["10.0.0.1", "10.9.0.1", "fd00::2"];
+pub const DESTINATIONS: [&str; 3] = ["10.0.0.1", "::ffff:10.9.0.1", "fd00::2"];
 pub const PORTS: [u16; 3] = [80, 443, 8080];
 
 /// What one kind of a match looks at.

@@ -203,6 +203,10 @@ impl Node {
 
     /// The first line for which `wanted` holds, of those written until then.
     pub(super) async fn log_line(&self, wanted: impl Fn(&serde_json::Value) -> bool) -> serde_json::Value {
+        self.search_log(wanted).await.expect("no such line in the access log")
+    }
+
+    async fn search_log(&self, wanted: impl Fn(&serde_json::Value) -> bool) -> Option<serde_json::Value> {
         let search = async {
             loop {
                 let text = std::fs::read_to_string(&self.log).unwrap();
@@ -214,11 +218,12 @@ impl Node {
                 sleep(Duration::from_millis(10)).await;
             }
         };
-        timeout(PATIENCE, search).await.expect("no such line in the access log")
+        timeout(PATIENCE, search).await.ok()
     }
 
     pub(super) async fn logs_reason(&self, reason: &str) -> serde_json::Value {
-        self.log_line(|line| line["reason"] == reason).await
+        let line = self.search_log(|line| line["reason"] == reason).await;
+        line.unwrap_or_else(|| panic!("no line with the reason {reason} in the access log"))
     }
 }
 

@@ -61,7 +61,13 @@ async fn whom_deny_names_does_not_come_in_without_its_tunnel() {
     let server = mesh.pod(&mesh.far, "server").await;
     mesh.tell(vec![policy("not-client", Action::Deny, principal("client"))]);
     // As a Pod with NET_RAW does: past its own capture, to the application's port.
-    assert_refused(plaintext_to_echo(&mesh, client.ip, &server).await).await;
+    let mut stream = plaintext_to_echo(&mesh, client.ip, &server).await;
+    let exchange = async {
+        stream.write_all(b"x").await?;
+        stream.read(&mut [0]).await
+    };
+    let answered = timeout(PATIENCE, exchange).await.expect("neither refused nor served");
+    assert!(answered.is_err(), "the application answered whom DENY names");
     let line = mesh.far.logs_reason("denied_by_policy").await;
     assert_eq!(
         (&line["path"], &line["policy"]),
@@ -150,7 +156,12 @@ async fn policy_decides_on_plaintext_without_a_principal() {
     assert_eq!(line["connection_security_policy"], "none");
     let failed = mesh.far.metrics.render();
     assert!(failed.contains(r#"reason="denied_by_policy""#), "{failed}");
+}
 
+#[tokio::test]
+async fn an_agents_port_is_no_application() {
+    let mesh = Mesh::new();
+    let server = mesh.pod(&mesh.far, "server").await;
     let agent_port = SocketAddr::new(server.ip, PLAINTEXT_INBOUND_PORT);
     assert_refused(TcpStream::connect(agent_port).await.unwrap()).await;
     mesh.far.logs_reason("agent_port").await;
@@ -179,7 +190,8 @@ async fn what_the_source_refuses() {
     let server = mesh.pod(&mesh.far, "server").await;
 
     assert_refused(client.connect(SocketAddr::new(server.ip, TUNNEL_PORT)).await).await;
-    mesh.near.logs_reason("agent_port").await;
+    let line = mesh.near.log_line(|_| true).await;
+    assert_eq!(line["reason"], "agent_port", "the source let it go on");
 
     // Not redirected by our programs.
     assert_refused(TcpStream::connect(SocketAddr::new(client.ip, OUTBOUND_PORT)).await.unwrap()).await;

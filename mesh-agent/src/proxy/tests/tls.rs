@@ -176,7 +176,7 @@ async fn whom_the_server_takes() {
             ),
         ),
         (
-            "not valid yet",
+            "not yet valid",
             Attempt::with(
                 mesh.authority
                     .issue_with(&client, &[&client.to_string()], &[], hour + Duration::from_secs(7200)),
@@ -210,9 +210,13 @@ async fn whom_the_server_takes() {
             ),
         ),
     ];
+    let mut taken = Vec::new();
     for (name, attempt) in refused {
-        assert!(attempt.connect(from, server.ip).await.is_err(), "{name}");
+        if attempt.connect(from, server.ip).await.is_ok() {
+            taken.push(name);
+        }
     }
+    assert!(taken.is_empty(), "taken: {taken:?}");
     mesh.far.logs_reason("handshake_failed").await;
     let private_first = Attempt {
         alpn: &[b"private/1", b"h2"],
@@ -319,9 +323,14 @@ async fn what_a_connect_is_answered() {
         ("another method", Method::GET, own(APPLICATION_PORT), StatusCode::BAD_REQUEST),
         ("a closed port", Method::CONNECT, own(9), StatusCode::SERVICE_UNAVAILABLE),
     ];
+    let mut wrong = Vec::new();
     for (name, method, authority, expected) in table {
-        assert_eq!(status(&send, method, &authority).await, expected, "{name}");
+        let answered = status(&send, method, &authority).await;
+        if answered != expected {
+            wrong.push(format!("{name}: {answered}"));
+        }
     }
+    assert!(wrong.is_empty(), "{wrong:?}");
 }
 
 /// How a far side speaks.

@@ -1,0 +1,360 @@
+//! The kernel programs and what stands behind them, tried by unprivileged processes in a Pod of the hook tests and, where the
+//! kernel is not asked, by peers on loopback.
+
+use super::{Edit, Group, Mutant, Noticed, Suite};
+
+const CONNECT: &str = "mesh-ebpf/src/connect.rs";
+const TCX: &str = "mesh-ebpf/src/tcx.rs";
+const LOOKUP: &str = "mesh-ebpf/src/sk_lookup.rs";
+const CONTROL: (Suite, &str) = (Suite::Hooks, "link_local_is_left_alone_and_counted");
+
+const fn hooks(test: &'static str, says: &'static str) -> Noticed {
+    Noticed {
+        suite: Suite::Hooks,
+        test,
+        says,
+    }
+}
+
+const fn agent(test: &'static str, says: &'static str) -> Noticed {
+    Noticed {
+        suite: Suite::Agent,
+        test,
+        says,
+    }
+}
+
+pub const CAPTURE: Group = Group {
+    name: "capture",
+    mutants: &[
+        Mutant {
+            name: "multipath",
+            attacks: &["MPTCP"],
+            without: "the refusal of multipath sockets",
+            edits: &[Edit {
+                file: "mesh-ebpf/src/sock_create.rs",
+                from: "protocol) != IPPROTO_MPTCP",
+                to: "protocol) != IPPROTO_MPTCP + 1",
+            }],
+            noticed_by: &[hooks(
+                "attacks::multipath_tcp_does_not_get_past",
+                "multipath TCP to 10.99.0.1: past the agent",
+            )],
+        },
+        Mutant {
+            name: "v4-mapped",
+            attacks: &["v4-mapped addresses"],
+            without: "the redirect of IPv4 destinations of IPv6 sockets",
+            edits: &[Edit {
+                file: CONNECT,
+                from: "    match decide(&ctx, destination) {\n        Decision::LeaveAlone => PASS,\n        Decision::Refuse => refuse(ECONNREFUSED),\n        Decision::Redirect => {\n            // A v4",
+                to: "    match if destination.is_v4() { Decision::LeaveAlone } else { decide(&ctx, destination) } {\n        Decision::LeaveAlone => PASS,\n        Decision::Refuse => refuse(ECONNREFUSED),\n        Decision::Redirect => {\n            // A v4",
+            }],
+            noticed_by: &[hooks(
+                "attacks::a_plain_connect_in_every_form_of_address",
+                "connect to ::ffff:10.99.0.1: past the agent",
+            )],
+        },
+        Mutant {
+            name: "reconnect",
+            attacks: &["AF_UNSPEC reconnect"],
+            without: "forgetting where a socket was connected before",
+            edits: &[Edit {
+                file: CONNECT,
+                from: "        recorded.recorded = 0;",
+                to: "        let _ = recorded;",
+            }],
+            noticed_by: &[hooks(
+                "applications::a_socket_that_is_disconnected_goes_where_it_is_sent_next",
+                "left: \"203.0.113.9 81 from 10.99.0.2\"",
+            )],
+        },
+        Mutant {
+            name: "reconnect-once-seen",
+            attacks: &["AF_UNSPEC reconnect"],
+            without: "looking at a socket that was connected before",
+            edits: &[Edit {
+                file: CONNECT,
+                from: "    if destination.is_loopback() || destination.is_unspecified() || is_own(pod, destination) {",
+                to: "    let bound: *mut bpf_sock = socket.cast();\n    if destination.is_loopback() || destination.is_unspecified() || is_own(pod, destination) || field!(bound, src_port) != 0 {",
+            }],
+            noticed_by: &[hooks(
+                "attacks::a_socket_that_was_let_go_once_is_taken_the_next_time",
+                "after AF_UNSPEC to ::ffff:10.99.0.1: past the agent",
+            )],
+        },
+        Mutant {
+            name: "mark",
+            attacks: &["SO_MARK"],
+            without: "a mark that only the agent can set: the firewall mark is believed",
+            edits: &[Edit {
+                file: CONNECT,
+                from: "    if AGENT_SOCKETS.of(socket).is_some_and(|mark| mark.kind != 0) {",
+                to: "    if AGENT_SOCKETS.of(socket).is_some_and(|mark| mark.kind != 0) || field!(socket.cast::<bpf_sock>(), mark) == 0x4356 {",
+            }],
+            noticed_by: &[hooks(
+                "attacks::a_firewall_mark_does_not_get_past",
+                "SO_MARK to 10.99.0.1: past the agent",
+            )],
+        },
+        Mutant {
+            name: "bound-device",
+            attacks: &["SO_BINDTODEVICE"],
+            without: "the refusal of sockets bound to another interface, which hold their entry in vain",
+            edits: &[Edit {
+                file: CONNECT,
+                from: "interface != 0 && interface != LOOPBACK_INTERFACE",
+                to: "interface != 0 && interface != LOOPBACK_INTERFACE && interface == 0",
+            }],
+            noticed_by: &[hooks(
+                "bounds::a_socket_bound_to_another_interface_is_refused_and_holds_nothing",
+                "left: \"EHOSTUNREACH\"",
+            )],
+        },
+        Mutant {
+            name: "impostor",
+            attacks: &["SO_BINDTODEVICE", "a direct connection to an agent port"],
+            without: "the look whether it is the agent that listens",
+            edits: &[Edit {
+                file: CONNECT,
+                from: "if !agent_listens(ctx, destination.is_v4()) {",
+                to: "if !agent_listens(ctx, destination.is_v4()) && !agent_is_alive() {",
+            }],
+            noticed_by: &[hooks(
+                "ports::nobody_but_the_agent_gets_what_is_redirected",
+                "left: \"203.0.113.9 80 from 10.99.0.2\"",
+            )],
+        },
+        Mutant {
+            name: "older-socket",
+            attacks: &["a socket older than the enrolment"],
+            without: "taking the socket as it is at connect: only those made after the enrolment are known",
+            edits: &[
+                Edit {
+                    file: "mesh-ebpf/src/sock_create.rs",
+                    from: "pub fn socket_create(ctx: SockContext) -> i32 {",
+                    to: "pub fn socket_create(ctx: SockContext) -> i32 {\n    if pod_of(unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }).is_some() {\n        let _ = crate::maps::ORIGINAL_DESTINATIONS_OF_SOCKETS.of_or_new(ctx.sock.cast());\n    }",
+                },
+                Edit {
+                    file: CONNECT,
+                    from: "    let Some(recorded) = ORIGINAL_DESTINATIONS_OF_SOCKETS.of_or_new(socket) else {\n        count(Counter::RefusedNoStorage);\n        return Decision::Refuse;",
+                    to: "    let Some(recorded) = ORIGINAL_DESTINATIONS_OF_SOCKETS.of(socket) else {\n        return Decision::LeaveAlone;",
+                },
+            ],
+            noticed_by: &[hooks(
+                "attacks::a_socket_older_than_the_enrolment_does_not_get_past",
+                "a socket older than the enrolment to 10.99.0.1: past the agent",
+            )],
+        },
+        Mutant {
+            name: "cgroup",
+            attacks: &["moving between cgroups"],
+            without: "attaching at the root of all cgroups: at the Pod's own instead",
+            edits: &[Edit {
+                file: "mesh-agent/src/capture/kernel.rs",
+                from: "            None => detect_cgroup_root()?,",
+                to: "            None => detect_cgroup_root()?.join(config.pin_path.parent().and_then(Path::file_name).unwrap_or_default()),",
+            }],
+            noticed_by: &[hooks(
+                "attacks::moving_to_another_cgroup_does_not_get_past",
+                "from another cgroup to 10.99.0.1: past the agent",
+            )],
+        },
+        Mutant {
+            name: "bind",
+            attacks: &["a direct connection to an agent port"],
+            without: "the refusal to bind the agent's ports",
+            edits: &[Edit {
+                file: "mesh-ebpf/src/bind.rs",
+                from: "AGENT_SOCKETS.of(socket).is_some_and(|mark| mark.kind != 0)",
+                to: "AGENT_SOCKETS.of(socket).is_none_or(|mark| mark.kind != 0)",
+            }],
+            noticed_by: &[hooks(
+                "ports::an_application_cannot_have_a_port_of_the_agent",
+                "left: \"listens\"",
+            )],
+        },
+        Mutant {
+            name: "agent-ports",
+            attacks: &["a direct connection to an agent port"],
+            without: "the refusal to connect to an agent's port",
+            edits: &[Edit {
+                file: CONNECT,
+                from: "    if is_agent_port(port) {",
+                to: "    if is_agent_port(port) && port == 0 {",
+            }],
+            noticed_by: &[hooks(
+                "the_ports_of_the_agent_are_refused_everywhere",
+                "left: \"127.0.0.1 15001 from 127.0.0.1\"",
+            )],
+        },
+        Mutant {
+            name: "slot",
+            attacks: &["another Pod's address on loopback"],
+            without: "a slot that is the program's own: by the destination address instead",
+            edits: &[Edit {
+                file: LOOKUP,
+                from: "ptr::read_volatile(&raw const SLOT) };",
+                to: "ptr::read_volatile(&raw const SLOT) }.wrapping_sub(2).wrapping_add(u32::from_be(local.0[3]) & 0xff);",
+            }],
+            noticed_by: &[hooks(
+                "disguises::another_pods_address_on_lo_does_not_make_it_that_pod",
+                "the other Pod's listener was handed it",
+            )],
+        },
+        Mutant {
+            name: "reuseport",
+            attacks: &["a reuseport group"],
+            without: "the flag against reuseport groups",
+            edits: &[Edit {
+                file: LOOKUP,
+                from: "index, u64::from(BPF_SK_LOOKUP_F_NO_REUSEPORT))",
+                to: "index, u64::from(BPF_SK_LOOKUP_F_NO_REUSEPORT) & 0)",
+            }],
+            noticed_by: &[hooks(
+                "disguises::a_reuseport_group_of_the_pod_gets_nothing_of_what_is_steered",
+                "other sockets of the group were handed connections",
+            )],
+        },
+        Mutant {
+            name: "upstream-tuple",
+            attacks: &["SO_MARK"],
+            without: "the register of the agent's own connects: its ports are believed",
+            edits: &[Edit {
+                file: LOOKUP,
+                from: "UPSTREAM_CONNECTIONS.get_ptr(&upstream).is_some()",
+                to: "UPSTREAM_CONNECTIONS.get_ptr(&upstream).is_some() || upstream.client_port == 20_001",
+            }],
+            noticed_by: &[hooks(
+                "disguises::a_firewall_mark_does_not_lead_to_the_application",
+                "the application was reached past its agent",
+            )],
+        },
+        Mutant {
+            name: "plaintext-deny",
+            attacks: &["plaintext past one's own capture"],
+            without: "asking DENY about who has the source's address",
+            edits: &[Edit {
+                file: "mesh-agent/src/proxy/authorize.rs",
+                from: "        claimed: claimed.as_ref().map(|workload| &workload.identity),",
+                to: "        claimed: claimed.as_ref().filter(|_| false).map(|workload| &workload.identity),",
+            }],
+            noticed_by: &[agent(
+                "proxy::tests::refuse::whom_deny_names_does_not_come_in_without_its_tunnel",
+                "the application answered whom DENY names",
+            )],
+        },
+        Mutant {
+            name: "agent-port-destination",
+            attacks: &["an agent's port as mesh destination"],
+            without: "the source's refusal of an agent's port as destination",
+            edits: &[Edit {
+                file: "mesh-agent/src/proxy/outbound.rs",
+                from: "            if mesh_common::is_agent_port(destination.port()) {",
+                to: "            if mesh_common::is_agent_port(destination.port()) && destination.port() == 0 {",
+            }],
+            noticed_by: &[agent(
+                "proxy::tests::refuse::what_the_source_refuses",
+                "the source let it go on",
+            )],
+        },
+        Mutant {
+            name: "foreign-source",
+            attacks: &["raw and packet sockets", "IPV6_FREEBIND"],
+            without: "the look at a packet's source",
+            edits: &[
+                Edit {
+                    file: TCX,
+                    from: "    if !is_own(pod, source) {",
+                    to: "    if !is_own(pod, source) && pod.address_count == 0 {",
+                },
+                Edit {
+                    file: TCX,
+                    from: "(source.is_v4() || !is_own(pod, source)) {",
+                    to: "(source.is_v4() || !is_own(pod, source)) && pod.address_count == 0 {",
+                },
+            ],
+            noticed_by: &[
+                hooks("backstop::a_foreign_source_is_dropped", "to=OUT_V4)]): attached: true"),
+                hooks(
+                    "attacks::a_freely_bound_address_does_not_leave_the_pod",
+                    "a datagram from an address that is not the Pod's",
+                ),
+            ],
+        },
+        Mutant {
+            name: "foreign-syn",
+            attacks: &["raw and packet sockets"],
+            without: "the drop of a SYN to the mesh that the agent did not send",
+            edits: &[Edit {
+                file: TCX,
+                from: "    Verdict::Drop(Counter::DroppedForeignSyn)\n",
+                to: "    Verdict::Next\n",
+            }],
+            noticed_by: &[hooks(
+                "backstop::a_syn_from_a_raw_or_a_packet_socket_is_dropped",
+                "send_raw(V4, [plain(V4, port)]): attached: true",
+            )],
+        },
+        Mutant {
+            name: "server-identity",
+            attacks: &["wrong identity"],
+            without: "the source's look who the server is",
+            edits: &[Edit {
+                file: "mesh-agent/src/tls/verify.rs",
+                from: "if uris.contains(&expected) {",
+                to: "if uris.contains(&expected) || !uris.is_empty() {",
+            }],
+            noticed_by: &[agent("proxy::tests::tls::whom_the_client_takes", "somebody else")],
+        },
+        Mutant {
+            name: "foreign-identities",
+            attacks: &["a node that asks for foreign identities"],
+            without: "the look whether a Pod of the identity runs on the node that asks",
+            edits: &[Edit {
+                file: "mesh-control/src/certificates.rs",
+                from: ".is_some_and(|identities| identities.contains(identity))",
+                to: ".is_none_or(|identities| !identities.is_empty())",
+            }],
+            noticed_by: &[Noticed {
+                suite: Suite::Control,
+                test: "app::tests::certificates_are_signed_for_members_on_the_callers_node_only",
+                says: "signed for a node that has no such Pod",
+            }],
+        },
+    ],
+    controls: &[
+        CONTROL,
+        (Suite::Agent, "proxy::tests::refuse::policy_decides_at_the_tunnel"),
+        (
+            Suite::Control,
+            "authority::tests::the_root_is_kept_private_and_never_replaced",
+        ),
+    ],
+};
+
+pub const REDIRECT: Group = Group {
+    name: "redirect",
+    mutants: &[Mutant {
+        name: "redirect",
+        attacks: &["TCP Fast Open", "io_uring"],
+        without: "the redirect",
+        edits: &[Edit {
+            file: CONNECT,
+            from: "    count(Counter::Redirected);\n    Decision::Redirect",
+            to: "    count(Counter::Redirected);\n    Decision::LeaveAlone",
+        }],
+        noticed_by: &[
+            hooks(
+                "attacks::fast_open_does_not_get_past",
+                "Fast Open to 10.99.0.1: past the agent",
+            ),
+            hooks("attacks::io_uring_does_not_get_past", "io_uring to 10.99.0.1: past the agent"),
+            hooks(
+                "attacks::a_pods_application_gets_no_connection_by_trying_often",
+                "one got past the agent",
+            ),
+        ],
+    }],
+    controls: &[CONTROL],
+};
