@@ -123,6 +123,9 @@ async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
         capture.adopt(std::mem::take(&mut inherited.pods));
     }
 
+    // Another agent that takes over keeps it whole from then on.
+    tasks.spawn(until(alone.clone(), capture.clone().keep_whole()));
+
     let state = SharedState::new();
     let store = CertificateStore::new();
     let certificates = Certificates::new(store.clone());
@@ -343,7 +346,7 @@ impl Agent {
         let detached = self.capture.detached_programs();
         if !detached.is_empty() {
             let missing = format!(
-                "missing: kernel programs are detached ({}); restart the agent\n",
+                "missing: kernel programs are detached ({}); the agent attaches them again, or says in its log why it cannot\n",
                 detached.join(", ")
             );
             return Page::text(StatusCode::SERVICE_UNAVAILABLE, missing);
