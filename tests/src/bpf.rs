@@ -110,8 +110,10 @@ pub fn write(map: &OwnedFd, key: &[u8], mut value: [u8; MAX_VALUE_BYTES]) -> Res
 /// # Errors
 /// No such entry.
 pub fn erase(map: &OwnedFd, key: &[u8]) -> Result<()> {
-    let mut nothing = [0; MAX_VALUE_BYTES];
-    bpf(MAP_DELETE_ELEM, &mut element(map, key, &mut nothing)).context("erasing an entry")?;
+    let mut attributes = Attributes::default();
+    attributes[0] = pair(raw(map), 0);
+    attributes[1] = key.as_ptr() as u64;
+    bpf(MAP_DELETE_ELEM, &mut attributes).context("erasing an entry")?;
     Ok(())
 }
 
