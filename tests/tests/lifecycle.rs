@@ -293,9 +293,14 @@ fn destination_agent_hung(shared: &mut Shared) -> Result<()> {
     mesh.kill_agent(NodeName::One);
     let insistence = Insistence::start(mesh, mesh.pod("server").v4.into())?;
     mesh.start_agent(NodeName::One)?;
-    // From the last beat: its lease, and what was on its way when it ended.
+    // From the last beat: its lease; and then the end of what it had accepted before, for which the client's agent waits.
     std::thread::sleep(Duration::from_secs(6));
     let refused = || {
+        poll::until_true("nothing waits for a handshake with the hung agent", PATIENTLY, || {
+            let server = mesh.pod("server").v4.into();
+            let attempt = mesh.app.connect(&mesh.pod("client").place(), server, ECHO_PORT)?;
+            Ok(attempt.expect_refused(QUICKLY).is_ok())
+        })?;
         for from in ["client", "outsider"] {
             for address in mesh.pod("server").forms() {
                 let attempt = mesh.app.connect(&mesh.pod(from).place(), address, ECHO_PORT)?;
