@@ -33,6 +33,7 @@ use crate::local::handover::{self, Hello, Inherited, Offer};
 use crate::local::{self, LocalSocket, SocketError};
 use crate::memory::{self, Memory, Remembered};
 use crate::pods::{Pods, TrustDomain};
+use crate::proxy::limits::CONNECTIONS_PER_POD;
 use crate::proxy::{Buffers, Proxy};
 use crate::state::{SharedState, service_name};
 use crate::telemetry::{AccessLog, Metrics};
@@ -45,6 +46,10 @@ const TASKS_PATIENCE: Duration = Duration::from_secs(2);
 /// for the next one yet.
 const FOLDER_TRIES: u32 = 20;
 const FOLDER_RETRY: Duration = Duration::from_millis(100);
+/// The agent's own, with a few Pods: programs, maps, listeners, pages, discovery; and some connections.
+const FEWEST_DESCRIPTORS: u64 = 512;
+/// One Pod at its bound: two sockets a connection; and the agent's own.
+const WANTED_DESCRIPTORS: u64 = 2 * CONNECTIONS_PER_POD as u64 + FEWEST_DESCRIPTORS;
 /// Why the agent ends, beside signals.
 const HANDOVER: &str = "handover";
 
@@ -69,7 +74,7 @@ struct Agent {
 /// It cannot start; the message says what is missing.
 pub fn run(args: RunArgs) -> anyhow::Result<()> {
     start_logging(&args)?;
-    raise_descriptor_limit();
+    raise_descriptor_limit()?;
     let token = NodeToken::read(&args.token_file)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(agent(args, token));
@@ -140,6 +145,12 @@ async fn agent(args: RunArgs, token: NodeToken) -> anyhow::Result<()> {
         from_memory,
         ..DiscoveryStatus::default()
     });
+    if !memory::is_on_tmpfs(&args.run_dir) {
+        warn!(
+            run_dir = %args.run_dir.display(),
+            "--run-dir is not on a tmpfs: the keys that are kept there for the next agent are written to a disk"
+        );
+    }
     let memory = {
         let (subscriptions, certificates) = (subscriptions.clone(), certificates.clone());
         Memory::new(&args.run_dir, owner, move || {
@@ -427,10 +438,25 @@ fn start_logging(args: &RunArgs) -> anyhow::Result<()> {
     started.map_err(|error| anyhow::anyhow!("logging: {error}"))
 }
 
-/// A connection has two sockets; the soft limit is often 1,024.
-fn raise_descriptor_limit() {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
-    if let Err(error) = raised {
-        warn!(%error, "the limit of open descriptors cannot be raised");
+/// A connection has two sockets; the soft limit is often 1,024, the hard one above what is wanted here.
+fn raise_descriptor_limit() -> anyhow::Result<()> {
+    let of_process = || getrlimit(Resource::RLIMIT_NOFILE).context("reading the limit of open descriptors");
+    let (before, hard) = of_process()?;
+    if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+        warn!(%error, before, hard, "the limit of open descriptors cannot be raised");
     }
+    let (limit, _) = of_process()?;
+    anyhow::ensure!(
+        limit >= FEWEST_DESCRIPTORS,
+        "{limit} open descriptors are allowed (`ulimit -Hn`): the agent needs at least {FEWEST_DESCRIPTORS}, and \
+         {WANTED_DESCRIPTORS} to carry {CONNECTIONS_PER_POD} connections of a Pod"
+    );
+    if limit < WANTED_DESCRIPTORS {
+        warn!(
+            limit,
+            wanted = WANTED_DESCRIPTORS,
+            "few open descriptors are allowed (`ulimit -Hn`): above about half as many connections, new ones are refused"
+        );
+    }
+    Ok(())
 }

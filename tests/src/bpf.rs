@@ -17,6 +17,11 @@ const PROG_LOAD: libc::c_long = 5;
 const OBJ_GET: libc::c_long = 7;
 const PROG_ATTACH: libc::c_long = 8;
 const PROG_DETACH: libc::c_long = 9;
+const PROG_GET_NEXT_ID: libc::c_long = 11;
+const PROG_GET_FD_BY_ID: libc::c_long = 13;
+const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const LINK_GET_FD_BY_ID: libc::c_long = 30;
+const LINK_GET_NEXT_ID: libc::c_long = 31;
 const LINK_DETACH: libc::c_long = 34;
 
 const MAP_TYPE_ARRAY: u32 = 2;
@@ -115,6 +120,65 @@ pub fn erase(map: &OwnedFd, key: &[u8]) -> Result<()> {
     attributes[1] = key.as_ptr() as u64;
     bpf(MAP_DELETE_ELEM, &mut attributes).context("erasing an entry")?;
     Ok(())
+}
+
+/// The programs that use a map, and their links, of all that the kernel has: who holds them, and whether anybody does, is not asked.
+///
+/// # Errors
+/// No rights.
+pub fn users(map: &OwnedFd) -> Result<(usize, usize)> {
+    // `struct bpf_map_info`, `bpf_prog_info` and `bpf_link_info`: the id is the second number, a link's program the third.
+    let map = info(map, [0; INFO_WORDS])?[0] >> 32;
+    let mut programs = Vec::new();
+    for program in objects(PROG_GET_NEXT_ID, PROG_GET_FD_BY_ID)? {
+        let mut maps = [0_u32; 64];
+        let mut asked = [0; INFO_WORDS];
+        // nr_map_ids; map_ids.
+        asked[6] = pair(0, 64);
+        asked[7] = maps.as_mut_ptr() as u64;
+        let told = info(&program, asked)?;
+        if maps.iter().any(|id| u64::from(*id) == map) {
+            programs.push(told[0] >> 32);
+        }
+    }
+    let mut links = 0;
+    for link in objects(LINK_GET_NEXT_ID, LINK_GET_FD_BY_ID)? {
+        let program = info(&link, [0; INFO_WORDS])?[1] & u64::from(u32::MAX);
+        links += usize::from(programs.contains(&program));
+    }
+    Ok((programs.len(), links))
+}
+
+/// Enough for what is asked here.
+const INFO_WORDS: usize = 16;
+
+fn info(object: &OwnedFd, mut asked: [u64; INFO_WORDS]) -> Result<[u64; INFO_WORDS]> {
+    let mut attributes = Attributes::default();
+    attributes[0] = pair(raw(object), u32::try_from(size_of_val(&asked))?);
+    attributes[1] = asked.as_mut_ptr() as u64;
+    bpf(OBJ_GET_INFO_BY_FD, &mut attributes).context("asking of an object")?;
+    Ok(asked)
+}
+
+/// All of a kind that are there while it asks; what goes away meanwhile is left out.
+fn objects(next: libc::c_long, open: libc::c_long) -> Result<Vec<OwnedFd>> {
+    let gone = |error: &io::Error| error.raw_os_error() == Some(libc::ENOENT);
+    let mut found = Vec::new();
+    let mut id = 0;
+    loop {
+        let mut attributes = Attributes::default();
+        attributes[0] = pair(id, 0);
+        match bpf(next, &mut attributes) {
+            Err(error) if gone(&error) => return Ok(found),
+            result => result.context("walking through the objects")?,
+        };
+        id = u32::try_from(attributes[0] >> 32)?;
+        attributes[0] = pair(id, 0);
+        match bpf(open, &mut attributes) {
+            Err(error) if gone(&error) => {}
+            result => found.push(owned(result.context("opening an object")?)),
+        }
+    }
 }
 
 /// One number that programs count in.

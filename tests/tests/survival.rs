@@ -30,6 +30,8 @@ use serde_json::Value;
 const PATIENTLY: Duration = Duration::from_secs(40);
 const ADMIN_PORT: u16 = 15000;
 const READY_PORT: u16 = 15021;
+/// Below the pin path: of the ABI's version.
+const PINS: &str = "v2";
 
 struct Shared {
     mesh: Mesh,

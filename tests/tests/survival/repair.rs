@@ -12,12 +12,10 @@ use mesh_tests::poll::{self, SOON};
 use mesh_tests::process::Place;
 use mesh_tests::topology::NodeName;
 
-use super::{PATIENTLY, Shared};
+use super::{PATIENTLY, PINS, Shared};
 
 const NODE: NodeName = NodeName::Two;
 const POD: &str = "server";
-/// Of the ABI's version.
-const PINS: &str = "v2";
 const LINKS: [&str; 10] = [
     "connect4",
     "connect6",

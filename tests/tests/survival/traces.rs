@@ -2,13 +2,14 @@
 
 use std::path::Path;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
+use mesh_tests::bpf;
 use mesh_tests::mesh::Mesh;
 use mesh_tests::poll;
 use mesh_tests::snapshot;
 use mesh_tests::topology::NodeName;
 
-use super::{PATIENTLY, Shared};
+use super::{PATIENTLY, PINS, Shared};
 
 const CRASHES: usize = 100;
 
@@ -22,6 +23,10 @@ pub fn traces(mesh: &Mesh, node: NodeName) -> Result<Vec<(String, usize)>> {
         ("files of the run directory".to_owned(), count_below(&place.run_dir())?),
         ("cgroups".to_owned(), count_below(place.cgroup.path())?),
     ];
+    let (programs, links) = bpf::users(&bpf::open(&place.pin_path().join(PINS).join("PODS"))?)?;
+    ensure!(programs > 0 && links > 0, "expected the capture's programs, saw none");
+    traces.push(("programs".to_owned(), programs));
+    traces.push(("links".to_owned(), links));
     for pod in ["client", "server", "local"] {
         if mesh.pod(pod).node == node {
             traces.push((
@@ -76,5 +81,7 @@ pub fn crashes(shared: &mut Shared) -> Result<()> {
         crash(mesh)?;
     }
     mesh.wait_for_tunnel("client", "server")?;
-    expect_traces(mesh, node, &before)
+    expect_traces(mesh, node, &before)?;
+    eprintln!("as before: {before:?}");
+    Ok(())
 }
