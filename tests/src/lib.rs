@@ -11,6 +11,7 @@ pub mod binaries;
 pub mod bpf;
 pub mod cgroup;
 pub mod demo;
+pub mod disk;
 pub mod exposition;
 pub mod firewall;
 pub mod http;

@@ -16,6 +16,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 
 use crate::cgroup::{self, Cgroup};
+use crate::disk;
 use crate::netns::{self, Netns};
 use crate::process::Place;
 use crate::run_id::RunId;
@@ -397,9 +398,11 @@ fn sweep() {
         .flatten()
         .filter(|entry| entry.file_name().to_str().is_some_and(RunId::is_left_behind))
     {
-        for node in NodeName::ALL {
-            let bpffs = entry.path().join(node.as_str()).join("bpf");
-            let _ = nix::mount::umount2(&bpffs, nix::mount::MntFlags::MNT_DETACH);
+        let of_nodes = NodeName::ALL
+            .iter()
+            .flat_map(|node| ["bpf", "run"].map(|mount| format!("{}/{mount}", node.as_str())));
+        for mounted in of_nodes.chain([disk::FOLDER.to_owned()]) {
+            let _ = nix::mount::umount2(&entry.path().join(mounted), nix::mount::MntFlags::MNT_DETACH);
         }
         let _ = Command::new("rm")
             .args(["-rf", "--one-file-system", "--"])

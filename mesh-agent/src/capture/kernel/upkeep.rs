@@ -2,6 +2,7 @@
 //! programs and maps live on in this process's descriptors, so that what is put back is what was there, with all that it holds.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::Ordering;
@@ -64,8 +65,17 @@ impl Kernel {
         } = &self.kept;
         for (name, attach_type, program) in programs.iter().filter(|(name, ..)| names.contains(name)) {
             let pin = self.directory.join("links").join(name);
-            attach(program.as_fd(), cgroup.as_fd(), *cgroup_id, *attach_type, &pin)
-                .map_err(|error| failed(format!("attaching {name}"), error))?;
+            attach(program.as_fd(), cgroup.as_fd(), *cgroup_id, *attach_type, &pin).map_err(|error| match error.kind() {
+                // Root is refused only where somebody attached without BPF_F_ALLOW_MULTI, here or further up.
+                io::ErrorKind::PermissionDenied => failed(
+                    format!("attaching {name}"),
+                    format!(
+                        "{error}: another program may be attached to this cgroup, or to one above it, as the only one \
+                             (`bpftool cgroup tree` shows it): let its owner attach it with BPF_F_ALLOW_MULTI or by a link"
+                    ),
+                ),
+                _ => failed(format!("attaching {name}"), error),
+            })?;
         }
         Ok(())
     }
