@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
-use mesh_tests::app::ECHO_PORT;
+use mesh_tests::app::{self, ECHO_PORT};
 use mesh_tests::binaries;
 use mesh_tests::disk::Disk;
 use mesh_tests::manifests::policy;
@@ -13,6 +13,7 @@ use mesh_tests::mesh::PodSpec;
 use mesh_tests::poll::{self, SOON};
 use mesh_tests::process::Process;
 use mesh_tests::topology::NodeName;
+use serde_json::Value;
 
 use super::{PATIENTLY, Shared, expect_words, since, size};
 
@@ -74,19 +75,25 @@ pub fn control_plane(shared: &mut Shared) -> Result<()> {
 
     // At saving the last good form of what broke: said, in force, and saved when there is room.
     let file = registry.join("deny.yaml");
+    let page = |path: &str| app::page(mesh.topology.world(), IpAddr::from([127, 0, 0, 1]), 16014, path);
+    let versions = || -> Result<Value> { Ok(serde_json::from_str::<Value>(&page("/status")?.body)?["versions"].clone()) };
+    let before = versions()?;
     std::fs::write(&file, policy("deny", "server", "Deny", "[{}]"))?;
-    poll::until_true("the policy is taken", SOON, || {
-        Ok(
-            mesh_tests::app::page(mesh.topology.world(), IpAddr::from([127, 0, 0, 1]), 16014, "/status")?
-                .body
-                .contains("\"policies\":1"),
-        )
-    })?;
+    poll::until_true("the policy is taken", SOON, || Ok(versions()? != before))?;
+    let taken = versions()?;
     let said = size(&log)?;
     std::fs::write(&file, "broken: [")?;
     poll::until_true("that it cannot be saved is said", SOON, || {
         Ok(since(&log, said)?.contains(NO_SPACE))
     })?;
+    let failed = page("/metrics")?.body;
+    ensure!(
+        failed
+            .lines()
+            .any(|line| line.starts_with("mesh_control_state_writes_failed_total ") && !line.ends_with(" 0")),
+        "expected that it is counted, saw {failed}"
+    );
+    ensure!(versions()? == taken, "the policy is no longer in force");
     disk.make_room()?;
     poll::until_true("it is saved when there is room", PATIENTLY, || {
         Ok(state.join("last-good.json").exists())
@@ -137,6 +144,8 @@ pub fn agent(shared: &mut Shared) -> Result<()> {
         meshed: true,
         annotations: "",
     };
+    // The memory that is gone has made room.
+    disk.fill()?;
     let refused = mesh.add_pod(&pod).err().context("a Pod was enrolled that no file tells of")?;
     expect_words(&format!("{refused:#}"), &[NO_SPACE])?;
     ensure!(mesh.listed("late")?.is_none(), "it is listed all the same");

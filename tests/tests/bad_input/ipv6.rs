@@ -6,9 +6,10 @@ use anyhow::{Context as _, Result, ensure};
 use mesh_tests::app::ECHO_PORT;
 use mesh_tests::manifests::{MESHED, PodManifest, pod_uid};
 use mesh_tests::mesh::Mesh;
+use mesh_tests::poll;
 use mesh_tests::topology::NodeName;
 
-use super::Shared;
+use super::{PATIENTLY, Shared};
 
 const NODE: NodeName = NodeName::Two;
 const SETTINGS: [&str; 2] = ["ipv6.conf.all.disable_ipv6", "ipv6.conf.default.disable_ipv6"];
@@ -21,8 +22,8 @@ fn v4_works_both_ways(mesh: &Mesh, pod: &str) -> Result<()> {
     Ok(())
 }
 
-pub fn of_pod(shared: &mut Shared) -> Result<()> {
-    let mesh = &mut shared.mesh;
+/// A Pod that has IPv4 only, as on a cluster that has.
+fn add_single(mesh: &mut Mesh) -> Result<()> {
     mesh.topology.add_pod("single", NODE, 62)?;
     for setting in SETTINGS {
         mesh.pod("single").netns.set_sysctl(setting, "1")?;
@@ -57,7 +58,12 @@ pub fn of_pod(shared: &mut Shared) -> Result<()> {
         &["--netns", &netns, "--cgroup", &cgroup, "--address", &address],
     ]
     .concat();
-    mesh.agent_command(NODE, "enroll", &arguments)?;
+    mesh.agent_command(NODE, "enroll", &arguments).map(drop)
+}
+
+pub fn of_pod(shared: &mut Shared) -> Result<()> {
+    let mesh = &mut shared.mesh;
+    add_single(mesh)?;
     v4_works_both_ways(mesh, "single")?;
     // As a socket of IPv6 writes it.
     let mapped = mesh.pod("client").v4.to_ipv6_mapped().into();
@@ -74,8 +80,16 @@ pub fn of_node(shared: &mut Shared) -> Result<()> {
         mesh.topology.node(NODE).netns.set_sysctl(setting, "1")?;
     }
     mesh.start_agent(NODE)?;
-    v4_works_both_ways(mesh, "server")?;
-    let listed = mesh.listed("server")?.context("the agent lists its Pod")?;
+    add_single(mesh)?;
+    v4_works_both_ways(mesh, "single")?;
+    let listed = mesh.listed("single")?.context("the agent lists its Pod")?;
     ensure!(listed["proven"] == true, "expected that its capture is proven, saw {listed}");
-    Ok(())
+    mesh.delete_pod("single")?;
+    // One with an address that its node can no longer reach is said to be just that.
+    let address = mesh.pod("server").v6.to_string();
+    poll::until_true("the Pod with an address of IPv6 is not proven", PATIENTLY, || {
+        let listed = mesh.listed("server")?.context("the agent lists its Pod")?;
+        let reason = listed["reason"].as_str().unwrap_or_default();
+        Ok(listed["proven"] == false && reason.contains(&address))
+    })
 }

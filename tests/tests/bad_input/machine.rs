@@ -59,7 +59,7 @@ pub fn few_descriptors(shared: &mut Shared) -> Result<()> {
     let mesh = &shared.mesh;
     let place = mesh.topology.node(NODE);
     let pins = place.bpffs.path().join("other");
-    let output = another_agent(mesh, "ulimit -Hn 256 &&", &pins, place.cgroup.path())?;
+    let output = another_agent(mesh, "ulimit -n 256 &&", &pins, place.cgroup.path())?;
     expect_failure(&output, &["256 open descriptors are allowed", "ulimit -Hn", "at least 512"])?;
     ensure!(!pins.exists(), "it began all the same");
     works(mesh)
@@ -79,7 +79,7 @@ pub fn others_programs(shared: &mut Shared) -> Result<()> {
         round_trips.get()? > 0,
         "the other's sockops program is no longer called at round trips, as it asked"
     );
-    let ours = mesh.metric(NODE, "mesh_tcp_round_trip_seconds_count", &[])?;
+    let ours = mesh.metric(NODE, "mesh_tcp_smoothed_rtt_seconds_count", &[])?;
     drop(attached);
     ensure!(ours > 0.0, "our own sockops program measures nothing beside it");
     works(mesh)

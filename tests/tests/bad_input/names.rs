@@ -127,7 +127,7 @@ pub fn hostile(shared: &mut Shared) -> Result<()> {
     let status = || -> Result<Value> { Ok(serde_json::from_str(&mesh.control_page("/status")?.body)?) };
     let rejected = poll::until("every hostile manifest is rejected", SOON, || {
         let status = status()?;
-        let rejections = status["rejections"].as_array().context("rejections")?;
+        let rejections = status["rejected_manifests"].as_array().context("rejected_manifests")?;
         let of_file = |number: usize| {
             let file = format!("hostile-{number}.yaml");
             rejections
