@@ -135,7 +135,7 @@ impl Kept {
                     self.failed = failed(
                         error,
                         "it cannot be kept that the registry has content; after a restart, an empty folder would be believed",
-                    )
+                    );
                 }
             }
         }
@@ -149,7 +149,7 @@ impl Kept {
                 self.failed = failed(
                     error,
                     "last good forms cannot be kept; after a restart, what is broken now would not be in force",
-                )
+                );
             }
         }
     }
