@@ -23,11 +23,14 @@ fn v4_works_both_ways(mesh: &Mesh, pod: &str) -> Result<()> {
 }
 
 /// A Pod that has IPv4 only, as on a cluster that has.
-fn add_single(mesh: &mut Mesh) -> Result<()> {
+fn make_single(mesh: &mut Mesh) -> Result<()> {
     mesh.topology.add_pod("single", NODE, 62)?;
-    for setting in SETTINGS {
-        mesh.pod("single").netns.set_sysctl(setting, "1")?;
-    }
+    SETTINGS
+        .iter()
+        .try_for_each(|setting| mesh.pod("single").netns.set_sysctl(setting, "1"))
+}
+
+fn enroll_single(mesh: &mut Mesh) -> Result<()> {
     let v4: IpAddr = mesh.pod("single").v4.into();
     mesh.registry.write_pod(&PodManifest {
         name: "single",
@@ -63,7 +66,8 @@ fn add_single(mesh: &mut Mesh) -> Result<()> {
 
 pub fn of_pod(shared: &mut Shared) -> Result<()> {
     let mesh = &mut shared.mesh;
-    add_single(mesh)?;
+    make_single(mesh)?;
+    enroll_single(mesh)?;
     v4_works_both_ways(mesh, "single")?;
     // As a socket of IPv6 writes it.
     let mapped = mesh.pod("client").v4.to_ipv6_mapped().into();
@@ -75,12 +79,13 @@ pub fn of_pod(shared: &mut Shared) -> Result<()> {
 
 pub fn of_node(shared: &mut Shared) -> Result<()> {
     let mesh = &mut shared.mesh;
+    make_single(mesh)?;
     mesh.terminate_agent(NODE)?;
     for setting in SETTINGS {
         mesh.topology.node(NODE).netns.set_sysctl(setting, "1")?;
     }
     mesh.start_agent(NODE)?;
-    add_single(mesh)?;
+    enroll_single(mesh)?;
     v4_works_both_ways(mesh, "single")?;
     let listed = mesh.listed("single")?.context("the agent lists its Pod")?;
     ensure!(listed["proven"] == true, "expected that its capture is proven, saw {listed}");
