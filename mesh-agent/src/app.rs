@@ -34,7 +34,7 @@ use crate::local::handover::{self, Hello, Inherited, Offer};
 use crate::local::{self, LocalSocket, SocketError};
 use crate::memory::{self, Memory, Remembered};
 use crate::pods::{Pods, TrustDomain};
-use crate::proxy::limits::CONNECTIONS_PER_POD;
+use crate::proxy::limits::{CONNECTIONS_PER_POD, DESCRIPTORS_RESERVED};
 use crate::proxy::{Buffers, Limits, Proxy};
 use crate::state::{Settings, SharedState, State, service_name};
 use crate::telemetry::{AccessLog, Metrics};
@@ -52,6 +52,8 @@ const MESH_DESTINATIONS_INTERVAL: Duration = Duration::from_secs(1);
 /// Open descriptors that are asked for: a node's Pods have a few hundred thousand connections at most, and it is the kernel's own default
 /// for a process (`fs.nr_open`).
 const WANTED_DESCRIPTORS: u64 = 1 << 20;
+/// With fewer no Pod may have a connection.
+const FEWEST_DESCRIPTORS: u64 = 2 * DESCRIPTORS_RESERVED as u64;
 /// Why the agent ends, beside signals.
 const HANDOVER: &str = "handover";
 
@@ -78,7 +80,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     // Before any thread: each would have an arena of its own already.
     heap::keep_small();
     start_logging(&args)?;
-    let limits = limits();
+    let limits = limits()?;
     let token = NodeToken::read(&args.token_file)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(agent(args, token, limits));
@@ -132,6 +134,9 @@ async fn agent(args: RunArgs, token: NodeToken, limits: Limits) -> anyhow::Resul
         capture.adopt(std::mem::take(&mut inherited.pods));
     }
 
+    // Another agent that takes over keeps it whole from then on.
+    tasks.spawn(until(alone.clone(), capture.clone().keep_whole()));
+
     let state = SharedState::new();
     let store = CertificateStore::new();
     let certificates = Certificates::new(store.clone());
@@ -146,6 +151,12 @@ async fn agent(args: RunArgs, token: NodeToken, limits: Limits) -> anyhow::Resul
         from_memory,
         ..DiscoveryStatus::default()
     });
+    if !memory::is_on_tmpfs(&args.run_dir) {
+        warn!(
+            run_dir = %args.run_dir.display(),
+            "--run-dir is not on a tmpfs: the keys that are kept there for the next agent are written to a disk"
+        );
+    }
     let memory = {
         let (subscriptions, certificates) = (subscriptions.clone(), certificates.clone());
         Memory::new(&args.run_dir, owner, move || {
@@ -412,7 +423,7 @@ impl Agent {
         let detached = self.capture.detached_programs();
         if !detached.is_empty() {
             let missing = format!(
-                "missing: kernel programs are detached ({}); restart the agent\n",
+                "missing: kernel programs are detached ({}); the agent attaches them again, or says in its log why it cannot\n",
                 detached.join(", ")
             );
             return Page::text(StatusCode::SERVICE_UNAVAILABLE, missing);
@@ -496,24 +507,29 @@ fn start_logging(args: &RunArgs) -> anyhow::Result<()> {
 }
 
 /// A connection has two sockets. The soft limit of descriptors is often 1,024; the hard one can be raised only by whom the kernel lets.
-fn limits() -> Limits {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| {
-        let most = hard.max(WANTED_DESCRIPTORS);
-        setrlimit(Resource::RLIMIT_NOFILE, most, most).or_else(|_| setrlimit(Resource::RLIMIT_NOFILE, hard, hard))
-    });
+fn limits() -> anyhow::Result<Limits> {
+    let of_process = || getrlimit(Resource::RLIMIT_NOFILE).context("reading the limit of open descriptors");
+    let (before, hard) = of_process()?;
+    let most = hard.max(WANTED_DESCRIPTORS);
+    let raised = setrlimit(Resource::RLIMIT_NOFILE, most, most).or_else(|_| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(error) = raised {
-        warn!(%error, "the limit of open descriptors cannot be raised");
+        warn!(%error, before, hard, "the limit of open descriptors cannot be raised");
     }
-    let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
+    let (descriptors, _) = of_process()?;
+    anyhow::ensure!(
+        descriptors >= FEWEST_DESCRIPTORS,
+        "{descriptors} open descriptors are allowed (`ulimit -Hn`): the agent needs at least {FEWEST_DESCRIPTORS}, and {WANTED_DESCRIPTORS} \
+         are enough for {CONNECTIONS_PER_POD} connections of each Pod"
+    );
     let limits = Limits::for_descriptors(usize::try_from(descriptors).unwrap_or(usize::MAX));
     let connections_per_pod = limits.connections_per_pod;
     if connections_per_pod < CONNECTIONS_PER_POD {
         warn!(
             descriptors,
             connections_per_pod,
-            "few open descriptors are allowed (ulimit -n), so that each Pod may have fewer than {CONNECTIONS_PER_POD} connections; \
+            "few open descriptors are allowed (`ulimit -Hn`), so that each Pod may have fewer than {CONNECTIONS_PER_POD} connections; \
              {WANTED_DESCRIPTORS} are enough"
         );
     }
-    limits
+    Ok(limits)
 }

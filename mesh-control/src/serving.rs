@@ -36,6 +36,7 @@ pub struct ServingCertificate {
 struct Current {
     root: CertificateDer<'static>,
     names: Vec<String>,
+    made_at: OffsetDateTime,
     renew_at: OffsetDateTime,
     key: Arc<CertifiedKey>,
 }
@@ -65,12 +66,11 @@ impl ServingCertificate {
         names.truncate(MAX_SERVER_NAMES);
         let roots = self.roots.in_force();
         let root = roots.authority.root_der();
-        if self
-            .current
-            .read()
-            .as_ref()
-            .is_some_and(|current| current.names == names && current.root == *root && now < current.renew_at)
-        {
+        // One of a time that has not come yet is from before the clock was set back: no node may take it.
+        let is_current = |current: &Current| {
+            current.names == names && current.root == *root && (current.made_at..current.renew_at).contains(&now)
+        };
+        if self.current.read().as_ref().is_some_and(is_current) {
             return Ok(false);
         }
         let (leaf, key, not_after) = roots.authority.sign_serving(&names, now)?;
@@ -84,6 +84,7 @@ impl ServingCertificate {
         *self.current.write() = Some(Current {
             root: root.clone(),
             names,
+            made_at: now,
             renew_at,
             key: Arc::new(CertifiedKey::new(chain, key)),
         });
@@ -314,5 +315,24 @@ mod tests {
         assert!(take("10.0.0.2").is_none(), "all places are taken");
         drop(first);
         assert!(take("2001:db8::3").is_some(), "given back");
+    }
+
+    #[test]
+    fn a_clock_that_jumps_a_day_leaves_a_certificate_that_holds_now() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = crate::state_dir::StateDir::open(folder.path()).unwrap();
+        let now = OffsetDateTime::now_utc();
+        let roots = Roots::open(&state, "cluster.local", now - time::Duration::days(7)).unwrap();
+        let certificate = ServingCertificate::new(Arc::new(roots));
+        let names = || vec!["localhost".to_owned()];
+        let day = time::Duration::days(1);
+        assert!(certificate.refresh(names(), now).unwrap());
+        assert!(!certificate.refresh(names(), now + day).unwrap(), "it holds a day later");
+        assert!(
+            certificate.refresh(names(), now - day).unwrap(),
+            "of tomorrow: no node takes it"
+        );
+        assert!(!certificate.refresh(names(), now - day).unwrap());
+        assert!(!certificate.refresh(names(), now).unwrap(), "and ahead again");
     }
 }

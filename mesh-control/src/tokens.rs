@@ -105,7 +105,7 @@ impl Tokens {
             return Err(TokenError::NodeName(node.to_owned()));
         }
         host_of(address).ok_or_else(|| TokenError::Address(address.to_owned()))?;
-        if self.dir.list(MAX_NODES + 1)?.len() > MAX_NODES {
+        if !rotate && self.dir.list(MAX_NODES)?.len() >= MAX_NODES {
             return Err(TokenError::TooMany);
         }
         let mut random = [0; 32];

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
+use crate::memory_limit::VERSION_1;
 use crate::poll;
 use crate::run_id::RunId;
 
@@ -70,9 +71,9 @@ pub fn mount_point() -> Result<PathBuf> {
 
 /// Removes the cgroups of runs that were killed.
 pub fn sweep() {
-    let Ok(root) = mount_point() else { return };
-    let Ok(entries) = std::fs::read_dir(&root) else { return };
-    for entry in entries.flatten() {
+    let roots = mount_point().into_iter().chain([PathBuf::from(VERSION_1)]);
+    let entries = roots.filter_map(|root| std::fs::read_dir(root).ok()).flatten().flatten();
+    for entry in entries {
         if entry.file_name().to_str().is_some_and(RunId::is_left_behind) {
             remove_tree(&entry.path());
         }

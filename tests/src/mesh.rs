@@ -2,7 +2,7 @@
 //! agents' local sockets. All through command lines, files and ports, as an operator would.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -106,6 +106,29 @@ impl Mesh {
         self.write_pod(pod)?;
         self.start_server(pod.name)?;
         if pod.meshed { self.enroll(pod.name) } else { Ok(()) }
+    }
+
+    /// As [`Mesh::add_pod`], in the place and with the addresses of one that is gone, or going.
+    ///
+    /// # Errors
+    /// As its parts.
+    pub fn add_pod_at(&mut self, pod: &PodSpec, addresses: (Ipv4Addr, Ipv6Addr)) -> Result<()> {
+        self.topology.add_pod_at(pod.name, pod.node, addresses)?;
+        self.write_pod(pod)?;
+        self.start_server(pod.name)?;
+        if pod.meshed { self.enroll(pod.name) } else { Ok(()) }
+    }
+
+    /// A Pod's end: its processes, its enrolment, its manifest, its namespace.
+    ///
+    /// # Errors
+    /// As its parts.
+    pub fn delete_pod(&mut self, name: &str) -> Result<()> {
+        self.stop_server(name);
+        self.release(name)?;
+        self.registry.remove(&format!("pod-{name}.yaml"))?;
+        self.topology.remove_pod(name);
+        Ok(())
     }
 
     /// # Errors
@@ -217,10 +240,18 @@ impl Mesh {
     /// # Errors
     /// It cannot start.
     pub fn launch_agent(&mut self, node: NodeName) -> Result<()> {
+        self.launch_agent_with(node, &[])
+    }
+
+    /// With further arguments.
+    ///
+    /// # Errors
+    /// It cannot start.
+    pub fn launch_agent_with(&mut self, node: NodeName, more: &[&str]) -> Result<()> {
         let place = self.topology.node(node);
         let (token, run_dir, pin_path) = (self.token_file(node), place.run_dir(), place.pin_path());
         let access_log = place.folder.join("access.log");
-        let arguments = [
+        let mut arguments = vec![
             "run",
             "--token-file",
             text(&token)?,
@@ -233,6 +264,7 @@ impl Mesh {
             "--access-log",
             text(&access_log)?,
         ];
+        arguments.extend(more);
         // How much it logs: CULVERT_LOG, as for any agent.
         let command = place.agent_place().command(&binaries::path("mesh-agent")?, &arguments)?;
         let name = format!("the agent of {}", node.as_str());
@@ -258,6 +290,11 @@ impl Mesh {
     /// None runs.
     pub fn take_agent(&mut self, node: NodeName) -> Result<Process> {
         self.agents.remove(&node).context("no agent runs there")
+    }
+
+    /// One that was taken, and still runs.
+    pub fn put_agent(&mut self, node: NodeName, agent: Process) {
+        self.agents.insert(node, agent);
     }
 
     /// `kill -9`.

@@ -16,6 +16,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 
 use crate::cgroup::{self, Cgroup};
+use crate::disk;
 use crate::netns::{self, Netns};
 use crate::process::Place;
 use crate::run_id::RunId;
@@ -237,21 +238,45 @@ impl Topology {
     /// # Errors
     /// The name is taken, or iproute2 refuses.
     pub fn add_pod(&mut self, name: &str, node: NodeName, host: u8) -> Result<()> {
+        let v4 = Ipv4Addr::new(10, 61, node.number(), host);
+        let v6 = Ipv6Addr::new(0xfd61, node.number().into(), 0, 0, 0, 0, 0, host.into());
+        self.place_pod(name, node, (v4, v6), &format!("pod{host}"))
+    }
+
+    /// A new Pod with addresses that another one had, on any node: from now on everybody's packets to them go there.
+    ///
+    /// # Errors
+    /// As [`Topology::add_pod`].
+    pub fn add_pod_at(&mut self, name: &str, node: NodeName, addresses: (Ipv4Addr, Ipv6Addr)) -> Result<()> {
+        self.place_pod(name, node, addresses, &format!("pod-{name}"))?;
+        let (v4, v6) = addresses;
+        let (via_v4, via_v6) = node.addresses();
+        let detour = [
+            format!("route replace {v4} via {via_v4}"),
+            format!("route replace {v6} via {via_v6}"),
+        ];
+        self.world.batch(&detour)?;
+        for (other, place) in &self.nodes {
+            if *other != node {
+                place.netns.batch(&detour)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn place_pod(&mut self, name: &str, node: NodeName, (v4, v6): (Ipv4Addr, Ipv6Addr), device: &str) -> Result<()> {
         if self.pods.contains_key(name) {
             bail!("the Pod {name} exists");
         }
         let place = self.node(node);
         let netns = Netns::create(self.id.name(name))?;
-        let v4 = Ipv4Addr::new(10, 61, node.number(), host);
-        let v6 = Ipv6Addr::new(0xfd61, node.number().into(), 0, 0, 0, 0, 0, host.into());
-        let device = format!("pod{host}");
         place.netns.batch(&[
             format!("link add {device} type veth peer name eth0 netns {}", netns.name()),
             format!("addr add {GATEWAY_V4}/32 dev {device}"),
             format!("addr add {GATEWAY_V6}/64 dev {device} nodad"),
             format!("link set {device} up"),
-            format!("route add {v4} dev {device}"),
-            format!("route add {v6} dev {device}"),
+            format!("route replace {v4} dev {device}"),
+            format!("route replace {v6} dev {device}"),
         ])?;
         netns.batch(&[
             "link set eth0 up".into(),
@@ -373,9 +398,11 @@ fn sweep() {
         .flatten()
         .filter(|entry| entry.file_name().to_str().is_some_and(RunId::is_left_behind))
     {
-        for node in NodeName::ALL {
-            let bpffs = entry.path().join(node.as_str()).join("bpf");
-            let _ = nix::mount::umount2(&bpffs, nix::mount::MntFlags::MNT_DETACH);
+        let of_nodes = NodeName::ALL
+            .iter()
+            .flat_map(|node| ["bpf", "run"].map(|mount| format!("{}/{mount}", node.as_str())));
+        for mounted in of_nodes.chain([disk::FOLDER.to_owned()]) {
+            let _ = nix::mount::umount2(&entry.path().join(mounted), nix::mount::MntFlags::MNT_DETACH);
         }
         let _ = Command::new("rm")
             .args(["-rf", "--one-file-system", "--"])

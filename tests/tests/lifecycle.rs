@@ -3,15 +3,18 @@
 use std::fs::Permissions;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use mesh_tests::access_log::Position;
 use mesh_tests::app::{ECHO_PORT, HTTP_PORT};
 use mesh_tests::binaries;
 use mesh_tests::demo::PODS;
 use mesh_tests::manifests::{MESHED, policy};
+use mesh_tests::memory_limit::MemoryLimit;
 use mesh_tests::mesh::{Mesh, PodSpec};
 use mesh_tests::poll::{self, SOON};
 use mesh_tests::process::{Output, Place, Process, tail};
@@ -19,6 +22,7 @@ use mesh_tests::snapshot;
 use mesh_tests::suite;
 use mesh_tests::topology::NodeName;
 use mesh_tests::wire::Recorder;
+use nix::sys::signal::{Signal, kill};
 
 const QUICKLY: Duration = Duration::from_secs(1);
 /// Where the agent first waits for something better: 5 s for discovery, or two proofs 5 s apart.
@@ -44,9 +48,11 @@ fn main() -> ExitCode {
                 "a_killed_destination_agent_refuses_until_it_is_back",
                 destination_agent_killed,
             ),
+            ("an_agent_that_runs_out_of_memory_refuses_until_it_is_back", out_of_memory),
             ("an_agent_that_knows_nothing_yet_is_not_ready", not_ready),
             ("an_agent_that_is_stopped_comes_back", agent_stopped),
             ("a_hung_agent_refuses", agent_hung),
+            ("a_hung_destination_agent_refuses", destination_agent_hung),
             ("a_pod_that_cannot_be_proven_stays_pending", never_proven),
             ("a_pod_whose_proof_is_lost_gets_nothing", lost),
             ("the_local_socket_is_roots_alone", local_socket),
@@ -143,8 +149,7 @@ impl Insistence {
 /// Kills the agent of a node, checks that connections to these are refused, starts it, and checks that they work; and that
 /// none of them went in clear at any time.
 fn kill_and_restart(mesh: &mut Mesh, node: NodeName, to: &[&str]) -> Result<()> {
-    let log = mesh.access_log(NodeName::One);
-    let before = log.position();
+    let before = mesh.access_log(NodeName::One).position();
     mesh.kill_agent(node);
     // Both families go through the same code; "server" is on the other node, so that the wire shows something.
     let insistence = Insistence::start(mesh, mesh.pod("server").v4.into())?;
@@ -161,10 +166,13 @@ fn kill_and_restart(mesh: &mut Mesh, node: NodeName, to: &[&str]) -> Result<()> 
         mesh.wait_for_tunnel("client", server)?;
     }
     insistence.finish()?;
-    let in_clear = log.since(
-        before,
-        &[("direction", "outbound"), ("path", "passthrough"), ("result", "ok")],
-    );
+    expect_no_passthrough(mesh, before)
+}
+
+/// Of the client's node.
+fn expect_no_passthrough(mesh: &Mesh, since: Position) -> Result<()> {
+    let fields = [("direction", "outbound"), ("path", "passthrough"), ("result", "ok")];
+    let in_clear = mesh.access_log(NodeName::One).since(since, &fields);
     ensure!(in_clear.is_empty(), "expected tunnels only, saw {in_clear:?}");
     Ok(())
 }
@@ -182,6 +190,36 @@ fn destination_agent_killed(shared: &mut Shared) -> Result<()> {
     kill_and_restart(mesh, NodeName::Two, &["server"])?;
     // The one outside the mesh was closed out as well, and is back.
     mesh.wait_for_outcome("outsider", server, ECHO_PORT, true)
+}
+
+/// Killed by the kernel while it serves: what happens to the connections that it is about to take is the kernel's to see to.
+fn out_of_memory(shared: &mut Shared) -> Result<()> {
+    let mesh = &mut shared.mesh;
+    let before = mesh.access_log(NodeName::One).position();
+    let insistence = Insistence::start(mesh, mesh.pod("server").v4.into())?;
+    let limit = MemoryLimit::create(mesh.topology.folder(), mesh.topology.node(NodeName::One).cgroup.path())?;
+    let id = mesh.agent_id(NodeName::One).context("the agent runs")?;
+    limit.adopt(id, 1 << 20)?;
+    let client = mesh.pod("client").place();
+    let server = mesh.pod("server").v6;
+    poll::until_true("the kernel has no memory for the agent", PATIENTLY, || {
+        mesh.app.swarm(&client, server.into(), 100)?;
+        Ok(limit.kills()? > 0)
+    })?;
+    let agent = mesh.take_agent(NodeName::One)?;
+    let status = agent.wait(SOON).context("the agent ends")?;
+    ensure!(
+        status.signal() == Some(libc::SIGKILL),
+        "expected that the kernel kills it, saw {status}"
+    );
+    drop(limit);
+    for address in mesh.pod("server").forms() {
+        mesh.app.connect(&client, address, ECHO_PORT)?.expect_refused(QUICKLY)?;
+    }
+    mesh.start_agent(NodeName::One)?;
+    mesh.wait_for_tunnel("client", "server")?;
+    insistence.finish()?;
+    expect_no_passthrough(mesh, before)
 }
 
 fn not_ready(shared: &mut Shared) -> Result<()> {
@@ -227,7 +265,6 @@ fn agent_stopped(shared: &mut Shared) -> Result<()> {
 }
 
 fn agent_hung(shared: &mut Shared) -> Result<()> {
-    use nix::sys::signal::{Signal, kill};
     let mesh = &mut shared.mesh;
     let id = mesh.agent_id(NodeName::One).context("the agent runs")?;
     let process = nix::unistd::Pid::from_raw(i32::try_from(id)?);
@@ -244,6 +281,44 @@ fn agent_hung(shared: &mut Shared) -> Result<()> {
         mesh.wait_for_outcome("client", address, ECHO_PORT, true)?;
     }
     Ok(())
+}
+
+/// A tunnel that was open is given up only when its pings are not answered; a client's agent that has none sees what every new
+/// connection sees.
+fn destination_agent_hung(shared: &mut Shared) -> Result<()> {
+    let mesh = &mut shared.mesh;
+    let before = mesh.access_log(NodeName::One).position();
+    let agent = mesh.take_agent(NodeName::Two)?;
+    agent.signal(Signal::SIGSTOP)?;
+    mesh.kill_agent(NodeName::One);
+    let insistence = Insistence::start(mesh, mesh.pod("server").v4.into())?;
+    mesh.start_agent(NodeName::One)?;
+    // From the last beat: its lease; and then the end of what it had accepted before, for which the client's agent waits.
+    std::thread::sleep(Duration::from_secs(6));
+    let refused = || {
+        poll::until_true("nothing waits for a handshake with the hung agent", PATIENTLY, || {
+            let server = mesh.pod("server").v4.into();
+            let attempt = mesh.app.connect(&mesh.pod("client").place(), server, ECHO_PORT)?;
+            Ok(attempt.expect_refused(QUICKLY).is_ok())
+        })?;
+        for from in ["client", "outsider"] {
+            for address in mesh.pod("server").forms() {
+                let attempt = mesh.app.connect(&mesh.pod(from).place(), address, ECHO_PORT)?;
+                attempt
+                    .expect_refused(QUICKLY)
+                    .with_context(|| format!("{from} → {address}"))?;
+            }
+        }
+        Ok(())
+    };
+    let refused: Result<()> = refused();
+    agent.signal(Signal::SIGCONT)?;
+    mesh.put_agent(NodeName::Two, agent);
+    refused?;
+    mesh.wait_for_tunnel("client", "server")?;
+    insistence.finish()?;
+    expect_no_passthrough(mesh, before)?;
+    mesh.wait_for_outcome("outsider", mesh.pod("server").v4.into(), ECHO_PORT, true)
 }
 
 /// A new Pod of node-2 with its server and manifest, not enrolled.

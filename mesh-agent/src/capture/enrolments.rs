@@ -99,6 +99,11 @@ impl Enrolments {
             .step(STEP)
     }
 
+    /// What cannot be seen is taken to be there.
+    pub(super) fn is_recorded(&self, uid: &str) -> bool {
+        self.path(uid).try_exists().unwrap_or(true)
+    }
+
     pub(super) fn remove(&self, uid: &str) -> Result<(), CaptureError> {
         match fs::remove_file(self.path(uid)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -183,8 +188,10 @@ mod tests {
             .mode();
         assert_eq!(mode & 0o777, 0o600);
 
+        assert!(enrolments.is_recorded("a-1"));
         enrolments.remove("a-1").unwrap();
         enrolments.remove("a-1").unwrap();
+        assert!(!enrolments.is_recorded("a-1"));
         assert!(enrolments.load().unwrap().is_empty());
     }
 

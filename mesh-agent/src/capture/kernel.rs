@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use aya::Ebpf;
-use aya::maps::{Array, HashMap, MapData, PerCpuArray, SkStorage, SockMap};
+use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray, SkStorage, SockMap};
 use ipnet::IpNet;
 use mesh_common::{
     AgentSocketValue, Counter, LISTENERS_PER_POD, OriginalDestinationValue, PodValue, RedirectedConnectionKey,
@@ -25,6 +25,7 @@ use self::mesh_destinations::MeshDestinations;
 use self::pin_names::{pin_name, pod_uid};
 use self::pins::{NewLinks, attach, detach, names_in, open_cgroup_root, prepare_pins};
 use self::programs::{LOOKUP_PROGRAM, NODE_PROGRAMS, attaching, load_lookup_program, load_node_programs, take_map, typed};
+use self::upkeep::Kept;
 use super::CaptureError;
 use super::bpf_syscalls::{self, AttachType};
 use super::heap;
@@ -40,6 +41,9 @@ const DESTINATION_AGE_NS: u64 = 60_000_000_000;
 const UPSTREAM_AGE_NS: u64 = 300_000_000_000;
 /// How often they are looked for, in beats: about a minute.
 const SWEEP_EVERY_BEATS: u32 = 120;
+/// How a map entry is written (include/uapi/linux/bpf.h): over what there may be, or only where nothing is.
+const BPF_ANY: u64 = 0;
+const BPF_NOEXIST: u64 = 1;
 
 #[derive(Clone, Debug)]
 pub struct KernelConfig {
@@ -51,6 +55,7 @@ pub struct KernelConfig {
 
 pub struct Kernel {
     directory: PathBuf,
+    kept: Kept,
     pods: Mutex<HashMap<MapData, u64, PodValue>>,
     heartbeat: Mutex<Array<MapData, u64>>,
     agent_sockets: Mutex<SkStorage<MapData, AgentSocketValue>>,
@@ -60,6 +65,8 @@ pub struct Kernel {
     mesh_destinations: Mutex<MeshDestinations>,
     counters: PerCpuArray<MapData, u64>,
     beats: AtomicU32,
+    /// Beats that somebody erased or falsified before the next one.
+    erased_beats: AtomicU32,
 }
 
 impl fmt::Debug for Kernel {
@@ -133,18 +140,9 @@ impl Kernel {
         drop(load_lookup_program(&directory, limits::MAX_PODS)?);
         let mut new_links = NewLinks::default();
         let cgroup_id = cgroup.metadata().map_err(|error| failed(cgroup_root.display(), error))?.ino();
-        for (name, attach_type, _) in NODE_PROGRAMS {
-            let program = programs.program(name).ok_or_else(|| failed(name, "not in the object"))?;
-            let fd = program.fd().map_err(|error| failed(name, error))?;
-            let pin = directory.join("links").join(name);
-            let is_new = attach(fd.as_fd(), cgroup.as_fd(), cgroup_id, attach_type, &pin)
-                .map_err(|error| attaching(name, cgroup_root.display(), &error))?;
-            if is_new {
-                new_links.add(pin);
-            }
-        }
-
+        let kept = Kept::of(&programs, &directory, cgroup, cgroup_id)?;
         let kernel = Kernel {
+            kept,
             pods: Mutex::new(typed(take_map(&mut programs, "PODS")?)?),
             heartbeat: Mutex::new(typed(take_map(&mut programs, "HEARTBEAT")?)?),
             agent_sockets: Mutex::new(typed(take_map(&mut programs, "AGENT_SOCKETS")?)?),
@@ -154,8 +152,12 @@ impl Kernel {
             mesh_destinations: Mutex::new(MeshDestinations::open(typed(take_map(&mut programs, "MESH_DESTINATIONS")?)?)?),
             counters: typed(take_map(&mut programs, "COUNTERS")?)?,
             beats: AtomicU32::new(0),
+            erased_beats: AtomicU32::new(0),
             directory,
         };
+        kernel
+            .attach_all(&NODE_PROGRAMS.map(|(name, ..)| name), &mut new_links)
+            .map_err(|error| failed(cgroup_root.display(), error))?;
         let now = now_ns()?;
         kernel.destinations.sweep(0, 1, now, DESTINATION_AGE_NS);
         kernel.sweep_upstreams(now);
@@ -176,6 +178,12 @@ impl Kernel {
             .lock()
             .insert(netns_cookie, value, 0)
             .map_err(|error| failed("enrolling a network namespace", error))
+    }
+
+    /// Whether a network namespace has its map of original destinations.
+    #[must_use]
+    pub fn has_destinations(&self, netns_cookie: u64) -> bool {
+        self.destinations.has_pod(netns_cookie)
     }
 
     /// Releases a network namespace; `Ok` when it was not enrolled.
@@ -211,10 +219,24 @@ impl Kernel {
         if which >= LISTENERS_PER_POD {
             return Err(CaptureError::Other(format!("a Pod has no listener {which}")));
         }
-        let mut listeners = self.listeners.lock();
-        listeners
-            .set(slot * LISTENERS_PER_POD + which, &socket, 0)
+        self.write_listener(slot, which, socket, BPF_ANY)
             .map_err(|error| failed("registering a listener", error))
+    }
+
+    fn write_listener(&self, slot: u32, which: u32, socket: BorrowedFd<'_>, flags: u64) -> Result<(), MapError> {
+        self.listeners.lock().set(slot * LISTENERS_PER_POD + which, &socket, flags)
+    }
+
+    /// As [`Kernel::set_listener`] where there is none. `false`: there is one.
+    ///
+    /// # Errors
+    /// As [`Kernel::set_listener`].
+    pub fn restore_listener(&self, slot: u32, which: u32, socket: BorrowedFd<'_>) -> Result<bool, CaptureError> {
+        match self.write_listener(slot, which, socket, BPF_NOEXIST) {
+            Ok(()) => Ok(true),
+            Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+            Err(error) => Err(failed("registering a listener again", error)),
+        }
     }
 
     /// Forgets a Pod's listeners; nothing happens where there are none.
@@ -318,12 +340,19 @@ impl Kernel {
     /// # Errors
     /// The map refuses.
     pub fn beat(&self) -> Result<(), CaptureError> {
-        self.heartbeat
-            .lock()
-            .set(0, now_ns()?, 0)
-            .map_err(|error| failed("beating", error))?;
-        let turn = self.beats.fetch_add(1, Ordering::Relaxed) % SWEEP_EVERY_BEATS;
-        let now = now_ns()?;
+        let beats = self.beats.fetch_add(1, Ordering::Relaxed);
+        let now = {
+            let mut heartbeat = self.heartbeat.lock();
+            // Another agent that takes over beats as well, but neither nothing nor in the future.
+            let last = heartbeat.get(&0, 0).map_err(|error| failed("reading the last beat", error))?;
+            let now = now_ns()?;
+            if beats > 0 && (last == 0 || last > now) {
+                self.erased_beats.fetch_add(1, Ordering::Relaxed);
+            }
+            heartbeat.set(0, now, 0).map_err(|error| failed("beating", error))?;
+            now
+        };
+        let turn = beats % SWEEP_EVERY_BEATS;
         self.destinations.sweep(turn, SWEEP_EVERY_BEATS, now, DESTINATION_AGE_NS);
         if turn == SWEEP_EVERY_BEATS - 1 {
             self.sweep_upstreams(now);
@@ -380,8 +409,7 @@ fn now_ns() -> Result<u64, CaptureError> {
     Ok(now.tv_sec().cast_unsigned() * 1_000_000_000 + now.tv_nsec().cast_unsigned())
 }
 
-fn is_missing(error: &aya::maps::MapError) -> bool {
-    use aya::maps::MapError;
+fn is_missing(error: &MapError) -> bool {
     match error {
         MapError::KeyNotFound => true,
         MapError::SyscallError(error) => error.io_error.kind() == io::ErrorKind::NotFound,
@@ -398,3 +426,4 @@ mod pins;
 mod programs;
 #[cfg(test)]
 mod tests;
+mod upkeep;

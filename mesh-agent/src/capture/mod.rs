@@ -37,6 +37,7 @@ use std::net::{IpAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use futures_util::future::{BoxFuture, FutureExt, try_join_all};
 use ipnet::IpNet;
@@ -62,6 +63,9 @@ pub use self::network::{CaptureError, PodListeners, PodNetwork, Upstream};
 pub use self::probe::{Probes, ProofError, is_probe};
 pub use self::repair::Repairs;
 pub use self::upstreams::UpstreamLease;
+
+/// Some 30 system calls. While a program is detached, what it decides on is open: not long.
+const NODE_REPAIR_INTERVAL: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Debug)]
 pub struct CaptureConfig {
@@ -218,6 +222,43 @@ impl Capture {
         blocking(move || inner.repair(&uid)).await
     }
 
+    /// As [`Capture::repair`], of the kernel's entries of the listeners that serve the Pod: tunnel, plaintext. True: one was missing.
+    ///
+    /// # Errors
+    /// It cannot be put back.
+    pub async fn restore_listeners(&self, uid: &str, listeners: [Arc<tokio::net::TcpListener>; 2]) -> Result<bool, CaptureError> {
+        let (inner, uid) = (Arc::clone(&self.inner), uid.to_owned());
+        blocking(move || inner.restore_listeners(&uid, &listeners)).await
+    }
+
+    /// As [`Capture::repair`], of what all Pods share: the programs' links at the cgroup root, the pins, the heartbeat. Names what was
+    /// put back.
+    ///
+    /// # Errors
+    /// Something is missing and cannot be put back.
+    pub async fn repair_node(&self) -> Result<Vec<String>, CaptureError> {
+        let inner = Arc::clone(&self.inner);
+        blocking(move || inner.repair_node()).await
+    }
+
+    /// Repairs what all Pods share, for ever.
+    pub async fn keep_whole(self: Arc<Self>) {
+        let mut last = String::new();
+        loop {
+            let now = self
+                .repair_node()
+                .await
+                .err()
+                .map(|error| error.to_string())
+                .unwrap_or_default();
+            if !now.is_empty() && now != last {
+                tracing::error!(error = now, "what is missing of the node's capture cannot be put back");
+            }
+            last = now;
+            tokio::time::sleep(NODE_REPAIR_INTERVAL).await;
+        }
+    }
+
     /// New listeners for a Pod whose own are closed. Until then its connections are refused.
     ///
     /// # Errors
@@ -232,6 +273,12 @@ impl Capture {
         if let Some(enrolment) = self.inner.pods.lock().get_mut(uid) {
             enrolment.active = None;
         }
+    }
+
+    /// Whether the Pod is still on record: an agent that has taken over may have released it.
+    #[must_use]
+    pub fn is_recorded(&self, uid: &str) -> bool {
+        self.inner.enrolments.is_recorded(uid)
     }
 
     /// The same Pod again (same uid and namespace, listeners in use) is [`CaptureError::AlreadyEnrolled`] and changes nothing.

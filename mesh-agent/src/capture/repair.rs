@@ -1,7 +1,11 @@
-//! Putting back what somebody took from a Pod's capture while the agent runs. Each piece is made again over what is there.
+//! Putting back what somebody took from a Pod's capture, or from the node's, while the agent runs. Each piece is made again over what is there.
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
+
+use mesh_common::{PLAINTEXT_LISTENER, TUNNEL_LISTENER};
+use tokio::net::TcpListener;
 
 use super::enrol::{Established, Inner, pod_value};
 use super::kernel::inspect::LookupTarget;
@@ -31,10 +35,14 @@ impl Inner {
         let mut repairs = Repairs::default();
         // Outbound first, then inbound: what is open is closed before what only fails is mended.
         let entry = pod_value(&record);
-        let known = self.kernel.pods()?;
-        if !known.contains(&(record.netns_cookie, entry)) {
+        let missing = [
+            ("pods_entry", !self.kernel.pods()?.contains(&(record.netns_cookie, entry))),
+            ("original_destinations", !self.kernel.has_destinations(record.netns_cookie)),
+        ];
+        if missing.iter().any(|(_, is_missing)| *is_missing) {
             self.kernel.add_pod(record.netns_cookie, &entry)?;
-            repairs.repaired.push("pods_entry");
+            let missing = missing.into_iter().filter(|(_, is_missing)| *is_missing);
+            repairs.repaired.extend(missing.map(|(piece, _)| piece));
         }
         let inode = nix::sys::stat::fstat(netns.as_fd())
             .map_err(|error| CaptureError::Other(format!("the Pod's network namespace: {error}")))?
@@ -49,13 +57,52 @@ impl Inner {
         let (added, are_listening) = netns.run(|| Ok((routing::set_up(&record.before)?, sockets::are_listening(&listeners)?)))?;
         repairs.repaired.extend(added);
         repairs.is_listener_lost = !are_listening;
-        if !repairs.repaired.is_empty() {
-            self.events
-                .repaired
-                .fetch_add(repairs.repaired.len() as u64, Ordering::Relaxed);
-            tracing::error!(uid, repaired = ?repairs.repaired, "somebody took pieces of the Pod's capture away: they are put back");
-        }
+        self.tell_of_pod(uid, &repairs.repaired);
         Ok(repairs)
+    }
+
+    fn tell_of_pod(&self, uid: &str, repaired: &[&'static str]) {
+        if !repaired.is_empty() {
+            self.events.repaired.fetch_add(repaired.len() as u64, Ordering::Relaxed);
+            tracing::error!(
+                uid,
+                ?repaired,
+                "somebody took pieces of the Pod's capture away: they are put back"
+            );
+        }
+    }
+
+    /// The kernel does not tell which socket an entry holds, only that there is none: it is written where nothing is.
+    pub(super) fn restore_listeners(&self, uid: &str, listeners: &[Arc<TcpListener>; 2]) -> Result<bool, CaptureError> {
+        let _change = self.change.lock();
+        let slot = {
+            let pods = self.pods.lock();
+            pods.get(uid).filter(|e| e.active.is_some()).map(|e| e.record.slot)
+        };
+        // Released meanwhile.
+        let Some(slot) = slot else { return Ok(false) };
+        let mut restored = Vec::new();
+        for (which, listener) in [TUNNEL_LISTENER, PLAINTEXT_LISTENER].into_iter().zip(listeners) {
+            if self.kernel.restore_listener(slot, which, listener.as_fd())? {
+                restored.push("listeners_entry");
+            }
+        }
+        self.tell_of_pod(uid, &restored);
+        Ok(!restored.is_empty())
+    }
+
+    /// As [`Inner::repair`], of what all Pods share.
+    pub(super) fn repair_node(&self) -> Result<Vec<String>, CaptureError> {
+        let _change = self.change.lock();
+        let repaired = self.kernel.repair()?;
+        if !repaired.is_empty() {
+            self.events.repaired.fetch_add(repaired.len() as u64, Ordering::Relaxed);
+            tracing::error!(
+                ?repaired,
+                "somebody took pieces of the node's capture away: they are put back"
+            );
+        }
+        Ok(repaired)
     }
 
     pub(super) fn reopen(&self, uid: &str) -> Result<Established, CaptureError> {

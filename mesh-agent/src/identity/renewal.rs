@@ -221,9 +221,9 @@ impl Certificates {
         self.attempts.subscribe()
     }
 
-    /// The control plane is back: what failed is tried at once.
+    /// The control plane is back: what failed is tried soon.
     pub fn retry_failed(&self) {
-        self.rotation.lock().retry_failed(SystemTime::now());
+        self.rotation.lock().retry_failed(SystemTime::now(), rand::random);
         self.due.notify_one();
     }
 

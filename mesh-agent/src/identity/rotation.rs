@@ -14,12 +14,17 @@ const RENEWAL_JITTER: f64 = 0.1;
 /// An authority that hands out certificates that are almost over must not make us ask in a loop.
 const SHORTEST_RENEWAL: Duration = Duration::from_secs(1);
 
+/// When the control plane is back, what failed is tried within this: it meets every node's identities, which must not come as one.
+pub const RETURN_SPREAD: Duration = Duration::from_secs(5);
+
 /// One certificate an identity, however many Pods have it.
 #[derive(Debug, Default)]
 pub struct Rotation {
     identities: BTreeMap<Identity, Entry>,
     /// Nothing is asked for in their name.
     revoked: BTreeSet<Identity>,
+    /// The last `now`. A clock that goes back must not make waits longer.
+    latest: Option<SystemTime>,
 }
 
 #[derive(Debug)]
@@ -90,6 +95,7 @@ impl Rotation {
 
     /// Takes the identities that are due at the authority, at most `limit`; each is answered by [`Self::fetched`] or [`Self::failed`].
     pub fn take_due(&mut self, now: SystemTime, limit: usize) -> Vec<Identity> {
+        self.follow_clock(now);
         self.identities
             .iter_mut()
             .filter(|(identity, entry)| matches!(entry.attempt, Attempt::At(at) if at <= now) && !self.revoked.contains(identity))
@@ -141,13 +147,27 @@ impl Rotation {
         Some(wait)
     }
 
-    /// The control plane is back: what failed is tried at once.
-    pub fn retry_failed(&mut self, now: SystemTime) {
+    /// The control plane is back: what failed is tried soon, and no later than it would have been. `random` gives numbers in 0..1.
+    pub fn retry_failed(&mut self, now: SystemTime, mut random: impl FnMut() -> f64) {
         for entry in self.identities.values_mut() {
-            if entry.failures > 0 && entry.attempt != Attempt::Running {
-                entry.attempt = Attempt::At(now);
+            if entry.failures > 0
+                && let Attempt::At(at) = entry.attempt
+            {
+                entry.attempt = Attempt::At(at.min(now + RETURN_SPREAD.mul_f64(random().clamp(0.0, 1.0))));
             }
         }
+    }
+
+    /// The wall clock was set back: what was to come after some time still comes after that time, as it was left at the last look.
+    fn follow_clock(&mut self, now: SystemTime) {
+        if let Some(back) = self.latest.and_then(|latest| latest.duration_since(now).ok()) {
+            for entry in self.identities.values_mut() {
+                if let Attempt::At(at) = &mut entry.attempt {
+                    *at = at.checked_sub(back).unwrap_or(now);
+                }
+            }
+        }
+        self.latest = Some(now);
     }
 }
 
@@ -228,15 +248,89 @@ mod tests {
     }
 
     #[test]
-    fn what_failed_is_tried_at_once_when_the_control_plane_is_back() {
+    fn what_failed_is_tried_soon_when_the_control_plane_is_back() {
         let (mut rotation, now) = (Rotation::default(), start());
         rotation.want(&identity("failed"), &"p".into(), now);
         rotation.want(&identity("held"), &"q".into(), now);
         rotation.take_due(now, 8);
         rotation.failed(&identity("failed"), now, 1.0);
         rotation.fetched(&identity("held"), now, now + HOUR, now, 0.0);
-        rotation.retry_failed(now);
+        rotation.retry_failed(now, || 0.0);
         assert_eq!(rotation.take_due(now, 8), [identity("failed")]);
+    }
+
+    /// Hours without the control plane: what is held stays until it is renewed in vain, nothing is given up, and what is asked when
+    /// it is back does not come as one.
+    #[test]
+    fn after_hours_without_the_control_plane_a_nodes_identities_do_not_come_as_one() {
+        const IDENTITIES: u32 = 200;
+        let (mut rotation, mut now) = (Rotation::default(), start());
+        for i in 0..IDENTITIES {
+            rotation.want(&identity(&format!("a{i}")), &"p".into(), now);
+        }
+        for identity in rotation.take_due(now, usize::MAX) {
+            rotation.fetched(&identity, now, now + 24 * HOUR, now, 0.0);
+        }
+        // It goes away; half of the life later all are asked for, and from then on again and again.
+        let mut asked = 0;
+        let away = now + 15 * HOUR;
+        while let Some(at) = rotation.next_due().filter(|at| *at < away) {
+            now = at;
+            for identity in rotation.take_due(now, usize::MAX) {
+                rotation.failed(&identity, now, rand::random());
+                asked += 1;
+            }
+        }
+        // 3 hours at a wait of 30 to 60 s, and some at the beginning.
+        assert!(asked <= IDENTITIES * (3 * 120 + 10), "{asked}");
+        rotation.retry_failed(away, rand::random);
+        let mut waits = Vec::new();
+        while waits.len() < IDENTITIES as usize {
+            let at = rotation.next_due().unwrap();
+            waits.extend(
+                rotation
+                    .take_due(at, usize::MAX)
+                    .iter()
+                    .map(|_| at.duration_since(away).unwrap_or_default()),
+            );
+        }
+        assert!(waits.iter().all(|wait| *wait <= RETURN_SPREAD), "{waits:?}");
+        let second = Duration::from_secs(1);
+        let busiest = waits
+            .iter()
+            .map(|from| waits.iter().filter(|wait| *wait >= from && **wait < *from + second).count());
+        // A fifth is 40; 80 would be seven deviations off.
+        let busiest = busiest.max().unwrap();
+        assert!(busiest < 80, "{busiest} of {IDENTITIES} within a second");
+    }
+
+    #[test]
+    fn a_clock_that_jumps_back_a_day_makes_no_wait_longer() {
+        let (mut rotation, now) = (Rotation::default(), start());
+        rotation.want(&identity("failed"), &"p".into(), now);
+        rotation.want(&identity("held"), &"q".into(), now);
+        rotation.take_due(now, 8);
+        let wait = rotation.failed(&identity("failed"), now, 1.0).unwrap();
+        rotation.fetched(&identity("held"), now, now + 24 * HOUR, now, 0.0);
+        let back = now - 24 * HOUR;
+        assert!(rotation.take_due(back, 8).is_empty(), "what waits goes on waiting");
+        assert_eq!(rotation.next_due(), Some(back + wait));
+        assert_eq!(rotation.take_due(back + wait, 8), [identity("failed")]);
+        assert_eq!(rotation.take_due(back + 12 * HOUR, 8), [identity("held")]);
+    }
+
+    #[test]
+    fn a_clock_that_jumps_ahead_a_day_renews_at_once() {
+        let (mut rotation, now) = (Rotation::default(), start());
+        rotation.want(&identity("a"), &"p".into(), now);
+        rotation.take_due(now, 8);
+        rotation.fetched(&identity("a"), now, now + 24 * HOUR, now, 0.0);
+        let ahead = now + 24 * HOUR;
+        assert_eq!(rotation.take_due(ahead, 8), [identity("a")]);
+        // The authority's clock is right: what it signs is over, here. Refused, and tried again; also when the clock is set right.
+        let wait = rotation.failed(&identity("a"), ahead, 1.0).unwrap();
+        assert!(rotation.take_due(now + wait / 2, 8).is_empty());
+        assert_eq!(rotation.take_due(now + wait / 2 + wait, 8), [identity("a")]);
     }
 
     #[test]

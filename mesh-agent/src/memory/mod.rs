@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
 use nix::unistd::geteuid;
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -24,6 +25,8 @@ pub use file::fuzz;
 pub use file::{FileError, LONGEST_ABSENCE, MAX_FILE_BYTES, Owner, Remembered};
 
 const FILE: &str = "memory";
+/// `RAMFS_MAGIC` of linux/magic.h.
+const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 /// From a change until it is written, so that many at once are written once.
 const DEBOUNCE: Duration = Duration::from_millis(200);
 /// A large state is written no more often than this many times what its last writing took: a twentieth of a processor.
@@ -80,6 +83,12 @@ pub fn recall(run_dir: &Path, owner: &Owner) -> Option<Remembered> {
             None
         }
     }
+}
+
+/// Keys in a file of a disk are still there when the file is not; whoever chose the folder is to know.
+#[must_use]
+pub fn is_on_tmpfs(run_dir: &Path) -> bool {
+    statfs(run_dir).is_ok_and(|of| matches!(of.filesystem_type(), TMPFS_MAGIC | RAMFS_MAGIC))
 }
 
 /// No key stays behind.

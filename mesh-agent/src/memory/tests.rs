@@ -79,6 +79,14 @@ fn what_others_may_use_is_not_believed() {
 }
 
 #[test]
+fn a_tmpfs_is_known_as_one() {
+    assert!(is_on_tmpfs(Path::new("/dev/shm")));
+    // Of the mount points that every Linux has, the one that holds no keys.
+    assert!(!is_on_tmpfs(Path::new("/proc")));
+    assert!(!is_on_tmpfs(Path::new("/not/there")));
+}
+
+#[test]
 fn nothing_is_written_before_there_is_everything() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("memory"), "of before").unwrap();

@@ -32,6 +32,9 @@ const ENROLMENT_PATIENCE: Duration = Duration::from_secs(10);
 /// How long another change of the same Pod is waited for.
 const BUSY_PATIENCE: Duration = Duration::from_secs(30);
 const FREEZE_POLL: Duration = Duration::from_millis(5);
+const DRAIN_POLL: Duration = Duration::from_millis(50);
+/// How often a draining agent looks for Pods that its successor has released: a stat for each.
+const RELEASE_POLL: Duration = Duration::from_millis(500);
 /// Proofs at a time on the node; each starts a process for each family of addresses.
 const CONCURRENT_PROOFS: usize = 4;
 
@@ -259,20 +262,33 @@ impl Pods {
         self.enrolled.lock().keys().map(|uid| registry.count(uid)).sum()
     }
 
-    /// The agent stops: Pods stay captured, and closed until the next agent. Connections have until `patience` is over.
+    /// The agent stops: Pods stay captured, and closed until the next agent. Connections have until `patience` is over, or until an
+    /// agent that has taken over releases their Pod.
     pub async fn stop(&self, patience: Duration) {
-        let handles: Vec<PodProxyHandle> = {
+        let mut handles: Vec<(Arc<str>, PodProxyHandle)> = {
             let mut enrolled = self.enrolled.lock();
             enrolled.values_mut().for_each(|enrolled| enrolled.stop.cancel());
-            enrolled.values_mut().filter_map(|enrolled| enrolled.handle.take()).collect()
+            let served = enrolled
+                .values_mut()
+                .filter_map(|enrolled| Some((enrolled.uid.clone(), enrolled.handle.take()?)));
+            served.collect()
         };
-        for handle in &handles {
+        for (_, handle) in &handles {
             handle.stop_accepting();
         }
         let drained = async {
+            let mut looked = Instant::now();
             // Peers close their tunnels when they are told of the end, and those without a connection at once.
-            while self.connections() > 0 || !handles.iter().all(PodProxyHandle::is_drained) {
-                sleep(Duration::from_millis(50)).await;
+            while self.connections() > 0 || !handles.iter().all(|(_, handle)| handle.is_drained()) {
+                sleep(DRAIN_POLL).await;
+                if looked.elapsed() < RELEASE_POLL {
+                    continue;
+                }
+                looked = Instant::now();
+                for (uid, handle) in handles.extract_if(.., |(uid, _)| !self.capture.is_recorded(uid)) {
+                    info!(%uid, "a Pod was released while this agent drains: its connections are cut");
+                    handle.shutdown().await;
+                }
             }
         };
         if timeout(patience, drained).await.is_err() {
@@ -281,7 +297,7 @@ impl Pods {
                 "the drain is over; remaining connections are reset"
             );
         }
-        futures_util::future::join_all(handles.into_iter().map(PodProxyHandle::shutdown)).await;
+        futures_util::future::join_all(handles.into_iter().map(|(_, handle)| handle.shutdown())).await;
     }
 
     /// Changes of Pods are refused from now on. False: one was still under way after `patience`, and they go on. Blocks.

@@ -131,6 +131,15 @@ impl Pods {
                 self.reopen(uid);
                 return Err("a listener of the agent in the Pod was closed".to_owned());
             }
+            let listeners = self
+                .enrolled
+                .lock()
+                .get(uid)
+                .and_then(|enrolled| enrolled.handle.as_ref()?.listeners());
+            if let Some([_, tunnel, plaintext]) = listeners {
+                let restored = self.capture.restore_listeners(uid, [tunnel, plaintext]).await;
+                restored.map_err(|error| error.to_string())?;
+            }
             self.capture.prove(uid).await.map_err(|error| error.to_string())?;
         }
         let identity = self

@@ -36,6 +36,7 @@ impl Follow {
             state,
             last_good: kept,
             filled,
+            failed: false,
         };
         registry.apply(&folder.scan()?);
         if registry.emptied() {
@@ -76,6 +77,9 @@ impl Follow {
                     if changed || !control.is_ready() {
                         kept.keep(&registry, &control);
                         control.set_world(&registry);
+                    } else if kept.failed {
+                        // The disk may have room again.
+                        kept.keep(&registry, &control);
                     }
                 }
                 Err(problem) => control.set_registry_problem(Some(problem)),
@@ -111,6 +115,8 @@ struct Kept {
     state: StateDir,
     last_good: Option<LastGood>,
     filled: bool,
+    /// The last try.
+    failed: bool,
 }
 
 impl Kept {
@@ -119,14 +125,18 @@ impl Kept {
         let failed = |error: StateError, what: &str| {
             control.metrics.state_writes_failed.inc();
             tracing::error!(%error, "{what}");
+            true
         };
+        self.failed = false;
         if !self.filled && !registry.world().is_empty() {
             match self.state.write(FILLED, b"") {
                 Ok(()) => self.filled = true,
-                Err(error) => failed(
-                    error,
-                    "it cannot be kept that the registry has content; after a restart, an empty folder would be believed",
-                ),
+                Err(error) => {
+                    self.failed = failed(
+                        error,
+                        "it cannot be kept that the registry has content; after a restart, an empty folder would be believed",
+                    );
+                }
             }
         }
         let now = registry.last_good();
@@ -135,10 +145,12 @@ impl Kept {
         }
         match LastGood::save(now.as_ref(), &self.state) {
             Ok(()) => self.last_good = now,
-            Err(error) => failed(
-                error,
-                "last good forms cannot be kept; after a restart, what is broken now would not be in force",
-            ),
+            Err(error) => {
+                self.failed = failed(
+                    error,
+                    "last good forms cannot be kept; after a restart, what is broken now would not be in force",
+                );
+            }
         }
     }
 }

@@ -1,4 +1,5 @@
 use super::*;
+use crate::limits::{MAX_DOCUMENTS, MAX_FILES};
 use crate::objects::Kind;
 
 fn scan(files: &[(&str, &str)]) -> Scan {
@@ -287,4 +288,27 @@ fn a_folder_is_read_one_level_deep_and_links_stay_inside() {
     }
     let missing = Folder::new(&dir.path().join("missing")).scan().expect_err("missing");
     assert!(missing.to_string().contains("missing"));
+}
+
+#[test]
+fn files_and_documents_are_bounded() {
+    let folder = tempfile::tempdir().unwrap();
+    for number in 0..=MAX_FILES {
+        std::fs::write(folder.path().join(format!("{number:05}.yaml")), "").unwrap();
+    }
+    let scan = Folder::new(folder.path()).scan().unwrap();
+    let refused: Vec<_> = scan.iter().filter(|(_, content)| content.is_err()).collect();
+    let [(file, content)] = refused[..] else {
+        panic!("{} files refused", refused.len());
+    };
+    assert_eq!(*file, format!("{MAX_FILES:05}.yaml"), "what sorts last");
+    assert!(content.as_ref().unwrap_err().contains("4096"), "{content:?}");
+
+    let document = "apiVersion: v1\nkind: Namespace\nmetadata: { name: a }\n---\n";
+    for (count, refused) in [(MAX_DOCUMENTS, 0), (MAX_DOCUMENTS + 5, 1)] {
+        let parsed = manifest::parse_file(&document.repeat(count));
+        let refusals = parsed.documents.iter().filter(|document| document.content.is_err());
+        assert_eq!(refusals.count(), refused, "of {count} documents");
+        assert_eq!(parsed.documents.len(), MAX_DOCUMENTS + refused);
+    }
 }

@@ -69,3 +69,16 @@ fn names_and_addresses_are_checked() {
         );
     }
 }
+
+#[test]
+fn the_nodes_are_bounded_and_a_token_of_the_last_is_still_changed() {
+    let (dir, tokens) = tokens();
+    tokens.issue("node-a", "localhost:15012", "00", false).expect("token");
+    for number in 2..MAX_NODES {
+        std::fs::write(dir.path().join(format!("state/nodes/n{number}.json")), "").expect("record");
+    }
+    tokens.issue("node-b", "localhost:15012", "00", false).expect("the last one");
+    let beyond = tokens.issue("node-c", "localhost:15012", "00", false);
+    assert!(matches!(beyond, Err(TokenError::TooMany)));
+    tokens.issue("node-a", "localhost:15012", "00", true).expect("no further one");
+}

@@ -85,6 +85,11 @@ impl Destinations {
         Ok(())
     }
 
+    /// Whether the kernel has a Pod's map.
+    pub(super) fn has_pod(&self, netns_cookie: u64) -> bool {
+        open_of(&self.map.lock(), netns_cookie).is_ok()
+    }
+
     /// Frees a Pod's map with all that is in it; `Ok` when it had none.
     pub(super) fn remove_pod(&self, netns_cookie: u64) -> Result<(), CaptureError> {
         let mut map = self.map.lock();

@@ -2,6 +2,7 @@
 //! as any other: it knows nothing of the mesh, and runs unprivileged.
 
 mod client;
+mod insist;
 mod load;
 mod server;
 
@@ -17,6 +18,7 @@ const USAGE: &str = "usage:
   mesh-test-app connect ADDRESS:PORT               a connection, its two ends and one echoed line
   mesh-test-app bulk ADDRESS:PORT BYTES            so many bytes there and back through the echo server, checksummed
   mesh-test-app swarm ADDRESS:PORT COUNT           so many connections at the same time
+  mesh-test-app insist ADDRESS:PORT TOKEN          HTTP requests without end, a line about each
   mesh-test-app chat ADDRESS:PORT                  one connection; lines of standard input go through the echo server
   mesh-test-app mptcp ADDRESS:PORT                 asks for a multipath TCP socket
   mesh-test-app unix PATH                          one connection to a Unix socket, and whether it is closed without a byte
@@ -41,6 +43,7 @@ fn main() -> ExitCode {
         ["connect", address] => client::connect(address),
         ["bulk", address, bytes] => client::bulk(address, bytes),
         ["swarm", address, count] => client::swarm(address, count),
+        ["insist", address, token] => insist::insist(address, token),
         ["chat", address] => client::chat(address),
         ["mptcp", address] => client::mptcp(address),
         ["unix", path] => client::unix(path),

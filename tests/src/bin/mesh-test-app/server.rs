@@ -67,6 +67,8 @@ fn answer_http(mut stream: &TcpStream, name: &str) -> Result<()> {
         }
     }
     let path = request.split(' ').nth(1).unwrap_or_default();
+    // Also what never gets its answer was received.
+    writeln!(std::io::stdout(), "{name} received {path} from {client}")?;
     let body = format!("server={name} client={client} path={path}\n");
     let head = format!(
         "HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",

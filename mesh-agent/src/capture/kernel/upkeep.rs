@@ -1,0 +1,123 @@
+//! Putting back what somebody took from the node's half of the capture while the agent runs: links at the cgroup root, pins. The
+//! programs and maps live on in this process's descriptors, so that what is put back is what was there, with all that it holds.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::Ordering;
+
+use aya::Ebpf;
+
+use super::super::CaptureError;
+use super::super::bpf_syscalls::{self, AttachType};
+use super::pins::{NewLinks, attach, names_in, prepare_pins};
+use super::programs::{NODE_PROGRAMS, attaching};
+use super::{Kernel, failed};
+
+/// What an agent keeps open to be able to put it back: some 20 descriptors.
+pub(super) struct Kept {
+    programs: Vec<(&'static str, AttachType, OwnedFd)>,
+    /// By the names of their pins.
+    maps: Vec<(String, OwnedFd)>,
+    cgroup: File,
+    cgroup_id: u64,
+}
+
+impl Kept {
+    /// After the programs are loaded, and with them the maps pinned.
+    pub(super) fn of(programs: &Ebpf, directory: &Path, cgroup: File, cgroup_id: u64) -> Result<Self, CaptureError> {
+        let of_programs = NODE_PROGRAMS.iter().map(|(name, attach_type, _)| {
+            let program = programs.program(name).ok_or_else(|| failed(name, "not in the object"))?;
+            let fd = program.fd().map_err(|error| failed(name, error))?;
+            let fd = fd.as_fd().try_clone_to_owned().map_err(|error| failed(name, error))?;
+            Ok((*name, *attach_type, fd))
+        });
+        let of_programs = of_programs.collect::<Result<_, CaptureError>>()?;
+        let mut maps = Vec::new();
+        for name in names_in(directory).map_err(|error| failed(directory.display(), error))? {
+            let pin = directory.join(&name);
+            if pin.is_dir() {
+                continue;
+            }
+            maps.push((
+                name,
+                bpf_syscalls::object_get(&pin).map_err(|error| failed(pin.display(), error))?,
+            ));
+        }
+        Ok(Self {
+            programs: of_programs,
+            maps,
+            cgroup,
+            cgroup_id,
+        })
+    }
+}
+
+impl Kernel {
+    /// Attaches and pins the programs that are no longer attached; `new_links` gets those that were not.
+    pub(super) fn attach_all(&self, names: &[&'static str], new_links: &mut NewLinks) -> Result<(), CaptureError> {
+        let Kept {
+            programs,
+            cgroup,
+            cgroup_id,
+            ..
+        } = &self.kept;
+        for (name, attach_type, program) in programs.iter().filter(|(name, ..)| names.contains(name)) {
+            let pin = self.directory.join("links").join(name);
+            let attached = attach(program.as_fd(), cgroup.as_fd(), *cgroup_id, *attach_type, &pin);
+            let is_new = attached.map_err(|error| match error.kind() {
+                // Root is refused only where somebody attached without BPF_F_ALLOW_MULTI, here or further up.
+                io::ErrorKind::PermissionDenied => failed(
+                    format!("attaching {name}"),
+                    format!(
+                        "{error}: another program may be attached to this cgroup, or to one above it, as the only one \
+                             (`bpftool cgroup tree` shows it): let its owner attach it with BPF_F_ALLOW_MULTI or by a link"
+                    ),
+                ),
+                _ => attaching(name, "the cgroup root", &error),
+            })?;
+            if is_new {
+                new_links.add(pin);
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts back what is missing, and names it. What is only lost in the kernel's memory of beats is written by every beat; here it is
+    /// told.
+    ///
+    /// # Errors
+    /// Something is missing and cannot be put back.
+    pub fn repair(&self) -> Result<Vec<String>, CaptureError> {
+        let mut repaired = Vec::new();
+        let detached = self.detached_programs();
+        let unpinned: Vec<_> = self
+            .kept
+            .maps
+            .iter()
+            .filter(|(name, _)| !self.directory.join(name).exists())
+            .collect();
+        if !detached.is_empty() || !unpinned.is_empty() {
+            // Its folders may be gone as well.
+            if let Some(pin_path) = self.directory.parent() {
+                prepare_pins(pin_path)?;
+            }
+        }
+        // Those that could be put back stay.
+        let mut new_links = NewLinks::default();
+        let attached = self.attach_all(&detached, &mut new_links);
+        new_links.keep();
+        attached?;
+        repaired.extend(detached.into_iter().map(str::to_owned));
+        for (name, map) in unpinned {
+            bpf_syscalls::object_pin(map.as_fd(), &self.directory.join(name))
+                .map_err(|error| failed(format!("pinning {name}"), error))?;
+            repaired.push(format!("pin of {name}"));
+        }
+        if self.erased_beats.swap(0, Ordering::Relaxed) > 0 {
+            repaired.push("heartbeat".to_owned());
+        }
+        Ok(repaired)
+    }
+}

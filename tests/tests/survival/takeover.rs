@@ -1,0 +1,201 @@
+//! Agents that take over from each other.
+
+use std::net::IpAddr;
+
+use anyhow::{Context as _, Result, ensure};
+use mesh_tests::app::ECHO_PORT;
+use mesh_tests::manifests::policy;
+use mesh_tests::mesh::{Mesh, PodSpec};
+use mesh_tests::poll::{self, SOON};
+use mesh_tests::process::{Process, tail};
+use mesh_tests::topology::NodeName;
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use super::load::Load;
+use super::traces::{cycles, expect_traces, traces};
+use super::{PATIENTLY, READY_PORT, Shared, fingerprints};
+
+/// New connections over all restarts together.
+const CONNECTIONS: u64 = 10_000;
+
+/// A further agent on the node, while the first one runs; that one, which ends when its connections have.
+fn succeed(mesh: &mut Mesh, node: NodeName) -> Result<Process> {
+    let log = mesh.topology.node(node).folder.join("mesh-agent.log");
+    let position = std::fs::metadata(&log)?.len();
+    let before = mesh.take_agent(node)?;
+    mesh.launch_agent(node)?;
+    poll::until_true("the agent before is taken over", SOON, || {
+        let text = std::fs::read(&log)?;
+        let new = String::from_utf8_lossy(&text[usize::try_from(position)?.min(text.len())..]).into_owned();
+        Ok(new.contains("another agent has taken over"))
+    })?;
+    Ok(before)
+}
+
+pub fn graceful_restarts(shared: &mut Shared) -> Result<()> {
+    let mesh = &mut shared.mesh;
+    // Both ends in turn; the first two bring everything to where it stays.
+    for node in NodeName::ALL {
+        succeed(mesh, node)?.wait(PATIENTLY)?;
+        mesh.wait_until_ready(node)?;
+    }
+    mesh.wait_for_tunnel("client", "server")?;
+    let before = NodeName::ALL.map(|node| traces(mesh, node));
+    let restarts = cycles("CULVERT_TEST_RESTARTS", 10);
+    let load = Load::start(mesh, "client", "server")?;
+    let logs = NodeName::ALL.map(|node| mesh.access_log(node));
+    let positions = logs.each_ref().map(|log| log.position());
+    for restart in 0..restarts {
+        let node = NodeName::ALL[restart % 2];
+        let gone = succeed(mesh, node).with_context(|| format!("restart {restart} of {}", node.as_str()))?;
+        load.wait_for(CONNECTIONS / restarts as u64)?;
+        gone.wait(PATIENTLY)
+            .context("the agent of before ends with its connections")?;
+    }
+    let (worked, failures) = load.finish()?;
+    let lines = logs
+        .iter()
+        .zip(positions)
+        .flat_map(|(log, position)| log.since(position, &[]));
+    let not_ok: Vec<Value> = lines.filter(|line| line["result"] != "ok").collect();
+    ensure!(
+        failures.is_empty(),
+        "{} failures beside {worked} connections over {restarts} restarts: {failures:?}; {not_ok:?}",
+        failures.len()
+    );
+    ensure!(worked >= CONNECTIONS, "only {worked} connections");
+    for (node, before) in NodeName::ALL.into_iter().zip(before) {
+        expect_traces(mesh, node, &before?)?;
+    }
+    Ok(())
+}
+
+pub fn drain(shared: &mut Shared) -> Result<()> {
+    let mesh = &mut shared.mesh;
+    let server: IpAddr = mesh.pod("server").v4.into();
+    let mut chat = mesh.app.chat(&mesh.pod("client").place(), server)?;
+    ensure!(chat.ask("before", SOON)? == "before");
+    let gone = NodeName::ALL.map(|node| succeed(mesh, node));
+    for round in 0..10 {
+        let word = format!("while it drains {round}");
+        ensure!(chat.ask(&word, SOON)? == word);
+    }
+    mesh.wait_for_tunnel("client", "server")?;
+    ensure!(chat.ask("still", SOON)? == "still");
+    drop(chat);
+    for gone in gone {
+        gone?.wait(PATIENTLY).context("without its last connection it ends")?;
+    }
+    mesh.wait_for_tunnel("client", "server")
+}
+
+/// Two agents on one folder would share a datapath; who does not answer is not simply pushed aside.
+pub fn hung_agent_keeps_its_folder(shared: &mut Shared) -> Result<()> {
+    let mesh = &mut shared.mesh;
+    let running = mesh.take_agent(NodeName::One)?;
+    running.signal(Signal::SIGSTOP)?;
+    mesh.launch_agent(NodeName::One)?;
+    let second = mesh.take_agent(NodeName::One)?;
+    let status = second.wait(PATIENTLY).context("the second agent gives up")?;
+    let said = tail(&mesh.topology.node(NodeName::One).folder.join("mesh-agent.log"), 3);
+    ensure!(
+        !status.success() && said.contains("another agent runs there, and cannot be taken over from"),
+        "expected that it says why, saw {status}: {said}"
+    );
+    running.signal(Signal::SIGCONT)?;
+    running.terminate(PATIENTLY)?;
+    mesh.start_agent(NodeName::One)?;
+    mesh.wait_for_tunnel("client", "server")
+}
+
+/// The state and the keys come with the handover: there is nobody to ask.
+pub fn without_control_plane(shared: &mut Shared) -> Result<()> {
+    let mesh = &mut shared.mesh;
+    let server: IpAddr = mesh.pod("server").v4.into();
+    let rule = format!("[{{ to: [{{ ports: [{ECHO_PORT}] }}] }}]");
+    mesh.registry
+        .write("deny.yaml", &policy("deny-local", "local", "Deny", &rule))?;
+    mesh.wait_for_outcome("client", mesh.pod("local").v4.into(), ECHO_PORT, false)?;
+    let mut chat = mesh.app.chat(&mesh.pod("client").place(), server)?;
+    let certificates = |mesh: &Mesh| -> Result<Vec<_>> { NodeName::ALL.iter().map(|node| fingerprints(mesh, *node)).collect() };
+    let before = certificates(mesh)?;
+    ensure!(before.iter().all(|of| !of.is_empty()), "no certificates before: {before:?}");
+    mesh.kill_control();
+    let gone = NodeName::ALL.map(|node| succeed(mesh, node));
+    for node in NodeName::ALL {
+        let page = mesh.agent_page(node, READY_PORT, "/healthz/ready")?;
+        ensure!(
+            page.status == 200 && page.body.contains("from memory"),
+            "expected that it says from where it knows, saw {page:?}"
+        );
+    }
+    ensure!(
+        certificates(mesh)? == before,
+        "expected the certificates of before, {before:?}"
+    );
+    ensure!(chat.ask("drains", SOON)? == "drains");
+    drop(chat);
+    for gone in gone {
+        gone?.wait(PATIENTLY)?;
+    }
+    mesh.wait_for_tunnel("client", "server")?;
+    mesh.wait_for_tunnel("server", "client")?;
+    for address in mesh.pod("local").forms() {
+        let attempt = mesh.app.connect(&mesh.pod("client").place(), address, ECHO_PORT)?;
+        attempt
+            .expect_refused(PATIENTLY)
+            .context("a policy of before is no longer enforced")?;
+    }
+    mesh.start_control()?;
+    mesh.registry.remove("deny.yaml")?;
+    mesh.wait_for_outcome("client", mesh.pod("local").v4.into(), ECHO_PORT, true)
+}
+
+pub fn drain_ends(shared: &mut Shared) -> Result<()> {
+    let mesh = &mut shared.mesh;
+    let server: IpAddr = mesh.pod("server").v4.into();
+    let node = NodeName::Two;
+    mesh.terminate_agent(node)?;
+    mesh.launch_agent_with(node, &["--handover-drain-seconds", "1"])?;
+    mesh.wait_until_ready(node)?;
+    mesh.wait_for_tunnel("client", "server")?;
+    let mut chat = mesh.app.chat(&mesh.pod("client").place(), server)?;
+    ensure!(chat.ask("before", SOON)? == "before");
+    let gone = succeed(mesh, node)?;
+    let end = chat.hear(SOON).context("the client is not told of its connection's end")?;
+    ensure!(end.contains("error"), "expected that the drain's end resets it, saw {end}");
+    gone.wait(PATIENTLY).context("it outlives its drain")?;
+    mesh.wait_for_tunnel("client", "server")
+}
+
+/// A Pod that the successor releases has nothing to do with the mesh any more, and the agent of before lets go of it as well.
+pub fn released_while_draining(shared: &mut Shared) -> Result<()> {
+    let mesh = &mut shared.mesh;
+    let node = NodeName::Two;
+    mesh.add_pod(&PodSpec {
+        name: "passing",
+        node,
+        host: 50,
+        meshed: true,
+        annotations: "",
+    })?;
+    mesh.wait_for_tunnel("client", "passing")?;
+    let mut stays = mesh.app.chat(&mesh.pod("client").place(), mesh.pod("server").v4.into())?;
+    let mut goes = mesh.app.chat(&mesh.pod("client").place(), mesh.pod("passing").v4.into())?;
+    let gone = succeed(mesh, node)?;
+    ensure!(goes.ask("drains", SOON)? == "drains");
+    mesh.release("passing")?;
+    let end = goes.hear(SOON).context("the connection of a released Pod goes on")?;
+    ensure!(end.contains("error"), "expected a reset, saw {end}");
+    ensure!(
+        stays.ask("still", SOON)? == "still",
+        "another Pod's connection was cut as well"
+    );
+    drop((stays, goes));
+    gone.wait(PATIENTLY)?;
+    mesh.registry.remove("pod-passing.yaml")?;
+    mesh.stop_server("passing");
+    mesh.topology.remove_pod("passing");
+    mesh.wait_for_tunnel("client", "server")
+}
