@@ -119,6 +119,7 @@ fn summary(passed: usize, failed: usize, skipped: usize) -> ExitCode {
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::from(101) }
 }
 
-fn say(line: &str) {
+/// A line of the suite's output: what was measured.
+pub fn say(line: &str) {
     let _ = writeln!(std::io::stdout(), "{line}");
 }

@@ -23,40 +23,42 @@ async fn each_piece_that_is_taken_away_is_put_back() {
     let inside = |command: &str| {
         run(&format!("ip netns exec {} sh -c '{command}'", bed.name));
     };
-    let pieces: [(&str, &dyn Fn()); 12] = [
-        ("pods_entry", &|| hand.remove_pod(cookie).unwrap()),
-        ("sk_lookup", &|| assert!(hand.detach_lookup("uid-1").unwrap())),
-        ("sk_lookup", &|| {
+    let pieces: [(&[&str], &dyn Fn()); 12] = [
+        (&["pods_entry", "original_destinations"], &|| hand.remove_pod(cookie).unwrap()),
+        (&["sk_lookup"], &|| assert!(hand.detach_lookup("uid-1").unwrap())),
+        (&["sk_lookup"], &|| {
             run(&format!("rm {}", pin.display()));
         }),
-        ("backstop", &|| assert!(hand.detach_backstops("uid-1").unwrap())),
-        ("backstop", &|| {
+        (&["backstop"], &|| assert!(hand.detach_backstops("uid-1").unwrap())),
+        (&["backstop"], &|| {
             run(&format!("rm {}", backstop.display()));
         }),
-        ("return_rule", &|| inside("ip rule del pref 100")),
-        ("return_rule", &|| inside("ip -6 rule del pref 100")),
-        ("return_route", &|| inside("ip route flush table 17238")),
-        ("return_route", &|| inside("ip -6 route flush table 17238")),
-        ("net/ipv4/tcp_fwmark_accept", &|| {
+        (&["return_rule"], &|| inside("ip rule del pref 100")),
+        (&["return_rule"], &|| inside("ip -6 rule del pref 100")),
+        (&["return_route"], &|| inside("ip route flush table 17238")),
+        (&["return_route"], &|| inside("ip -6 route flush table 17238")),
+        (&["net/ipv4/tcp_fwmark_accept"], &|| {
             inside("echo 0 > /proc/sys/net/ipv4/tcp_fwmark_accept");
         }),
-        ("net/ipv4/ip_local_reserved_ports", &|| {
+        (&["net/ipv4/ip_local_reserved_ports"], &|| {
             inside("echo > /proc/sys/net/ipv4/ip_local_reserved_ports");
         }),
-        ("net/ipv6/fwmark_reflect", &|| {
+        (&["net/ipv6/fwmark_reflect"], &|| {
             inside("echo 0 > /proc/sys/net/ipv6/fwmark_reflect")
         }),
     ];
-    for (number, (piece, take)) in (1..).zip(pieces) {
+    let mut count = 0;
+    for (pieces, take) in pieces {
         take();
         let repairs = capture.repair("uid-1").await.unwrap();
-        assert_eq!((repairs.repaired.as_slice(), repairs.is_listener_lost), (&[piece][..], false));
+        assert_eq!((repairs.repaired.as_slice(), repairs.is_listener_lost), (pieces, false));
         capture
             .prove("uid-1")
             .await
-            .unwrap_or_else(|error| panic!("{piece}: {error}"));
-        assert_eq!(bed.snapshot(), whole, "{piece}");
-        assert!(capture.counters().contains(&("repaired", number)));
+            .unwrap_or_else(|error| panic!("{pieces:?}: {error}"));
+        assert_eq!(bed.snapshot(), whole, "{pieces:?}");
+        count += pieces.len() as u64;
+        assert!(capture.counters().contains(&("repaired", count)));
         assert_eq!(capture.repair("uid-1").await.unwrap(), Repairs::default());
     }
 

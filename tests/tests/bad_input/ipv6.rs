@@ -23,8 +23,8 @@ fn v4_works_both_ways(mesh: &Mesh, pod: &str) -> Result<()> {
 }
 
 /// A Pod that has IPv4 only, as on a cluster that has.
-fn make_single(mesh: &mut Mesh) -> Result<()> {
-    mesh.topology.add_pod("single", NODE, 62)?;
+fn make_single(mesh: &mut Mesh, host: u8) -> Result<()> {
+    mesh.topology.add_pod("single", NODE, host)?;
     SETTINGS
         .iter()
         .try_for_each(|setting| mesh.pod("single").netns.set_sysctl(setting, "1"))
@@ -66,7 +66,7 @@ fn enroll_single(mesh: &mut Mesh) -> Result<()> {
 
 pub fn of_pod(shared: &mut Shared) -> Result<()> {
     let mesh = &mut shared.mesh;
-    make_single(mesh)?;
+    make_single(mesh, 62)?;
     enroll_single(mesh)?;
     v4_works_both_ways(mesh, "single")?;
     // As a socket of IPv6 writes it.
@@ -79,7 +79,8 @@ pub fn of_pod(shared: &mut Shared) -> Result<()> {
 
 pub fn of_node(shared: &mut Shared) -> Result<()> {
     let mesh = &mut shared.mesh;
-    make_single(mesh)?;
+    // The device of the one before may not be gone yet.
+    make_single(mesh, 64)?;
     mesh.terminate_agent(NODE)?;
     for setting in SETTINGS {
         mesh.topology.node(NODE).netns.set_sysctl(setting, "1")?;

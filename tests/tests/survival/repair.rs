@@ -10,6 +10,7 @@ use mesh_tests::manifests::pod_uid;
 use mesh_tests::mesh::Mesh;
 use mesh_tests::poll::{self, SOON};
 use mesh_tests::process::Place;
+use mesh_tests::suite;
 use mesh_tests::topology::NodeName;
 
 use super::{PATIENTLY, PINS, Shared};
@@ -158,7 +159,7 @@ fn expect_all(mesh: &Mesh, wanted: &[&str], pieces: usize, take: impl FnOnce() -
     })
     .with_context(|| format!("{wanted:?}; repaired before {before}"))?;
     // At most 5 s between two looks; said and not asserted, for the machine may have other work.
-    eprintln!("{wanted:?}: put back after {:.1} s", start.elapsed().as_secs_f32());
+    suite::say(&format!("{wanted:?}: put back after {:.1} s", start.elapsed().as_secs_f32()));
     works(mesh).with_context(|| format!("after {wanted:?} were put back"))
 }
 

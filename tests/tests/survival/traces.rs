@@ -7,6 +7,7 @@ use mesh_tests::bpf;
 use mesh_tests::mesh::Mesh;
 use mesh_tests::poll;
 use mesh_tests::snapshot;
+use mesh_tests::suite;
 use mesh_tests::topology::NodeName;
 
 use super::{PATIENTLY, PINS, Shared};
@@ -82,6 +83,6 @@ pub fn crashes(shared: &mut Shared) -> Result<()> {
     }
     mesh.wait_for_tunnel("client", "server")?;
     expect_traces(mesh, node, &before)?;
-    eprintln!("as before: {before:?}");
+    suite::say(&format!("as before: {before:?}"));
     Ok(())
 }
