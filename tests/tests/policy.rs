@@ -19,6 +19,9 @@ use mesh_tests::process::Conversation;
 use mesh_tests::suite;
 use mesh_tests::topology::{NodeName, forms};
 
+#[path = "policy/living.rs"]
+mod living;
+
 /// What a refusal may take on a machine with two busy cores; it takes about a millisecond.
 const QUICKLY: Duration = Duration::from_secs(1);
 const POOL: (Ipv4Addr, Ipv6Addr) = (Ipv4Addr::new(10, 96, 9, 9), Ipv6Addr::new(0xfd96, 0, 0, 0, 0, 0, 9, 9));
@@ -39,6 +42,8 @@ fn main() -> ExitCode {
             ("a_live_connection_is_cut_by_a_deny_and_another_goes_on", live_deny),
             ("a_live_connection_is_cut_where_no_allow_matches", live_allow),
             ("a_live_plaintext_connection_is_cut_by_strict", live_strict),
+            ("a_deleted_service_account_cuts_its_connections", living::deleted_account),
+            ("a_stream_survives_a_hundred_changes", living::a_hundred_changes),
             ("a_dry_run_is_counted_and_logged_and_not_enforced", dry_run),
             ("a_service_goes_on_with_one_of_two_endpoints", one_of_two_endpoints),
             ("a_service_leads_back_to_its_own_client", own_service),

@@ -3,6 +3,7 @@
 mod admission;
 mod bounds;
 mod carry;
+mod hostile;
 mod memory;
 mod pool;
 mod raw;
