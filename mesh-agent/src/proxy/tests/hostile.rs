@@ -88,7 +88,7 @@ async fn tunnel_to(mesh: &Mesh, server: &Pod) -> Tunnel {
     tunnel
 }
 
-/// Says these bytes one by one, and the last one for ever, until the other side ends it.
+/// Says these bytes one by one, and then zeros, until the other side ends it.
 async fn trickle(stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite, bytes: &[u8]) {
     let (mut read, mut write) = tokio::io::split(stream);
     let talk = async {
@@ -152,12 +152,12 @@ async fn who_says_a_byte_now_and_then_has_no_longer_for_it() {
     let failures = || {
         let text = mesh.far.metrics.render();
         let line = text.lines().find(|line| {
-            line.starts_with("mesh_tunnel_handshakes_total") && line.contains("destination") && line.contains("handshake_timeout")
+            line.starts_with("mesh_tunnel_handshakes_total") && line.contains("inbound") && line.contains("handshake_timeout")
         });
         line.map_or(0.0, |line| line.rsplit(' ').next().unwrap().parse().unwrap())
     };
     let before = failures();
-    trickle(tls_to(&mesh, &server).await, &PREFACE[..10]).await;
+    trickle(tls_to(&mesh, &server).await, PREFACE).await;
     until("the preface is counted as a handshake that took too long", || {
         failures() > before
     })
