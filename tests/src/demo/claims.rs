@@ -1,5 +1,6 @@
 //! The demo's claims. Each gathers its evidence at the moment it is made, and fails with what it expected and saw.
 
+mod agent;
 mod policy;
 
 use std::net::{IpAddr, SocketAddr};
@@ -74,6 +75,14 @@ pub const ALL: &[Claim] = &[
     Claim {
         says: "a dry-run policy is counted and logged, and refuses nobody",
         prove: policy::dry_run,
+    },
+    Claim {
+        says: "a Pod that tries to get past the capture, and a stranger at the tunnel's port, are refused",
+        prove: agent::attacks,
+    },
+    Claim {
+        says: "an agent is replaced by another one under load, and no connection fails",
+        prove: agent::graceful_restart,
     },
     Claim {
         says: "with its agent killed, a Pod's new connections are refused at once",
