@@ -1,6 +1,5 @@
 //! The demo's claims. Each gathers its evidence at the moment it is made, and fails with what it expected and saw.
 
-mod agent;
 mod attack;
 mod policy;
 mod restart;
@@ -77,14 +76,6 @@ pub const ALL: &[Claim] = &[
     Claim {
         says: "a dry-run policy is counted and logged, and refuses nobody",
         prove: policy::dry_run,
-    },
-    Claim {
-        says: "a Pod that tries to get past the capture, and a stranger at the tunnel's port, are refused",
-        prove: agent::attacks,
-    },
-    Claim {
-        says: "an agent is replaced by another one under load, and no connection fails",
-        prove: agent::graceful_restart,
     },
     Claim {
         says: "an agent is replaced under load, on either node, and no connection fails",
