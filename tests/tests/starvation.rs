@@ -2,7 +2,7 @@
 #![allow(clippy::print_stdout, reason = "a test: standard output is its report")]
 
 use std::net::{IpAddr, SocketAddr};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -58,7 +58,10 @@ fn main() -> ExitCode {
             Mesh::start(&PODS, &mut |_| {})
         },
         Mesh::with_logs,
-        &[("a_neighbour_of_twenty_thousand_connections_goes_on", twenty_thousand)],
+        &[
+            ("a_neighbour_of_twenty_thousand_connections_goes_on", twenty_thousand),
+            ("an_agent_without_descriptors_counts_it_and_recovers", no_descriptors),
+        ],
     )
 }
 
@@ -80,13 +83,17 @@ fn resident_mb(mesh: &Mesh, node: NodeName) -> Result<u64> {
     Ok(kb / 1024)
 }
 
-/// What the node's agent lets a Pod have, with the descriptors that it has.
-fn connections_per_pod(mesh: &Mesh, node: NodeName) -> Result<usize> {
-    let id = mesh.agent_id(node).context("an agent runs")?;
+fn descriptor_limit(id: u32) -> Result<usize> {
     let limits = std::fs::read_to_string(format!("/proc/{id}/limits"))?;
     let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"));
     let soft = line.and_then(|line| line.split_whitespace().next());
-    let descriptors: usize = soft.context("the limit of open files")?.parse()?;
+    Ok(soft.context("the limit of open files")?.parse()?)
+}
+
+/// What the node's agent lets a Pod have, with the descriptors that it has.
+fn connections_per_pod(mesh: &Mesh, node: NodeName) -> Result<usize> {
+    let id = mesh.agent_id(node).context("an agent runs")?;
+    let descriptors = descriptor_limit(id)?;
     Ok(CONNECTIONS_PER_POD.min((descriptors - DESCRIPTORS_RESERVED) / 2 / 2))
 }
 
@@ -182,5 +189,74 @@ fn twenty_thousand(mesh: &mut Mesh) -> Result<()> {
     // Both ends: a server that goes on holding has only been told that its client sends nothing more.
     drop((greedy, servers));
     poll::until_true("they are gone", LONG, || Ok(open_of("greedy")? == 0.0))?;
+    mesh.wait_for_outcome("greedy", mesh.pod("server").v4.into(), ECHO_PORT, true)
+}
+
+/// The agent's soft limit of open descriptors, changed while it runs.
+fn limit_descriptors(id: u32, soft: usize) -> Result<()> {
+    let status = Command::new("prlimit")
+        .args(["--pid", &id.to_string(), &format!("--nofile={soft}:")])
+        .status()
+        .context("prlimit")?;
+    ensure!(status.success(), "prlimit ended with {status}");
+    Ok(())
+}
+
+fn descriptors(id: u32) -> Result<usize> {
+    Ok(std::fs::read_dir(format!("/proc/{id}/fd"))?.count())
+}
+
+/// Nothing can be accepted then, by anybody; when there are some again, who waited is served.
+fn no_descriptors(mesh: &mut Mesh) -> Result<()> {
+    const ROOM: usize = 30;
+    const WANTED: usize = 200;
+    let mesh = &*mesh;
+    let id = mesh.agent_id(NodeName::One).context("an agent runs")?;
+    let port = HOLD_PORT.to_string();
+    let serve = mesh
+        .pod("server")
+        .place()
+        .command(mesh.app.binary(), &["hold-serve", &port])?;
+    let server = Process::start("a server that holds", serve, mesh.topology.folder().join("hold-few.log"))?;
+    mesh.wait_for_tunnel("greedy", "server")?;
+    let errors = || mesh.metric(NodeName::One, "mesh_accept_errors_total", &[("listener", "outbound")]);
+    let before = errors()?;
+    let address = SocketAddr::new(mesh.pod("server").v4.into(), HOLD_PORT).to_string();
+    let arguments = ["hold", &WANTED.to_string(), &WANTED.to_string(), &address];
+    let all = descriptor_limit(id)?;
+    let most = descriptors(id)? + ROOM;
+    limit_descriptors(id, most)?;
+    let greedy = Conversation::start(mesh.pod("greedy").place().command(mesh.app.binary(), &arguments)?)?;
+    poll::until_true("all descriptors are taken", poll::SOON, || Ok(descriptors(id)? >= most - 1))?;
+    // Longer than the agent waits between two attempts to accept.
+    std::thread::sleep(Duration::from_millis(500));
+    limit_descriptors(id, all)?;
+    let report: Value = serde_json::from_str(&greedy.hear(LONG)?)?;
+    let (held, failed) = (report["held"].as_u64().unwrap_or(0), &report["failed"]);
+    println!("{report}");
+    let refused: u64 = failed
+        .as_object()
+        .context("failures")?
+        .values()
+        .filter_map(Value::as_u64)
+        .sum();
+    ensure!(held > 0 && held + refused == WANTED as u64, "{report}");
+    ensure!(
+        failed
+            .as_object()
+            .is_some_and(|kinds| kinds.keys().all(|kind| kind == "ConnectionReset")),
+        "expected that who is not served is refused, saw {report}"
+    );
+    let after = errors()?;
+    ensure!(
+        after > before,
+        "expected failed accepts to be counted, saw {before} and {after}"
+    );
+    for address in mesh.pod("server").forms() {
+        mesh.app
+            .connect(&mesh.pod("neighbour").place(), address, ECHO_PORT)?
+            .expect_ok()?;
+    }
+    drop((greedy, server));
     mesh.wait_for_outcome("greedy", mesh.pod("server").v4.into(), ECHO_PORT, true)
 }
