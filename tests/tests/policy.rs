@@ -50,6 +50,10 @@ fn main() -> ExitCode {
             ("a_dry_run_is_counted_and_logged_and_not_enforced", dry_run),
             ("a_service_goes_on_with_one_of_two_endpoints", one_of_two_endpoints),
             ("a_service_of_one_family_reaches_its_endpoint_by_it", services::one_family),
+            (
+                "an_endpoint_of_one_family_serves_that_one_alone",
+                services::endpoint_of_one_family,
+            ),
             ("a_service_leads_back_to_its_own_client", own_service),
         ],
     )

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context as _, Result, ensure};
 use mesh_tests::app::ECHO_PORT;
-use mesh_tests::manifests::{MESHED, ROOT_NAMESPACE, SERVICE_PORT};
+use mesh_tests::manifests::{MESHED, PodManifest, ROOT_NAMESPACE, SERVICE_PORT, service};
 use mesh_tests::mesh::Mesh;
 use mesh_tests::poll::SOON;
 use mesh_tests::topology::NodeName;
@@ -46,6 +46,40 @@ pub fn one_family(mesh: &mut Mesh) -> Result<()> {
         mesh.registry.remove(&format!("{name}.yaml"))?;
     }
     Ok(())
+}
+
+/// The server's Pod, as its manifest tells with these addresses.
+fn announce_server(mesh: &Mesh, addresses: &[IpAddr]) -> Result<()> {
+    mesh.registry.write_pod(&PodManifest {
+        name: "server",
+        namespace: MESHED,
+        node: mesh.pod("server").node,
+        addresses,
+        annotations: "",
+    })
+}
+
+pub fn endpoint_of_one_family(mesh: &mut Mesh) -> Result<()> {
+    mesh.add_service(NodeName::One, "both", &service("both", ONLY_V4, ONLY_V6, "app: server"))?;
+    let (v4, v6): (IpAddr, IpAddr) = (ONLY_V4.into(), ONLY_V6.into());
+    let addresses = mesh.pod("server").addresses();
+    for (has, works, refused) in [(addresses[0], v4, v6), (addresses[1], v6, v4)] {
+        announce_server(mesh, &[has])?;
+        mesh.wait_for_outcome("client", refused, SERVICE_PORT, false)?;
+        let log = mesh.access_log(NodeName::One);
+        let position = log.position();
+        let attempt = mesh.app.connect(&mesh.pod("client").place(), refused, SERVICE_PORT)?;
+        attempt.expect_refused(QUICKLY)?;
+        log.wait_for(position, &[("reason", "no_healthy_endpoint")], SOON)?;
+        mesh.wait_for_outcome("client", works, SERVICE_PORT, true)
+            .with_context(|| format!("the server has {has} alone"))?;
+    }
+    announce_server(mesh, &addresses)?;
+    for address in [v4, v6] {
+        mesh.wait_for_outcome("client", address, SERVICE_PORT, true)?;
+    }
+    mesh.registry.remove("both.yaml")?;
+    mesh.wait_for_tunnel("client", "server")
 }
 
 pub fn excluded_range(mesh: &mut Mesh) -> Result<()> {
