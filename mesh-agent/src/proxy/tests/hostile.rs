@@ -39,24 +39,26 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
 
 /// The fields of a CONNECT, in the plainest form of HPACK: literals that are not indexed (RFC 7541, 6.2.2).
 fn connect_fields(authority: &str) -> Vec<u8> {
-    let mut fields = vec![2, 7];
-    fields.extend(b"CONNECT");
-    fields.push(1);
-    // An integer of a seven-bit prefix (RFC 7541, 5.1).
-    match authority.len() {
-        short @ 0..127 => fields.push(u8::try_from(short).unwrap()),
+    [&[2][..], &literal("CONNECT"), &[1], &literal(authority)].concat()
+}
+
+/// A string with its length, an integer of a seven-bit prefix (RFC 7541, 5.1).
+fn literal(text: &str) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    match text.len() {
+        short @ 0..127 => bytes.push(u8::try_from(short).unwrap()),
         mut long => {
-            fields.push(127);
+            bytes.push(127);
             long -= 127;
             while long >= 128 {
-                fields.push(u8::try_from(long % 128).unwrap() | 128);
+                bytes.push(u8::try_from(long % 128).unwrap() | 128);
                 long /= 128;
             }
-            fields.push(u8::try_from(long).unwrap());
+            bytes.push(u8::try_from(long).unwrap());
         }
     }
-    fields.extend(authority.as_bytes());
-    fields
+    bytes.extend(text.as_bytes());
+    bytes
 }
 
 /// A client that its node knows, whose TLS is done.
@@ -250,11 +252,13 @@ async fn headers_have_a_size() {
 
     // Too long as a whole: that stream is refused, and the next one is served.
     let mut tunnel = tunnel_to(&mesh, &server).await;
-    let long = connect_fields(&"x".repeat(HEADER_LIST_BYTES as usize));
+    let fields = connect_fields(&server.application().to_string());
+    // All is well with it but for a field that nobody asked for.
+    let fill = literal(&"x".repeat(HEADER_LIST_BYTES as usize));
+    let long = [&fields[..], &[0], &literal("fill"), &fill].concat();
     let (first, rest) = long.split_at(16_000);
     tunnel.write_all(&frame(HEADERS, 0, 1, first)).await.unwrap();
     tunnel.write_all(&frame(CONTINUATION, END_HEADERS, 1, rest)).await.unwrap();
-    let fields = connect_fields(&server.application().to_string());
     tunnel.write_all(&frame(HEADERS, END_HEADERS, 3, &fields)).await.unwrap();
     tunnel.flush().await.unwrap();
     let mut answers = HashMap::new();
