@@ -94,8 +94,8 @@ async fn tunnel_to(mesh: &Mesh, server: &Pod) -> Tunnel {
 async fn trickle(stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite, bytes: &[u8]) {
     let (mut read, mut write) = tokio::io::split(stream);
     let talk = async {
-        let mut bytes = bytes.iter().copied().chain(std::iter::repeat(0));
-        while let Some(byte) = bytes.next() {
+        let bytes = bytes.iter().copied().chain(std::iter::repeat(0));
+        for byte in bytes {
             if write.write_all(&[byte]).await.is_err() || write.flush().await.is_err() {
                 return;
             }
