@@ -160,6 +160,16 @@ impl App {
         )
     }
 
+    /// Connections to the server of loads, one after the other in each of two threads, each with a message there and back. Answers how
+    /// many were made.
+    ///
+    /// # Errors
+    /// The client or one of them failed.
+    pub fn connects(&self, place: &Place, address: SocketAddr, of_each: usize) -> Result<u64> {
+        let report = self.report(place, &["load-connects", &address.to_string(), "2", &of_each.to_string()])?;
+        report["count"].as_u64().with_context(|| report.to_string())
+    }
+
     /// # Errors
     /// The client failed.
     pub fn mptcp(&self, place: &Place, address: IpAddr) -> Result<Value> {

@@ -537,7 +537,8 @@ fn sum_of_series(page: &str, name: &str, labels: &[(&str, &str)]) -> f64 {
         .filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])))
         .filter(|line| wanted.iter().all(|label| line.contains(label.as_str())))
         .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
-        .sum()
+        // The sum of nothing is -0.
+        .fold(0.0, |sum, value| sum + value)
 }
 
 fn text(path: &Path) -> Result<&str> {

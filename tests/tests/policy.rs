@@ -21,6 +21,8 @@ use mesh_tests::topology::{NodeName, forms};
 
 #[path = "policy/revocation.rs"]
 mod revocation;
+#[path = "policy/services.rs"]
+mod services;
 
 /// What a refusal may take on a machine with two busy cores; it takes about a millisecond.
 const QUICKLY: Duration = Duration::from_secs(1);
@@ -38,12 +40,18 @@ fn main() -> ExitCode {
             ("strict_keeps_plaintext_out_and_permissive_takes_it", strict),
             ("a_namespace_overrides_the_mesh", namespace_override),
             ("an_excluded_port_goes_in_clear_also_under_strict", exclusion),
+            ("an_excluded_range_goes_in_clear_also_under_strict", services::excluded_range),
             ("a_broken_mesh_config_leaves_the_last_good_one", broken_config),
             ("a_live_connection_is_cut_by_a_deny_and_another_goes_on", live_deny),
             ("a_live_connection_is_cut_where_no_allow_matches", live_allow),
             ("a_live_plaintext_connection_is_cut_by_strict", live_strict),
             ("a_dry_run_is_counted_and_logged_and_not_enforced", dry_run),
             ("a_service_goes_on_with_one_of_two_endpoints", one_of_two_endpoints),
+            ("a_service_of_one_family_reaches_its_endpoint_by_it", services::one_family),
+            (
+                "an_endpoint_of_one_family_serves_that_one_alone",
+                services::endpoint_of_one_family,
+            ),
             ("a_service_leads_back_to_its_own_client", own_service),
             ("a_hundred_changes_leave_who_is_not_meant", revocation::hundred_changes),
             ("a_deleted_service_account_cuts_its_connections", revocation::deleted_account),

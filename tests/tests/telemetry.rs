@@ -30,6 +30,7 @@ fn main() -> ExitCode {
         &[
             ("a_line_has_the_pods_own_address_and_the_applications_port", addresses),
             ("the_tables_of_metrics_are_true_both_ways", documented),
+            ("bytes_are_counted_as_they_were_sent", bytes),
             ("gauges_tell_how_the_agent_stands", gauges),
             ("a_slow_and_lossy_wire_is_seen", wire),
         ],
@@ -58,6 +59,58 @@ fn addresses(mesh: &mut Mesh) -> Result<()> {
             let source: SocketAddr = text(&line, "source_address").parse()?;
             ensure!(client.addresses().contains(&source.ip()), "{line}");
         }
+    }
+    Ok(())
+}
+
+/// On both sides, to the byte; what comes back is an echo.
+fn bytes(mesh: &mut Mesh) -> Result<()> {
+    const BYTES: [usize; 3] = [1, 100_003, 5_000_011];
+    let (client, server) = (mesh.pod("client").place(), mesh.pod("server"));
+    let count = |mesh: &Mesh, name: &str| -> Result<Vec<f64>> {
+        [("source", NodeName::One), ("destination", NodeName::Two)]
+            .into_iter()
+            .map(|(reporter, node)| {
+                let labels = [
+                    ("reporter", reporter),
+                    ("source_workload", "client"),
+                    ("destination_workload", "server"),
+                ];
+                mesh.metric(node, name, &labels)
+            })
+            .collect()
+    };
+    let counted = |mesh: &Mesh| -> Result<Vec<f64>> {
+        let [sent, received, closed] = [
+            "mesh_tcp_sent_bytes_total",
+            "mesh_tcp_received_bytes_total",
+            "mesh_tcp_connections_closed_total",
+        ]
+        .map(|name| count(mesh, name));
+        Ok([sent?, received?, closed?].concat())
+    };
+    for (address, bytes) in server.forms().into_iter().cycle().zip(BYTES) {
+        let before = counted(mesh)?;
+        let report = mesh.app.bulk(&client, address, bytes)?;
+        ensure!(
+            report["received"] == bytes && report["sent_sha256"] == report["received_sha256"],
+            "{report}"
+        );
+        let moved = bytes as f64;
+        let expected = [moved, moved, moved, moved, 1.0, 1.0];
+        let mut rose = Vec::new();
+        poll::until_true("all bytes are counted", SOON, || {
+            rose = counted(mesh)?
+                .iter()
+                .zip(&before)
+                .map(|(after, before)| after - before)
+                .collect();
+            Ok(rose[4..] == expected[4..])
+        })?;
+        ensure!(
+            rose == expected,
+            "{bytes} bytes there and back by {address}: expected {expected:?}, saw {rose:?}"
+        );
     }
     Ok(())
 }

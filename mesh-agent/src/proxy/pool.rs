@@ -169,7 +169,8 @@ impl Pool {
         {
             return Err(error.clone());
         }
-        match self.establish(pod, key, slot, pair.clone()).await {
+        // In a box of its own: each connection's task would have room for a handshake, for as long as the connection lives.
+        match Box::pin(self.establish(pod, key, slot, pair.clone())).await {
             Ok(tunnel) => {
                 self.metrics.count_tunnel("opened");
                 // A root was taken away, or an account deleted, during the handshake.

@@ -90,9 +90,12 @@ mod tests {
 
     use super::*;
 
+    /// Whether it takes anything, and what it took.
+    type Taken = Mutex<(bool, Vec<u8>)>;
+
     /// A disk that takes nothing until it is let go.
     #[derive(Clone, Default)]
-    struct Disk(Arc<(Mutex<(bool, Vec<u8>)>, Condvar)>);
+    struct Disk(Arc<(Taken, Condvar)>);
 
     impl Disk {
         fn release(&self) {

@@ -1,6 +1,8 @@
 //! The demo's claims. Each gathers its evidence at the moment it is made, and fails with what it expected and saw.
 
+mod attack;
 mod policy;
+mod restart;
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -74,6 +76,18 @@ pub const ALL: &[Claim] = &[
     Claim {
         says: "a dry-run policy is counted and logged, and refuses nobody",
         prove: policy::dry_run,
+    },
+    Claim {
+        says: "an agent is replaced under load, on either node, and no connection fails",
+        prove: restart::graceful,
+    },
+    Claim {
+        says: "an attack: multipath TCP, whose second path no kernel program sees, is not to be had in a Pod of the mesh",
+        prove: attack::multipath,
+    },
+    Claim {
+        says: "an attack: who comes to the agent's port without a certificate gets nothing, is counted and logged",
+        prove: attack::agents_port,
     },
     Claim {
         says: "with its agent killed, a Pod's new connections are refused at once",

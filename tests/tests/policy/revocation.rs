@@ -12,10 +12,12 @@ use mesh_tests::process::Conversation;
 use mesh_tests::topology::NodeName;
 use serde_json::Value;
 
-use super::{expect_cut, open};
+use super::open;
 
 /// How many changes of policy a connection that none of them is about must outlive.
 const CHANGES: usize = 100;
+/// Each of these changes cuts somebody, so that the changes are seen to be enforced and not only written.
+const CUTS_EVERY: usize = 10;
 /// Between the documents of a manifest.
 const DOCUMENT: &str = "---\n";
 
@@ -141,27 +143,57 @@ pub fn removed_root(mesh: &mut Mesh) -> Result<()> {
 
 pub fn hundred_changes(mesh: &mut Mesh) -> Result<()> {
     let server: IpAddr = mesh.pod("server").v4.into();
-    let mut unaffected = open(mesh, "local", server)?;
-    let victim = open(mesh, "client", server)?;
-    let rule = |account: &str| format!("[{{ from: [{{ principals: [{}] }}] }}]", principal(account));
-    for nth in 0..CHANGES {
-        let name = format!("change-{nth}");
-        mesh.registry
-            .write("live.yaml", &policy(&name, "server", "Deny", &rule(&format!("nobody-{nth}"))))?;
-        let name = Value::from(format!("{MESHED}/{name}"));
-        poll::until_true("the change is in force", SOON, || {
-            let known = mesh.agent_state(NodeName::Two)?["policies"].clone();
-            Ok(known.as_array().is_some_and(|known| known.contains(&name)))
-        })?;
-        let line = format!("byte for byte, after change {nth}");
-        ensure!(unaffected.ask(&line, SOON)? == line);
+    let mut survivors = [
+        open(mesh, "local", server)?,
+        open(mesh, "local", mesh.pod("server").v6.into())?,
+    ];
+    let mut victim = None;
+    let denied = format!("[{{ from: [{{ principals: [{}] }}] }}]", principal("client"));
+    let allowed = format!(
+        "[{{ from: [{{ principals: [{}] }}] }}, {{ from: [{{ principals: [{}] }}] }}]",
+        principal("local"),
+        principal("client")
+    );
+    for change in 0..CHANGES {
+        if change % CUTS_EVERY == 0 {
+            mesh.wait_for_outcome("client", server, ECHO_PORT, true)?;
+            victim = Some(open(mesh, "client", server)?);
+        }
+        let cuts = change % CUTS_EVERY == CUTS_EVERY - 1;
+        let name = format!("turn-{change}");
+        let manifest = if cuts {
+            policy(&name, "server", "Deny", &denied)
+        } else {
+            policy(&name, "server", "Allow", &allowed)
+        };
+        mesh.registry.write("turn.yaml", &manifest)?;
+        let resource = format!("{MESHED}/{name}");
+        let mut asked = 0;
+        poll::until_true("the destination's agent enforces the change", SOON, || {
+            // While it arrives, bytes flow.
+            for survivor in &mut survivors {
+                let line = format!("change {change}, line {asked}: {}", "x".repeat(1 + 977 * asked % 8_000));
+                let echo = survivor.ask(&line, SOON)?;
+                ensure!(echo == line, "expected {line:?}, heard {echo:?}");
+            }
+            asked += 1;
+            let state = mesh.agent_state(NodeName::Two)?;
+            Ok(state["policies"]
+                .as_array()
+                .is_some_and(|known| known.iter().any(|known| *known == resource.as_str())))
+        })
+        .with_context(|| resource.clone())?;
+        let victim = victim.as_mut().context("somebody talks")?;
+        if cuts {
+            let end = victim.hear(SOON).context("the victim is not told")?;
+            ensure!(end.contains("ConnectionReset"), "expected a reset, the client said {end:?}");
+            mesh.registry.remove("turn.yaml")?;
+        } else {
+            ensure!(victim.ask("allowed", SOON)? == "allowed");
+        }
     }
-    let deny = || {
-        mesh.registry
-            .write("live.yaml", &policy("live", "server", "Deny", &rule("client")))
-    };
-    expect_cut(mesh, &victim, deny, "cut_by_policy", &format!("{MESHED}/live"))?;
-    ensure!(unaffected.ask("to the end", SOON)? == "to the end");
-    mesh.registry.remove("live.yaml")?;
+    for survivor in &mut survivors {
+        ensure!(survivor.ask("after a hundred", SOON)? == "after a hundred");
+    }
     mesh.wait_for_outcome("client", server, ECHO_PORT, true)
 }

@@ -3,6 +3,8 @@
 mod admission;
 mod bounds;
 mod carry;
+mod descriptors;
+mod hostile;
 mod memory;
 mod pool;
 mod raw;

@@ -61,6 +61,36 @@ async fn an_endpoint_that_refuses_is_stood_in_for() {
     assert_eq!(line["destination_principal"], open.workload.identity.to_string());
 }
 
+/// Of three endpoints two refuse: a connection that chooses them both is refused, though the third would take it.
+#[tokio::test]
+async fn a_third_endpoint_is_not_tried() {
+    let mesh = Mesh::new();
+    let client = mesh.pod(&mesh.near, "client").await;
+    let vip = SocketAddr::new(mesh.service(), PORT);
+    let _closed = [mesh.endpoint("closed").await, mesh.endpoint("shut").await];
+    let open = mesh.endpoint("open").await;
+    let _application = open.echo().await;
+    let mut refused = 0;
+    for _ in 0..MANY {
+        let mut stream = client.connect(vip).await;
+        stream.write_all(b"x").await.unwrap();
+        let mut byte = [0];
+        refused += usize::from(timeout(PATIENCE, stream.read(&mut byte)).await.unwrap().is_err());
+    }
+    assert!((1..MANY).contains(&refused), "{refused} of {MANY} were refused");
+    mesh.near.logs_reason("connect_failed_at_destination").await;
+    let metrics = mesh.near.metrics.render();
+    let retries = metrics
+        .lines()
+        .find_map(|line| line.strip_prefix("mesh_endpoint_retries_total "))
+        .unwrap();
+    let retries: usize = retries.parse().unwrap();
+    assert!(
+        (refused..=MANY).contains(&retries),
+        "{retries} retries, {refused} were refused"
+    );
+}
+
 #[tokio::test]
 async fn what_no_endpoint_can_take_is_refused_with_its_reason() {
     let mesh = Mesh::new();

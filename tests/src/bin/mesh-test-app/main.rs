@@ -2,6 +2,7 @@
 //! as any other: it knows nothing of the mesh, and runs unprivileged.
 
 mod client;
+mod hold;
 mod insist;
 mod load;
 mod server;
@@ -23,6 +24,8 @@ const USAGE: &str = "usage:
   mesh-test-app mptcp ADDRESS:PORT                 asks for a multipath TCP socket
   mesh-test-app unix PATH                          one connection to a Unix socket, and whether it is closed without a byte
   mesh-test-app udp ADDRESS:PORT                   a datagram through the echo server
+  mesh-test-app hold-serve PORT                    answers each connection once, and holds it
+  mesh-test-app hold COUNT THREADS ADDRESS:PORT…   opens so many, uses each once, and holds them until standard input ends
 load, for benchmarks:
   mesh-test-app load-serve PORT
   mesh-test-app load-up|load-down ADDRESS:PORT STREAMS BYTES
@@ -48,6 +51,8 @@ fn main() -> ExitCode {
         ["mptcp", address] => client::mptcp(address),
         ["unix", path] => client::unix(path),
         ["udp", address] => client::udp(address),
+        ["hold-serve", port] => hold::serve(port),
+        ["hold", count, threads, addresses @ ..] => hold::hold(count, threads, addresses),
         ["load-serve", port] => load::serve(port),
         ["load-up", address, streams, bytes] => load::bulk(address, streams, bytes, true),
         ["load-down", address, streams, bytes] => load::bulk(address, streams, bytes, false),
