@@ -56,7 +56,7 @@ pub fn deleted_account(mesh: &mut Mesh) -> Result<()> {
     let mut plaintext = open(mesh, "outsider", server[0])?;
     // Of both directions, to the account's Pod and from it.
     let mut chats = vec![open(mesh, "server", mesh.pod("client").v4.into())?];
-    for address in server.clone() {
+    for address in server {
         chats.push(open(mesh, "client", address)?);
     }
     let file = mesh.registry.folder().join("pod-client.yaml");
@@ -66,7 +66,7 @@ pub fn deleted_account(mesh: &mut Mesh) -> Result<()> {
     let delete = || mesh.registry.write("pod-client.yaml", pod);
     expect_proof_broken(mesh, &chats, delete, "cut_by_revocation", "_identity_revoked")?;
     // The Pod is there, and proves nothing: neither by a tunnel, nor as itself in clear.
-    for address in server.clone() {
+    for address in server {
         mesh.wait_for_outcome("client", address, ECHO_PORT, false)?;
     }
     mesh.wait_for_outcome("server", mesh.pod("client").v4.into(), ECHO_PORT, false)?;
@@ -105,7 +105,7 @@ fn rotate(mesh: &Mesh, step: &str) -> Result<()> {
 fn trusted(mesh: &Mesh, roots: u64) -> Result<()> {
     for node in NodeName::ALL {
         poll::until_true(&format!("{} trusts {roots} roots", node.as_str()), SOON, || {
-            Ok(mesh.agent_state(node)?["trusted_roots"] == Value::from(roots))
+            Ok(mesh.agent_state(node)?["trusted_roots"] == roots)
         })?;
     }
     Ok(())
