@@ -10,7 +10,6 @@ use mesh_tests::mesh::Mesh;
 use mesh_tests::poll::{self, SOON};
 use mesh_tests::process::Conversation;
 use mesh_tests::topology::NodeName;
-use serde_json::Value;
 
 use super::open;
 
