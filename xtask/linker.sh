@@ -6,7 +6,7 @@ if ! command -v cc >/dev/null 2>&1; then
     exit 1
   fi
   # Several links may start at once; the lock lets one of them install.
-  exec 9>/tmp/.culvert-cc.lock
+  exec 9>/run/culvert-cc.lock
   flock 9
   if ! command -v cc >/dev/null 2>&1; then
     echo "culvert: installing gcc and libc6-dev (Rust links with them)" >&2

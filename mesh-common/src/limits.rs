@@ -31,6 +31,7 @@ pub const MAX_MESH_DESTINATIONS: u32 = 65_536;
 /// IPv6 extension headers that are walked on the way to TCP. Real packets have one or two; behind more, a packet that a Pod sends
 /// is dropped and counted.
 pub const MAX_EXTENSION_HEADERS: u32 = 8;
+
 /// What the kernel holds for a map at most, all entries used, on a machine with so many CPUs.
 #[derive(Clone, Copy, Debug)]
 pub struct MapMemory {

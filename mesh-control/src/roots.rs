@@ -141,11 +141,20 @@ pub fn rotate(state: &StateDir, step: Step, trust_domain: &str, now: OffsetDateT
         (Step::Prepare, None) => {
             let made = authority::new_root(trust_domain, now)?;
             let next = Authority::from_pem(made.as_bytes(), now).map_err(|problem| bad(state, NEXT, &problem))?;
+            if current.bundle.len() >= MAX_TRUSTED_ROOTS {
+                return Err(bad(
+                    state,
+                    TRUSTED,
+                    &format!(
+                        "{MAX_TRUSTED_ROOTS} roots are trusted already, which is the most; retire those that do not sign first"
+                    ),
+                ));
+            }
             // Trusted before it can sign.
             trust(&[current.bundle, vec![next.root_pem().to_owned()]].concat())?;
             state.write(NEXT, made.as_bytes())?;
             Ok(format!(
-                "the next root, SHA-256 {}, is trusted; activate it once every agent has heard of it",
+                "the next root, SHA-256 {}, is trusted; activate it once every agent has heard of it: `trusted_roots` of its config_dump",
                 next.root_sha256()
             ))
         }
@@ -157,7 +166,7 @@ pub fn rotate(state: &StateDir, step: Step, trust_domain: &str, now: OffsetDateT
             state.remove(NEXT)?;
             Ok(format!(
                 "the root with SHA-256 {} signs; give the nodes new tokens (node-token --rotate), and retire the former root once \
-                 every certificate was renewed",
+                 every certificate was renewed, which takes half of its lifetime",
                 next.root_sha256()
             ))
         }

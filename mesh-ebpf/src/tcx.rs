@@ -5,7 +5,7 @@
 //! socket sent it the packet itself tells: a veth keeps it (Linux 4.19), and its mark is unforgeable. The socket's own addresses
 //! must be the packet's, or a root of the Pod could rewrite a pass-through's.
 //!
-//! A packet inside another (IPIP, GRE) is let go: nobody opens it at an address that the Pod may not speak to by itself.
+//! A packet inside another (IPIP, GRE, VXLAN) is not looked at: a node that unpacks what Pods send to it lets forged ones by.
 
 use core::ffi::c_void;
 use core::ptr;

@@ -13,6 +13,7 @@ const MAP_CREATE: libc::c_long = 0;
 const MAP_LOOKUP_ELEM: libc::c_long = 1;
 const MAP_UPDATE_ELEM: libc::c_long = 2;
 const MAP_DELETE_ELEM: libc::c_long = 3;
+const MAP_GET_NEXT_KEY: libc::c_long = 4;
 const PROG_LOAD: libc::c_long = 5;
 const OBJ_GET: libc::c_long = 7;
 const PROG_ATTACH: libc::c_long = 8;
@@ -120,6 +121,22 @@ pub fn erase(map: &OwnedFd, key: &[u8]) -> Result<()> {
     attributes[1] = key.as_ptr() as u64;
     bpf(MAP_DELETE_ELEM, &mut attributes).context("erasing an entry")?;
     Ok(())
+}
+
+/// Any key of a map whose keys are so long; none where it is empty.
+///
+/// # Errors
+/// The map refuses.
+pub fn first_key(map: &OwnedFd, key_bytes: usize) -> Result<Option<Vec<u8>>> {
+    let mut key = vec![0; key_bytes];
+    let mut attributes = Attributes::default();
+    attributes[0] = pair(raw(map), 0);
+    attributes[2] = key.as_mut_ptr() as u64;
+    match bpf(MAP_GET_NEXT_KEY, &mut attributes) {
+        Ok(_) => Ok(Some(key)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).context("asking for a key"),
+    }
 }
 
 /// The programs that use a map, and their links, of all that the kernel has: who holds them, and whether anybody does, is not asked.

@@ -272,7 +272,9 @@ fn agents_ports(shared: &mut Shared) -> Result<()> {
         let position = log.position();
         let attempt = mesh.app.connect(&mesh.pod(FOREIGN.name).place(), address, PLAINTEXT_PORT)?;
         ensure!(!attempt.ok(), "{address}: {}", attempt.report);
-        let line = log.wait_for(position, &[("direction", "inbound")], SOON)?;
+        let destination = SocketAddr::new(address.to_canonical(), PLAINTEXT_PORT).to_string();
+        let fields = [("direction", "inbound"), ("destination_address", destination.as_str())];
+        let line = log.wait_for(position, &fields, SOON)?;
         ensure!(
             text(&line, "reason") == "agent_port",
             "{address} port {PLAINTEXT_PORT} was not refused as an agent's port: {line}"

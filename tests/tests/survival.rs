@@ -13,6 +13,7 @@ mod takeover;
 mod traces;
 
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -30,11 +31,15 @@ use serde_json::Value;
 const PATIENTLY: Duration = Duration::from_secs(40);
 const ADMIN_PORT: u16 = 15000;
 const READY_PORT: u16 = 15021;
-/// Below the pin path: of the ABI's version.
-const PINS: &str = "v2";
 
 struct Shared {
     mesh: Mesh,
+}
+
+/// Where a node's pins are: below the pin path, by the ABI's version.
+fn pins(mesh: &Mesh, node: NodeName) -> PathBuf {
+    let version = format!("v{}", mesh_common::ABI_VERSION);
+    mesh.topology.node(node).pin_path().join(version)
 }
 
 fn main() -> ExitCode {

@@ -3,6 +3,9 @@
 //! counts no longer. A connection is registered before its first decision, so none slips between.
 
 use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep_until};
 
 use super::Proxy;
 use super::pod::PodContext;
@@ -13,10 +16,16 @@ use crate::policy::{self, Connection, Decision, Policy};
 use crate::state::{Settings, State};
 use crate::telemetry::{ConnectionRecord, Direction, IDENTITY_REVOKED, NEW_HOLDER, ROOT_REMOVED};
 
+/// At least between two reviews of a Pod because somebody's address has another holder: each looks at all of its connections, and Pods
+/// come and go. Policies and settings do not wait.
+const PACE: Duration = Duration::from_millis(50);
+
 /// What a Pod's connections are decided by.
 struct Rules {
-    /// `None` while they are not all known: a connection is not cut for what may yet arrive; new ones are refused meanwhile.
-    policies: Option<Vec<Arc<Policy>>>,
+    /// Those that are known.
+    policies: Vec<Arc<Policy>>,
+    /// While they are not all known, a connection is not cut because none allows it: one may yet arrive. New ones are refused meanwhile.
+    complete: bool,
     settings: Arc<Settings>,
     /// Which state of who has which address.
     holders: u64,
@@ -25,17 +34,29 @@ struct Rules {
 /// Reviews a Pod's connections until it is shut down.
 pub(super) async fn run(proxy: Arc<Proxy>, context: Arc<PodContext>) {
     let mut changed = proxy.state.changed();
-    let mut reviewed: Option<Rules> = None;
+    let mut reviewed: Option<(Rules, Instant)> = None;
     loop {
         changed.mark_unchanged();
         proxy.steps.done(Step::Reviewing);
         let rules = proxy.state.read(|state| applicable(state, &context));
-        if !reviewed.as_ref().is_some_and(|before| before.same(&rules)) {
-            review(&proxy, &context, &rules);
-            reviewed = Some(rules);
+        let mut again_at = None;
+        match &reviewed {
+            Some((before, _)) if before.same(&rules) => {}
+            Some((before, at)) if before.same_but_for_holders(&rules) && at.elapsed() < PACE => again_at = Some(*at + PACE),
+            _ => {
+                review(&proxy, &context, &rules);
+                reviewed = Some((rules, Instant::now()));
+            }
         }
+        let paced = async {
+            match again_at {
+                Some(at) => sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             () = context.shutdown.cancelled() => return,
+            () = paced => {}
             more = changed.changed() => {
                 if more.is_err() {
                     return;
@@ -48,9 +69,8 @@ pub(super) async fn run(proxy: Arc<Proxy>, context: Arc<PodContext>) {
 fn applicable(state: &State, context: &PodContext) -> Rules {
     let applicable = context.workload(state).map(|workload| state.policies_for(&workload));
     Rules {
-        policies: applicable
-            .filter(|applicable| applicable.complete)
-            .map(|applicable| applicable.policies),
+        complete: applicable.as_ref().is_some_and(|applicable| applicable.complete),
+        policies: applicable.map(|applicable| applicable.policies).unwrap_or_default(),
         settings: state.settings().clone(),
         holders: state.holders(),
     }
@@ -58,11 +78,13 @@ fn applicable(state: &State, context: &PodContext) -> Rules {
 
 impl Rules {
     fn same(&self, other: &Self) -> bool {
-        let same_policies = match (&self.policies, &other.policies) {
-            (Some(a), Some(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| Arc::ptr_eq(a, b)),
-            (a, b) => a.is_none() && b.is_none(),
-        };
-        same_policies && Arc::ptr_eq(&self.settings, &other.settings) && self.holders == other.holders
+        self.same_but_for_holders(other) && self.holders == other.holders
+    }
+
+    fn same_but_for_holders(&self, other: &Self) -> bool {
+        let same_policies = self.policies.len() == other.policies.len()
+            && self.policies.iter().zip(&other.policies).all(|(a, b)| Arc::ptr_eq(a, b));
+        same_policies && self.complete == other.complete && Arc::ptr_eq(&self.settings, &other.settings)
     }
 }
 
@@ -129,7 +151,6 @@ fn denied_by(rules: &Rules, namespace: &str, info: &ConnectionInfo, state: &Stat
     if info.direction == Direction::Outbound {
         return None;
     }
-    let policies = rules.policies.as_ref()?;
     let (destination_ip, destination_port) = (info.destination.ip(), info.destination.port());
     let settings = &rules.settings;
     if info.source.is_none() && settings.refuses_plaintext(namespace, destination_ip, destination_port) {
@@ -147,8 +168,9 @@ fn denied_by(rules: &Rules, namespace: &str, info: &ConnectionInfo, state: &Stat
         destination_ip,
         destination_port,
     };
-    match policy::evaluate(policies, &connection).decision {
-        Decision::Allow { .. } => None,
-        Decision::Deny { policy } => Some(policy.map_or(CutBy::NoAllowMatched, CutBy::Policy)),
+    match policy::evaluate(&rules.policies, &connection).decision {
+        Decision::Deny { policy: Some(policy) } => Some(CutBy::Policy(policy)),
+        Decision::Deny { policy: None } if rules.complete => Some(CutBy::NoAllowMatched),
+        Decision::Deny { policy: None } | Decision::Allow { .. } => None,
     }
 }

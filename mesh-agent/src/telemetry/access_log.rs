@@ -1,5 +1,5 @@
 use std::fs::OpenOptions;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -66,21 +66,35 @@ impl AccessLog {
     }
 }
 
-fn write_lines(output: impl Write, lines: &Receiver<String>, waiting: &AtomicUsize, metrics: &Metrics) {
-    let mut output = BufWriter::with_capacity(64 * 1024, output);
+/// Lines that wait are written together, as many whole ones as fit: two agents that write to one file do not tear each other's.
+const WRITE_BYTES: usize = 64 * 1024;
+
+fn write_lines(mut output: impl Write, lines: &Receiver<String>, waiting: &AtomicUsize, metrics: &Metrics) {
+    let mut is_failing = false;
     while let Ok(first) = lines.recv() {
-        // Everything that waits goes into one write; then the reader sees it.
-        let mut batch = 1_usize;
-        let mut result = writeln!(output, "{first}");
-        for line in lines.try_iter().take(QUEUE_LINES) {
+        let mut text = String::new();
+        if is_failing {
+            // What failed may have left a part of a line.
+            text.push('\n');
+        }
+        let mut batch = 0_usize;
+        for line in std::iter::once(first).chain(lines.try_iter()) {
+            text.push_str(&line);
+            text.push('\n');
             batch += 1;
-            result = result.and_then(|()| writeln!(output, "{line}"));
+            if text.len() >= WRITE_BYTES {
+                break;
+            }
         }
         waiting.fetch_sub(batch, Ordering::Relaxed);
-        if let Err(error) = result.and_then(|()| output.flush()) {
+        let result = output.write_all(text.as_bytes()).and_then(|()| output.flush());
+        if let Err(error) = &result {
             metrics.access_log_dropped.inc_by(batch as u64);
-            tracing::warn!(%error, "the access log cannot be written");
+            if !is_failing {
+                tracing::warn!(%error, "the access log cannot be written; what is lost is counted");
+            }
         }
+        is_failing = result.is_err();
     }
 }
 

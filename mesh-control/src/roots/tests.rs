@@ -45,6 +45,23 @@ fn a_root_is_replaced_step_by_step() {
 }
 
 #[test]
+fn there_are_only_so_many_roots_and_always_a_way_back() {
+    let (_dir, state) = state();
+    let roots = Roots::open(&state, "cluster.local", now()).expect("roots");
+    let step = |step| rotate(&state, step, "cluster.local", now());
+    for _ in 1..MAX_TRUSTED_ROOTS {
+        step(Step::Prepare).expect("prepared");
+        step(Step::Activate).expect("activated");
+    }
+    let refused = step(Step::Prepare).expect_err("one too many").to_string();
+    assert!(refused.contains("retire"), "{refused}");
+    assert!(roots.reload(now()).expect("read"));
+    assert_eq!(roots.in_force().bundle.len(), MAX_TRUSTED_ROOTS);
+    step(Step::Retire).expect("retired");
+    step(Step::Prepare).expect("room again");
+}
+
+#[test]
 fn what_cannot_be_read_leaves_in_force_what_was() {
     let (_dir, state) = state();
     let roots = Roots::open(&state, "cluster.local", now()).expect("roots");

@@ -13,7 +13,7 @@ use mesh_tests::process::Place;
 use mesh_tests::suite;
 use mesh_tests::topology::NodeName;
 
-use super::{PATIENTLY, PINS, Shared};
+use super::{PATIENTLY, Shared, pins};
 
 const NODE: NodeName = NodeName::Two;
 const POD: &str = "server";
@@ -29,7 +29,7 @@ const LINKS: [&str; 10] = [
     "connection_events",
     "socket_create",
 ];
-const MAPS: [&str; 8] = [
+const MAPS: [&str; 9] = [
     "PODS",
     "HEARTBEAT",
     "AGENT_SOCKETS",
@@ -37,12 +37,15 @@ const MAPS: [&str; 8] = [
     "ORIGINAL_DESTINATIONS_OF_SOCKETS",
     "UPSTREAM_CONNECTIONS",
     "LISTENERS",
+    "MESH_DESTINATIONS",
     "COUNTERS",
 ];
+/// A key of a map of prefixes: its length, and an address.
+const PREFIX_BYTES: usize = 4 + 16;
 
 pub fn broken_by_hand(shared: &mut Shared) -> Result<()> {
     let mesh = &mut shared.mesh;
-    let pins = mesh.topology.node(NODE).pin_path().join(PINS);
+    let pins = pins(mesh, NODE);
     let link = |name: &str| pins.join("links").join(name);
     let of_pod = pins.join("pods").join(pod_uid(POD));
     let listed = mesh.listed(POD)?.context("the agent lists its Pod")?;
@@ -64,6 +67,14 @@ pub fn broken_by_hand(shared: &mut Shared) -> Result<()> {
             write_number(&heartbeat, &0_u32.to_ne_bytes(), &falsified.to_ne_bytes())
         })?;
     }
+    // What the backstop takes for the mesh: without it every raw SYN would pass.
+    expect_repair(mesh, &["mesh_destinations"], || {
+        let map = bpf::open(&pins.join("MESH_DESTINATIONS"))?;
+        while let Some(key) = bpf::first_key(&map, PREFIX_BYTES)? {
+            bpf::erase(&map, &key)?;
+        }
+        Ok(())
+    })?;
 
     // Of the Pod: its entries, its program, its way back, the agent's listeners.
     let listeners = [slot * 2, slot * 2 + 1];
@@ -85,7 +96,7 @@ pub fn broken_by_hand(shared: &mut Shared) -> Result<()> {
         "net/ipv4/fwmark_reflect",
         "net/ipv6/fwmark_reflect",
     ];
-    let mut all = vec!["pods_entry", "sk_lookup", "return_rule", "return_route"];
+    let mut all = vec!["pods_entry", "sk_lookup", "backstop", "return_rule", "return_route"];
     all.extend(settings);
     expect_repair(mesh, &all, || {
         let pods = bpf::open(&pins.join("PODS"))?;
@@ -93,6 +104,8 @@ pub fn broken_by_hand(shared: &mut Shared) -> Result<()> {
         value[..4].copy_from_slice(&(slot + 1).to_ne_bytes());
         bpf::write(&pods, &cookie, value)?;
         remove_all(std::slice::from_ref(&of_pod))?;
+        let backstops = std::fs::read_dir(pins.join("backstops").join(pod_uid(POD)))?;
+        remove_all(&backstops.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?)?;
         let rules = ["rule del pref 100", "route flush table 17238"];
         let commands = rules.iter().flat_map(|rule| [format!("ip {rule}"), format!("ip -6 {rule}")]);
         let commands = commands.chain(settings.iter().map(|setting| format!("echo 0 > /proc/sys/{setting}")));

@@ -74,6 +74,34 @@ impl MeshDestinations {
         Ok(is_full)
     }
 
+    /// Makes the map again what it was left as; whether somebody had changed it.
+    pub(super) fn repair(&mut self) -> Result<bool, CaptureError> {
+        let found: BTreeMap<_, _> = self
+            .map
+            .iter()
+            .take(limits::MAX_MESH_DESTINATIONS as usize)
+            .map(|entry| entry.map(|(key, value)| ((key.prefix_len(), key.data()), value)))
+            .collect::<Result<_, _>>()
+            .map_err(|error| failed(WHAT, error))?;
+        if found == self.known {
+            return Ok(false);
+        }
+        // What is there too much first: it may be what leaves no room.
+        let wanted = std::mem::replace(&mut self.known, found);
+        let stale: Vec<_> = self.known.keys().filter(|key| !wanted.contains_key(key)).copied().collect();
+        let missing: Vec<_> = wanted
+            .iter()
+            .filter(|(key, value)| self.known.get(key) != Some(value))
+            .collect();
+        let repaired = stale
+            .iter()
+            .try_for_each(|key| self.remove(key))
+            .and_then(|()| missing.iter().try_for_each(|(key, value)| self.insert(**key, **value)));
+        // What could not be put back is looked for again the next time.
+        self.known = wanted;
+        repaired.map(|()| true)
+    }
+
     pub(super) fn len(&self) -> usize {
         self.known.len()
     }

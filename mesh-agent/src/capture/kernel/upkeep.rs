@@ -118,6 +118,9 @@ impl Kernel {
         if self.erased_beats.swap(0, Ordering::Relaxed) > 0 {
             repaired.push("heartbeat".to_owned());
         }
+        if self.mesh_destinations.lock().repair()? {
+            repaired.push("mesh_destinations".to_owned());
+        }
         Ok(repaired)
     }
 }

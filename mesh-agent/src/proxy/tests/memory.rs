@@ -89,7 +89,7 @@ async fn a_thousand_stalled_streams_stay_inside_the_bound() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_longest_stalled_give_way() {
     let mesh = Mesh::with_limits(Limits {
-        pod_buffered_bytes: 4 * MEBIBYTE,
+        pod_buffered_bytes: 2 * MEBIBYTE,
         ..Limits::default()
     });
     let client = mesh.pod(&mesh.near, "client").await;
@@ -102,7 +102,7 @@ async fn the_longest_stalled_give_way() {
     assert_echo(&mut moving, "hello").await;
     let mut bystander = other.connect(echo.application()).await;
     let mut streams = Vec::new();
-    // With small windows each keeps 32 to 64 KiB here: more than 6 MiB together.
+    // With small windows each keeps up to 64 KiB here, and some much less: more than the bound together.
     for _ in 0..200 {
         streams.push(stalled(&client, server.application()).await);
     }
@@ -110,7 +110,7 @@ async fn the_longest_stalled_give_way() {
     let held_bytes = mesh.near.proxy.registry.buffers().pod(&client.handle.context.pod.pod_uid);
     settled(&mesh.near).await;
     let held_bytes = held_bytes.held_bytes();
-    assert!(held_bytes <= 4 * MEBIBYTE, "{held_bytes}");
+    assert!(held_bytes <= 2 * MEBIBYTE, "{held_bytes}");
     assert_echo(&mut moving, "still here").await;
     assert_echo(&mut bystander, "another Pod's").await;
 }

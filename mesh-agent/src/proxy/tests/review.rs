@@ -142,3 +142,40 @@ async fn a_policy_that_arrives_while_it_is_waited_for_holds() {
         }
     }
 }
+
+/// A policy that is absent may allow: nothing is cut for that. What is known denies all the same.
+#[tokio::test]
+async fn what_is_known_cuts_while_a_policy_is_absent() {
+    let mesh = Mesh::new();
+    let denied = mesh.pod(&mesh.near, "denied").await;
+    let unaffected = mesh.pod(&mesh.near, "unaffected").await;
+    let mut server = mesh.pod(&mesh.far, "server").await;
+    let mut plaintext = refuse::plaintext_to_echo(&mesh, fresh_address(), &server).await;
+    assert_echo(&mut plaintext, "in clear").await;
+    let second = mesh.pod(&mesh.far, "second").await;
+    let _application = second.echo().await;
+    let mut victim = denied.connect(second.application()).await;
+    assert_echo(&mut victim, "before").await;
+    let mut survivor = unaffected.connect(second.application()).await;
+    assert_echo(&mut survivor, "before").await;
+    server.workload.policies = vec!["shop/absent".into()];
+    let mut second = second.workload.clone();
+    second.policies = vec!["shop/absent".into()];
+    mesh.far
+        .state
+        .apply(vec![Change::Workload(server.workload.clone()), Change::Workload(second)]);
+    for stream in [&mut plaintext, &mut victim, &mut survivor] {
+        assert_echo(stream, "while it is absent").await;
+    }
+    mesh.far.state.apply(vec![deny("shop/known", "denied")]);
+    assert_cut(&mut victim).await;
+    mesh.far.logs_reason("cut_by_policy").await;
+    mesh.far.state.apply(vec![Change::Settings(Settings {
+        trust_domain: "cluster.local".into(),
+        mtls: crate::state::Mtls::Strict,
+        ..Settings::default()
+    })]);
+    assert_cut(&mut plaintext).await;
+    mesh.far.logs_reason("cut_by_settings").await;
+    assert_echo(&mut survivor, "and on").await;
+}

@@ -150,6 +150,31 @@ async fn what_ends_while_a_connection_is_let_in_is_noticed() {
     assert_echo(&mut stream, "as before").await;
 }
 
+/// The source's side, while the destination has answered and the application has not been told.
+#[tokio::test]
+async fn what_ends_while_a_connection_is_let_out_is_noticed() {
+    let (mesh, other) = (Mesh::new(), Authority::new());
+    let client = mesh.pod(&mesh.near, "client").await;
+    let server = mesh.pod(&mesh.far, "server").await;
+    let _echo = server.echo().await;
+    let endings = [
+        ("revoked", settings(&[], &["server"])),
+        ("root", settings(&[&other], &[])),
+        ("holder", Change::RemoveAddress(server.workload.uid.to_string())),
+    ];
+    for (what, ending) in endings {
+        let state = mesh.near.state.clone();
+        let steps = &mesh.near.proxy.steps;
+        steps.at(Step::Opened, Box::new(move || state.apply(vec![ending])));
+        let mut stream = client.connect(server.application()).await;
+        review::assert_cut(&mut stream).await;
+        assert!(!steps.is_waiting(), "{what}: never opened");
+        mesh.tell(vec![settings(&[], &[]), Change::Workload(server.workload.clone())]);
+        let mut stream = client.connect(server.application()).await;
+        assert_echo(&mut stream, "as before").await;
+    }
+}
+
 /// Somebody else has the address of the source, or nobody.
 #[tokio::test]
 async fn a_source_that_is_gone_is_cut() {
