@@ -19,7 +19,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
@@ -42,6 +42,8 @@ const BOUNDS: Bounds = Bounds {
     head_timeout: Duration::from_secs(2),
     lifetime: Duration::from_secs(30),
 };
+/// Who is closed at the bound is told so often at most: it may be somebody who wants the log to be long.
+const SAY_AGAIN: Duration = Duration::from_secs(60);
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 
 /// An answer.
@@ -101,6 +103,7 @@ pub async fn serve(listener: TcpListener, pages: Pages, stop: CancellationToken)
 async fn serve_within(bounds: Bounds, listener: TcpListener, pages: Pages, stop: CancellationToken) {
     let places = Arc::new(Semaphore::new(bounds.connections));
     let clients = Arc::<Clients>::default();
+    let mut said_at = None;
     loop {
         let Ok(place) = places.clone().acquire_owned().await else {
             return;
@@ -118,7 +121,10 @@ async fn serve_within(bounds: Bounds, listener: TcpListener, pages: Pages, stop:
             }
         };
         let Some(client_place) = clients.take(client, bounds.per_client) else {
-            debug!(%client, "a client has all the HTTP connections that it may have");
+            if said_at.is_none_or(|at: Instant| at.elapsed() > SAY_AGAIN) {
+                said_at = Some(Instant::now());
+                warn!(%client, limit = bounds.per_client, "a client has all the HTTP connections that it may have: closed");
+            }
             continue;
         };
         let (pages, stop) = (pages.clone(), stop.clone());

@@ -299,10 +299,9 @@ async fn carry(
                 if !proxy.state.read(|state| tunnel.proof.peer_is_there(state)) {
                     return Err(Refusal::IdentityMismatch.into());
                 }
-                let upstream = context.pod.network.upstream_socket(tunnel.peer.ip(), destination)?;
-                let application = Carried::connect(upstream.socket, destination, "application").await?;
+                let (lease, application) = Carried::to_application(context, tunnel.peer.ip(), destination).await?;
                 proxy.steps.done(Step::Connected);
-                Ok((upstream.lease, application))
+                Ok((lease, application))
             };
             // Whoever gives up, or sends much too early, is not waited for.
             tokio::select! {

@@ -70,9 +70,7 @@ async fn carry(
     proxy.steps.done(Step::Evaluated);
     registered.decided();
     proxy.steps.done(Step::Decided);
-    let upstream = context.pod.network.upstream_socket(client.ip(), destination)?;
-    let _lease = upstream.lease;
-    let application = Carried::connect(upstream.socket, destination, "application").await?;
+    let (_lease, application) = Carried::to_application(context, client.ip(), destination).await?;
     proxy.steps.done(Step::Connected);
     record.opened();
     let result = copy::plain(client_side, application, record, &registered).await;

@@ -1,6 +1,6 @@
 use std::future::Future;
 use std::io;
-use std::net::{Shutdown, SocketAddr};
+use std::net::{IpAddr, Shutdown, SocketAddr};
 use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +9,9 @@ use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpSocket, TcpStream};
 
 use super::error::{Phase, ProxyError};
-use super::limits::CONNECT_TIMEOUT;
+use super::limits::{CONNECT_TIMEOUT, UPSTREAM_TRIES};
+use super::pod::PodContext;
+use crate::capture::UpstreamLease;
 
 /// Finds peers that vanished without a word; the ends of an open connection may otherwise be silent for ever.
 const KEEP_ALIVE: Duration = Duration::from_secs(180);
@@ -32,6 +34,24 @@ impl Carried {
     /// To the application or to an outsider.
     pub(super) async fn connect(socket: TcpSocket, to: SocketAddr, what: &'static str) -> Result<Self, ProxyError> {
         connect(socket, to, what).await.map(Self::new)
+    }
+
+    /// To the Pod's application, from the client's address; with it the place that the connection has among the Pod's.
+    pub(super) async fn to_application(
+        context: &PodContext,
+        client: IpAddr,
+        destination: SocketAddr,
+    ) -> Result<(UpstreamLease, Self), ProxyError> {
+        let mut tries = UPSTREAM_TRIES;
+        loop {
+            let upstream = context.pod.network.upstream_socket(client, destination)?;
+            tries -= 1;
+            match Self::connect(upstream.socket, destination, "application").await {
+                // The last connection from that port is not over for the kernel; another port may do.
+                Err(ProxyError::Connect { source, .. }) if source.kind() == io::ErrorKind::AddrNotAvailable && tries > 0 => {}
+                connected => return connected.map(|application| (upstream.lease, application)),
+            }
+        }
     }
 
     /// Ends it properly: what was written is still delivered.

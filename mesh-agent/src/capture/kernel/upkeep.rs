@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use aya::Ebpf;
 
@@ -22,7 +22,12 @@ pub(super) struct Kept {
     maps: Vec<(String, OwnedFd)>,
     cgroup: File,
     cgroup_id: u64,
+    /// Looks at what is missing.
+    turns: AtomicU32,
 }
+
+/// In how many looks the map of the mesh is compared once.
+const DESTINATIONS_EVERY: u32 = 5;
 
 impl Kept {
     /// After the programs are loaded, and with them the maps pinned.
@@ -50,6 +55,7 @@ impl Kept {
             maps,
             cgroup,
             cgroup_id,
+            turns: AtomicU32::new(0),
         })
     }
 }
@@ -118,7 +124,9 @@ impl Kernel {
         if self.erased_beats.swap(0, Ordering::Relaxed) > 0 {
             repaired.push("heartbeat".to_owned());
         }
-        if self.mesh_destinations.lock().repair()? {
+        // Two system calls an entry, and it may have thousands.
+        let turn = self.kept.turns.fetch_add(1, Ordering::Relaxed);
+        if turn.is_multiple_of(DESTINATIONS_EVERY) && self.mesh_destinations.lock().repair()? {
             repaired.push("mesh_destinations".to_owned());
         }
         Ok(repaired)

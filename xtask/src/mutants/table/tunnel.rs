@@ -50,11 +50,19 @@ pub const TUNNEL: Group = Group {
             name: "identity-of-another-address",
             attacks: &["wrong identity", "a client certificate of another node's Pod"],
             without: "the look whether the certificate's holder lives at the peer's address",
-            edits: &[Edit {
-                file: "mesh-agent/src/proxy/authorize.rs",
-                from: ".filter(|workload| workload.identity == *identity)",
-                to: ".filter(|workload| workload.identity == *identity || workload.identity != *identity)",
-            }],
+            // Asked once before the decision, and once after it, for an address that changes hands in between.
+            edits: &[
+                Edit {
+                    file: "mesh-agent/src/proxy/authorize.rs",
+                    from: ".filter(|workload| workload.identity == *identity)",
+                    to: ".filter(|workload| workload.identity == *identity || workload.identity != *identity)",
+                },
+                Edit {
+                    file: "mesh-agent/src/proxy/proof.rs",
+                    from: ".is_some_and(|holder| holder.identity == self.peer.0)",
+                    to: ".is_some_and(|holder| holder.identity == self.peer.0 || holder.identity != self.peer.0)",
+                },
+            ],
             noticed_by: &[attacks(
                 "a_certificate_of_another_nodes_pod",
                 "another node's Pod was answered 200",
