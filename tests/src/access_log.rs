@@ -10,6 +10,9 @@ use serde_json::Value;
 
 use crate::poll;
 
+/// A line is written within milliseconds of its connection's end, on a machine that is busy within some more.
+const QUIET: Duration = Duration::from_millis(500);
+
 #[derive(Clone, Debug)]
 pub struct AccessLog {
     path: PathBuf,
@@ -34,6 +37,19 @@ impl AccessLog {
         let bytes = std::fs::read(&self.path).unwrap_or_default();
         let end = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
         Position(end as u64)
+    }
+
+    /// As [`AccessLog::position`], once nothing more comes of what was before.
+    ///
+    /// # Errors
+    /// Lines never cease.
+    pub fn quiet_position(&self) -> Result<Position> {
+        poll::until("the access log is quiet", poll::SOON, || {
+            let before = self.position();
+            std::thread::sleep(QUIET);
+            let after = self.position();
+            Ok((before.0 == after.0).then_some(after))
+        })
     }
 
     /// Parses only what is new: a log of a thousand connections is long, and is asked often.
