@@ -40,6 +40,19 @@ pub struct PodSpec {
     pub annotations: &'static str,
 }
 
+impl PodSpec {
+    #[must_use]
+    pub const fn new(name: &'static str, node: NodeName, host: u8, meshed: bool) -> Self {
+        Self {
+            name,
+            node,
+            host,
+            meshed,
+            annotations: "",
+        }
+    }
+}
+
 #[derive(Debug)]
 pub struct Mesh {
     agents: BTreeMap<NodeName, Process>,

@@ -14,6 +14,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use mesh_common::{OUTBOUND_PORT, PLAINTEXT_INBOUND_PORT};
 use mesh_tests::access_log::text;
 use mesh_tests::app::ECHO_PORT;
 use mesh_tests::binaries;
@@ -27,26 +28,14 @@ use mesh_tests::topology::NodeName;
 use serde_json::Value;
 
 const PODS: [PodSpec; 3] = [
-    pod("client", NodeName::One, 10),
-    pod("server", NodeName::Two, 20),
-    pod("neighbour", NodeName::Two, 21),
+    PodSpec::new("client", NodeName::One, 10, true),
+    PodSpec::new("server", NodeName::Two, 20, true),
+    PodSpec::new("neighbour", NodeName::Two, 21, true),
 ];
-const OUTBOUND_PORT: u16 = 15001;
-const PLAINTEXT_PORT: u16 = 15006;
 const ADMIN_PORT: u16 = 15000;
 /// Nobody's, but an attacker's claim.
 const CLAIMED: &str = "203.0.113.9";
 const COMMAND_DEADLINE: Duration = Duration::from_secs(20);
-
-const fn pod(name: &'static str, node: NodeName, host: u8) -> PodSpec {
-    PodSpec {
-        name,
-        node,
-        host,
-        meshed: true,
-        annotations: "",
-    }
-}
 
 struct Shared {
     certificates: Certificates,
@@ -270,14 +259,16 @@ fn agents_ports(shared: &mut Shared) -> Result<()> {
     let log = mesh.access_log(NodeName::Two);
     for address in server(shared) {
         let position = log.position();
-        let attempt = mesh.app.connect(&mesh.pod(FOREIGN.name).place(), address, PLAINTEXT_PORT)?;
+        let attempt = mesh
+            .app
+            .connect(&mesh.pod(FOREIGN.name).place(), address, PLAINTEXT_INBOUND_PORT)?;
         ensure!(!attempt.ok(), "{address}: {}", attempt.report);
-        let destination = SocketAddr::new(address.to_canonical(), PLAINTEXT_PORT).to_string();
+        let destination = SocketAddr::new(address.to_canonical(), PLAINTEXT_INBOUND_PORT).to_string();
         let fields = [("direction", "inbound"), ("destination_address", destination.as_str())];
         let line = log.wait_for(position, &fields, SOON)?;
         ensure!(
             text(&line, "reason") == "agent_port",
-            "{address} port {PLAINTEXT_PORT} was not refused as an agent's port: {line}"
+            "{address} port {PLAINTEXT_INBOUND_PORT} was not refused as an agent's port: {line}"
         );
         // The outbound one knows of no destination for what was not redirected.
         let attempt = mesh.app.connect(&mesh.pod(FOREIGN.name).place(), address, OUTBOUND_PORT)?;

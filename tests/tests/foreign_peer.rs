@@ -22,20 +22,8 @@ use mesh_tests::topology::NodeName;
 use serde_json::Value;
 
 const PODS: [PodSpec; 2] = [
-    PodSpec {
-        name: "client",
-        node: NodeName::One,
-        host: 10,
-        meshed: true,
-        annotations: "",
-    },
-    PodSpec {
-        name: "server",
-        node: NodeName::Two,
-        host: 20,
-        meshed: true,
-        annotations: "",
-    },
+    PodSpec::new("client", NodeName::One, 10, true),
+    PodSpec::new("server", NodeName::Two, 20, true),
 ];
 struct Shared {
     server: Process,

@@ -31,21 +31,11 @@ const LONG: Duration = Duration::from_secs(400);
 const BULK_BYTES: usize = 4 << 20;
 
 const PODS: [PodSpec; 4] = [
-    pod("greedy", NodeName::One, 10),
-    pod("neighbour", NodeName::One, 11),
-    pod("server", NodeName::Two, 20),
-    pod("second", NodeName::Two, 21),
+    PodSpec::new("greedy", NodeName::One, 10, true),
+    PodSpec::new("neighbour", NodeName::One, 11, true),
+    PodSpec::new("server", NodeName::Two, 20, true),
+    PodSpec::new("second", NodeName::Two, 21, true),
 ];
-
-const fn pod(name: &'static str, node: NodeName, host: u8) -> PodSpec {
-    PodSpec {
-        name,
-        node,
-        host,
-        meshed: true,
-        annotations: "",
-    }
-}
 
 fn main() -> ExitCode {
     suite::run(
@@ -59,7 +49,7 @@ fn main() -> ExitCode {
         },
         Mesh::with_logs,
         &[
-            ("a_neighbour_of_twenty_thousand_connections_goes_on", twenty_thousand),
+            ("a_neighbour_of_a_pod_with_all_its_connections_goes_on", all_its_connections),
             ("an_agent_without_descriptors_counts_it_and_recovers", no_descriptors),
         ],
     )
@@ -97,7 +87,7 @@ fn connections_per_pod(mesh: &Mesh, node: NodeName) -> Result<usize> {
     Ok(CONNECTIONS_PER_POD.min((descriptors - DESCRIPTORS_RESERVED) / 2 / 2))
 }
 
-fn twenty_thousand(mesh: &mut Mesh) -> Result<()> {
+fn all_its_connections(mesh: &mut Mesh) -> Result<()> {
     let mesh = &*mesh;
     let most = connections_per_pod(mesh, NodeName::One)?;
     let (own, _) = getrlimit(Resource::RLIMIT_NOFILE)?;

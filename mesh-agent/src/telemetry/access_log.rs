@@ -198,4 +198,38 @@ mod tests {
         }
         until("all are counted", || metrics.access_log_dropped.get() == 10);
     }
+
+    /// A disk with room for so many bytes; then full, until it is given more.
+    #[derive(Clone)]
+    struct Full(Arc<Mutex<(usize, Vec<u8>)>>);
+
+    impl Write for Full {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let (room, text) = &mut *self.0.lock();
+            if *room == 0 {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            let some = bytes.len().min(*room);
+            *room -= some;
+            text.extend_from_slice(&bytes[..some]);
+            Ok(some)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn after_a_full_disk_lines_are_whole_again() {
+        let (disk, metrics) = (Full(Arc::new(Mutex::new((5, Vec::new())))), Metrics::new());
+        let log = AccessLog::start(disk.clone(), metrics.clone()).unwrap();
+        log.write("torn by the end of the disk".to_owned(), true);
+        until("it is full", || metrics.access_log_dropped.get() == 1);
+        disk.0.lock().0 = usize::MAX;
+        log.write("whole".to_owned(), true);
+        until("written", || disk.0.lock().1.ends_with(b"whole\n"));
+        let text = String::from_utf8(disk.0.lock().1.clone()).unwrap();
+        assert_eq!(text.lines().collect::<Vec<_>>(), ["torn ", "whole"]);
+    }
 }

@@ -16,22 +16,12 @@ use report::Results;
 
 const LOAD_PORT: u16 = 9100;
 
-const fn pod(name: &'static str, node: NodeName, host: u8, meshed: bool) -> PodSpec {
-    PodSpec {
-        name,
-        node,
-        host,
-        meshed,
-        annotations: "",
-    }
-}
-
 const PODS: [PodSpec; 5] = [
-    pod("client", NodeName::One, 10, true),
-    pod("local", NodeName::One, 11, true),
-    pod("server", NodeName::Two, 20, true),
-    pod("plain-client", NodeName::One, 12, false),
-    pod("plain-server", NodeName::Two, 21, false),
+    PodSpec::new("client", NodeName::One, 10, true),
+    PodSpec::new("local", NodeName::One, 11, true),
+    PodSpec::new("server", NodeName::Two, 20, true),
+    PodSpec::new("plain-client", NodeName::One, 12, false),
+    PodSpec::new("plain-server", NodeName::Two, 21, false),
 ];
 
 /// A way from a client to a server.

@@ -17,34 +17,10 @@ use running::Running;
 
 /// The demo's Pods: a client, a server on the other node, one on the same node, and one that is not in the mesh.
 pub const PODS: [PodSpec; 4] = [
-    PodSpec {
-        name: "client",
-        node: NodeName::One,
-        host: 10,
-        meshed: true,
-        annotations: "",
-    },
-    PodSpec {
-        name: "local",
-        node: NodeName::One,
-        host: 11,
-        meshed: true,
-        annotations: "",
-    },
-    PodSpec {
-        name: "outsider",
-        node: NodeName::One,
-        host: 12,
-        meshed: false,
-        annotations: "",
-    },
-    PodSpec {
-        name: "server",
-        node: NodeName::Two,
-        host: 20,
-        meshed: true,
-        annotations: "",
-    },
+    PodSpec::new("client", NodeName::One, 10, true),
+    PodSpec::new("local", NodeName::One, 11, true),
+    PodSpec::new("outsider", NodeName::One, 12, false),
+    PodSpec::new("server", NodeName::Two, 20, true),
 ];
 
 const INTERRUPTED: &str = "interrupted before every claim was proven; everything that was made is removed";
