@@ -14,7 +14,6 @@ use super::pod::PodContext;
 use super::pool::{OpenStream, PoolKey};
 use super::registry::ConnectionInfo;
 use super::socket::Carried;
-use super::step::Step;
 use super::{Accepted, Proxy, Registered};
 use crate::addr::{ClientAddr, OriginalDst};
 use crate::balance;
@@ -244,7 +243,6 @@ async fn tunnel(
     };
     registered.rely_on(stream.guard.proof());
     registered.decided();
-    proxy.steps.done(Step::Opened);
     still_proven(proxy, stream.guard.proof())?;
     // As inbound: cut from here on when the address gets another holder, it may have got one just before.
     if !proxy.state.read(|state| stream.guard.proof().peer_is_there(state)) {

@@ -3,7 +3,7 @@
 #[cfg(test)]
 use parking_lot::Mutex;
 
-/// What has just been done for a connection: an inbound one, but for the last two.
+/// What has just been done for an inbound connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(not(test), allow(dead_code, reason = "named for tests"))]
 pub(super) enum Step {
@@ -13,8 +13,6 @@ pub(super) enum Step {
     Evaluated,
     Decided,
     Connected,
-    /// Outbound: the tunnel has a stream for it, and it is decided.
-    Opened,
     /// A review has noted that something changed, and has not looked at what.
     Reviewing,
 }

@@ -150,7 +150,7 @@ async fn what_ends_while_a_connection_is_let_in_is_noticed() {
     assert_echo(&mut stream, "as before").await;
 }
 
-/// The source's side, while the destination has answered and the application has not been told.
+/// The source's side: the destination is about to answer, and a review of the source has nothing to cut yet.
 #[tokio::test]
 async fn what_ends_while_a_connection_is_let_out_is_noticed() {
     let (mesh, other) = (Mesh::new(), Authority::new());
@@ -164,11 +164,11 @@ async fn what_ends_while_a_connection_is_let_out_is_noticed() {
     ];
     for (what, ending) in endings {
         let state = mesh.near.state.clone();
-        let steps = &mesh.near.proxy.steps;
-        steps.at(Step::Opened, Box::new(move || state.apply(vec![ending])));
+        let steps = &mesh.far.proxy.steps;
+        steps.at(Step::Connected, Box::new(move || state.apply(vec![ending])));
         let mut stream = client.connect(server.application()).await;
         review::assert_cut(&mut stream).await;
-        assert!(!steps.is_waiting(), "{what}: never opened");
+        assert!(!steps.is_waiting(), "{what}: never connected");
         mesh.tell(vec![settings(&[], &[]), Change::Workload(server.workload.clone())]);
         let mut stream = client.connect(server.application()).await;
         assert_echo(&mut stream, "as before").await;
