@@ -18,7 +18,7 @@ use crate::telemetry::{ConnectionRecord, Direction, IDENTITY_REVOKED, NEW_HOLDER
 
 /// At least between two reviews of a Pod because somebody's address has another holder: each looks at all of its connections, and Pods
 /// come and go. Policies and settings do not wait.
-const PACE: Duration = Duration::from_millis(50);
+pub(super) const PACE: Duration = Duration::from_millis(50);
 
 /// What a Pod's connections are decided by.
 struct Rules {

@@ -163,6 +163,8 @@ async fn what_ends_while_a_connection_is_let_out_is_noticed() {
         ("holder", Change::RemoveAddress(server.workload.uid.to_string())),
     ];
     for (what, ending) in endings {
+        // A review so soon after another one would wait, and cut what is decided by then.
+        sleep(2 * crate::proxy::review::PACE).await;
         let state = mesh.near.state.clone();
         let steps = &mesh.far.proxy.steps;
         steps.at(Step::Connected, Box::new(move || state.apply(vec![ending])));
