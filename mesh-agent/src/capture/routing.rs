@@ -1,5 +1,5 @@
 //! What the Pod's namespace needs so that the application's answers to a transparent client address come back to the agent: a rule,
-//! a route and three settings; one that lets ports be used again, and one that keeps the agent's. Everything here runs inside the namespace
+//! a route and three settings; and a fourth that keeps the agent's ports. Everything here runs inside the namespace
 //! (`NetNamespace::run`).
 //!
 //! The upstream socket's SYN carries our mark; `tcp_fwmark_accept` gives it to the application's accepted socket,
@@ -24,13 +24,7 @@ const TABLE: u32 = RETURN_PATH_MARK;
 /// After `local` (0), before `main` (32766) and what CNI plugins commonly add.
 const RULE_PREFERENCE: u32 = 100;
 
-const SETTINGS_V4: [&str; 3] = [
-    "net/ipv4/tcp_fwmark_accept",
-    "net/ipv4/fwmark_reflect",
-    // For both families. A client that ends its connections first leaves ours in TIME_WAIT for a minute each, and its address has some
-    // 12,000 ports here: by default the kernel takes such a port again (after a second, by timestamps) for loopback addresses only.
-    "net/ipv4/tcp_tw_reuse",
-];
+const SETTINGS_V4: [&str; 2] = ["net/ipv4/tcp_fwmark_accept", "net/ipv4/fwmark_reflect"];
 const SETTINGS_V6: [&str; 1] = ["net/ipv6/fwmark_reflect"];
 const WANTED: &str = "1";
 

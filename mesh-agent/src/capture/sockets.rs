@@ -171,7 +171,8 @@ pub(super) fn upstream(
 
 /// At random, so that nobody else's SYN meets one that is on its way but by trying thousands. First for a port that nothing else holds
 /// with this address: then no 4-tuple can collide. When the tries run out (most of the range is busy, or in TIME_WAIT), for one that is
-/// shared: the kernel then tells at connect (EADDRNOTAVAIL) if the very 4-tuple lives.
+/// shared: the kernel then tells at connect (EADDRNOTAVAIL) if the very 4-tuple lives. One in TIME_WAIT is taken again, as the port is
+/// asked for by name.
 fn bind_in_own_range(socket: &Socket, client: IpAddr) -> Result<(), CaptureError> {
     for attempt in 0..EXCLUSIVE_TRIES + SHARED_TRIES {
         if attempt == EXCLUSIVE_TRIES {

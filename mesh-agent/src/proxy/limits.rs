@@ -72,7 +72,7 @@ pub const FIRST_BYTES_TIMEOUT: Duration = Duration::from_secs(2);
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// From the CONNECT to its answer: the far side's discovery and its connect to the application.
 pub const RESPONSE_TIMEOUT: Duration = Duration::from_secs(20);
-/// Ports that are tried for a connection to the application, where the kernel finds the last one's connection not over yet.
+/// Ports that are tried for a connection to the application, where the kernel finds one from that very port that lives.
 pub const UPSTREAM_TRIES: u32 = 4;
 /// Endpoints of a service that are tried for a connection: the chosen one, and one other when that refuses.
 pub const ENDPOINT_TRIES: usize = 2;

@@ -47,7 +47,7 @@ impl Carried {
             let upstream = context.pod.network.upstream_socket(client, destination)?;
             tries -= 1;
             match Self::connect(upstream.socket, destination, "application").await {
-                // The last connection from that port is not over for the kernel; another port may do.
+                // When most ports are busy one is shared, and it may be the very one of a connection that lives: another may do.
                 Err(ProxyError::Connect { source, .. }) if source.kind() == io::ErrorKind::AddrNotAvailable && tries > 0 => {}
                 connected => return connected.map(|application| (upstream.lease, application)),
             }

@@ -429,12 +429,7 @@ pub fn return_path(testbed: &Testbed) {
          done"
     ));
     within(&pod, || {
-        for setting in [
-            "ipv4/tcp_fwmark_accept",
-            "ipv4/fwmark_reflect",
-            "ipv4/tcp_tw_reuse",
-            "ipv6/fwmark_reflect",
-        ] {
+        for setting in ["ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect"] {
             fs::write(Path::new("/proc/sys/net").join(setting), "1").unwrap();
         }
     });

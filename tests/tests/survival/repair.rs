@@ -94,7 +94,6 @@ pub fn broken_by_hand(shared: &mut Shared) -> Result<()> {
     let settings = [
         "net/ipv4/tcp_fwmark_accept",
         "net/ipv4/fwmark_reflect",
-        "net/ipv4/tcp_tw_reuse",
         "net/ipv6/fwmark_reflect",
     ];
     let mut all = vec!["pods_entry", "sk_lookup", "backstop", "return_rule", "return_route"];

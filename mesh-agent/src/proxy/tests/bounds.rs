@@ -2,7 +2,7 @@
 
 use super::raw::{RawTunnel, assert_stream_echo};
 use super::*;
-use crate::proxy::limits::QuotaLimits;
+use crate::proxy::limits::{QuotaLimits, UPSTREAM_TRIES};
 
 const SHORT: Duration = Duration::from_millis(100);
 
@@ -173,4 +173,30 @@ async fn a_connect_has_its_time() {
     };
     assert_eq!(error.reason(), "connect_timeout");
     assert!(since.elapsed() < Duration::from_secs(6), "{:?}", since.elapsed());
+}
+
+/// Where most ports are busy one is shared, and may be that of a connection that lives.
+#[tokio::test]
+async fn another_port_is_tried_where_the_first_ones_connection_lives() {
+    let mesh = Mesh::new();
+    let client = mesh.pod(&mesh.near, "client").await;
+    let server = mesh.pod(&mesh.far, "server").await;
+    let _echo = server.echo().await;
+    let application = server.application();
+    let living = shared_socket_at(SocketAddr::new(client.ip, 0));
+    let port = living.local_addr().unwrap().port();
+    let mut living = living.connect(application).await.unwrap();
+    let tries = UPSTREAM_TRIES as usize;
+    for (shared, works) in [(tries - 1, true), (tries, false)] {
+        *server.network.shared_ports.lock() = vec![port; shared];
+        let mut stream = client.connect(application).await;
+        if works {
+            assert_echo(&mut stream, "from another port").await;
+        } else {
+            assert_refused(stream).await;
+            mesh.far.logs_reason("local_ports_exhausted").await;
+        }
+        assert!(server.network.shared_ports.lock().is_empty(), "it was tried once too little");
+    }
+    assert_echo(&mut living, "and on").await;
 }

@@ -127,6 +127,8 @@ pub(super) const OWN_UPSTREAM_PORT: u16 = 61_234;
 struct LoopbackNetwork {
     own: IpAddr,
     destinations: Mutex<HashMap<SocketAddr, OriginalDst>>,
+    /// Local ports that the next upstream sockets get, though others may have them.
+    shared_ports: Mutex<Vec<u16>>,
 }
 
 impl std::fmt::Debug for LoopbackNetwork {
@@ -149,7 +151,10 @@ impl PodNetwork for LoopbackNetwork {
 
     fn upstream_socket(&self, client: IpAddr, _: SocketAddr) -> Result<Upstream, CaptureError> {
         Ok(Upstream {
-            socket: socket_at(client),
+            socket: match self.shared_ports.lock().pop() {
+                Some(port) => shared_socket_at(SocketAddr::new(client, port)),
+                None => socket_at(client),
+            },
             lease: UpstreamLease::default(),
         })
     }
@@ -157,6 +162,13 @@ impl PodNetwork for LoopbackNetwork {
     fn is_own_upstream(&self, client: ClientAddr, _: OriginalDst) -> bool {
         client.port() == OWN_UPSTREAM_PORT
     }
+}
+
+fn shared_socket_at(address: SocketAddr) -> TcpSocket {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_reuseaddr(true).unwrap();
+    socket.bind(address).unwrap();
+    socket
 }
 
 fn socket_at(ip: IpAddr) -> TcpSocket {
@@ -290,6 +302,7 @@ impl Mesh {
         let network = Arc::new(LoopbackNetwork {
             own: ip,
             destinations: Mutex::default(),
+            shared_ports: Mutex::default(),
         });
         let listener = async |port| TcpListener::bind(SocketAddr::new(ip, port)).await.unwrap();
         let listeners = PodListeners {
