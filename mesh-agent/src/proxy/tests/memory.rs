@@ -74,9 +74,9 @@ async fn a_thousand_stalled_streams_stay_inside_the_bound() {
     assert!(held(&mesh.far) <= 128 * MEBIBYTE, "{}", held(&mesh.far));
     // Two agents' bounds, and what a thousand connections of both cost; other tests of this process run beside it.
     assert!(growth <= 700 * MEBIBYTE, "{growth}");
-    // Small windows keep most of them; full ones would leave 64.
+    // Small windows keep most of them, how many depends on how soon they come; full ones would leave 64.
     let open = mesh.near.proxy.registry.count(&client.handle.context.pod.pod_uid);
-    assert!(open > 500, "{open}");
+    assert!(open > 128, "{open}");
     let mut stream = other.connect(echo.application()).await;
     assert_echo(&mut stream, "unaffected").await;
     let mut stream = client.connect(echo.application()).await;
@@ -88,10 +88,14 @@ async fn a_thousand_stalled_streams_stay_inside_the_bound() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_longest_stalled_give_way() {
-    let mesh = Mesh::with_limits(Limits {
-        pod_buffered_bytes: 2 * MEBIBYTE,
-        ..Limits::default()
-    });
+    // The far agent has room: where it gave way first, too little would come to the near one.
+    let mesh = Mesh {
+        near: Node::with_limits(Limits {
+            pod_buffered_bytes: 2 * MEBIBYTE,
+            ..Limits::default()
+        }),
+        ..Mesh::new()
+    };
     let client = mesh.pod(&mesh.near, "client").await;
     let other = mesh.pod(&mesh.near, "other").await;
     let server = mesh.pod(&mesh.far, "server").await;
