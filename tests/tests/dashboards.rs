@@ -34,6 +34,9 @@ const RANGE: &str = "5m";
 const ANSWERED: Duration = Duration::from_secs(60);
 const POOL: (Ipv4Addr, Ipv6Addr) = (Ipv4Addr::new(10, 96, 0, 10), Ipv6Addr::new(0xfd96, 0, 0, 0, 0, 0, 0, 0x10));
 
+/// A value for each variable.
+type Values = BTreeMap<String, String>;
+
 struct Shared {
     // Ends before the namespaces that it runs in.
     prometheus: Option<Prometheus>,
@@ -144,7 +147,7 @@ impl Shared {
     }
 
     /// Why a query, with these values of its variables, is not answered as its panel needs it; `None`: it is.
-    fn unanswered(&self, query: &Query, values: &BTreeMap<String, String>) -> Result<Option<String>> {
+    fn unanswered(&self, query: &Query, values: &Values) -> Result<Option<String>> {
         let expression = grafana::substitute(&query.expression, values)?;
         let place = &query.place;
         let series = match self.prometheus()?.query(self.mesh.topology.world(), &expression) {
@@ -164,7 +167,7 @@ impl Shared {
     }
 
     /// For some choice at least, the panel has data; and no choice breaks it.
-    fn unanswered_by_all(&self, query: &Query, choices: &[BTreeMap<String, String>]) -> Result<Option<String>> {
+    fn unanswered_by_all(&self, query: &Query, choices: &[Values]) -> Result<Option<String>> {
         let mut last = None;
         for values in choices {
             last = self.unanswered(query, values)?;
@@ -176,7 +179,7 @@ impl Shared {
     }
 
     /// Asks again, with traffic going on, until there is an answer.
-    fn expect_answer(&self, query: &Query, choices: &[BTreeMap<String, String>]) -> Result<()> {
+    fn expect_answer(&self, query: &Query, choices: &[Values]) -> Result<()> {
         let mut last = None;
         let answered = poll::until_true("the query has an answer", ANSWERED, || {
             last = self.unanswered_by_all(query, choices)?;
@@ -189,9 +192,9 @@ impl Shared {
     }
 
     /// What a dashboard's variables are at first, and every combination of what they can be.
-    fn choices(&self, dashboard: &Dashboard) -> Result<(BTreeMap<String, String>, Vec<BTreeMap<String, String>>)> {
+    fn choices(&self, dashboard: &Dashboard) -> Result<(Values, Vec<Values>)> {
         let fixed = [("__rate_interval", RATE_INTERVAL), ("__range", RANGE)];
-        let mut first: BTreeMap<String, String> = fixed.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+        let mut first: Values = fixed.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
         let mut all = vec![first.clone()];
         for (name, choices) in dashboard.variables()? {
             let (default, options) = match choices {
@@ -206,7 +209,7 @@ impl Shared {
                 }
             };
             first.insert(name.clone(), default.context("a default")?);
-            let with = |values: &BTreeMap<String, String>, option: &String| {
+            let with = |values: &Values, option: &String| {
                 let mut values = values.clone();
                 values.insert(name.clone(), option.clone());
                 values
@@ -320,7 +323,7 @@ fn evaluated(shared: &mut Shared) -> Result<()> {
                 expression: selector.text,
                 shown: [].into(),
             };
-            shared.expect_answer(&query, &[BTreeMap::new()])?;
+            shared.expect_answer(&query, &[Values::new()])?;
         }
     }
     poll::until_true("every rule was evaluated", SOON, || {
@@ -347,7 +350,7 @@ fn misspelt(shared: &mut Shared) -> Result<()> {
         expression: expression.to_owned(),
         shown: [shown.to_owned()].into(),
     };
-    let values = BTreeMap::from([("node".to_owned(), ".*".to_owned())]);
+    let values = Values::from([("node".to_owned(), ".*".to_owned())]);
     let good = query("sum by (node) (mesh_pod_protected{node=~\"$node\"})", "node");
     shared.expect_answer(&good, std::slice::from_ref(&values))?;
     for (expression, shown, wanted) in [
