@@ -5,6 +5,28 @@ use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registr
 use crate::registry::{Reason, Rejection};
 use crate::tokens::Refusal;
 
+/// The labels' values, by family, where no type has them all.
+const CONNECTIONS_REFUSED: [&str; 6] = [
+    "accept",
+    "admin_too_many",
+    "handshake",
+    "handshake_timeout",
+    "too_many",
+    "unauthenticated",
+];
+const STREAMS_CUT: [&str; 7] = [
+    "other_node",
+    "shutdown",
+    "token",
+    "too_many",
+    "too_much",
+    "unacknowledged",
+    "unread",
+];
+const REPORT_STREAMS_CUT: [&str; 5] = ["failed", "shutdown", "token", "too_much", "unread"];
+const TYPES: [&str; 4] = ["address", "authorization", "settings", "other"];
+const CERTIFICATES_REFUSED: [&str; 4] = ["failed", "foreign_identity", "malformed", "not_ready"];
+
 pub struct Metrics {
     registry: Registry,
     pub manifests_rejected: IntGaugeVec,
@@ -145,6 +167,19 @@ impl Metrics {
         for refusal in Refusal::ALL {
             metrics.authentication_failed.with_label_values(&[refusal.reason()]);
         }
+        for (counters, values) in [
+            (&metrics.connections_refused, CONNECTIONS_REFUSED.as_slice()),
+            (&metrics.streams_cut, &STREAMS_CUT),
+            (&metrics.report_streams_cut, &REPORT_STREAMS_CUT),
+            (&metrics.responses, &TYPES),
+            (&metrics.acknowledged, &TYPES),
+            (&metrics.rejected, &TYPES),
+            (&metrics.certificates_refused, &CERTIFICATES_REFUSED),
+        ] {
+            for value in values {
+                counters.with_label_values(&[value]);
+            }
+        }
         Ok(metrics)
     }
 
@@ -167,5 +202,30 @@ impl Metrics {
     /// A metric that the text format cannot carry.
     pub fn text(&self) -> Result<String, prometheus::Error> {
         TextEncoder::new().encode_to_string(&self.registry.gather())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_counter_is_there_before_it_has_counted() {
+        let metrics = Metrics::new().expect("metrics");
+        let text = metrics.text().expect("text");
+        let mut counters = 0;
+        for family in text
+            .lines()
+            .filter_map(|line| line.strip_prefix("# TYPE ")?.strip_suffix(" counter"))
+        {
+            let zeros = text
+                .lines()
+                .filter(|line| line.starts_with(family) && line.ends_with(" 0"))
+                .count();
+            assert!(zeros > 0, "{family} has no series yet");
+            counters += 1;
+        }
+        // A family without a series is not in the text at all.
+        assert_eq!(counters, 16, "{text}");
     }
 }

@@ -10,6 +10,7 @@ pub mod bench;
 pub mod binaries;
 pub mod bpf;
 pub mod cgroup;
+pub mod dashboards;
 pub mod demo;
 pub mod disk;
 pub mod exposition;

@@ -6,6 +6,7 @@ mod ebpf;
 mod fresh;
 mod fuzz;
 mod mutants;
+mod prometheus;
 mod test;
 mod tidy;
 mod tools;

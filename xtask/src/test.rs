@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 
 use crate::workspace::{USER_HALF, Workspace};
-use crate::{demo, ebpf, fuzz, mutants, tools};
+use crate::{demo, ebpf, fuzz, mutants, prometheus, tools};
 
 #[derive(Args)]
 pub struct Arguments {
@@ -138,6 +138,13 @@ fn net(workspace: &Workspace, filter: Option<&str>, totals: &mut Totals) -> Resu
         .args(filter)
         .env(ebpf::OBJECT_VARIABLE, &object)
         .env("CULVERT_BIN_DIR", workspace.binaries());
+    match prometheus::folder(workspace) {
+        Ok(folder) => {
+            cargo.env(prometheus::FOLDER_VARIABLE, folder);
+        }
+        // Its suite skips itself, which CI does not let pass.
+        Err(error) => tools::say(&format!("no Prometheus: {error:#}")),
+    }
     totals.count("the integration tests", &mut cargo)?;
     if filter.is_some() {
         return Ok(());
