@@ -136,6 +136,11 @@ impl ApiServer {
         &self.kubectl
     }
 
+    /// Where it runs.
+    pub(super) fn place(&self) -> &Place {
+        &self.seat.place
+    }
+
     /// The administrator's client, for an API server in this network namespace.
     ///
     /// # Errors
@@ -216,6 +221,10 @@ impl ApiServer {
             format!("--tls-cert-file={pki}/kube-apiserver.crt"),
             format!("--tls-private-key-file={pki}/kube-apiserver.key"),
             format!("--client-ca-file={}", self.authority.certificate().display()),
+            // Others ask the API server for it, and complain if it has none.
+            format!("--requestheader-client-ca-file={}", self.authority.certificate().display()),
+            "--requestheader-allowed-names=nobody".to_owned(),
+            "--requestheader-username-headers=X-Remote-User".to_owned(),
             format!("--kubelet-client-certificate={pki}/kubelet-client.crt"),
             format!("--kubelet-client-key={pki}/kubelet-client.key"),
             "--kubelet-preferred-address-types=InternalIP".to_owned(),

@@ -46,6 +46,10 @@ impl Authority {
         self.folder.join("ca.crt")
     }
 
+    pub(super) fn key(&self) -> PathBuf {
+        self.folder.join("ca.key")
+    }
+
     /// Signs the tokens of service accounts.
     pub(super) fn accounts_key(&self) -> PathBuf {
         self.folder.join("accounts.key")

@@ -1,4 +1,5 @@
-//! Kubernetes itself, for the suites: an API server alone ([`ApiServer`]), ready in seconds.
+//! Kubernetes itself, for the suites: an API server alone ([`ApiServer`]), ready in seconds, or a whole cluster
+//! ([`Cluster`]) whose nodes are namespaces of this machine with real kubelets, container runtimes and kube-proxies.
 //!
 //! The programs come from `cargo xtask build-kube` (`tests/kube` has their Go modules); a suite that needs them has a name
 //! that begins with `kube`, by which `cargo xtask test kube` knows it and gives it `CULVERT_KUBE_DIR`.
@@ -7,10 +8,20 @@
 //! owner: by Drop, by the death of the test's process, or, should that be killed, by the next copy's sweep.
 
 mod api_server;
+mod archive;
 mod certificates;
+mod cluster;
+mod hierarchies;
+mod image;
 mod kubectl;
+mod node;
+mod node_config;
+pub mod node_init;
 mod tools;
 
 pub use api_server::{ApiServer, client};
+pub use cluster::{APP_IMAGE, Cluster};
+pub use image::Image;
 pub use kubectl::Kubectl;
+pub use node::Node;
 pub use tools::{DIR_VARIABLE, Tools, is_missing};
