@@ -9,13 +9,13 @@ use nix::sys::signal::Signal;
 
 use super::certificates::Authority;
 use super::kubectl::Kubectl;
+use super::sweep;
 use super::tools::Tools;
 use crate::netns;
 use crate::poll;
 use crate::process::{Place, Process};
 use crate::run_folder::RunFolder;
 use crate::run_id::RunId;
-use crate::topology;
 
 const PORT: u16 = 6443;
 const ETCD_PORT: u16 = 2379;
@@ -23,7 +23,7 @@ const ETCD_PEER_PORT: u16 = 2380;
 /// It takes four seconds on an idle machine with two cores.
 const START_DEADLINE: Duration = Duration::from_secs(120);
 /// Of Services; the first is the API server's own.
-pub(super) const SERVICE_CIDR: &str = "10.96.0.0/16";
+const SERVICE_CIDRS: &str = "10.96.0.0/16,fd00:96::/112";
 const KUBERNETES_SERVICE: &str = "10.96.0.1";
 /// What it tells Pods as its own address when it is on loopback, where nobody else can reach it: one for documentation.
 const NOWHERE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
@@ -37,6 +37,17 @@ pub(super) struct Seat {
     pub advertised: Ipv4Addr,
     /// Nobody makes service accounts for Pods without controllers; Pods must be creatable all the same.
     pub has_controllers: bool,
+}
+
+impl Seat {
+    /// On loopback: it asks nobody who they are.
+    fn etcd(&self) -> Ipv4Addr {
+        if self.address.is_loopback() {
+            self.address
+        } else {
+            Ipv4Addr::LOCALHOST
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -61,7 +72,7 @@ impl ApiServer {
     /// # Errors
     /// The tools are missing, or it does not become ready: with the end of its log.
     pub fn start() -> Result<Self> {
-        topology::sweep();
+        sweep();
         let seat = Seat {
             place: Place {
                 netns: PathBuf::from("/proc/self/ns/net"),
@@ -213,11 +224,11 @@ impl ApiServer {
         let pki = self.folder.path().join("pki");
         let pki = pki.display();
         let mut flags = vec![
-            format!("--etcd-servers=http://{}:{ETCD_PORT}", self.seat.address),
+            format!("--etcd-servers=http://{}:{ETCD_PORT}", self.seat.etcd()),
             format!("--bind-address={}", self.seat.address),
             format!("--secure-port={PORT}"),
             format!("--advertise-address={}", self.seat.advertised),
-            format!("--service-cluster-ip-range={SERVICE_CIDR}"),
+            format!("--service-cluster-ip-range={SERVICE_CIDRS}"),
             format!("--tls-cert-file={pki}/kube-apiserver.crt"),
             format!("--tls-private-key-file={pki}/kube-apiserver.key"),
             format!("--client-ca-file={}", self.authority.certificate().display()),
@@ -266,8 +277,8 @@ pub(super) fn start(tools: &Tools, place: &Place, name: &str, flags: &[String], 
 }
 
 fn start_etcd(tools: &Tools, seat: &Seat, folder: &Path) -> Result<Process> {
-    let client = format!("http://{}:{ETCD_PORT}", seat.address);
-    let peer = format!("http://{}:{ETCD_PEER_PORT}", seat.address);
+    let client = format!("http://{}:{ETCD_PORT}", seat.etcd());
+    let peer = format!("http://{}:{ETCD_PEER_PORT}", seat.etcd());
     let flags = [
         format!("--data-dir={}", folder.join("etcd").display()),
         format!("--listen-client-urls={client}"),

@@ -7,11 +7,11 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use super::api_server::{self, ApiServer, Seat};
-use super::hierarchies;
 use super::image::Image;
 use super::kubectl::Kubectl;
 use super::node::Node;
 use super::node_config as config;
+use super::sweep;
 use super::tools::Tools;
 use crate::binaries;
 use crate::netns::Netns;
@@ -19,7 +19,6 @@ use crate::poll;
 use crate::process::{Place, Process, tail};
 use crate::run_folder::RunFolder;
 use crate::run_id::RunId;
-use crate::topology;
 
 /// mesh-test-app and a shell, known to every node.
 pub const APP_IMAGE: &str = "culvert.test/app:1";
@@ -49,8 +48,7 @@ impl Cluster {
             (1..=MAX_NODES).contains(&nodes),
             "a cluster has 1 to {MAX_NODES} nodes, not {nodes}"
         );
-        topology::sweep();
-        hierarchies::sweep();
+        sweep();
         let tools = Tools::find()?;
         let id = RunId::new();
         let folder = RunFolder::create(id.folder())?;
@@ -63,9 +61,16 @@ impl Cluster {
                 config::NODES_PREFIX,
                 config::BRIDGE
             ),
+            format!(
+                "addr add {}/{} dev {} nodad",
+                config::CONTROL_PLANE_V6,
+                config::NODES_PREFIX_V6,
+                config::BRIDGE
+            ),
             format!("link set {} up", config::BRIDGE),
         ])?;
         control_plane.set_sysctl("ipv4.ip_forward", "1")?;
+        control_plane.set_sysctl("ipv6.conf.all.forwarding", "1")?;
         control_plane.set_sysctl("ipv4.conf.all.send_redirects", "0")?;
         let images = images(&tools, folder.path())?;
         let seat = Seat {

@@ -25,3 +25,9 @@ pub use image::Image;
 pub use kubectl::Kubectl;
 pub use node::Node;
 pub use tools::{DIR_VARIABLE, Tools, is_missing};
+
+/// Removes what runs that were killed have left on this machine: namespaces, cgroups, folders. Every start does so first.
+pub fn sweep() {
+    crate::topology::sweep();
+    hierarchies::sweep();
+}

@@ -56,19 +56,24 @@ impl Node {
 
     fn connect(&self, control_plane: &Netns) -> Result<()> {
         let (name, address) = (&self.name, self.address());
+        let address_v6 = config::node_address_v6(self.number);
         control_plane.batch(&[
             format!("link add {name} type veth peer name eth0 netns {}", self.netns.name()),
             format!("link set {name} master {} up", config::BRIDGE),
             format!("route add {} via {address}", config::pod_cidr(self.number)),
+            format!("route add {} via {address_v6}", config::pod_cidr_v6(self.number)),
         ])?;
         // Pods of other nodes by way of the control plane's namespace, which routes as a network would.
         self.netns.batch(&[
             format!("addr add {address}/{} dev eth0", config::NODES_PREFIX),
+            format!("addr add {address_v6}/{} dev eth0 nodad", config::NODES_PREFIX_V6),
             "link set eth0 up".to_owned(),
             format!("route add default via {}", config::CONTROL_PLANE),
+            format!("route add default via {}", config::CONTROL_PLANE_V6),
         ])?;
         for (key, value) in [
             ("ipv4.ip_forward", "1"),
+            ("ipv6.conf.all.forwarding", "1"),
             // The other node's Pods come from where the way back does not lead.
             ("ipv4.conf.all.rp_filter", "0"),
             ("ipv4.conf.default.rp_filter", "0"),
@@ -113,7 +118,7 @@ impl Node {
             format!("--config={}", file("kubelet.yaml")),
             format!("--kubeconfig={}", kubeconfig.display()),
             format!("--hostname-override={}", self.name),
-            format!("--node-ip={}", self.address()),
+            format!("--node-ip={},{}", self.address(), config::node_address_v6(self.number)),
         ];
         Spec {
             hostname: self.name.clone(),

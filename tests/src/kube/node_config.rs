@@ -3,19 +3,23 @@
 //! ```text
 //!   Pod ── veth ── node-1 eth0 ─┐                         ┌─ eth0 node-2 ── veth ── Pod
 //!   10.244.1.x     172.30.0.11  └── br0 (control plane) ──┘  172.30.0.12     10.244.2.x
-//!                                   172.30.0.1
+//!   fd00:244:1::x  fd00:172::11         172.30.0.1           fd00:172::12    fd00:244:2::x
+//!                                       fd00:172::1
 //! ```
+//! IPv4 is the first family, as on most clusters.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
 use serde_json::json;
 
 pub(super) const BRIDGE: &str = "br0";
 pub(super) const CONTROL_PLANE: Ipv4Addr = Ipv4Addr::new(172, 30, 0, 1);
+pub(super) const CONTROL_PLANE_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x172, 0, 0, 0, 0, 0, 1);
 pub(super) const NODES_PREFIX: u8 = 24;
+pub(super) const NODES_PREFIX_V6: u8 = 64;
 /// Of all Pods.
-pub(super) const CLUSTER_CIDR: &str = "10.244.0.0/16";
+pub(super) const CLUSTER_CIDRS: &str = "10.244.0.0/16,fd00:244::/32";
 pub(super) const DNS_SERVICE: &str = "10.96.0.10";
 pub(super) const PAUSE_IMAGE: &str = "culvert.test/pause:1";
 /// Before any that the machine may have.
@@ -25,8 +29,16 @@ pub(super) fn node_address(number: u8) -> Ipv4Addr {
     Ipv4Addr::new(172, 30, 0, 10 + number)
 }
 
+pub(super) fn node_address_v6(number: u8) -> Ipv6Addr {
+    Ipv6Addr::new(0xfd00, 0x172, 0, 0, 0, 0, 0, 0x10 + u16::from(number))
+}
+
 pub(super) fn pod_cidr(number: u8) -> String {
     format!("10.244.{number}.0/24")
+}
+
+pub(super) fn pod_cidr_v6(number: u8) -> String {
+    format!("fd00:244:{number}::/64")
 }
 
 /// The CNI plugins' configuration: a veth for each Pod, routed.
@@ -42,8 +54,8 @@ pub(super) fn network(number: u8) -> String {
                 "type": "host-local",
                 // Gone after a reboot, as the Pods are.
                 "dataDir": "/run/cni-addresses",
-                "ranges": [[{"subnet": pod_cidr(number)}]],
-                "routes": [{"dst": "0.0.0.0/0"}],
+                "ranges": [[{"subnet": pod_cidr(number)}], [{"subnet": pod_cidr_v6(number)}]],
+                "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
             },
         }],
     });
@@ -128,7 +140,7 @@ pub(super) fn kube_proxy(node: &str, kubeconfig: &Path) -> String {
         "kind": "KubeProxyConfiguration",
         "clientConnection": {"kubeconfig": kubeconfig},
         "mode": "nftables",
-        "clusterCIDR": CLUSTER_CIDR,
+        "clusterCIDR": CLUSTER_CIDRS,
         "hostnameOverride": node,
         // As the machine has it: its limits are not a namespace's to set.
         "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
@@ -143,8 +155,9 @@ mod tests {
     #[test]
     fn a_nodes_network_is_its_own() {
         let network: serde_json::Value = serde_json::from_str(&network(2)).unwrap();
-        let range = &network["plugins"][0]["ipam"]["ranges"][0][0]["subnet"];
-        assert_eq!(range, "10.244.2.0/24");
-        assert_ne!(node_address(1), node_address(2));
+        let ranges = &network["plugins"][0]["ipam"]["ranges"];
+        assert_eq!(ranges[0][0]["subnet"], "10.244.2.0/24");
+        assert_eq!(ranges[1][0]["subnet"], "fd00:244:2::/64");
+        assert_eq!(node_address_v6(2).to_string(), "fd00:172::12");
     }
 }

@@ -2,9 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::process::{Command, ExitCode};
+use std::time::Duration;
 
-use anyhow::{Result, ensure};
-use mesh_tests::kube::Cluster;
+use anyhow::{Context as _, Result, ensure};
+use mesh_tests::kube::{self, Cluster};
+use mesh_tests::poll::{self, SOON};
+use mesh_tests::process::Conversation;
 
 use super::Bed;
 
@@ -18,6 +22,57 @@ struct Belongings {
     cgroups: Vec<String>,
 }
 
+/// In the environment of this very program: it is a second copy, and does no more than live.
+pub const VICTIM: &str = "CULVERT_KUBE_VICTIM";
+/// As long as a cluster takes on a busy machine.
+const VICTIM_DEADLINE: Duration = Duration::from_secs(240);
+
+/// Tells its cluster's name and folder, and holds it until it is killed.
+pub fn be_the_victim() -> ExitCode {
+    match Cluster::start(1) {
+        Ok(cluster) => {
+            println!("{} {}", cluster.id(), cluster.folder().display());
+            loop {
+                std::thread::park();
+            }
+        }
+        Err(error) => {
+            println!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// With the same addresses and names of nodes as the first one, whose nodes stay as they were.
+pub fn killed(bed: &mut Bed) -> Result<()> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.env(VICTIM, "1");
+    let victim = Conversation::start(command)?;
+    let said = victim.hear(VICTIM_DEADLINE)?;
+    let (id, folder) = said
+        .split_once(' ')
+        .with_context(|| format!("the second copy said {said:?}"))?;
+    let folder = Path::new(folder);
+    let during = belongings(id, folder)?;
+    ensure!(
+        during.netns.len() == 2 && during.processes.len() > 5 && !during.cgroups.is_empty(),
+        "{during:?}"
+    );
+    let first = bed.as_ref().context("the cluster was ended by the last check")?;
+    super::expect_answer(first, "http://far/", "far")?;
+    // `kill -9`, and so without a Drop.
+    drop(victim);
+    poll::until_true("the processes of a copy that was killed end", SOON, || {
+        Ok(belongings(id, folder)?.processes.is_empty())
+    })?;
+    let left = belongings(id, folder)?;
+    ensure!(!left.netns.is_empty() && left.folder, "there was nothing to sweep: {left:?}");
+    kube::sweep();
+    let after = belongings(id, folder)?;
+    ensure!(after.is_empty(), "left behind: {after:#?}");
+    super::expect_answer(first, "http://far/", "far")
+}
+
 pub fn nothing_is_left(bed: &mut Bed) -> Result<()> {
     let links = interfaces()?;
     let cluster = match bed.take() {
@@ -26,11 +81,7 @@ pub fn nothing_is_left(bed: &mut Bed) -> Result<()> {
     };
     let (id, folder) = (cluster.id().to_string(), cluster.folder().to_owned());
     let nodes = cluster.nodes().len();
-    let of_nodes: Vec<_> = cluster
-        .nodes()
-        .iter()
-        .map(mesh_tests::kube::Node::cgroups)
-        .collect::<Result<_>>()?;
+    let of_nodes: Vec<_> = cluster.nodes().iter().map(kube::Node::cgroups).collect::<Result<_>>()?;
     let during = belongings(&id, &folder)?;
     // That the search finds what is there: control plane and nodes; first processes, kubelets, containers.
     ensure!(during.netns.len() == nodes + 1 && during.folder, "{during:?}");
@@ -53,6 +104,13 @@ pub fn nothing_is_left(bed: &mut Bed) -> Result<()> {
         "interfaces on this machine that were not there before: {more:?}"
     );
     Ok(())
+}
+
+impl Belongings {
+    fn is_empty(&self) -> bool {
+        let lists = [&self.netns, &self.mounts, &self.processes, &self.cgroups];
+        !self.folder && lists.iter().all(|list| list.is_empty())
+    }
 }
 
 fn belongings(id: &str, folder: &Path) -> Result<Belongings> {
