@@ -119,6 +119,7 @@ impl Cluster {
                 .into_iter()
                 .try_for_each(|boot| boot.join().unwrap_or_else(|_| anyhow::bail!("a node's thread panicked")))
         })?;
+        images.iter().try_for_each(std::fs::remove_file)?;
         for number in 1..=nodes {
             self.wait_until_ready(&format!("node-{number}"))?;
         }

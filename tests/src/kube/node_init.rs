@@ -15,6 +15,7 @@ use nix::unistd::{ForkResult, Pid, fork};
 use serde::{Deserialize, Serialize};
 
 use super::hierarchies::{self, Hierarchy};
+use crate::run_id::RunId;
 
 const CGROUPS: &str = "/sys/fs/cgroup";
 /// A service that ends at once is not started again at once.
@@ -68,6 +69,7 @@ impl Spec {
 /// A namespace, a cgroup or a mount is refused.
 pub fn run(spec: &Spec) -> Result<()> {
     hierarchies::leave_mounts()?;
+    let_others_go()?;
     let scratch = spec.folder.join("cgroups");
     std::fs::create_dir_all(&scratch)?;
     let hierarchies = hierarchies::mount_below(&scratch)?;
@@ -95,6 +97,21 @@ pub fn run(spec: &Spec) -> Result<()> {
             serve(spec)
         }
     }
+}
+
+/// A mount namespace begins with what is mounted on the machine: what other runs have there would live as long as the node.
+fn let_others_go() -> Result<()> {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").context("reading /proc/self/mounts")?;
+    let places = [RunId::base(), PathBuf::from("/run/netns")];
+    let of_runs = mounts
+        .lines()
+        .filter_map(|line| line.split(' ').nth(1).map(Path::new))
+        .filter(|path| places.iter().any(|place| path.starts_with(place)));
+    for path in of_runs {
+        // One inside of another is gone with it.
+        let _ = umount2(path, MntFlags::MNT_DETACH);
+    }
+    Ok(())
 }
 
 /// Makes the cgroup, if this is not a reboot, and moves this process into it.

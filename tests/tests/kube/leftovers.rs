@@ -60,6 +60,11 @@ pub fn killed(bed: &mut Bed) -> Result<()> {
     );
     let first = bed.as_ref().context("the cluster was ended by the last check")?;
     super::expect_answer(first, "http://far/", "far")?;
+    // Held by the second, the first one's namespaces would not end with it.
+    let first = first.id().to_string();
+    let pids = during.processes.iter().filter_map(|process| process.split(' ').next());
+    let held: Vec<String> = pids.flat_map(|pid| own_mounts(pid, &first)).collect();
+    ensure!(held.is_empty(), "the second copy's nodes have mounts of the first: {held:?}");
     // `kill -9`, and so without a Drop.
     drop(victim);
     poll::until_true("the processes of a copy that was killed end", SOON, || {
@@ -70,6 +75,7 @@ pub fn killed(bed: &mut Bed) -> Result<()> {
     kube::sweep();
     let after = belongings(id, folder)?;
     ensure!(after.is_empty(), "left behind: {after:#?}");
+    let first = bed.as_ref().context("the cluster was ended by the last check")?;
     super::expect_answer(first, "http://far/", "far")
 }
 
@@ -120,14 +126,10 @@ fn belongings(id: &str, folder: &Path) -> Result<Belongings> {
         mounts: lines_with("/proc/self/mountinfo", id),
         ..Belongings::default()
     };
-    let own = std::process::id().to_string();
-    for pid in names_in("/proc")
-        .into_iter()
-        .filter(|name| name.parse::<u32>().is_ok() && *name != own)
-    {
+    for pid in names_in("/proc").into_iter().filter(|name| name.parse::<u32>().is_ok()) {
         let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let command = String::from_utf8_lossy(&command).replace('\0', " ");
-        if command.contains(id) || !lines_with(&format!("/proc/{pid}/mountinfo"), id).is_empty() {
+        if !own_mounts(&pid, id).is_empty() || command.contains(id) {
             found.processes.push(format!("{pid} {command}"));
         }
     }
@@ -141,6 +143,15 @@ fn belongings(id: &str, folder: &Path) -> Result<Belongings> {
         }
     }
     Ok(found)
+}
+
+/// With `text` in them. A process in this one's mount namespace has none of its own.
+fn own_mounts(pid: &str, text: &str) -> Vec<String> {
+    let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
+    if namespace(pid) == namespace("self") {
+        return Vec::new();
+    }
+    lines_with(&format!("/proc/{pid}/mountinfo"), text)
 }
 
 fn names_in(folder: &str) -> Vec<String> {
