@@ -129,7 +129,8 @@ fn belongings(id: &str, folder: &Path) -> Result<Belongings> {
     for pid in names_in("/proc").into_iter().filter(|name| name.parse::<u32>().is_ok()) {
         let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let command = String::from_utf8_lossy(&command).replace('\0', " ");
-        if !own_mounts(&pid, id).is_empty() || command.contains(id) {
+        // A node keeps its files in the run's folder.
+        if !own_mounts(&pid, &format!("/{id}/")).is_empty() || command.contains(id) {
             found.processes.push(format!("{pid} {command}"));
         }
     }
