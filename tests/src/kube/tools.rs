@@ -3,7 +3,9 @@
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
+
+use crate::suite;
 
 pub const DIR_VARIABLE: &str = "CULVERT_KUBE_DIR";
 
@@ -12,7 +14,7 @@ pub struct Tools(PathBuf);
 
 impl Tools {
     /// # Errors
-    /// `CULVERT_KUBE_DIR` is not set, or is not what `cargo xtask build-kube` makes.
+    /// `CULVERT_KUBE_DIR` is not set, by which a suite is skipped; or it is not what `cargo xtask build-kube` makes.
     pub fn find() -> Result<Self> {
         let folder = std::env::var_os(DIR_VARIABLE).with_context(|| {
             format!(
