@@ -81,7 +81,7 @@ pub fn sweep() {
 }
 
 /// Leaves first; a cgroup's files go with its folder.
-fn remove_tree(path: &Path) {
+pub(crate) fn remove_tree(path: &Path) {
     if let Ok(entries) = std::fs::read_dir(path) {
         for entry in entries
             .flatten()

@@ -22,7 +22,7 @@ impl std::fmt::Display for Skipped {
 
 impl std::error::Error for Skipped {}
 
-/// Ends a check as skipped: it is counted and said, and in CI it is a failure.
+/// Ends a check, or with the set-up a whole suite, as skipped: it is counted and said, and in CI it is a failure.
 #[must_use]
 pub fn skip(why: &str) -> anyhow::Error {
     Skipped(why.to_owned()).into()
@@ -67,6 +67,12 @@ pub fn run<T>(
     }
     let mut shared = match guarded(set_up) {
         Ok(shared) => shared,
+        Err(error) if error.is::<Skipped>() => {
+            for (name, _) in &chosen {
+                say(&format!("SKIPPED: {suite}::{name}: {error}"));
+            }
+            return summary(0, 0, chosen.len());
+        }
         Err(error) => {
             say(&format!("the set-up of {suite} failed: {error:#}"));
             for (name, _) in &chosen {

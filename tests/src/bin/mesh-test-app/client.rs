@@ -1,7 +1,7 @@
 //! The clients. Each reports what an application can see, in the words of its own system calls.
 
 use std::io::{BufRead as _, BufReader, Read, Write as _};
-use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs as _, UdpSocket};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -23,9 +23,19 @@ pub fn kind(error: &anyhow::Error) -> String {
         .map_or_else(|| "Other".to_owned(), |error| format!("{:?}", error.kind()))
 }
 
+/// To an address, or to a name's addresses, one after the other.
 fn open(address: &str) -> Result<TcpStream> {
-    let address: SocketAddr = address.parse().with_context(|| format!("an address: {address}"))?;
-    let stream = TcpStream::connect_timeout(&address, TIMEOUT).context("connect")?;
+    let addresses = address
+        .to_socket_addrs()
+        .with_context(|| format!("an address, or a name that has one: {address}"))?;
+    let mut outcome = Err(anyhow::anyhow!("{address} has no address"));
+    for address in addresses {
+        outcome = TcpStream::connect_timeout(&address, TIMEOUT).context("connect");
+        if outcome.is_ok() {
+            break;
+        }
+    }
+    let stream = outcome?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
     Ok(stream)
@@ -47,7 +57,9 @@ fn echo_line(stream: &TcpStream, line: &str) -> Result<()> {
 pub fn get(url: &str) -> Result<Response> {
     let rest = url.strip_prefix("http://").context("the URL must start with http://")?;
     let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
-    http::request_on(open(host)?, host, &format!("/{path}"))
+    let has_port = host.rsplit_once(':').is_some_and(|(_, port)| !port.ends_with(']'));
+    let stream = if has_port { open(host)? } else { open(&format!("{host}:80"))? };
+    http::request_on(stream, host, &format!("/{path}"))
 }
 
 pub fn connect(address: &str) -> Result<Value> {
