@@ -15,13 +15,15 @@ fn resident_bytes() -> usize {
     pages.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
 }
 
-/// An application that sends what it can to whoever connects.
+/// An application that sends what it can to whoever connects. The kernel holds little of it: what it may hold of TCP is one bound for
+/// the whole machine, and beyond that it resets other people's connections.
 async fn gushing(pod: &Pod) -> JoinHandle<()> {
     let listener = pod.listen().await;
     tokio::spawn(async move {
         let chunk: &[u8] = vec![7; 64 * 1024].leak();
         loop {
             let (mut stream, _) = listener.accept().await.unwrap();
+            socket2::SockRef::from(&stream).set_send_buffer_size(64 * 1024).unwrap();
             // Until it is reset.
             tokio::spawn(async move { while stream.write_all(chunk).await.is_ok() {} });
         }
