@@ -191,17 +191,12 @@ async fn what_counts_no_longer_is_dropped_and_asked_for_again_when_it_can_be_had
 
 /// Virtual time: it passes only in the waiting.
 #[tokio::test(start_paused = true)]
-async fn an_authority_that_does_not_answer_is_asked_again() {
+async fn an_authority_that_does_not_answer_is_not_waited_for() {
     let silent = Flaky {
         permits: Arc::new(Semaphore::new(0)),
         ..Flaky::new(0)
     };
-    let running = Running::start(silent.clone());
-    let (web, pod) = (identity("web"), Arc::from("pod"));
-    running.certificates.want(&web, &pod);
-    running.until(|| running.certificates.failures().contains_key(&web)).await;
-    let why = running.certificates.ready(&web, Duration::ZERO).await.unwrap_err();
-    assert!(why.contains("not answer"), "{why}");
-    silent.permits.add_permits(1);
-    running.until(|| running.store.current(&web).is_some()).await;
+    let asked = tokio::time::timeout(PATIENCE, fetch(&silent, &identity("web"))).await;
+    let answer = asked.expect("it is waited for without end");
+    assert!(matches!(answer, Err(CertificateError::Timeout)));
 }
