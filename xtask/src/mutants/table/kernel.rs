@@ -367,8 +367,8 @@ pub const REDIRECT: Group = Group {
                 to: "    source == segment.source || destination != segment.destination\n",
             }],
             noticed_by: &[hooks(
-                "backstop::what_the_agent_sends_and_root_rewrites_does_not_reach_the_mesh",
-                "198.51.100.9 port 8080",
+                "backstop::a_pass_through_that_root_rewrites_does_not_reach_the_mesh",
+                "reached the mesh in clear: [(\"198.51.100.9\", 8080",
             )],
         },
         Mutant {
@@ -381,8 +381,8 @@ pub const REDIRECT: Group = Group {
                 to: "{",
             }],
             noticed_by: &[hooks(
-                "backstop::what_the_agent_sends_and_root_rewrites_does_not_reach_the_mesh",
-                "10.99.0.1 port 15008",
+                "backstop::a_tunnel_that_root_rewrites_does_not_reach_an_application",
+                "reached the mesh in clear: [(\"10.99.0.1\", 15008",
             )],
         },
     ],
