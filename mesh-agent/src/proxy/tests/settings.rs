@@ -325,7 +325,9 @@ async fn protection_that_comes_while_a_connection_is_let_out_in_clear_still_hold
         let (state, proven) = (mesh.near.state.clone(), server.workload.clone());
         let steps = &mesh.near.proxy.steps;
         let meanwhile = move || {
-            state.apply(vec![Change::Workload(proven)]);
+            // By a thread that is none of the runtime's: what one of those wakes waits for it.
+            let told = std::thread::spawn(move || state.apply(vec![Change::Workload(proven)]));
+            told.join().unwrap();
             std::thread::sleep(2 * crate::proxy::review::PACE);
         };
         steps.at(step, Box::new(meanwhile));
