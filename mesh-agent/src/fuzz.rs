@@ -8,11 +8,12 @@ use prost::Message as _;
 use prost_types::Any;
 use rustls_pki_types::CertificateDer;
 
-pub use crate::capture::fuzz::netlink;
+pub use crate::capture::fuzz::{enrolment, greeting, netlink};
 pub use crate::config::fuzz::token;
 use crate::discovery::subscription::Subscription;
 use crate::identity::Identity;
 pub use crate::identity::certificate::fuzz as answer;
+pub use crate::local::fuzz as enrol;
 pub use crate::local::handover::fuzz as handover;
 pub use crate::memory::fuzz as memory;
 use crate::state::Change;

@@ -137,3 +137,19 @@ fn pod_to_enroll(request: EnrollRequest) -> Result<PodToEnroll, Status> {
         cgroup_path: (!request.cgroup_path.is_empty()).then(|| PathBuf::from(request.cgroup_path)),
     })
 }
+
+/// A request on the local socket. What is taken can be enrolled: names that Kubernetes has, and absolute paths.
+#[cfg(fuzzing)]
+pub fn fuzz(bytes: &[u8]) {
+    use prost::Message as _;
+    let Ok(request) = EnrollRequest::decode(bytes) else { return };
+    let asked = request.addresses.len();
+    let Ok(pod) = pod_to_enroll(request) else { return };
+    assert!(pod.addresses.len() == asked && asked <= MAX_ADDRESSES);
+    if crate::pods::validate(&pod).is_ok() {
+        assert!(pod.netns_path.is_absolute() && !pod.uid.is_empty() && !pod.addresses.is_empty());
+        for name in [&pod.namespace, &pod.name, &pod.service_account] {
+            assert!((1..=253).contains(&name.len()) && !name.contains(['/', '\n', '"', '\0']));
+        }
+    }
+}

@@ -15,11 +15,12 @@ use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 
 use crate::control_plane::ControlPlane;
-use crate::limits::{ACCEPT_PAUSE, ADMIN_TIMEOUT, MAX_ADMIN_CONNECTIONS};
+use crate::limits::ACCEPT_PAUSE;
 
 /// Serves until it is dropped.
 pub async fn serve(listener: TcpListener, control: Arc<ControlPlane>) {
-    let places = Arc::new(Semaphore::new(MAX_ADMIN_CONNECTIONS));
+    let bounds = control.bounds;
+    let places = Arc::new(Semaphore::new(bounds.admin_connections));
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -46,11 +47,11 @@ pub async fn serve(listener: TcpListener, control: Arc<ControlPlane>) {
             });
             let connection = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())
-                .header_read_timeout(ADMIN_TIMEOUT)
+                .header_read_timeout(bounds.admin)
                 .keep_alive(false)
                 .serve_connection(TokioIo::new(stream), service);
             // A client that does not read its answer is let go of, too.
-            drop(timeout(ADMIN_TIMEOUT * 2, connection).await);
+            drop(timeout(bounds.admin * 2, connection).await);
         });
     }
 }

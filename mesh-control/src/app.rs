@@ -133,7 +133,7 @@ async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Runnin
         tokens: tokens.clone(),
         extra: args.server_name.clone(),
     };
-    certificate.refresh(names.current()?, now)?;
+    refresh(&certificate, &names, &metrics, now)?;
     let tls = Arc::new(serving::tls_config(Arc::clone(&certificate))?);
 
     let listener = TcpListener::bind(args.listen)
@@ -207,6 +207,13 @@ impl ServerNames {
     }
 }
 
+fn refresh(certificate: &ServingCertificate, names: &ServerNames, metrics: &Metrics, now: OffsetDateTime) -> anyhow::Result<()> {
+    certificate.refresh(names.current()?, now)?;
+    let left_out = i64::try_from(certificate.names_left_out()).unwrap_or(i64::MAX);
+    metrics.serving_names_left_out.set(left_out);
+    Ok(())
+}
+
 /// Follows the files of roots, and makes the serving certificate anew when it is time.
 async fn keep_trust(roots: Arc<Roots>, control: Arc<ControlPlane>, certificate: Arc<ServingCertificate>, names: ServerNames) {
     let names = Arc::new(names);
@@ -231,9 +238,8 @@ async fn keep_trust(roots: Arc<Roots>, control: Arc<ControlPlane>, certificate: 
         }
         failing = failed.is_some();
         let (certificate, names) = (Arc::clone(&certificate), Arc::clone(&names));
-        let refreshed = tokio::task::spawn_blocking(move || -> anyhow::Result<bool> {
-            Ok(certificate.refresh(names.current()?, OffsetDateTime::now_utc())?)
-        });
+        let metrics = Arc::clone(&control.metrics);
+        let refreshed = tokio::task::spawn_blocking(move || refresh(&certificate, &names, &metrics, OffsetDateTime::now_utc()));
         if let Ok(Err(error)) = refreshed.await {
             control.metrics.serving_certificate_failed.inc();
             tracing::error!("the serving certificate cannot be made anew, the old one stays: {error:#}");

@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep_until};
 use crate::accounts::Accounts;
 use crate::capture_states::{CaptureState, CaptureStates, PodKey, Proof, pod_key};
 use crate::compile::{Parameters, Snapshot, compile, spiffe_id};
-use crate::limits::{Bounds, MAX_ACCOUNTS_FILE_BYTES, MAX_CAPTURE_FILE_BYTES, MAX_REJECTIONS, MAX_REPORTED_PODS, PUBLISH_SHARE};
+use crate::limits::{Bounds, MAX_REPORTED_PODS, PUBLISH_SHARE};
 use crate::metrics::Metrics;
 use crate::objects::{Kind, World};
 use crate::proto::PodWord;
@@ -80,12 +80,12 @@ impl ControlPlane {
     /// The capture states on disk cannot be read: to go on without them would send proven Pods cleartext. Nor can the accounts: whom
     /// an operator deleted would be trusted again.
     pub fn new(parameters: Parameters, state_dir: StateDir, metrics: Arc<Metrics>, bounds: Bounds) -> Result<Self, StateError> {
-        let captures = match state_dir.read(CAPTURE_STATES, MAX_CAPTURE_FILE_BYTES)? {
+        let captures = match state_dir.read(CAPTURE_STATES, bounds.capture_file_bytes)? {
             None => CaptureStates::default(),
             Some(bytes) => serde_json::from_slice(&bytes)
                 .map_err(|error| StateError::content(&state_dir.path().join(CAPTURE_STATES), error))?,
         };
-        let accounts = match state_dir.read(ACCOUNTS, MAX_ACCOUNTS_FILE_BYTES)? {
+        let accounts = match state_dir.read(ACCOUNTS, bounds.accounts_file_bytes)? {
             None => Accounts::default(),
             Some(bytes) => {
                 Accounts::from_json(&bytes).map_err(|error| StateError::content(&state_dir.path().join(ACCOUNTS), error))?
@@ -187,7 +187,7 @@ impl ControlPlane {
             tracing::info!(file = %mended.file, document = mended.document, "a rejected manifest was mended or removed");
         }
         self.metrics.set_rejections(rejections);
-        inner.rejections = rejections.iter().take(MAX_REJECTIONS).cloned().collect();
+        inner.rejections = rejections.iter().take(self.bounds.rejections).cloned().collect();
         inner.ignored = registry.ignored();
         self.metrics
             .manifests_ignored
@@ -292,7 +292,10 @@ impl ControlPlane {
         if inner.unsaved {
             let saved = serde_json::to_vec(&inner.captures)
                 .map_err(|error| StateError::content(self.state_dir.path(), error))
-                .and_then(|content| self.state_dir.write(CAPTURE_STATES, &content));
+                .and_then(|content| {
+                    self.state_dir
+                        .write_within(CAPTURE_STATES, &content, self.bounds.capture_file_bytes)
+                });
             match saved {
                 Ok(()) => inner.unsaved = false,
                 Err(error) => {
@@ -342,7 +345,10 @@ impl ControlPlane {
         }
         let saved = (inner.accounts.to_json())
             .map_err(|error| StateError::content(self.state_dir.path(), error))
-            .and_then(|content| self.state_dir.write(ACCOUNTS, &content));
+            .and_then(|content| {
+                self.state_dir
+                    .write_within(ACCOUNTS, &content, self.bounds.accounts_file_bytes)
+            });
         match saved {
             Ok(()) => inner.unsaved_accounts = false,
             Err(error) => {

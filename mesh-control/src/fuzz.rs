@@ -6,9 +6,11 @@ use mesh_proto::discovery::DeltaDiscoveryRequest;
 use mesh_proto::node::NodeReport;
 use prost::Message as _;
 
+use crate::accounts::Accounts;
+use crate::capture_states::CaptureStates;
 use crate::discovery::subscription::Subscription;
-use crate::registry::{Registry, Scan};
-use crate::{authority, proto};
+use crate::registry::{LastGood, Registry, Scan};
+use crate::{authority, proto, roots, tokens};
 
 /// A file of the registry folder: read twice it says the same, and what was good once stays when it breaks.
 pub fn manifests(bytes: &[u8]) {
@@ -46,4 +48,31 @@ pub fn reports(bytes: &[u8]) {
     if let Ok(report) = NodeReport::decode(bytes) {
         assert!(proto::pod_words(&report.pods).len() <= report.pods.len());
     }
+}
+
+/// A file of the state directory, as each of those that there are. What is taken is taken again as it was written.
+pub fn state(bytes: &[u8]) {
+    if let Ok(accounts) = Accounts::from_json(bytes) {
+        let again = accounts.to_json().and_then(|text| Accounts::from_json(&text));
+        assert!(again.is_ok_and(|again| again == accounts), "accounts");
+    }
+    if let Ok(states) = serde_json::from_slice::<CaptureStates>(bytes) {
+        let again = serde_json::to_vec(&states).and_then(|text| serde_json::from_slice(&text));
+        assert!(again.is_ok_and(|again: CaptureStates| again == states), "capture states");
+    }
+    if let Ok(kept) = serde_json::from_slice::<LastGood>(bytes) {
+        let mut registry = Registry::restore(kept);
+        let world = registry.world();
+        // The folder can no longer be read.
+        let files = registry.files().map(|file| (file.to_owned(), Err("unreadable".to_owned())));
+        let unreadable: Scan = files.collect();
+        registry.apply(&unreadable);
+        let after = registry.world();
+        assert!(
+            after.keys().all(|id| world.contains_key(id)),
+            "something came into force of itself"
+        );
+    }
+    roots::fuzz(bytes);
+    tokens::fuzz(bytes);
 }

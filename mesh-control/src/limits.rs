@@ -10,7 +10,8 @@ pub const MAX_FILES: usize = 4096;
 pub const MAX_FILE_BYTES: u64 = 1 << 20;
 /// Bytes of all manifest files together: held once as objects, and once more while they are read.
 pub const MAX_FOLDER_BYTES: u64 = 256 << 20;
-/// Bytes of the file of last good forms: a manifest may be in it in several forms, and JSON escapes some characters.
+/// Bytes of the file of last good forms: a manifest may be in it in several forms, and JSON escapes some characters. More is not
+/// written: the forms kept before stay on disk, counted and logged.
 pub const MAX_LAST_GOOD_BYTES: u64 = 4 * MAX_FOLDER_BYTES;
 /// Bytes of the file that says that the registry had content: its being there is all that it says.
 pub const MAX_FILLED_BYTES: u64 = 64;
@@ -67,12 +68,13 @@ pub const ACKNOWLEDGE_TIMEOUT: Duration = Duration::from_secs(60);
 pub const SEND_TIMEOUT: Duration = Duration::from_secs(30);
 /// Open streams check this often whether their node's token still stands.
 pub const TOKEN_RECHECK: Duration = Duration::from_secs(15);
-/// Bytes of a NACK's message that are logged and kept.
+/// Bytes of a text of an agent's (a NACK's message, a version, a name) that are logged and kept.
 pub const MAX_NACK_BYTES: usize = 1024;
 
 /// PEM of the root and its key: about 1 KiB.
 pub const MAX_PEM_BYTES: u64 = 64 << 10;
-/// Bytes of the file of service accounts that have, or had, a manifest: 100,000 × two names of at most 253 B.
+/// Bytes of the file of service accounts that have, or had, a manifest: 100,000 × two names of at most 253 B. More is not written,
+/// counted and logged.
 pub const MAX_ACCOUNTS_FILE_BYTES: u64 = 64 << 20;
 /// PEM of a certificate request; a P-256 request has about 400 B.
 pub const MAX_CSR_BYTES: usize = 16 << 10;
@@ -83,7 +85,8 @@ pub const CLOCK_SKEW: Duration = Duration::from_secs(60);
 pub const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// Lifetime of the serving certificate; it is made anew at half of it.
 pub const SERVING_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
-/// Names in the serving certificate (about 64 B each).
+/// Names in the serving certificate (about 64 B each): its own first, then those in node tokens. Those that find no room are counted
+/// and logged.
 pub const MAX_SERVER_NAMES: usize = 256;
 /// The serving certificate is looked at this often: a new token may bring a new name.
 pub const SERVING_CHECK: Duration = Duration::from_secs(2);
@@ -107,7 +110,7 @@ pub const MAX_REPORTED_PODS: usize = 1024;
 pub const MAX_REPORT_BYTES: usize = 1 << 20;
 /// Capture states kept, also of Pods that are gone; about 128 B each: 8 MiB.
 pub const MAX_CAPTURE_STATES: usize = 65_536;
-/// Bytes of the file of capture states.
+/// Bytes of the file of capture states. More is not written, counted and logged.
 pub const MAX_CAPTURE_FILE_BYTES: u64 = 32 << 20;
 
 /// Admin connections at once.
@@ -122,6 +125,14 @@ pub const FAILURE_LOG_INTERVAL: Duration = Duration::from_secs(5);
 /// Those that tests set smaller.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
+    pub folder_bytes: u64,
+    pub last_good_bytes: u64,
+    pub accounts_file_bytes: u64,
+    pub capture_file_bytes: u64,
+    pub rejections: usize,
+    pub tls_handshake: Duration,
+    pub admin_connections: usize,
+    pub admin: Duration,
     pub connections: usize,
     pub connections_per_address: usize,
     pub authenticate: Duration,
@@ -134,6 +145,14 @@ pub struct Bounds {
 impl Default for Bounds {
     fn default() -> Self {
         Self {
+            folder_bytes: MAX_FOLDER_BYTES,
+            last_good_bytes: MAX_LAST_GOOD_BYTES,
+            accounts_file_bytes: MAX_ACCOUNTS_FILE_BYTES,
+            capture_file_bytes: MAX_CAPTURE_FILE_BYTES,
+            rejections: MAX_REJECTIONS,
+            tls_handshake: TLS_HANDSHAKE_TIMEOUT,
+            admin_connections: MAX_ADMIN_CONNECTIONS,
+            admin: ADMIN_TIMEOUT,
             connections: MAX_CONNECTIONS,
             connections_per_address: MAX_CONNECTIONS_PER_ADDRESS,
             authenticate: AUTHENTICATE_TIMEOUT,

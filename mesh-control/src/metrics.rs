@@ -52,6 +52,7 @@ pub struct Metrics {
     pub capture_states: IntGaugeVec,
     pub state_writes_failed: IntCounter,
     pub serving_certificate_failed: IntCounter,
+    pub serving_names_left_out: IntGauge,
     pub roots_failed: IntCounter,
     trusted_roots: IntGauge,
     revoked_identities: IntGauge,
@@ -143,10 +144,17 @@ impl Metrics {
                 "Pods in reports that are not of the reporting node's mesh",
             )?,
             capture_states: gauges("mesh_control_pods", "Pods of the mesh by capture state", "state")?,
-            state_writes_failed: counter("mesh_control_state_writes_failed_total", "Capture states not written to disk")?,
+            state_writes_failed: counter(
+                "mesh_control_state_writes_failed_total",
+                "Writes of what must outlive a restart that failed",
+            )?,
             serving_certificate_failed: counter(
                 "mesh_control_serving_certificate_failed_total",
                 "Serving certificates not made",
+            )?,
+            serving_names_left_out: gauge(
+                "mesh_control_serving_names_left_out",
+                "Names of this control plane that its serving certificate has no room for",
             )?,
             roots_failed: counter(
                 "mesh_control_roots_failed_total",

@@ -12,7 +12,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::authentication::{Authenticator, Caller};
 use crate::control_plane::ControlPlane;
-use crate::limits::{MAX_NACK_BYTES, MAX_REJECTED, MAX_REPORTED_PODS, MAX_TYPES, RECEIPTS_WAITING, REPORT_PACE};
+use crate::limits::{MAX_REJECTED, MAX_REPORTED_PODS, MAX_TYPES, RECEIPTS_WAITING, REPORT_PACE};
 use crate::node_streams::{NodeStream, StreamKind};
 use crate::proto;
 
@@ -62,6 +62,7 @@ async fn serve(
         let report = tokio::select! {
             report = reports.message() => match report {
                 Ok(Some(report)) => report,
+                Err(status) if proto::is_too_large(&status) => return Err(Cut("too_much", status)),
                 // The stream's end withdraws nothing.
                 Ok(None) | Err(_) => return Ok(()),
             },
@@ -92,15 +93,14 @@ async fn serve(
 /// disk before.
 async fn take(control: &Arc<ControlPlane>, node: &str, report: NodeReport) -> Result<(), Status> {
     let words = proto::pod_words(&report.pods);
-    let cut = |text: String| text.chars().take(MAX_NACK_BYTES).collect::<String>();
     control.with_node(node, |status| {
         status.enforced = report
             .enforced_versions
             .into_iter()
             .take(MAX_TYPES)
-            .map(|(url, version)| (cut(url), cut(version)))
+            .map(|(url, version)| (proto::shortened(url), proto::shortened(version)))
             .collect();
-        let rejected: Vec<String> = report.rejected.into_iter().take(MAX_REJECTED).map(cut).collect();
+        let rejected: Vec<String> = report.rejected.into_iter().take(MAX_REJECTED).map(proto::shortened).collect();
         if !rejected.is_empty() && rejected != status.rejected_by_agent {
             tracing::warn!(node, rejected = ?rejected, "the agent cannot use some resources");
         }

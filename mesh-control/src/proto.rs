@@ -12,6 +12,7 @@ use prost_types::{Any, Struct, value::Kind as ValueKind};
 use crate::capture_states::Proof;
 use crate::compile::{Capture, OwnerKind, SettingsView, WorkloadView};
 use crate::discovery::subscription::{Request, Response};
+use crate::limits::MAX_NACK_BYTES;
 use crate::objects::{ObjectId, Service, TargetPort};
 
 /// Which workloads a policy applies to.
@@ -309,6 +310,19 @@ pub fn text_field<'a>(fields: Option<&'a Struct>, name: &str) -> Option<&'a str>
         ValueKind::StringValue(text) => Some(text),
         _ => None,
     }
+}
+
+/// What is kept of a text that an agent chose.
+#[must_use]
+pub fn shortened(mut text: String) -> String {
+    text.truncate(text.floor_char_boundary(MAX_NACK_BYTES));
+    text
+}
+
+/// A message beyond what its service decodes. (Of a stream's codes this one is never the peer's.)
+#[must_use]
+pub fn is_too_large(status: &tonic::Status) -> bool {
+    status.code() == tonic::Code::OutOfRange
 }
 
 /// What an agent says of one Pod.

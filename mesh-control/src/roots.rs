@@ -94,27 +94,38 @@ fn bad(state: &StateDir, file: &str, problem: &str) -> AuthorityError {
 
 /// The certificates in the file of trusted roots. An empty or garbled file is an error, and no wish to trust nobody.
 fn trusted(state: &StateDir) -> Result<Vec<CertificateDer<'static>>, AuthorityError> {
-    let Some(pem) = state.read(TRUSTED, MAX_PEM_BYTES)? else {
-        return Ok(Vec::new());
-    };
-    let certificates = CertificateDer::pem_slice_iter(&pem)
+    match state.read(TRUSTED, MAX_PEM_BYTES)? {
+        None => Ok(Vec::new()),
+        Some(pem) => authorities(&pem).map_err(|problem| bad(state, TRUSTED, &problem)),
+    }
+}
+
+fn authorities(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
+    let certificates = CertificateDer::pem_slice_iter(pem)
         .collect::<Result<Vec<_>, _>>()
-        .map_err(|error| bad(state, TRUSTED, &error.to_string()))?;
+        .map_err(|error| error.to_string())?;
     if certificates.is_empty() {
-        return Err(bad(
-            state,
-            TRUSTED,
-            "no certificate in it; remove it to trust the signing root alone",
-        ));
+        return Err("no certificate in it; remove it to trust the signing root alone".to_owned());
     }
     for der in &certificates {
-        let (rest, parsed) =
-            x509_parser::parse_x509_certificate(der).map_err(|error| bad(state, TRUSTED, &format!("a certificate: {error}")))?;
+        let (rest, parsed) = x509_parser::parse_x509_certificate(der).map_err(|error| format!("a certificate: {error}"))?;
         if !rest.is_empty() || !parsed.is_ca() {
-            return Err(bad(state, TRUSTED, "a certificate in it is no authority's"));
+            return Err("a certificate in it is no authority's".to_owned());
         }
     }
     Ok(certificates.into_iter().map(CertificateDer::into_owned).collect())
+}
+
+/// The file of trusted roots, and one with a root that signs. What is taken is never nobody, and is told to agents as it was read.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(pem: &[u8]) {
+    if let Ok(trusted) = authorities(pem) {
+        let told: String = trusted.iter().map(|der| authority::certificate_pem(der)).collect();
+        assert!(!trusted.is_empty() && authorities(told.as_bytes()) == Ok(trusted));
+    }
+    if let Ok(authority) = Authority::from_pem(pem, OffsetDateTime::UNIX_EPOCH) {
+        assert_eq!(authority.root_sha256().len(), 64);
+    }
 }
 
 /// A step of a root's replacement. Each is done by a running control plane within seconds.

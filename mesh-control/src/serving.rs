@@ -1,11 +1,11 @@
 //! The TLS listener: a serving certificate that makes itself anew, and bounded connections.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::{IpAddr, Ipv6Addr};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 
 use parking_lot::{Mutex, RwLock};
@@ -23,7 +23,7 @@ use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
 
 use crate::authority::AuthorityError;
-use crate::limits::{ACCEPT_PAUSE, Bounds, MAX_SERVER_NAMES, TLS_HANDSHAKE_TIMEOUT};
+use crate::limits::{ACCEPT_PAUSE, Bounds, MAX_SERVER_NAMES};
 use crate::metrics::Metrics;
 use crate::roots::Roots;
 
@@ -31,6 +31,8 @@ use crate::roots::Roots;
 pub struct ServingCertificate {
     roots: Arc<Roots>,
     current: RwLock<Option<Current>>,
+    /// Names that found no room.
+    left_out: AtomicUsize,
 }
 
 struct Current {
@@ -53,17 +55,35 @@ impl ServingCertificate {
         Self {
             roots,
             current: RwLock::new(None),
+            left_out: AtomicUsize::new(0),
         }
     }
 
-    /// Makes a new certificate when there is none, at half-life, and when the names, or the root that signs, have changed.
+    /// How many names found no room at the last look.
+    #[must_use]
+    pub fn names_left_out(&self) -> usize {
+        self.left_out.load(Ordering::Relaxed)
+    }
+
+    /// Makes a new certificate when there is none, at half-life, and when the names, or the root that signs, have changed. The first
+    /// [`MAX_SERVER_NAMES`] names are in it.
     ///
     /// # Errors
     /// It cannot be made; the old one stays in use.
     pub fn refresh(&self, mut names: Vec<String>, now: OffsetDateTime) -> Result<bool, AuthorityError> {
-        names.sort();
-        names.dedup();
+        let mut seen = HashSet::new();
+        names.retain(|name| seen.insert(name.clone()));
+        let left_out = names.len().saturating_sub(MAX_SERVER_NAMES);
+        let first_left_out = names.get(MAX_SERVER_NAMES).cloned().unwrap_or_default();
         names.truncate(MAX_SERVER_NAMES);
+        if self.left_out.swap(left_out, Ordering::Relaxed) != left_out && left_out > 0 {
+            tracing::error!(
+                left_out,
+                first = first_left_out,
+                "the serving certificate has room for {MAX_SERVER_NAMES} names; nodes that reach the control plane by others cannot \
+                 connect: give them one name in common (node-token --rotate --address)"
+            );
+        }
         let roots = self.roots.in_force();
         let root = roots.authority.root_der();
         // One of a time that has not come yet is from before the clock was set back: no node may take it.
@@ -270,7 +290,7 @@ pub async fn accept(
         drop(stream.set_nodelay(true));
         let (acceptor, connections, metrics) = (acceptor.clone(), connections.clone(), Arc::clone(&metrics));
         tokio::spawn(async move {
-            match timeout(TLS_HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
+            match timeout(bounds.tls_handshake, acceptor.accept(stream)).await {
                 Ok(Ok(stream)) => {
                     let connection = Connection {
                         stream,
@@ -334,5 +354,33 @@ mod tests {
         );
         assert!(!certificate.refresh(names(), now - day).unwrap());
         assert!(!certificate.refresh(names(), now).unwrap(), "and ahead again");
+    }
+
+    #[test]
+    fn a_serving_certificate_has_room_for_so_many_names_and_its_own_come_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = crate::state_dir::StateDir::open(folder.path()).unwrap();
+        let now = OffsetDateTime::now_utc();
+        let roots = Roots::open(&state, "cluster.local", now).unwrap();
+        let certificate = ServingCertificate::new(Arc::new(roots));
+        let with = |others: usize| {
+            let others = (1..=others).map(|n| format!("10.0.{}.{}", n / 250, n % 250));
+            ["localhost".to_owned(), "localhost".to_owned()]
+                .into_iter()
+                .chain(others)
+                .collect()
+        };
+        let names = || {
+            let current = certificate.current.read();
+            let chain = &current.as_ref().expect("one was made").key.cert;
+            let (_, leaf) = x509_parser::parse_x509_certificate(&chain[0]).unwrap();
+            let names = leaf.subject_alternative_name().unwrap().expect("names").value.clone();
+            names.general_names.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>()
+        };
+        assert!(certificate.refresh(with(MAX_SERVER_NAMES - 1), now).unwrap());
+        assert_eq!((names().len(), certificate.names_left_out()), (MAX_SERVER_NAMES, 0));
+        certificate.refresh(with(MAX_SERVER_NAMES + 1), now).unwrap();
+        assert_eq!((names().len(), certificate.names_left_out()), (MAX_SERVER_NAMES, 2));
+        assert!(names()[0].contains("localhost"), "{:?}", names()[0]);
     }
 }

@@ -13,6 +13,8 @@ pub enum StateError {
     TooOpen { path: PathBuf, mode: u32, want: u32 },
     #[error("{}: {problem}", path.display())]
     Content { path: PathBuf, problem: String },
+    #[error("{}: has, or would have, more than {most} bytes", path.display())]
+    TooLarge { path: PathBuf, most: u64 },
 }
 
 impl StateError {
@@ -74,9 +76,21 @@ impl StateDir {
         let mut bytes = Vec::new();
         file.take(most + 1).read_to_end(&mut bytes).map_err(io)?;
         if bytes.len() as u64 > most {
-            return Err(StateError::content(&path, format!("is larger than {most} bytes")));
+            return Err(StateError::TooLarge { path, most });
         }
         Ok(Some(bytes))
+    }
+
+    /// As [`Self::write`], but of more than `most` bytes nothing: what could not be read back would keep this program from starting.
+    ///
+    /// # Errors
+    /// The disk's; [`StateError::TooLarge`]: the file is as it was.
+    pub fn write_within(&self, name: &str, content: &[u8], most: u64) -> Result<(), StateError> {
+        if content.len() as u64 > most {
+            let path = self.path.join(name);
+            return Err(StateError::TooLarge { path, most });
+        }
+        self.write(name, content)
     }
 
     /// Replaces or makes a file: readers see the old or the new content, whole, also after a power cut.

@@ -195,3 +195,13 @@ fn host_of(address: &str) -> Option<String> {
     let is_host = is_name(&host.to_ascii_lowercase()) && host.parse::<IpAddr>().is_err();
     (is_host && port.parse::<u16>().is_ok_and(|port| port != 0)).then(|| host.to_owned())
 }
+
+/// A node's record. The host in it is one that a certificate can name.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    if let Ok(record) = serde_json::from_slice::<Record>(bytes)
+        && let Some(host) = host_of(&record.address)
+    {
+        assert!(host.parse::<IpAddr>().is_ok() || is_name(&host.to_ascii_lowercase()));
+    }
+}

@@ -54,6 +54,7 @@ fn main() -> ExitCode {
             ("a_hung_agent_refuses", agent_hung),
             ("a_hung_destination_agent_refuses", destination_agent_hung),
             ("a_pod_that_cannot_be_proven_stays_pending", never_proven),
+            ("what_is_open_in_clear_ends_when_its_pod_is_proven", proven_while_open),
             ("a_pod_whose_proof_is_lost_gets_nothing", lost),
             ("the_local_socket_is_roots_alone", local_socket),
             ("a_pod_that_ended_without_its_agent_is_forgotten", pod_gone),
@@ -396,6 +397,39 @@ fn never_proven(shared: &mut Shared) -> Result<()> {
     expect_standing(mesh, "stray", "proven")?;
     mesh.wait_for_tunnel("client", "stray")?;
     remove_stray(mesh, "stray")
+}
+
+/// A Pod proven once gets nothing in clear from the mesh, not on connections of before either; those of others go on.
+fn proven_while_open(shared: &mut Shared) -> Result<()> {
+    let mesh = &mut shared.mesh;
+    add_stray(mesh, "late", 33)?;
+    let (late, server): (IpAddr, IpAddr) = (mesh.pod("late").v4.into(), mesh.pod("server").v4.into());
+    mesh.wait_for_path("client", late, "passthrough")?;
+    let mut in_clear = mesh.app.chat(&mesh.pod("client").place(), late)?;
+    let mut tunnelled = mesh.app.chat(&mesh.pod("client").place(), server)?;
+    ensure!(in_clear.ask("in clear", SOON)? == "in clear");
+    ensure!(tunnelled.ask("before", SOON)? == "before");
+    let log = mesh.access_log(NodeName::One);
+    let position = log.position();
+    mesh.enroll("late")?;
+    let end = in_clear.hear(PATIENTLY).context("a proven Pod still gets cleartext")?;
+    ensure!(end.contains("error"), "expected a reset, saw {end}");
+    let destination = SocketAddr::new(late, ECHO_PORT).to_string();
+    let fields = [
+        ("path", "passthrough"),
+        ("reason", "cut_by_protection"),
+        ("destination_address", destination.as_str()),
+    ];
+    log.wait_for(position, &fields, SOON)?;
+    let counted = mesh.metric(
+        NodeName::One,
+        "mesh_policy_cut_total",
+        &[("policy", "_destination_protected")],
+    )?;
+    ensure!(counted >= 1.0, "expected the cut to be counted, saw {counted}");
+    ensure!(tunnelled.ask("after", SOON)? == "after", "another connection was cut as well");
+    mesh.wait_for_tunnel("client", "late")?;
+    remove_stray(mesh, "late")
 }
 
 /// Proven, then no longer provable: the cgroup that it is proven in is gone, which the agent cannot repair. Peers must not

@@ -168,7 +168,16 @@ fn exclusion(mesh: &mut Mesh) -> Result<()> {
         mesh.wait_for_outcome(from, server, ECHO_PORT, false)?;
     }
     mesh.registry.remove("deny.yaml")?;
+    mesh.wait_for_outcome("client", server, ECHO_PORT, true)?;
+    // With the exclusion ends what it let out in clear.
+    let mut chat = mesh.app.chat(&mesh.pod("client").place(), server)?;
+    ensure!(chat.ask("in clear", SOON)? == "in clear");
+    let log = mesh.access_log(NodeName::One);
+    let position = log.position();
     unconfigure(mesh, ROOT_NAMESPACE)?;
+    let end = chat.hear(SOON).context("what was excluded goes on in clear")?;
+    ensure!(end.contains("error"), "expected a reset, saw {end}");
+    log.wait_for(position, &[("path", "excluded"), ("reason", "cut_by_protection")], SOON)?;
     mesh.wait_for_path("client", server, "tunnel")?;
     outsider_gets_in(mesh, true)
 }

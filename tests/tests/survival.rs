@@ -60,6 +60,8 @@ fn main() -> ExitCode {
             ),
             ("connections_outlive_a_takeover_up_to_the_drains_limit", takeover::drain),
             ("a_drain_ends", takeover::drain_ends),
+            ("a_stopped_agent_drains_up_to_its_limit", takeover::stop_drains),
+            ("a_silent_successor_is_not_waited_for", takeover::silent_successor),
             ("a_takeover_needs_no_control_plane", takeover::without_control_plane),
             (
                 "a_pod_released_while_an_agent_drains_is_let_go",

@@ -14,11 +14,14 @@ use crate::tools;
 use crate::workspace::Workspace;
 
 /// As `fuzz/Cargo.toml` has them.
-const TARGETS: [&str; 14] = [
+const TARGETS: [&str; 18] = [
     "answer",
     "certificate",
     "connect",
     "discovery",
+    "enrol",
+    "enrolment",
+    "greeting",
     "handover",
     "identity",
     "manifests",
@@ -27,6 +30,7 @@ const TARGETS: [&str; 14] = [
     "reports",
     "request",
     "responses",
+    "state",
     "subscriptions",
     "token",
 ];

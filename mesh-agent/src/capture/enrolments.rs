@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, Write};
+use std::io::{self, Read as _, Write};
 use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -15,6 +15,8 @@ use super::routing::Before;
 
 /// Kubernetes uids have 36 characters.
 const MAX_UID_LEN: usize = 128;
+/// Bytes of a record: two paths of 4,096, names, and some settings. Larger: it is none, and ignored like any other that cannot be read.
+const MAX_RECORD_BYTES: u64 = 64 * 1024;
 
 /// What a caller tells of a Pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,9 +65,7 @@ impl Enrolments {
             if path.extension().is_none_or(|extension| extension != "json") {
                 continue;
             }
-            let record =
-                fs::read(&path).and_then(|bytes| serde_json::from_slice::<EnrolmentRecord>(&bytes).map_err(io::Error::other));
-            match record {
+            match read(&path) {
                 Ok(record) if path == self.path(&record.pod.uid) => {
                     records.insert(record.pod.uid.clone(), record);
                 }
@@ -114,6 +114,31 @@ impl Enrolments {
     fn path(&self, uid: &str) -> PathBuf {
         self.directory.join(format!("{uid}.json"))
     }
+}
+
+fn read(path: &Path) -> io::Result<EnrolmentRecord> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(MAX_RECORD_BYTES + 1).read_to_end(&mut bytes)?;
+    parse(&bytes)
+}
+
+fn parse(bytes: &[u8]) -> io::Result<EnrolmentRecord> {
+    if bytes.len() as u64 > MAX_RECORD_BYTES {
+        return Err(io::Error::other(format!("it has more than {MAX_RECORD_BYTES} bytes")));
+    }
+    let record: EnrolmentRecord = serde_json::from_slice(bytes)?;
+    check_uid(&record.pod.uid).map_err(io::Error::other)?;
+    Ok(record)
+}
+
+/// A file of the folder of enrolments. What is taken names a file and a pin, and is taken again as it was written.
+#[cfg(fuzzing)]
+pub(super) fn fuzz(bytes: &[u8]) {
+    let Ok(record) = parse(bytes) else { return };
+    assert!(!record.pod.uid.contains(['/', '.', '\0']));
+    let text = serde_json::to_vec(&record).unwrap_or_default();
+    let again = parse(&text).unwrap_or_else(|error| panic!("what was taken is not taken again: {error}"));
+    assert_eq!((again.pod, again.before), (record.pod, record.before));
 }
 
 /// A uid names a file and a pin.
@@ -192,6 +217,21 @@ mod tests {
         enrolments.remove("a-1").unwrap();
         enrolments.remove("a-1").unwrap();
         assert!(!enrolments.is_recorded("a-1"));
+        assert!(enrolments.load().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_record_has_a_size() {
+        let folder = tempfile::tempdir().unwrap();
+        let enrolments = Enrolments::open(folder.path()).unwrap();
+        let text = serde_json::to_string(&record("a-1")).unwrap();
+        let padded = |bytes: u64| {
+            let room = usize::try_from(bytes).unwrap() - text.len();
+            fs::write(folder.path().join("pods/a-1.json"), text.clone() + &" ".repeat(room)).unwrap();
+        };
+        padded(MAX_RECORD_BYTES);
+        assert_eq!(enrolments.load().unwrap().len(), 1);
+        padded(MAX_RECORD_BYTES + 1);
         assert!(enrolments.load().unwrap().is_empty());
     }
 

@@ -4,3 +4,13 @@
 pub fn netlink(bytes: &[u8]) {
     super::netlink::fuzz(bytes);
 }
+
+/// A file of the folder of enrolments.
+pub fn enrolment(bytes: &[u8]) {
+    super::enrolments::fuzz(bytes);
+}
+
+/// What comes to a probe's destination.
+pub fn greeting(bytes: &[u8]) {
+    super::probe::fuzz(bytes);
+}

@@ -65,7 +65,7 @@ pub use self::repair::Repairs;
 pub use self::upstreams::UpstreamLease;
 
 /// Some 30 system calls. While a program is detached, what it decides on is open: not long.
-const NODE_REPAIR_INTERVAL: Duration = Duration::from_secs(1);
+pub(crate) const NODE_REPAIR_INTERVAL: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Debug)]
 pub struct CaptureConfig {

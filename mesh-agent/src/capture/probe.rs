@@ -31,7 +31,7 @@ pub const PROBE_ADDRESS_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 
 pub const CHILD_COMMAND: &str = "probe-connect";
 
 /// One probe, all told.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+pub(crate) const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 const NONCE_LEN: usize = 16;
 /// Connections to a probe's destination that are read at a time, of one Pod. Anyone may make them and be silent: one more ends the
 /// oldest, so that a probe, which speaks at once, is heard through any number of them.
@@ -317,6 +317,34 @@ fn child(args: impl IntoIterator<Item = String>) -> io::Result<()> {
     } else {
         Err(io::Error::other("something else answered"))
     }
+}
+
+/// What comes to a probe's destination: its first byte says from which of two Pods, and to which of two destinations. Only the
+/// greeting that is waited for, from that Pod, at that destination, by somebody without root's rights, is answered, and once.
+#[cfg(fuzzing)]
+pub(super) fn fuzz(bytes: &[u8]) {
+    const NONCE: Nonce = *b"sixteen of them.";
+    let Some((choice, said)) = bytes.split_first() else { return };
+    let Some(said) = said.first_chunk::<GREETING_LEN>() else {
+        return;
+    };
+    let destinations = [PROBE_ADDRESS_V4.into(), PROBE_ADDRESS_V6.into()].map(|ip: IpAddr| SocketAddr::new(ip, PROBE_PORT));
+    let probes = Probes::default();
+    let (sender, mut arrived) = oneshot::channel();
+    let expected = Expected {
+        pod_uid: "uid-a".to_owned(),
+        destination: destinations[0],
+        unprivileged: true,
+        arrived: sender,
+    };
+    probes.expected.lock().insert(NONCE, expected);
+    let from = if choice & 1 == 0 { "uid-a" } else { "uid-b" };
+    let to = destinations[usize::from(choice >> 1 & 1)];
+    let answer = |said| probes.settle(from, OriginalDst::new(to), said);
+    let is_right = choice & 3 == 0 && said[..NONCE_LEN] == NONCE && said[NONCE_LEN..] != [0; 4];
+    assert_eq!(answer(said), is_right.then_some(NONCE));
+    assert_eq!(arrived.try_recv().is_ok(), is_right);
+    assert!(answer(said).is_none(), "a nonce counts once");
 }
 
 #[cfg(test)]

@@ -109,3 +109,11 @@ fn a_broken_token_file_is_refused_without_its_contents() {
         assert!(error.contains(names) && !error.contains("s3cret"), "{error}");
     }
 }
+
+#[test]
+fn a_token_file_has_a_size() {
+    let padded = |bytes: usize| TOKEN.to_owned() + &" ".repeat(bytes - TOKEN.len());
+    NodeToken::read(token_file(0o600, &padded(16 * 1024)).path()).unwrap();
+    let refused = NodeToken::read(token_file(0o600, &padded(16 * 1024 + 1)).path()).unwrap_err();
+    assert!(refused.to_string().contains("more than 16384 bytes"), "{refused}");
+}

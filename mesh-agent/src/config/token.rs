@@ -78,7 +78,10 @@ impl NodeToken {
             return Err(TokenError::Permissions(mode));
         }
         let mut text = String::new();
-        file.take(MAX_TOKEN_FILE_BYTES).read_to_string(&mut text)?;
+        file.take(MAX_TOKEN_FILE_BYTES + 1).read_to_string(&mut text)?;
+        if text.len() as u64 > MAX_TOKEN_FILE_BYTES {
+            return Err(TokenError::Invalid(format!("has more than {MAX_TOKEN_FILE_BYTES} bytes")));
+        }
         Self::parse(&text)
     }
 

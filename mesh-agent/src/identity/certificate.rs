@@ -322,6 +322,20 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_has_so_many_certificates() {
+        let authority = Authority::new();
+        let certify = |roots: usize| {
+            let request = KeyAndRequest::new(&identity()).unwrap();
+            let mut answer = authority.sign(&request.csr_pem, |_| {});
+            answer[1] = answer[1].repeat(roots);
+            request.certify(&identity(), &answer, SystemTime::now())
+        };
+        certify(MAX_CERTIFICATES).unwrap();
+        let refused = error(certify(MAX_CERTIFICATES + 1));
+        assert!(refused.contains("more than 64 certificates"), "{refused}");
+    }
+
+    #[test]
     fn garbage_is_refused() {
         let root = Authority::new().root_pem;
         for garbage in [

@@ -135,9 +135,12 @@ pub fn socket_path(run_dir: &Path) -> PathBuf {
 /// # Errors
 /// It does not answer, or will not: its reason.
 pub fn take(run_dir: &Path, hello: &Hello) -> io::Result<Inherited> {
-    let stream = UnixStream::connect(socket_path(run_dir))?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+    take_from(UnixStream::connect(socket_path(run_dir))?, hello, PATIENCE)
+}
+
+fn take_from(stream: UnixStream, hello: &Hello, patience: Duration) -> io::Result<Inherited> {
+    stream.set_read_timeout(Some(patience))?;
+    stream.set_write_timeout(Some(patience))?;
     write(&stream, hello, &[])?;
     let (answer, descriptors) = read::<Answer>(&stream)?;
     if let Some(refused) = answer.refused {
@@ -205,9 +208,7 @@ pub async fn give(listener: UnixListener, offer: Arc<Offer>) {
 }
 
 fn give_to(stream: &UnixStream, offer: &Offer) -> io::Result<()> {
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    let (hello, _) = read::<Hello>(stream)?;
+    let hello = hello_of(stream, PATIENCE)?;
     let refuse = |why: String| {
         let answer = Answer {
             refused: Some(why.clone()),
@@ -240,7 +241,18 @@ fn give_to(stream: &UnixStream, offer: &Offer) -> io::Result<()> {
         let all = [outbound.as_fd(), tunnel.as_fd(), plaintext.as_fd()];
         write(stream, &PodOffered { uid: uid.to_string() }, &all)?;
     }
-    stream.set_read_timeout(Some(TAKEOVER_PATIENCE))?;
+    release_to(stream, TAKEOVER_PATIENCE)
+}
+
+/// Whoever says nothing, or reads nothing, keeps the next one from it only so long.
+fn hello_of(stream: &UnixStream, patience: Duration) -> io::Result<Hello> {
+    stream.set_read_timeout(Some(patience))?;
+    stream.set_write_timeout(Some(patience))?;
+    Ok(read(stream)?.0)
+}
+
+fn release_to(stream: &UnixStream, patience: Duration) -> io::Result<()> {
+    stream.set_read_timeout(Some(patience))?;
     let (word, _) = read::<String>(stream)?;
     if word == SERVING {
         // A successor that is gone again is none of this agent's business: it has said that it served.
@@ -336,5 +348,64 @@ mod tests {
         let (inherited, _other) = last_word();
         inherited.stream.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
         assert!(inherited.serving().is_err());
+    }
+
+    const SHORT: Duration = Duration::from_millis(50);
+
+    fn timed_out<T>(result: io::Result<T>) -> bool {
+        // The end of a socket's patience is one of the two (POSIX, recv).
+        result.is_err_and(|error| matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut))
+    }
+
+    /// Runs beside the test, so that what waits for ever fails it.
+    fn within_patience<T: Send + 'static>(wait: impl FnOnce() -> T + Send + 'static) -> T {
+        let (done, waited) = std::sync::mpsc::channel();
+        std::thread::spawn(move || done.send(wait()));
+        waited.recv_timeout(Duration::from_secs(30)).expect("it waits for ever")
+    }
+
+    #[test]
+    fn who_says_nothing_is_not_waited_for() {
+        // A successor that says nothing, and one that says half.
+        let (stream, _other) = UnixStream::pair().unwrap();
+        assert!(timed_out(within_patience(move || hello_of(&stream, SHORT))));
+        let (stream, mut other) = UnixStream::pair().unwrap();
+        io::Write::write_all(&mut other, &[0, 0, 0, 9, b'{']).unwrap();
+        assert!(timed_out(within_patience(move || hello_of(&stream, SHORT))));
+
+        // One that reads nothing.
+        let (stream, other) = UnixStream::pair().unwrap();
+        write(&other, &Hello::new("node", Path::new("/pins")), &[]).unwrap();
+        let written = within_patience(move || {
+            hello_of(&stream, SHORT)?;
+            let much = "x".repeat(MAX_MESSAGE_BYTES / 2);
+            // Far more than a socket's buffer takes.
+            (0..10_000).try_for_each(|_| write(&stream, &much, &[]))
+        });
+        assert!(timed_out(written));
+
+        // One that has everything, and never serves: it is not told that it may.
+        let (stream, mut other) = UnixStream::pair().unwrap();
+        assert!(timed_out(within_patience(move || release_to(&stream, SHORT))));
+        let mut heard = Vec::new();
+        other.read_to_end(&mut heard).unwrap();
+        assert!(heard.is_empty(), "{heard:?}");
+
+        // A running agent that hangs.
+        let (stream, _other) = UnixStream::pair().unwrap();
+        let hello = Hello::new("node", Path::new("/pins"));
+        assert!(timed_out(within_patience(move || take_from(stream, &hello, SHORT))));
+    }
+
+    #[test]
+    fn a_message_has_a_size() {
+        let (stream, other) = UnixStream::pair().unwrap();
+        // With its quotes.
+        let longest = "x".repeat(MAX_MESSAGE_BYTES - 2);
+        write(&other, &longest, &[]).unwrap();
+        assert_eq!(read::<String>(&stream).unwrap().0, longest);
+        write(&other, &(longest + "x"), &[]).unwrap();
+        let refused = read::<String>(&stream).unwrap_err();
+        assert!(refused.to_string().contains("too long"), "{refused}");
     }
 }

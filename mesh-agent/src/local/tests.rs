@@ -88,3 +88,20 @@ async fn another_users_connection_is_refused_and_counted() {
     let text = String::from_utf8_lossy(&child.stdout);
     assert!(child.status.success() && text.contains("1 passed"), "{text}");
 }
+
+#[test]
+fn a_pod_has_so_many_addresses_in_a_request() {
+    let of = |count: usize| EnrollRequest {
+        addresses: (1..=count).map(|nth| format!("10.0.0.{nth}")).collect(),
+        ..EnrollRequest::default()
+    };
+    assert_eq!(pod_to_enroll(of(MAX_ADDRESSES)).unwrap().addresses.len(), MAX_ADDRESSES);
+    let refused = pod_to_enroll(of(MAX_ADDRESSES + 1)).unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    assert!(refused.message().contains("addresses: more than 16"), "{refused}");
+    let broken = EnrollRequest {
+        addresses: vec!["10.0.0.256".to_owned()],
+        ..EnrollRequest::default()
+    };
+    assert!(pod_to_enroll(broken).unwrap_err().message().contains("10.0.0.256"));
+}

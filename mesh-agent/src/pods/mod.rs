@@ -454,7 +454,7 @@ impl Drop for Change {
     }
 }
 
-fn validate(pod: &PodToEnroll) -> Result<(), PodError> {
+pub(crate) fn validate(pod: &PodToEnroll) -> Result<(), PodError> {
     let invalid = |field, why: &str| PodError::Invalid {
         field,
         why: why.to_owned(),

@@ -34,8 +34,7 @@ impl Pods {
             } else {
                 first.next().unwrap_or(PROOF_INTERVAL)
             };
-            // Jittered, so that Pods enrolled together are not proven together for ever.
-            sleep(wait.mul_f64(rand::random_range(0.8..=1.0))).await;
+            sleep(jittered(wait)).await;
             let is_unserved = self
                 .enrolled
                 .lock()
@@ -177,5 +176,37 @@ impl Pods {
             }
         }
         self.publish();
+    }
+}
+
+/// Never later, and so that Pods enrolled together are not proven together for ever.
+fn jittered(wait: Duration) -> Duration {
+    wait.mul_f64(rand::random_range(0.8..=1.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::capture::NODE_REPAIR_INTERVAL;
+    use crate::capture::probe::PROBE_TIMEOUT;
+
+    /// What an operator is told: a capture that is broken by hand is seen within this.
+    const SEEN_WITHIN: Duration = Duration::from_secs(10);
+
+    /// A turn repairs before it probes, so that what can be repaired is so after one interval. What cannot makes a probe fail: the
+    /// first to fail ends the turn, at the latest when its time is over and its process had as long to say why.
+    #[test]
+    fn a_broken_capture_is_seen_in_time() {
+        let turn = PROBE_TIMEOUT + PROBE_TIMEOUT;
+        assert!(PROOF_INTERVAL + turn <= SEEN_WITHIN);
+        assert!(FIRST_PROOFS.iter().all(|wait| *wait <= PROOF_INTERVAL));
+        // What all Pods share is looked at apart from their turns.
+        assert!(NODE_REPAIR_INTERVAL <= SEEN_WITHIN);
+        let waits = (0..10_000).map(|_| jittered(PROOF_INTERVAL));
+        let (least, most) = waits.fold((Duration::MAX, Duration::ZERO), |(least, most), wait| {
+            (least.min(wait), most.max(wait))
+        });
+        assert!(most <= PROOF_INTERVAL, "{most:?}");
+        assert!(least < PROOF_INTERVAL.mul_f64(0.9), "not spread: {least:?}");
     }
 }

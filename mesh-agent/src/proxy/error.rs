@@ -90,6 +90,8 @@ pub enum ResetBy {
     RemovedRoot,
     /// Cut by the agent: its peer's address is somebody else's, or nobody's.
     NewHolder,
+    /// Cut by the agent: in clear, and its destination is protected now.
+    Protection,
 }
 
 impl From<Refusal> for ProxyError {
@@ -167,6 +169,7 @@ impl ProxyError {
             Self::Reset(ResetBy::Revocation) => "cut_by_revocation",
             Self::Reset(ResetBy::RemovedRoot) => "cut_by_removed_root",
             Self::Reset(ResetBy::NewHolder) => "cut_by_new_holder",
+            Self::Reset(ResetBy::Protection) => "cut_by_protection",
         }
     }
 }
@@ -221,6 +224,7 @@ impl std::fmt::Display for ResetBy {
             Self::Revocation => "cut: a service account was deleted",
             Self::RemovedRoot => "cut: a root is trusted no longer",
             Self::NewHolder => "cut: the peer's address has another holder",
+            Self::Protection => "cut: in clear, and its destination is protected now",
         })
     }
 }

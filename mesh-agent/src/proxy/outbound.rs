@@ -8,18 +8,20 @@ use http::{Method, Request, Uri};
 
 use super::authorize::still_proven;
 use super::copy::{self, End};
-use super::error::{ProxyError, Refusal};
+use super::error::{ProxyError, Refusal, ResetBy};
 use super::limits::{DISCOVERY_PATIENCE, ENDPOINT_TRIES};
 use super::pod::PodContext;
 use super::pool::{OpenStream, PoolKey};
 use super::registry::ConnectionInfo;
+use super::review::takes_nothing_in_clear;
 use super::socket::Carried;
+use super::step::Step;
 use super::{Accepted, Proxy, Registered};
 use crate::addr::{ClientAddr, OriginalDst};
 use crate::balance;
 use crate::capture::is_probe;
 use crate::state::{Destination, Endpoint, Endpoints, State};
-use crate::telemetry::{ConnectionPath, ConnectionRecord, Direction, Peer, SecurityPolicy};
+use crate::telemetry::{ConnectionPath, ConnectionRecord, Direction, PROTECTED, Peer, SecurityPolicy};
 use crate::workload::{Service, Workload};
 
 pub(super) async fn serve(proxy: Arc<Proxy>, context: Arc<PodContext>, accepted: Accepted) {
@@ -156,9 +158,23 @@ async fn reach(
         }
         Destination::Outside(_) => "outside",
     };
+    proxy.steps.done(Step::Resolved);
     proxy.metrics.count_passthrough(unprotected);
     let socket = context.pod.network.outbound_socket(destination.ip())?;
-    let outside = Carried::connect(socket, destination.socket_addr(), "passthrough").await?;
+    registered.goes_in_clear(destination);
+    // Cut from here on when the destination comes under protection; it may have come just before.
+    if proxy
+        .state
+        .read(|state| takes_nothing_in_clear(state, registered.asked(), destination))
+    {
+        proxy.metrics.count_proof_cut(PROTECTED);
+        return Err(ProxyError::Reset(ResetBy::Protection));
+    }
+    proxy.steps.done(Step::LetOut);
+    let outside = tokio::select! {
+        outside = Carried::connect(socket, destination.socket_addr(), "passthrough") => outside?,
+        error = registered.cut_off() => return Err(error),
+    };
     Ok(Far::Plain(outside))
 }
 

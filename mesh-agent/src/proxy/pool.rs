@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use h2::client::SendRequest;
@@ -20,8 +20,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::buffers::Windows;
 use super::error::{Phase, ProxyError, Refusal};
 use super::limits::{
-    CONNECTION_WINDOW_BYTES, FRAME_BYTES, HEADER_LIST_BYTES, Limits, RESPONSE_TIMEOUT, SEND_BUFFER_BYTES,
-    STREAMS_PER_OUTBOUND_TUNNEL,
+    CONNECTION_WINDOW_BYTES, FRAME_BYTES, HEADER_LIST_BYTES, Limits, SEND_BUFFER_BYTES, STREAMS_PER_OUTBOUND_TUNNEL,
 };
 use super::measured::Measured;
 use super::pod::PodContext;
@@ -115,7 +114,7 @@ impl Pool {
         let mut attempt = 1;
         loop {
             let guard = self.tunnel(pod, key).await?;
-            match guard.request(request.clone()).await {
+            match guard.request(request.clone(), self.limits.response_timeout).await {
                 Err(ProxyError::Tunnel(error)) if attempt < ATTEMPTS && is_tunnels_end(&error) => {
                     tracing::debug!(%error, destination = %key.destination, "tunnel broke before its answer; another is tried");
                     guard.0.closed.store(true, Ordering::Relaxed);
@@ -318,8 +317,8 @@ impl StreamGuard {
         &self.0.proof
     }
 
-    async fn request(&self, request: Request<()>) -> Result<(SendStream<Bytes>, RecvStream), ProxyError> {
-        within(RESPONSE_TIMEOUT, Phase::Response, async {
+    async fn request(&self, request: Request<()>, patience: Duration) -> Result<(SendStream<Bytes>, RecvStream), ProxyError> {
+        within(patience, Phase::Response, async {
             let mut send = self.0.send.clone().ready().await?;
             let (response, stream) = send.send_request(request, false)?;
             let response = response.await?;

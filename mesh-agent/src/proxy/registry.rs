@@ -14,6 +14,7 @@ use super::error::{ProxyError, Refusal, ResetBy};
 use super::limits::Limits;
 use super::proof::Proof;
 use super::review::CutBy;
+use crate::addr::OriginalDst;
 use crate::identity::Identity;
 use crate::telemetry::{ConnectionPath, Direction};
 
@@ -26,6 +27,8 @@ pub struct ConnectionInfo {
     pub source: Option<Identity>,
     pub source_address: SocketAddr,
     pub destination: SocketAddr,
+    /// Outbound, and not in a tunnel: where it goes, which for a service's address is an endpoint of it.
+    pub(super) in_clear: Option<OriginalDst>,
     /// Of the tunnel that carries it; none before there is one.
     pub(super) proof: Option<Arc<Proof>>,
     /// Its source was found at its address.
@@ -41,6 +44,7 @@ impl ConnectionInfo {
             source: None,
             source_address,
             destination,
+            in_clear: None,
             proof: None,
             decided: false,
         }
@@ -136,6 +140,7 @@ impl Registry {
             undecided_from = Some(source);
         }
         let cut = Arc::<Cut>::default();
+        let asked = info.destination;
         connections.entries.insert(id, Entry { info, cut: cut.clone() });
         let account = connections.buffers.account();
         inner.next_id += 1;
@@ -144,6 +149,7 @@ impl Registry {
             pod_uid: pod_uid.clone(),
             id,
             undecided_from: Mutex::new(undecided_from),
+            asked,
             cut,
             account,
         })
@@ -188,6 +194,7 @@ pub struct Registered {
     pod_uid: Arc<str>,
     id: u64,
     undecided_from: Mutex<Option<IpAddr>>,
+    asked: SocketAddr,
     cut: Arc<Cut>,
     account: Arc<Account>,
 }
@@ -201,6 +208,7 @@ impl Registered {
             Some(CutBy::Revoked) => ResetBy::Revocation,
             Some(CutBy::RootRemoved) => ResetBy::RemovedRoot,
             Some(CutBy::NewHolder) => ResetBy::NewHolder,
+            Some(CutBy::Protection) => ResetBy::Protection,
             Some(CutBy::Policy(_) | CutBy::NoAllowMatched) | None => ResetBy::Policy,
         })
     }
@@ -208,6 +216,11 @@ impl Registered {
     /// What cut it, if that has happened.
     pub fn cut_by(&self) -> Option<&CutBy> {
         self.cut.by.get()
+    }
+
+    /// The destination that it was registered with.
+    pub(super) fn asked(&self) -> SocketAddr {
+        self.asked
     }
 
     /// What it holds of data.
@@ -229,6 +242,15 @@ impl Registered {
             }
             if let Some(entry) = connections.entries.get_mut(&id) {
                 entry.info.decided = true;
+            }
+        });
+    }
+
+    /// From now on it is cut when what it asked for, or this, takes nothing in clear. Whoever calls looks at that once more afterwards.
+    pub(super) fn goes_in_clear(&self, to: OriginalDst) {
+        self.registry.change(self, |connections, id| {
+            if let Some(entry) = connections.entries.get_mut(&id) {
+                entry.info.in_clear = Some(to);
             }
         });
     }

@@ -1,7 +1,8 @@
 //! Policy covers the living: whenever the policies of a Pod change, or the mesh's settings, or who has which address, its connections
-//! are decided again, and those that are now denied are cut: inbound ones by policy, and those of either direction whose tunnel's proof
-//! counts no longer. A connection is registered before its first decision, so none slips between.
+//! are decided again, and those that are now denied are cut: inbound ones by policy, those of either direction whose tunnel's proof
+//! counts no longer, and outbound ones in clear whose destination is protected now. A connection is registered before its first decision, so none slips between.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,9 +13,10 @@ use super::pod::PodContext;
 use super::proof::Broken;
 use super::registry::{ConnectionInfo, Registered};
 use super::step::Step;
+use crate::addr::OriginalDst;
 use crate::policy::{self, Connection, Decision, Policy};
-use crate::state::{Settings, State};
-use crate::telemetry::{ConnectionRecord, Direction, IDENTITY_REVOKED, NEW_HOLDER, ROOT_REMOVED};
+use crate::state::{Destination, Settings, State};
+use crate::telemetry::{ConnectionRecord, Direction, IDENTITY_REVOKED, NEW_HOLDER, PROTECTED, ROOT_REMOVED};
 
 /// At least between two reviews of a Pod because somebody's address has another holder: each looks at all of its connections, and Pods
 /// come and go. Policies and settings do not wait.
@@ -92,7 +94,9 @@ fn review(proxy: &Proxy, context: &PodContext, rules: &Rules) {
     let cut = proxy.state.read(|state| {
         let registry = &proxy.registry;
         registry.cut(&context.pod.pod_uid, |info| {
-            unproven(rules, info, state).or_else(|| denied_by(rules, &context.pod.namespace, info, state))
+            unproven(rules, info, state)
+                .or_else(|| unprotected(info, state))
+                .or_else(|| denied_by(rules, &context.pod.namespace, info, state))
         })
     });
     for by in &cut {
@@ -103,6 +107,7 @@ fn review(proxy: &Proxy, context: &PodContext, rules: &Rules) {
             CutBy::Revoked => proxy.metrics.count_proof_cut(IDENTITY_REVOKED),
             CutBy::RootRemoved => proxy.metrics.count_proof_cut(ROOT_REMOVED),
             CutBy::NewHolder => proxy.metrics.count_proof_cut(NEW_HOLDER),
+            CutBy::Protection => proxy.metrics.count_proof_cut(PROTECTED),
         }
     }
     if let Some(by) = cut.first() {
@@ -133,6 +138,8 @@ pub enum CutBy {
     RootRemoved,
     /// Its peer's address is somebody else's, or nobody's.
     NewHolder,
+    /// It goes in clear to where a tunnel, or nothing, would lead now.
+    Protection,
 }
 
 /// Of either direction: what its tunnel's ends have proven counts no longer.
@@ -143,6 +150,27 @@ fn unproven(rules: &Rules, info: &ConnectionInfo, state: &State) -> Option<CutBy
         Some(Broken::RootRemoved) => Some(CutBy::RootRemoved),
         // Undecided, it may be waiting for just that.
         None => (info.decided && !proof.peer_is_there(state)).then_some(CutBy::NewHolder),
+    }
+}
+
+fn unprotected(info: &ConnectionInfo, state: &State) -> Option<CutBy> {
+    let to = info.in_clear?;
+    takes_nothing_in_clear(state, info.destination, to).then_some(CutBy::Protection)
+}
+
+/// Whether a connection to what was asked for, that goes to `to`, would not be let out in clear. Where nothing is known nothing is cut:
+/// what stood there has gone, and its connections with it.
+pub(super) fn takes_nothing_in_clear(state: &State, asked: SocketAddr, to: OriginalDst) -> bool {
+    // An endpoint of a service is never taken for excluded: what was asked for counts.
+    let standing = if to.socket_addr() == asked {
+        state.destination(to)
+    } else {
+        state.by_address(to.ip()).map_or(Destination::Unknown, Destination::of)
+    };
+    match standing {
+        Destination::Mesh(_) | Destination::Lost(_) | Destination::ServiceVip(_) => true,
+        Destination::Pending(workload) => state.settings().is_strict(&workload.namespace),
+        Destination::Excluded(_) | Destination::Outside(_) | Destination::Unknown => false,
     }
 }
 

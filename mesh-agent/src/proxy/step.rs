@@ -3,7 +3,7 @@
 #[cfg(test)]
 use parking_lot::Mutex;
 
-/// What has just been done for an inbound connection.
+/// What has just been done for a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(not(test), allow(dead_code, reason = "named for tests"))]
 pub(super) enum Step {
@@ -13,6 +13,10 @@ pub(super) enum Step {
     Evaluated,
     Decided,
     Connected,
+    /// Outbound: it is about to be let out in clear.
+    Resolved,
+    /// Outbound: it is registered as one in clear, and was looked at once more.
+    LetOut,
     /// A review has noted that something changed, and has not looked at what.
     Reviewing,
 }

@@ -23,6 +23,8 @@ const STRICT: &str = "_strict";
 pub const IDENTITY_REVOKED: &str = "_identity_revoked";
 pub const ROOT_REMOVED: &str = "_root_removed";
 pub const NEW_HOLDER: &str = "_new_holder";
+/// In clear, and its destination is protected now.
+pub const PROTECTED: &str = "_destination_protected";
 /// Stands for everything that found no room.
 pub(super) const OVERFLOW: &str = "_other";
 

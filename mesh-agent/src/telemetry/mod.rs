@@ -10,7 +10,7 @@ mod tunnels;
 
 pub use access_log::AccessLog;
 pub use metrics::{
-    ConnectionCounters, ConnectionLabels, IDENTITY_REVOKED, Metrics, NEW_HOLDER, ROOT_REMOVED, Reporter, take_over,
+    ConnectionCounters, ConnectionLabels, IDENTITY_REVOKED, Metrics, NEW_HOLDER, PROTECTED, ROOT_REMOVED, Reporter, take_over,
 };
 pub use prefix::MetricsPrefix;
 pub use record::{ConnectionPath, ConnectionRecord, Direction, Peer, SecurityPolicy};

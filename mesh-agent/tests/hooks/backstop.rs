@@ -260,6 +260,62 @@ hook_test! {
     }
 }
 
+/// What a socket of the agent's asks for, which port of it, and to whose port 8080 the root of the Pod sends it instead.
+type Rewritten = (&'static str, u16, &'static str);
+
+fn rewritten_by_root(testbed: &Testbed, attacks: &[Rewritten]) {
+    let kernel = open(testbed);
+    let server = listen(&testbed.outsider(), 8080);
+    let connect = |(address, port, to): Rewritten| {
+        let text = format!(
+            "{}\nrewrite('{to}', 8080)\nsay('rewritten')",
+            include_str!("backstop/rewrite.py")
+        );
+        assert_eq!(testbed.script_as_root(&testbed.pod(), &text).said(), "rewritten");
+        let asked = SocketAddr::new(address.parse().unwrap(), port);
+        let socket = socket_in(&testbed.pod(), asked.ip());
+        let mark = AgentSocketValue {
+            kind: socket_kind::OUTBOUND,
+            slot: SLOT,
+        };
+        kernel.mark_socket(socket.as_fd(), mark).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let _ = socket.connect(&asked.into());
+        socket
+    };
+    for attack in attacks {
+        let _socket = connect(*attack);
+        server.accept().unwrap();
+    }
+    attach(testbed, &kernel);
+    server.set_nonblocking(true).unwrap();
+    let mut reached = Vec::new();
+    for attack in attacks {
+        let before = drops(&kernel)[1];
+        let _socket = connect(*attack);
+        wait_until("its SYN, there or dropped", || {
+            let is_there = server.accept().is_ok();
+            if is_there {
+                reached.push(attack);
+            }
+            is_there || drops(&kernel)[1] > before
+        });
+    }
+    assert!(reached.is_empty(), "reached the mesh in clear: {reached:?}");
+}
+
+hook_test! {
+    fn a_pass_through_that_root_rewrites_does_not_reach_the_mesh(testbed) {
+        rewritten_by_root(&testbed, &[(OUTSIDE_V4, 8080, OUTSIDER_V4), (OUTSIDE_V6, 8080, OUTSIDER_V6)]);
+    }
+}
+
+hook_test! {
+    fn a_tunnel_that_root_rewrites_does_not_reach_an_application(testbed) {
+        rewritten_by_root(&testbed, &[(OUTSIDER_V4, 15008, OUTSIDER_V4), (OUTSIDER_V6, 15008, OUTSIDER_V6)]);
+    }
+}
+
 hook_test! {
     fn a_raw_syn_to_the_outside_passes_once_it_is_known_to_be_outside(testbed) {
         let kernel = open(&testbed);

@@ -22,6 +22,13 @@ fn registry(texts: &[&str]) -> Registry {
 }
 
 fn control(publish_interval: std::time::Duration) -> (tempfile::TempDir, Arc<ControlPlane>) {
+    control_within(Bounds {
+        publish_interval,
+        ..Bounds::default()
+    })
+}
+
+fn control_within(bounds: Bounds) -> (tempfile::TempDir, Arc<ControlPlane>) {
     let dir = tempfile::tempdir().expect("directory");
     let state = StateDir::open(&dir.path().join("state")).expect("state");
     let parameters = Parameters {
@@ -30,10 +37,6 @@ fn control(publish_interval: std::time::Duration) -> (tempfile::TempDir, Arc<Con
         pod_ranges: vec![],
         trust_bundle: vec![],
         revoked: std::collections::BTreeSet::new(),
-    };
-    let bounds = Bounds {
-        publish_interval,
-        ..Bounds::default()
     };
     let metrics = Arc::new(Metrics::new().expect("metrics"));
     let control = ControlPlane::new(parameters, state, metrics, bounds).expect("control plane");
@@ -109,4 +112,64 @@ async fn a_mesh_without_pod_ranges_is_warned_of() {
     );
     assert!(control.status()["warnings"].as_array().expect("list").is_empty());
     assert_eq!(control.status()["pod_ranges"][0], "10.0.0.0/24");
+}
+
+#[tokio::test]
+async fn what_could_not_be_read_back_is_not_written_and_what_was_kept_stays() {
+    let account = |name: &str| format!("apiVersion: v1\nkind: ServiceAccount\nmetadata: {{name: {name}, namespace: shop}}\n");
+    let (first, second) = (account("a"), account("b"));
+    let kept = |dir: &tempfile::TempDir, file: &str| std::fs::read_to_string(dir.path().join("state").join(file)).ok();
+    let failed = |control: &ControlPlane| control.metrics.state_writes_failed.get();
+
+    // Both files as they are when one thing is in them.
+    let (dir, control) = control(std::time::Duration::ZERO);
+    control.set_world(&registry(&[MESH, &first]));
+    control.set_report("node-a", word(Proof::Proven));
+    // A report may wait for its turn; this does not.
+    control.set_world(&registry(&[MESH, &first]));
+    let accounts = kept(&dir, ACCOUNTS).expect("accounts");
+    let captures = kept(&dir, CAPTURE_STATES).expect("states");
+    assert_eq!(failed(&control), 0);
+
+    let (dir, control) = control_within(Bounds {
+        accounts_file_bytes: accounts.len() as u64,
+        ..Bounds::default()
+    });
+    control.set_world(&registry(&[MESH, &first]));
+    assert_eq!(
+        (kept(&dir, ACCOUNTS), failed(&control)),
+        (Some(accounts.clone()), 0),
+        "exactly as many"
+    );
+    control.set_world(&registry(&[MESH, &first, &second]));
+    assert_eq!((kept(&dir, ACCOUNTS), failed(&control)), (Some(accounts), 1));
+
+    for (less, expected) in [(0, (Some(captures.clone()), false)), (1, (None, true))] {
+        let (dir, control) = control_within(Bounds {
+            publish_interval: std::time::Duration::ZERO,
+            capture_file_bytes: captures.len() as u64 - less,
+            ..Bounds::default()
+        });
+        control.set_world(&registry(&[MESH]));
+        control.set_report("node-a", word(Proof::Proven));
+        control.set_world(&registry(&[MESH]));
+        assert_eq!((kept(&dir, CAPTURE_STATES), failed(&control) > 0), expected);
+        assert_eq!(control.status()["pods"]["shop/web"], "proven", "in force all the same");
+    }
+}
+
+#[tokio::test]
+async fn rejections_are_shown_up_to_a_bound_and_all_counted() {
+    let (_dir, control) = control_within(Bounds {
+        rejections: 2,
+        ..Bounds::default()
+    });
+    control.set_world(&registry(&[MESH, "{", "[", "}"]));
+    let shown = control.status()["rejected_manifests"].as_array().map(Vec::len);
+    assert_eq!(shown, Some(2));
+    let counted = control.metrics.text().expect("metrics");
+    assert!(
+        counted.contains("mesh_control_manifests_rejected{reason=\"syntax\"} 3"),
+        "{counted}"
+    );
 }

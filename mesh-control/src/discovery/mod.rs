@@ -16,7 +16,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::authentication::{Authenticator, Caller};
 use crate::compile::{Snapshot, TypeSnapshot};
 use crate::control_plane::ControlPlane;
-use crate::limits::{MAX_NACK_BYTES, MAX_TYPES, RESPONSES_WAITING};
+use crate::limits::{MAX_TYPES, RESPONSES_WAITING};
 use crate::node_streams::{NodeStream, StreamKind};
 use crate::proto;
 use crate::tokens::Refusal;
@@ -100,6 +100,7 @@ impl Stream {
             tokio::select! {
                 request = self.requests.message() => match request {
                     Ok(Some(request)) => self.request(request)?,
+                    Err(status) if proto::is_too_large(&status) => return Err(Cut("too_much", status)),
                     // The client is gone, by a half-close or by the loss of its connection.
                     Ok(None) | Err(_) => return Ok(()),
                 },
@@ -160,7 +161,7 @@ impl Stream {
             Answer::Acknowledged => metrics.acknowledged.with_label_values(&[short_type(&type_url)]).inc(),
             Answer::Rejected { names, error } => {
                 metrics.rejected.with_label_values(&[short_type(&type_url)]).inc();
-                let error: String = error.chars().take(MAX_NACK_BYTES).collect();
+                let error = proto::shortened(error);
                 let some: Vec<&String> = names.iter().take(8).collect();
                 tracing::warn!(node = %self.caller.node, type_url, names = ?some, of = names.len(), error, "the agent rejects a response");
                 self.control.with_node(&self.caller.node, |node| {

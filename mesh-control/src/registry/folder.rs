@@ -10,9 +10,7 @@ use std::time::{Duration, Instant};
 use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
 
 use super::Scan;
-use crate::limits::{
-    FOLDER_DEBOUNCE, FOLDER_DEBOUNCE_MOST, FOLDER_EVENTS, FOLDER_RESCAN, MAX_FILE_BYTES, MAX_FILES, MAX_FOLDER_BYTES,
-};
+use crate::limits::{FOLDER_DEBOUNCE, FOLDER_DEBOUNCE_MOST, FOLDER_EVENTS, FOLDER_RESCAN, MAX_FILE_BYTES, MAX_FILES};
 
 #[derive(Debug, thiserror::Error)]
 #[error("registry folder {}: {error}", path.display())]
@@ -25,12 +23,17 @@ pub struct FolderError {
 /// made of these).
 pub struct Folder {
     path: PathBuf,
+    most_bytes: u64,
 }
 
 impl Folder {
+    /// Of `most_bytes` together: what sorts behind them is refused.
     #[must_use]
-    pub fn new(path: &Path) -> Self {
-        Self { path: path.to_owned() }
+    pub fn new(path: &Path, most_bytes: u64) -> Self {
+        Self {
+            path: path.to_owned(),
+            most_bytes,
+        }
     }
 
     /// Reads every manifest.
@@ -63,10 +66,10 @@ impl Folder {
                     Ok(None) => continue,
                     Ok(Some(text)) => {
                         total += text.len() as u64;
-                        if total > MAX_FOLDER_BYTES {
+                        if total > self.most_bytes {
                             Err(format!(
-                                "the folder holds more than {} MiB of manifests",
-                                MAX_FOLDER_BYTES >> 20
+                                "the folder holds more than {} bytes of manifests; remove some",
+                                self.most_bytes
                             ))
                         } else {
                             Ok(Arc::from(text))

@@ -24,9 +24,9 @@ impl Follow {
     /// # Errors
     /// The folder cannot be read, or [`LastGood::load`] fails: what was in force is then not known.
     pub fn start(path: &Path, state: StateDir, control: Arc<ControlPlane>) -> anyhow::Result<Self> {
-        let folder = Folder::new(path);
+        let folder = Folder::new(path, control.bounds.folder_bytes);
         let mut watch = folder.watch();
-        let kept = LastGood::load(&state)?;
+        let kept = LastGood::load(&state, control.bounds.last_good_bytes)?;
         let mut registry = kept.clone().map(Registry::restore).unwrap_or_default();
         let filled = state.read(FILLED, MAX_FILLED_BYTES)?.is_some();
         if filled {
@@ -143,8 +143,16 @@ impl Kept {
         if now == self.last_good {
             return;
         }
-        match LastGood::save(now.as_ref(), &self.state) {
+        match LastGood::save(now.as_ref(), &self.state, control.bounds.last_good_bytes) {
             Ok(()) => self.last_good = now,
+            // Another try would change nothing: the next is when the manifests have changed.
+            Err(error @ StateError::TooLarge { .. }) => {
+                failed(
+                    error,
+                    "too many broken or contested manifests for their last good forms to be kept: mend them; after a restart, what is \
+                     broken now would be in force as it was last kept, or not at all",
+                );
+            }
             Err(error) => {
                 self.failed = failed(
                     error,

@@ -8,7 +8,6 @@ use serde::{Deserialize, Serialize};
 
 use super::manifest::{Reason, parse_file};
 use super::{FileState, Form, Held, InForce, Registry, world_of};
-use crate::limits::MAX_LAST_GOOD_BYTES;
 use crate::objects::ObjectId;
 use crate::state_dir::{StateDir, StateError};
 
@@ -39,8 +38,8 @@ impl LastGood {
 
     /// # Errors
     /// It cannot be read, or holds something else: what was in force is then not known.
-    pub fn load(state: &StateDir) -> Result<Option<Self>, StateError> {
-        let Some(bytes) = state.read(FILE, MAX_LAST_GOOD_BYTES)? else {
+    pub fn load(state: &StateDir, most_bytes: u64) -> Result<Option<Self>, StateError> {
+        let Some(bytes) = state.read(FILE, most_bytes)? else {
             return Ok(None);
         };
         serde_json::from_slice(&bytes).map(Some).map_err(|error| {
@@ -53,12 +52,45 @@ impl LastGood {
     }
 
     /// # Errors
-    /// The disk's.
-    pub fn save(this: Option<&Self>, state: &StateDir) -> Result<(), StateError> {
-        match this {
-            Some(this) => state.write(FILE, serde_json::to_string(this).unwrap_or_default().as_bytes()),
-            None => state.remove(FILE),
-        }
+    /// The disk's; more than `most_bytes`, which [`Self::load`] would refuse. What was kept before stays.
+    pub fn save(this: Option<&Self>, state: &StateDir, most_bytes: u64) -> Result<(), StateError> {
+        let Some(this) = this else {
+            return state.remove(FILE);
+        };
+        let mut content = Bounded {
+            bytes: Vec::new(),
+            left: most_bytes,
+        };
+        serde_json::to_writer(&mut content, this).map_err(|error| {
+            let path = state.path().join(FILE);
+            if error.is_io() {
+                StateError::TooLarge { path, most: most_bytes }
+            } else {
+                StateError::content(&path, error)
+            }
+        })?;
+        state.write(FILE, &content.bytes)
+    }
+}
+
+/// Takes so many bytes, and fails at the next.
+struct Bounded {
+    bytes: Vec<u8>,
+    left: u64,
+}
+
+impl std::io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.left = self
+            .left
+            .checked_sub(bytes.len() as u64)
+            .ok_or(std::io::ErrorKind::FileTooLarge)?;
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
     }
 }
 

@@ -106,6 +106,12 @@ impl Registry {
         self.files.values().map(|file| file.ignored).sum()
     }
 
+    /// Whose content is held.
+    #[cfg(fuzzing)]
+    pub fn files(&self) -> impl Iterator<Item = &str> {
+        self.files.keys().map(String::as_str)
+    }
+
     #[must_use]
     pub fn world(&self) -> Arc<World> {
         Arc::clone(&self.world)

@@ -1,6 +1,7 @@
 use super::*;
-use crate::limits::{MAX_DOCUMENTS, MAX_FILES};
+use crate::limits::{MAX_DOCUMENTS, MAX_FILES, MAX_FOLDER_BYTES, MAX_LAST_GOOD_BYTES};
 use crate::objects::Kind;
+use crate::state_dir::StateError;
 
 fn scan(files: &[(&str, &str)]) -> Scan {
     files
@@ -215,8 +216,8 @@ fn an_empty_folder_after_a_full_one_is_none_that_was_read() {
 fn restarted(registry: &Registry) -> Registry {
     let state_dir = tempfile::tempdir().expect("directory");
     let state = crate::state_dir::StateDir::open(&state_dir.path().join("state")).expect("state directory");
-    LastGood::save(registry.last_good().as_ref(), &state).expect("written");
-    let saved = LastGood::load(&state).expect("read");
+    LastGood::save(registry.last_good().as_ref(), &state, MAX_LAST_GOOD_BYTES).expect("written");
+    let saved = LastGood::load(&state, MAX_LAST_GOOD_BYTES).expect("read");
     assert_eq!(saved, registry.last_good());
     saved.map(Registry::restore).unwrap_or_default()
 }
@@ -273,7 +274,7 @@ fn a_folder_is_read_one_level_deep_and_links_stay_inside() {
     std::os::unix::fs::symlink("../outside.yaml", folder.join("c.yml")).expect("link");
     std::fs::write(folder.join("d.yaml"), [0xff, 0xfe]).expect("file");
     std::fs::write(folder.join("e.yaml"), vec![b' '; crate::limits::MAX_FILE_BYTES as usize + 1]).expect("file");
-    let scan = Folder::new(&folder).scan().expect("scan");
+    let scan = Folder::new(&folder, MAX_FOLDER_BYTES).scan().expect("scan");
     assert_eq!(
         scan.keys().collect::<Vec<_>>(),
         ["a.yaml", "b.json", "c.yml", "d.yaml", "e.yaml"]
@@ -286,7 +287,8 @@ fn a_folder_is_read_one_level_deep_and_links_stay_inside() {
     ] {
         assert!(scan[file].as_ref().expect_err("refused").contains(problem), "{file}");
     }
-    let missing = Folder::new(&dir.path().join("missing")).scan().expect_err("missing");
+    let missing = Folder::new(&dir.path().join("missing"), MAX_FOLDER_BYTES);
+    let missing = missing.scan().expect_err("missing");
     assert!(missing.to_string().contains("missing"));
 }
 
@@ -296,7 +298,7 @@ fn files_and_documents_are_bounded() {
     for number in 0..=MAX_FILES {
         std::fs::write(folder.path().join(format!("{number:05}.yaml")), "").unwrap();
     }
-    let scan = Folder::new(folder.path()).scan().unwrap();
+    let scan = Folder::new(folder.path(), MAX_FOLDER_BYTES).scan().unwrap();
     let refused: Vec<_> = scan.iter().filter(|(_, content)| content.is_err()).collect();
     let [(file, content)] = refused[..] else {
         panic!("{} files refused", refused.len());
@@ -311,4 +313,44 @@ fn files_and_documents_are_bounded() {
         assert_eq!(refusals.count(), refused, "of {count} documents");
         assert_eq!(parsed.documents.len(), MAX_DOCUMENTS + refused);
     }
+}
+
+#[test]
+fn the_bytes_of_a_folder_are_bounded_and_what_sorts_last_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = pod("a", "10.0.0.1");
+    for file in ["a.yaml", "b.yaml", "c.yaml"] {
+        std::fs::write(folder.path().join(file), &text).unwrap();
+    }
+    let within = |bytes| Folder::new(folder.path(), bytes).scan().unwrap();
+    let of_three = 3 * text.len() as u64;
+    assert!(within(of_three).values().all(Result::is_ok), "exactly as many");
+    let scan = within(of_three - 1);
+    assert!(scan["a.yaml"].is_ok() && scan["b.yaml"].is_ok());
+    let said = scan["c.yaml"].as_ref().expect_err("refused");
+    assert!(said.contains(&format!("more than {} bytes", of_three - 1)), "{said}");
+}
+
+#[test]
+fn last_good_forms_beyond_their_bound_are_not_written_and_those_kept_before_stay() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = crate::state_dir::StateDir::open(&dir.path().join("state")).unwrap();
+    let mut registry = Registry::default();
+    registry.apply(&scan(&[("a.yaml", &pod("a", "10.0.0.1"))]));
+    registry.apply(&scan(&[("a.yaml", &pod("a", "nonsense"))]));
+    let kept = registry.last_good().expect("something is broken");
+    let bytes = serde_json::to_vec(&kept).unwrap().len() as u64;
+    LastGood::save(Some(&kept), &state, bytes).expect("exactly as many");
+    assert_eq!(LastGood::load(&state, bytes).unwrap(), Some(kept.clone()));
+
+    let more = pod("a", "nonsense") + &pod("b", "10.0.0.2");
+    registry.apply(&scan(&[("a.yaml", &more)]));
+    registry.apply(&scan(&[("a.yaml", &(more + &pod("b", "10.0.0.3")))]));
+    let larger = registry.last_good().expect("something is broken");
+    let refused = LastGood::save(Some(&larger), &state, bytes).expect_err("refused");
+    assert!(matches!(refused, StateError::TooLarge { .. }), "{refused}");
+    assert!(refused.to_string().contains(&format!("more than {bytes} bytes")), "{refused}");
+    assert_eq!(LastGood::load(&state, bytes).unwrap(), Some(kept), "as it was");
+    // Nor is one read that something else has made so large.
+    assert!(LastGood::load(&state, bytes - 1).is_err());
 }

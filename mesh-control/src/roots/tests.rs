@@ -90,3 +90,31 @@ fn what_cannot_be_read_leaves_in_force_what_was() {
     assert!(roots.reload(now()).is_err());
     assert_eq!(roots.in_force().bundle, before);
 }
+
+#[test]
+fn a_file_of_roots_is_bounded() {
+    let (_dir, state) = state();
+    let roots = Roots::open(&state, "cluster.local", now()).expect("roots");
+    let before = roots.in_force().bundle.clone();
+    let signing = state.read(authority::ROOT, MAX_PEM_BYTES).expect("read").expect("a root");
+    let other = authority::new_root("cluster.local", now()).expect("root").into_bytes();
+    for (file, pem) in [(TRUSTED, other), (authority::ROOT, signing.clone())] {
+        let padded = |bytes: u64| {
+            let room = usize::try_from(bytes).expect("small") - pem.len();
+            let content = [pem.clone(), vec![b'\n'; room]].concat();
+            state.write(file, &content).expect("written");
+        };
+        padded(MAX_PEM_BYTES + 1);
+        let refused = roots.reload(now()).expect_err("too large").to_string();
+        assert!(
+            refused.contains(file) && refused.contains("more than 65536 bytes"),
+            "{refused}"
+        );
+        assert_eq!(roots.in_force().bundle, before, "{file}");
+        padded(MAX_PEM_BYTES);
+        roots.reload(now()).expect("exactly as many");
+        state.remove(TRUSTED).expect("removed");
+        state.write(authority::ROOT, &signing).expect("written");
+        roots.reload(now()).expect("as before");
+    }
+}

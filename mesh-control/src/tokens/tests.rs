@@ -82,3 +82,20 @@ fn the_nodes_are_bounded_and_a_token_of_the_last_is_still_changed() {
     assert!(matches!(beyond, Err(TokenError::TooMany)));
     tokens.issue("node-a", "localhost:15012", "00", true).expect("no further one");
 }
+
+#[test]
+fn a_record_that_is_too_large_opens_nothing() {
+    let (dir, tokens) = tokens();
+    let token = tokens.issue("node-a", "localhost:15012", "00", false).expect("token");
+    let path = dir.path().join("state/nodes/node-a.json");
+    let record = std::fs::read_to_string(&path).expect("record");
+    let padded = |bytes: u64| {
+        let room = usize::try_from(bytes).expect("small") - record.len();
+        std::fs::write(&path, record.clone() + &" ".repeat(room)).expect("written");
+    };
+    padded(MAX_TOKEN_BYTES);
+    assert_eq!(tokens.authenticate(&token.secret).as_deref(), Ok("node-a"), "exactly as many");
+    padded(MAX_TOKEN_BYTES + 1);
+    assert_eq!(tokens.authenticate(&token.secret), Err(Refusal::Unreadable));
+    assert!(tokens.hosts().expect("hosts").is_empty());
+}

@@ -1,6 +1,8 @@
 //! Agents that take over from each other.
 
+use std::io::Read as _;
 use std::net::IpAddr;
+use std::os::unix::net::UnixStream;
 
 use anyhow::{Context as _, Result, ensure};
 use mesh_tests::app::ECHO_PORT;
@@ -166,6 +168,54 @@ pub fn drain_ends(shared: &mut Shared) -> Result<()> {
     let end = chat.hear(SOON).context("the client is not told of its connection's end")?;
     ensure!(end.contains("error"), "expected that the drain's end resets it, saw {end}");
     gone.wait(PATIENTLY).context("it outlives its drain")?;
+    mesh.wait_for_tunnel("client", "server")
+}
+
+/// SIGTERM without a successor: what is open goes on, new ones are refused, and `--drain-seconds` is the end of it.
+pub fn stop_drains(shared: &mut Shared) -> Result<()> {
+    let mesh = &mut shared.mesh;
+    let server: IpAddr = mesh.pod("server").v4.into();
+    let node = NodeName::Two;
+    for (seconds, is_cut) in [("3600", false), ("1", true)] {
+        mesh.terminate_agent(node)?;
+        mesh.launch_agent_with(node, &["--drain-seconds", seconds])?;
+        mesh.wait_until_ready(node)?;
+        mesh.wait_for_tunnel("client", "server")?;
+        let mut chat = mesh.app.chat(&mesh.pod("client").place(), server)?;
+        ensure!(chat.ask("before", SOON)? == "before");
+        let stopping = mesh.take_agent(node)?;
+        stopping.signal(Signal::SIGTERM)?;
+        if is_cut {
+            let end = chat.hear(SOON).context("the client is not told of its connection's end")?;
+            ensure!(end.contains("error"), "expected that the drain's end resets it, saw {end}");
+        } else {
+            // It takes none any longer, and so it has heard of it.
+            mesh.wait_for_outcome("client", server, ECHO_PORT, false)?;
+            ensure!(chat.ask("while it drains", SOON)? == "while it drains");
+            drop(chat);
+        }
+        stopping
+            .wait(PATIENTLY)
+            .with_context(|| format!("it outlives a drain of {seconds} s"))?;
+        mesh.start_agent(node)?;
+    }
+    mesh.wait_for_tunnel("client", "server")
+}
+
+/// Who holds the handover's socket and says nothing keeps no other from taking over.
+pub fn silent_successor(shared: &mut Shared) -> Result<()> {
+    let mesh = &mut shared.mesh;
+    let node = NodeName::Two;
+    let socket = mesh.topology.node(node).run_dir().join("handover.sock");
+    let mut silent = UnixStream::connect(&socket).with_context(|| socket.display().to_string())?;
+    silent.set_read_timeout(Some(PATIENTLY))?;
+    let mut heard = Vec::new();
+    silent
+        .read_to_end(&mut heard)
+        .context("it is waited for longer than anybody should be")?;
+    let heard = String::from_utf8_lossy(&heard);
+    ensure!(heard.contains("goes on"), "expected to be told, saw {heard:?}");
+    succeed(mesh, node)?.wait(PATIENTLY)?;
     mesh.wait_for_tunnel("client", "server")
 }
 

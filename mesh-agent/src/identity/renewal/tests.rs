@@ -188,3 +188,15 @@ async fn what_counts_no_longer_is_dropped_and_asked_for_again_when_it_can_be_had
     running.certificates.retry_failed();
     running.certificates.ready(&web, PATIENCE).await.unwrap();
 }
+
+/// Virtual time: it passes only in the waiting.
+#[tokio::test(start_paused = true)]
+async fn an_authority_that_does_not_answer_is_not_waited_for() {
+    let silent = Flaky {
+        permits: Arc::new(Semaphore::new(0)),
+        ..Flaky::new(0)
+    };
+    let asked = tokio::time::timeout(PATIENCE, fetch(&silent, &identity("web"))).await;
+    let answer = asked.expect("it is waited for without end");
+    assert!(matches!(answer, Err(CertificateError::Timeout)));
+}

@@ -1,6 +1,9 @@
 //! Durations and counts that bound a tunnel, each with a value that a test can meet.
 
+use tokio_rustls::TlsAcceptor;
+
 use super::raw::{RawTunnel, assert_stream_echo};
+use super::tls::RIGHT;
 use super::*;
 use crate::proxy::limits::{QuotaLimits, UPSTREAM_TRIES};
 
@@ -152,6 +155,32 @@ async fn a_pod_has_only_so_many_tunnels() {
     mesh.far.logs_reason("limit").await;
     let mut another = second.connect(other.application()).await;
     assert_echo(&mut another, "each Pod has its own").await;
+}
+
+/// The far side takes the CONNECT, answers pings, and never says whether the application is reached.
+#[tokio::test]
+async fn an_answer_has_its_time() {
+    let mesh = Mesh::with_limits(Limits {
+        response_timeout: SHORT,
+        ..Limits::default()
+    });
+    let client = mesh.pod(&mesh.near, "client").await;
+    let ip = fresh_address();
+    mesh.tell(vec![Change::Workload(workload("server", ip))]);
+    let listener = TcpListener::bind(SocketAddr::new(ip, TUNNEL_PORT)).await.unwrap();
+    let config = RIGHT.config(&mesh.authority.issue(&identity("server")));
+    let far = tokio::spawn(async move {
+        let (stream, _) = listener.accept().await.unwrap();
+        let tls = TlsAcceptor::from(config).accept(stream).await.unwrap();
+        let mut connection = h2::server::handshake(tls).await.unwrap();
+        let mut unanswered = Vec::new();
+        while let Some(request) = connection.accept().await {
+            unanswered.push(request);
+        }
+    });
+    assert_refused(client.connect(SocketAddr::new(ip, APPLICATION_PORT)).await).await;
+    mesh.near.logs_reason("response_timeout").await;
+    far.abort();
 }
 
 /// The kernel's queue of the listener is full, so the SYN is not answered.

@@ -1,9 +1,11 @@
 //! Peers that keep to no rule of the protocol: bytes by the second, streams and headers without end. They have a certificate.
 
+use tokio_rustls::TlsAcceptor;
 use tokio_rustls::client::TlsStream;
 
+use super::tls::RIGHT;
 use super::*;
-use crate::proxy::limits::{HEADER_LIST_BYTES, STREAMS_PER_INBOUND_TUNNEL};
+use crate::proxy::limits::{FRAME_BYTES, HEADER_LIST_BYTES, STREAMS_PER_INBOUND_TUNNEL};
 
 /// Between two bytes; the limits below are longer than a byte takes, and shorter than all bytes take.
 const BETWEEN: Duration = Duration::from_millis(20);
@@ -12,14 +14,19 @@ const SHORT: Duration = Duration::from_millis(400);
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const EMPTY_SETTINGS: [u8; 9] = [0, 0, 0, SETTINGS, 0, 0, 0, 0, 0];
 // Frame types (RFC 9113, 6).
+const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
 const GOAWAY: u8 = 7;
 const CONTINUATION: u8 = 9;
 const END_HEADERS: u8 = 4;
+const ACK: u8 = 1;
 const CANCEL: u32 = 8;
 const REFUSED_STREAM: u32 = 7;
+const FRAME_SIZE_ERROR: u32 = 6;
+/// `:status: 200`, a field of its own (RFC 7541, appendix A).
+const STATUS_200: u8 = 0x88;
 
 type Tunnel = TlsStream<TcpStream>;
 
@@ -287,4 +294,114 @@ async fn headers_have_a_size() {
     let (flood, ()) = tokio::join!(flood, async { while next_frame(&mut read).await.is_ok() {} });
     assert!(flood.is_err(), "it may go on for ever");
     until("nothing is left of it", || mesh.far.proxy.registry.count(uid) == 0).await;
+}
+
+/// The next of this type on a stream.
+async fn next_of(tunnel: &mut (impl tokio::io::AsyncRead + Unpin), kind: u8) -> Frame {
+    loop {
+        let frame = next_frame(tunnel).await.unwrap();
+        if frame.kind == kind {
+            return frame;
+        }
+        assert!(
+            !matches!(frame.kind, GOAWAY | RST_STREAM),
+            "type {}: {:?}",
+            frame.kind,
+            frame.payload
+        );
+    }
+}
+
+/// Settings hold for both ends once they are acknowledged.
+async fn acknowledge_settings(tunnel: &mut (impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin)) {
+    next_of(tunnel, SETTINGS).await;
+    tunnel.write_all(&frame(SETTINGS, ACK, 0, &[])).await.unwrap();
+    tunnel.flush().await.unwrap();
+}
+
+/// Until the other side has ended the tunnel, saying this.
+async fn ended_by(tunnel: &mut (impl tokio::io::AsyncRead + Unpin), error: u32) -> bool {
+    while let Ok(frame) = next_frame(tunnel).await {
+        if frame.kind == GOAWAY {
+            return frame.payload[4..8] == error.to_be_bytes();
+        }
+    }
+    false
+}
+
+#[tokio::test]
+async fn a_frame_of_a_clients_has_a_size() {
+    let mesh = Mesh::new();
+    let server = mesh.pod(&mesh.far, "server").await;
+    let _echo = server.echo().await;
+    let mut tunnel = tunnel_to(&mesh, &server).await;
+    acknowledge_settings(&mut tunnel).await;
+    let fields = connect_fields(&server.application().to_string());
+    tunnel.write_all(&frame(HEADERS, END_HEADERS, 1, &fields)).await.unwrap();
+    tunnel.flush().await.unwrap();
+    assert_eq!(next_of(&mut tunnel, HEADERS).await.payload[0], STATUS_200);
+    // Exactly as large.
+    tunnel
+        .write_all(&frame(DATA, 0, 1, &vec![1; FRAME_BYTES as usize]))
+        .await
+        .unwrap();
+    tunnel.flush().await.unwrap();
+    assert_eq!(next_of(&mut tunnel, DATA).await.payload[0], 1);
+    tunnel
+        .write_all(&frame(DATA, 0, 1, &vec![2; FRAME_BYTES as usize + 1]))
+        .await
+        .unwrap();
+    tunnel.flush().await.unwrap();
+    assert!(
+        ended_by(&mut tunnel, FRAME_SIZE_ERROR).await,
+        "a frame beyond the bound is taken"
+    );
+    let uid = &server.handle.context.pod.pod_uid;
+    until("nothing is left of it", || mesh.far.proxy.registry.count(uid) == 0).await;
+}
+
+#[tokio::test]
+async fn a_frame_of_a_servers_has_a_size() {
+    let mesh = Mesh::new();
+    let client = mesh.pod(&mesh.near, "client").await;
+    let ip = fresh_address();
+    mesh.tell(vec![Change::Workload(workload("server", ip))]);
+    let listener = TcpListener::bind(SocketAddr::new(ip, TUNNEL_PORT)).await.unwrap();
+    let config = RIGHT.config(&mesh.authority.issue(&identity("server")));
+    let (go_on, gone_on) = tokio::sync::oneshot::channel();
+    let far = tokio::spawn(async move {
+        let (stream, _) = listener.accept().await.unwrap();
+        let mut tunnel = TlsAcceptor::from(config).accept(stream).await.unwrap();
+        let mut preface = [0; PREFACE.len()];
+        tunnel.read_exact(&mut preface).await.unwrap();
+        tunnel.write_all(&EMPTY_SETTINGS).await.unwrap();
+        acknowledge_settings(&mut tunnel).await;
+        let stream = next_of(&mut tunnel, HEADERS).await.stream;
+        tunnel
+            .write_all(&frame(HEADERS, END_HEADERS, stream, &[STATUS_200]))
+            .await
+            .unwrap();
+        let data = |byte, length| frame(DATA, 0, stream, &vec![byte; length]);
+        tunnel.write_all(&data(1, FRAME_BYTES as usize)).await.unwrap();
+        tunnel.flush().await.unwrap();
+        gone_on.await.unwrap();
+        tunnel.write_all(&data(2, FRAME_BYTES as usize + 1)).await.unwrap();
+        tunnel.flush().await.unwrap();
+        ended_by(&mut tunnel, FRAME_SIZE_ERROR).await
+    });
+    let mut stream = client.connect(SocketAddr::new(ip, APPLICATION_PORT)).await;
+    // Exactly as large.
+    let mut got = vec![0; FRAME_BYTES as usize];
+    let read = timeout(PATIENCE, stream.read_exact(&mut got)).await;
+    read.expect("nothing arrives").unwrap();
+    assert!(got.iter().all(|byte| *byte == 1));
+    go_on.send(()).unwrap();
+    assert!(
+        timeout(PATIENCE, far).await.unwrap().unwrap(),
+        "a frame beyond the bound is taken"
+    );
+    let end = timeout(PATIENCE, stream.read(&mut [0]))
+        .await
+        .expect("neither data nor an end");
+    assert!(end.is_err(), "a broken tunnel looks like an application's end");
 }

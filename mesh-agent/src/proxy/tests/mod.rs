@@ -361,10 +361,15 @@ impl Pod {
 
     /// What an application's connect becomes under the kernel programs.
     pub(super) async fn connect(&self, destination: SocketAddr) -> TcpStream {
+        self.try_connect(destination).await.unwrap()
+    }
+
+    /// Where the agent runs beside the test, its refusal may come before the connect is noticed.
+    pub(super) async fn try_connect(&self, destination: SocketAddr) -> std::io::Result<TcpStream> {
         let socket = socket_at(self.ip);
         let local = socket.local_addr().unwrap();
         self.network.destinations.lock().insert(local, OriginalDst::new(destination));
-        socket.connect(SocketAddr::new(self.ip, OUTBOUND_PORT)).await.unwrap()
+        socket.connect(SocketAddr::new(self.ip, OUTBOUND_PORT)).await
     }
 
     /// Listens where the Pod's application does.

@@ -3,6 +3,7 @@
 use super::refuse::plaintext_to_echo;
 use super::review::assert_cut;
 use super::*;
+use crate::proxy::step::Step;
 use crate::state::{Exclusions, Mtls};
 
 fn settings(mtls: Mtls) -> Settings {
@@ -224,5 +225,117 @@ async fn dry_run_policies_are_counted_and_logged_and_decide_nothing() {
     for name in &names {
         let counted = metric(&mesh.far, &format!("mesh_policy_dry_run_matches_total{{policy=\"{name}\"}}"));
         assert_eq!(counted, 1, "{name}");
+    }
+}
+
+/// A clear-text connection ends where a new one would no longer be let out in clear, and nowhere else.
+#[tokio::test]
+async fn what_is_open_in_clear_ends_with_its_destinations_protection() {
+    let mesh = Mesh::new();
+    let client = mesh.pod(&mesh.near, "client").await;
+    let server = mesh.pod(&mesh.far, "server").await;
+    let other = mesh.pod(&mesh.far, "other").await;
+    let (_application, _of_other) = (server.echo().await, other.echo().await);
+    let standing = |pod: &Pod, membership| {
+        let mut workload = pod.workload.clone();
+        workload.membership = membership;
+        Change::Workload(workload)
+    };
+    let permissive = || Change::Settings(settings(Mtls::Permissive));
+    let excluded = || Change::Settings(excluding(APPLICATION_PORT));
+    // Who decides is the source: the far side is told nothing.
+    mesh.near.state.apply(vec![standing(&other, Membership::Outside)]);
+    let mut outside = client.connect(other.application()).await;
+    assert_echo(&mut outside, "outside").await;
+    let table = [
+        (
+            "proven",
+            standing(&server, Membership::Pending),
+            standing(&server, Membership::Proven),
+        ),
+        (
+            "lost",
+            standing(&server, Membership::Pending),
+            standing(&server, Membership::Lost),
+        ),
+        (
+            "strict",
+            standing(&server, Membership::Pending),
+            Change::Settings(settings(Mtls::Strict)),
+        ),
+        ("included", excluded(), permissive()),
+        (
+            "in the mesh after all",
+            standing(&server, Membership::Outside),
+            standing(&server, Membership::Proven),
+        ),
+    ];
+    for (nth, (what, before, after)) in table.into_iter().enumerate() {
+        mesh.near
+            .state
+            .apply(vec![permissive(), standing(&server, Membership::Proven), before]);
+        let mut stream = client.connect(server.application()).await;
+        assert_echo(&mut stream, "in clear").await;
+        mesh.near.state.apply(vec![after]);
+        assert_cut(&mut stream).await;
+        let counted = || metric(&mesh.near, r#"mesh_policy_cut_total{policy="_destination_protected"}"#);
+        assert_eq!(counted(), nth as u64 + 1, "{what}");
+        assert_echo(&mut outside, "goes on").await;
+    }
+    let line = mesh.near.logs_reason("cut_by_protection").await;
+    assert_eq!(
+        (&line["destination_workload"], &line["result"]),
+        (&"server".into(), &"failed".into())
+    );
+
+    // What was excluded by its port and still is by its range goes on, and so does what is not proven yet.
+    let by_range = Settings {
+        excluded: Exclusions {
+            ports: [].into(),
+            ranges: vec![server.ip.into()],
+        },
+        ..settings(Mtls::Permissive)
+    };
+    mesh.near.state.apply(vec![excluded()]);
+    let mut stream = client.connect(server.application()).await;
+    assert_echo(&mut stream, "by its port").await;
+    mesh.near.state.apply(vec![Change::Settings(by_range)]);
+    assert_echo(&mut stream, "by its range").await;
+    mesh.near
+        .state
+        .apply(vec![standing(&server, Membership::Pending), permissive()]);
+    assert_echo(&mut stream, "not proven yet").await;
+    sleep(2 * crate::proxy::review::PACE).await;
+    assert_echo(&mut stream, "still not").await;
+}
+
+/// In several threads: what is looked at once more has been missed by a review, which must have its turn for that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn protection_that_comes_while_a_connection_is_let_out_in_clear_still_holds() {
+    let mesh = Mesh::new();
+    let client = mesh.pod(&mesh.near, "client").await;
+    let server = mesh.pod(&mesh.far, "server").await;
+    let _application = server.echo().await;
+    for step in [Step::Resolved, Step::LetOut] {
+        let mut pending = server.workload.clone();
+        pending.membership = Membership::Pending;
+        mesh.near.state.apply(vec![Change::Workload(pending)]);
+        // A review so soon after another one would wait.
+        sleep(2 * crate::proxy::review::PACE).await;
+        let (state, proven) = (mesh.near.state.clone(), server.workload.clone());
+        let steps = &mesh.near.proxy.steps;
+        let meanwhile = move || {
+            // By a thread that is none of the runtime's: what one of those wakes waits for it.
+            let told = std::thread::spawn(move || state.apply(vec![Change::Workload(proven)]));
+            told.join().unwrap();
+            std::thread::sleep(2 * crate::proxy::review::PACE);
+        };
+        steps.at(step, Box::new(meanwhile));
+        match client.try_connect(server.application()).await {
+            Ok(mut stream) => assert_cut(&mut stream).await,
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset),
+        }
+        assert!(!steps.is_waiting(), "{step:?}: never let out");
+        mesh.near.logs_reason("cut_by_protection").await;
     }
 }

@@ -334,20 +334,20 @@ async fn what_a_connect_is_answered() {
 }
 
 /// How a far side speaks.
-struct Speech<'a> {
+pub(super) struct Speech<'a> {
     versions: &'a [&'static SupportedProtocolVersion],
     alpn: &'a [&'a [u8]],
     ciphers: &'a [SupportedCipherSuite],
 }
 
-const RIGHT: Speech<'static> = Speech {
+pub(super) const RIGHT: Speech<'static> = Speech {
     versions: TLS13_ONLY,
     alpn: &[b"h2"],
     ciphers: rustls::crypto::aws_lc_rs::ALL_CIPHER_SUITES,
 };
 
 impl Speech<'_> {
-    fn config(&self, pair: &CertifiedKeyPair) -> Arc<rustls::ServerConfig> {
+    pub(super) fn config(&self, pair: &CertifiedKeyPair) -> Arc<rustls::ServerConfig> {
         let mut provider = rustls::crypto::aws_lc_rs::default_provider();
         provider.cipher_suites = self.ciphers.to_vec();
         let mut config = rustls::ServerConfig::builder_with_provider(Arc::new(provider))

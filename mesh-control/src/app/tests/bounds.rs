@@ -10,24 +10,26 @@ const SHORT: Duration = Duration::from_millis(200);
 const NEVER: Duration = Duration::from_secs(3600);
 
 /// Everything else waits for ever, so that what ends is ended by the bound under test.
-fn patient() -> Bounds {
+pub(super) fn patient() -> Bounds {
     Bounds {
         authenticate: NEVER,
         acknowledge: NEVER,
         send: NEVER,
         token_recheck: NEVER,
+        tls_handshake: NEVER,
+        admin: NEVER,
         publish_interval: Duration::ZERO,
         ..Bounds::default()
     }
 }
 
 impl Bench {
-    fn metric(&self, line: &str) -> bool {
+    pub(super) fn metric(&self, line: &str) -> bool {
         let metrics = self.running.control.metrics.text().expect("metrics");
         metrics.lines().any(|given| given == line)
     }
 
-    async fn until_metric(&self, line: &str) {
+    pub(super) async fn until_metric(&self, line: &str) {
         let seen = timeout(PATIENCE, async {
             while !self.metric(line) {
                 tokio::time::sleep(Duration::from_millis(20)).await;
@@ -53,7 +55,7 @@ impl Bench {
     }
 }
 
-fn web() -> String {
+pub(super) fn web() -> String {
     pod("web", "10.0.0.1", "node-a")
 }
 
@@ -81,6 +83,76 @@ async fn a_connection_without_a_token_is_closed_and_one_with_a_token_stays() {
     bench.write("more.yaml", &pod("late", "10.0.0.2", "node-b"));
     assert_eq!(own.take().await.resources.len(), 1, "the authenticated one goes on");
     bench.running.stop().await;
+}
+
+/// True once the other side has closed; false when it has sent something.
+async fn is_closed(stream: &mut tokio::net::TcpStream) -> bool {
+    use tokio::io::AsyncReadExt as _;
+    let read = timeout(PATIENCE, stream.read_u8()).await;
+    read.expect("neither closed nor answered").is_err()
+}
+
+#[tokio::test]
+async fn a_handshake_that_does_not_end_is_ended() {
+    use tokio::io::AsyncWriteExt as _;
+    let bounds = Bounds {
+        tls_handshake: SHORT,
+        ..patient()
+    };
+    let bench = Bench::start_within(&web(), bounds).await;
+    let mut silent = tokio::net::TcpStream::connect(bench.running.listen).await.expect("connect");
+    let mut begun = tokio::net::TcpStream::connect(bench.running.listen).await.expect("connect");
+    // The beginning of a handshake's record.
+    begun.write_all(&[0x16, 0x03, 0x01, 0x02]).await.expect("sent");
+    assert!(is_closed(&mut silent).await && is_closed(&mut begun).await);
+    bench
+        .until_metric("mesh_control_connections_refused_total{reason=\"handshake_timeout\"} 2")
+        .await;
+    bench.until_metric("mesh_control_connections 0").await;
+    bench.running.stop().await;
+}
+
+#[tokio::test]
+async fn pages_have_so_many_connections_and_one_that_asks_nothing_is_closed() {
+    let bounds = Bounds {
+        admin_connections: 2,
+        ..patient()
+    };
+    let bench = Bench::start_within(&web(), bounds).await;
+    let open = async || tokio::net::TcpStream::connect(bench.running.admin).await.expect("connect");
+    let (first, _second) = (open().await, open().await);
+    assert!(is_closed(&mut open().await).await);
+    assert!(bench.metric("mesh_control_connections_refused_total{reason=\"admin_too_many\"} 1"));
+    drop(first);
+    let answered = timeout(PATIENCE, async {
+        while !ask_if_open(bench.running.admin).await.contains("200 OK") {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    answered.await.expect("a place is given back");
+    bench.running.stop().await;
+
+    let bounds = Bounds {
+        admin: SHORT,
+        ..patient()
+    };
+    let bench = Bench::start_within(&web(), bounds).await;
+    let mut silent = tokio::net::TcpStream::connect(bench.running.admin).await.expect("connect");
+    assert!(is_closed(&mut silent).await, "it has asked nothing");
+    bench.running.stop().await;
+}
+
+/// The answer, or nothing where the connection was closed.
+async fn ask_if_open(admin: SocketAddr) -> String {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let mut stream = tokio::net::TcpStream::connect(admin).await.expect("connect");
+    let mut text = String::new();
+    // A place that is not free yet: the write or the read fails.
+    let asked = stream.write_all(b"GET /healthz/ready HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    match asked {
+        Ok(()) => stream.read_to_string(&mut text).await.map_or(String::new(), |_| text),
+        Err(_) => String::new(),
+    }
 }
 
 #[tokio::test]

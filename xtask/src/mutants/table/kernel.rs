@@ -335,26 +335,56 @@ pub const CAPTURE: Group = Group {
 
 pub const REDIRECT: Group = Group {
     name: "redirect",
-    mutants: &[Mutant {
-        name: "redirect",
-        attacks: &["TCP Fast Open", "io_uring"],
-        without: "the redirect",
-        edits: &[Edit {
-            file: CONNECT,
-            from: "    count(Counter::Redirected);\n    Decision::Redirect",
-            to: "    count(Counter::Redirected);\n    Decision::LeaveAlone",
-        }],
-        noticed_by: &[
-            hooks(
-                "attacks::fast_open_does_not_get_past",
-                "Fast Open to 10.99.0.1: past the agent",
-            ),
-            hooks("attacks::io_uring_does_not_get_past", "io_uring to 10.99.0.1: past the agent"),
-            hooks(
-                "attacks::a_pods_application_gets_no_connection_by_trying_often",
-                "one got past the agent",
-            ),
-        ],
-    }],
+    mutants: &[
+        Mutant {
+            name: "redirect",
+            attacks: &["TCP Fast Open", "io_uring"],
+            without: "the redirect",
+            edits: &[Edit {
+                file: CONNECT,
+                from: "    count(Counter::Redirected);\n    Decision::Redirect",
+                to: "    count(Counter::Redirected);\n    Decision::LeaveAlone",
+            }],
+            noticed_by: &[
+                hooks(
+                    "attacks::fast_open_does_not_get_past",
+                    "Fast Open to 10.99.0.1: past the agent",
+                ),
+                hooks("attacks::io_uring_does_not_get_past", "io_uring to 10.99.0.1: past the agent"),
+                hooks(
+                    "attacks::a_pods_application_gets_no_connection_by_trying_often",
+                    "one got past the agent",
+                ),
+            ],
+        },
+        Mutant {
+            name: "rewritten-address",
+            attacks: &["rewriting what the agent sends"],
+            without: "the backstop's look whether a packet has its socket's addresses",
+            edits: &[Edit {
+                file: TCX,
+                from: "    source == segment.source && destination == segment.destination\n",
+                to: "    source == segment.source || destination != segment.destination\n",
+            }],
+            noticed_by: &[hooks(
+                "backstop::a_pass_through_that_root_rewrites_does_not_reach_the_mesh",
+                "reached the mesh in clear: [(\"198.51.100.9\", 8080",
+            )],
+        },
+        Mutant {
+            name: "rewritten-port",
+            attacks: &["rewriting what the agent sends"],
+            without: "the backstop's look whether a packet has its socket's ports",
+            edits: &[Edit {
+                file: TCX,
+                from: "|| u32::from(u16::from_be(field!(socket, dst_port))) != ports & 0xffff {",
+                to: "{",
+            }],
+            noticed_by: &[hooks(
+                "backstop::a_tunnel_that_root_rewrites_does_not_reach_an_application",
+                "reached the mesh in clear: [(\"10.99.0.1\", 15008",
+            )],
+        },
+    ],
     controls: &[CONTROL],
 };
