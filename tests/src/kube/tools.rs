@@ -16,10 +16,10 @@ impl Tools {
     /// # Errors
     /// `CULVERT_KUBE_DIR` is not set, by which a suite is skipped; or it is not what `cargo xtask build-kube` makes.
     pub fn find() -> Result<Self> {
-        let folder = std::env::var_os(DIR_VARIABLE).with_context(|| {
-            format!(
+        let folder = std::env::var_os(DIR_VARIABLE).ok_or_else(|| {
+            suite::skip(&format!(
                 "{DIR_VARIABLE} is not set (run this by `cargo xtask test kube`, or set it to what `cargo xtask build-kube` says)"
-            )
+            ))
         })?;
         let tools = Self(PathBuf::from(folder));
         for there in [tools.component("kubelet"), tools.debian("usr/bin/containerd")] {
