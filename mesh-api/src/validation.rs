@@ -141,8 +141,7 @@ impl Check {
         }
         self.at_most(path, selector.match_labels.len(), limits::MAX_LABELS);
         for (key, value) in &selector.match_labels {
-            let name = key.rsplit_once('/').map_or(key.as_str(), |(_, name)| name);
-            if key.len() > 317 || !label_text(name, false) {
+            if !label_key(key) {
                 self.fail(
                     &format!("{path}[{key:?}]"),
                     "is no label name; give [prefix/]name as on the Pods",
@@ -303,8 +302,10 @@ fn wildcard(text: &str, longest: usize, what: &str) -> Result<StringMatch, Strin
     if text.len() > longest {
         return Err(format!("has {} bytes, at most {longest} can match", text.len()));
     }
-    if text.chars().any(|c| c.is_whitespace() || c.is_control()) {
-        return Err(format!("{text:?} has white space in it; give {what}"));
+    if !text.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(format!(
+            "{text:?} has white space in it, or what is not ASCII, and so matches nothing; give {what}"
+        ));
     }
     StringMatch::parse(text).ok_or_else(|| format!("{text:?}: one `*` is allowed, as the first or the last character"))
 }
@@ -325,10 +326,16 @@ fn dns_name(name: &str) -> bool {
         && name.bytes().next_back().is_some_and(|b| b.is_ascii_alphanumeric())
 }
 
+/// `[prefix/]name`, the prefix an RFC 1123 subdomain.
+fn label_key(key: &str) -> bool {
+    let (prefix, name) = key.split_once('/').map_or((None, key), |(prefix, name)| (Some(prefix), name));
+    prefix.is_none_or(dns_name) && label_text(name, false)
+}
+
 fn label_text(text: &str, may_be_empty: bool) -> bool {
     let alphanumeric = |byte: Option<u8>| byte.is_some_and(|b| b.is_ascii_alphanumeric());
     (text.is_empty() && may_be_empty)
-        || (text.len() <= 63
+        || (text.len() <= limits::MAX_LABEL
             && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
             && alphanumeric(text.bytes().next())
             && alphanumeric(text.bytes().next_back()))
