@@ -125,7 +125,7 @@ pub struct Source {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "schema::principals")]
     pub principals: Option<Vec<String>>,
-    /// Identities that it must not be. Nor does it match a connection without a proven identity.
+    /// Identities that it must not be. A connection without a proven identity is none of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "schema::principals")]
     pub not_principals: Option<Vec<String>>,
@@ -133,7 +133,7 @@ pub struct Source {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "schema::namespaces")]
     pub namespaces: Option<Vec<String>>,
-    /// Namespaces that the proven identity must not be of.
+    /// Namespaces that the proven identity must not be of. A connection without one is of none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "schema::namespaces")]
     pub not_namespaces: Option<Vec<String>>,

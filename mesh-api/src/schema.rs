@@ -3,7 +3,7 @@
 //! cannot say, and what they would say in a form that nobody understands.
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
-    CustomResourceDefinition, JSONSchemaProps, ValidationRule,
+    CustomResourceDefinition, JSONSchemaProps, JSONSchemaPropsOrArray, ValidationRule,
 };
 use kube::CustomResourceExt as _;
 use schemars::{Schema, SchemaGenerator, json_schema};
@@ -53,19 +53,18 @@ fn root(definition: &mut CustomResourceDefinition) -> &mut JSONSchemaProps {
     schema.expect("kube derives a schema")
 }
 
-/// `kubectl explain` shows descriptions as they are: without the marks of Markdown.
+/// `kubectl explain` shows descriptions as they are: without the marks of Markdown. And nothing may be null: the API server then
+/// takes a null for a field that is not there, as serde does.
 fn plain(schema: &mut JSONSchemaProps) {
+    schema.nullable = None;
     if let Some(description) = &mut schema.description {
         *description = description.replace('`', "");
     }
     for property in schema.properties.iter_mut().flat_map(|properties| properties.values_mut()) {
         plain(property);
     }
-    if let Some(items) = &mut schema.items {
-        use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::JSONSchemaPropsOrArray;
-        if let JSONSchemaPropsOrArray::Schema(items) = items {
-            plain(items);
-        }
+    if let Some(JSONSchemaPropsOrArray::Schema(items)) = &mut schema.items {
+        plain(items);
     }
 }
 
