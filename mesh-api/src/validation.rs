@@ -263,8 +263,8 @@ impl Check {
     }
 
     pub(crate) fn ip_block(text: &str) -> Result<IpNet, String> {
-        let block = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
-        if let Ok(IpNet::V6(block)) = &block
+        let block = block(text);
+        if let Some(IpNet::V6(block)) = &block
             && let Some(ipv4) = mapped(block)
         {
             return Err(format!(
@@ -272,11 +272,11 @@ impl Check {
             ));
         }
         match block {
-            Err(_) => Err(format!(
+            None => Err(format!(
                 "{text:?} is no address range; give one like 10.1.0.0/16, 2001:db8::/64 or a single address"
             )),
-            Ok(block) if block.trunc() != block => Err(format!("{text:?} has bits beyond its prefix; write {}", block.trunc())),
-            Ok(block) => Ok(block),
+            Some(block) if block.trunc() != block => Err(format!("{text:?} has bits beyond its prefix; write {}", block.trunc())),
+            Some(block) => Ok(block),
         }
     }
 
@@ -286,6 +286,16 @@ impl Check {
             .filter(|port| *port != 0)
             .ok_or_else(|| format!("{port} is no port; give 1-65535"))
     }
+}
+
+/// As the API server reads it: a number that begins with 0, which some read as octal, is none.
+fn block(text: &str) -> Option<IpNet> {
+    let Some((address, length)) = text.split_once('/') else {
+        return text.parse::<IpAddr>().ok().map(IpNet::from);
+    };
+    let is_plain = length == "0" || (!length.starts_with('0') && length.bytes().all(|byte| byte.is_ascii_digit()));
+    let length = length.parse().ok().filter(|_| is_plain)?;
+    IpNet::new(address.parse().ok()?, length).ok()
 }
 
 /// Addresses are compared as what they are: an IPv4 client never has an IPv6 address here.

@@ -17,7 +17,7 @@ struct Case {
     spec: Value,
     says: String,
     by: By,
-    names: String,
+    names: Vec<String>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
