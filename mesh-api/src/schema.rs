@@ -104,7 +104,11 @@ pub(crate) fn destination_rules() -> Value {
 }
 
 fn any_given(fields: &[&str]) -> String {
-    fields.iter().map(|field| format!("has(self.{field})")).collect::<Vec<_>>().join(" || ")
+    fields
+        .iter()
+        .map(|field| format!("has(self.{field})"))
+        .collect::<Vec<_>>()
+        .join(" || ")
 }
 
 pub(crate) fn labels(_: &mut SchemaGenerator) -> Schema {

@@ -31,7 +31,11 @@ pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCode> {
     for file in &stale {
         tools::say(&format!(
             "{file}: {}",
-            if arguments.check { "stale: cargo xtask generate" } else { "written" }
+            if arguments.check {
+                "stale: cargo xtask generate"
+            } else {
+                "written"
+            }
         ));
     }
     Ok(if stale.is_empty() || !arguments.check {

@@ -28,7 +28,9 @@ impl Helm {
         } else if cached.join("helm").is_file() {
             cached.join("helm")
         } else if let Some(go) = tools::find_command("go").or_else(go_of_its_own) {
-            tools::say(&format!("building helm {VERSION}: it renders deploy/culvert.yaml (minutes, once)"));
+            tools::say(&format!(
+                "building helm {VERSION}: it renders deploy/culvert.yaml (minutes, once)"
+            ));
             std::fs::create_dir_all(&cached)?;
             tools::run(
                 Command::new(go)
@@ -52,7 +54,9 @@ impl Helm {
     /// What the chart makes of these values.
     pub fn render(&self, values: &[&str]) -> Result<String> {
         let mut command = self.command(&["template", "culvert"]);
-        command.arg(&self.chart).args(["--namespace", NAMESPACE, "--kube-version", "1.32.0"]);
+        command
+            .arg(&self.chart)
+            .args(["--namespace", NAMESPACE, "--kube-version", "1.32.0"]);
         for value in values {
             command.args(["--set", value]);
         }
@@ -66,7 +70,10 @@ impl Helm {
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
         // Nobody's repositories, plugins or cluster.
-        command.args(arguments).env("HELM_NO_PLUGINS", "1").env("KUBECONFIG", "/dev/null");
+        command
+            .args(arguments)
+            .env("HELM_NO_PLUGINS", "1")
+            .env("KUBECONFIG", "/dev/null");
         command
     }
 }

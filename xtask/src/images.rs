@@ -78,11 +78,18 @@ pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCode> {
             "{}: {} MiB ({}), as {}:{tag}",
             path.display(),
             mebibytes(written.bytes),
-            written.layers.iter().map(|bytes| mebibytes(*bytes)).collect::<Vec<_>>().join(" + "),
+            written
+                .layers
+                .iter()
+                .map(|bytes| mebibytes(*bytes))
+                .collect::<Vec<_>>()
+                .join(" + "),
             content.name,
         ));
     }
-    tools::say("to bring them onto a node: ctr -n k8s.io images import <file>, docker load -i <file>, or kind load image-archive <file>");
+    tools::say(
+        "to bring them onto a node: ctr -n k8s.io images import <file>, docker load -i <file>, or kind load image-archive <file>",
+    );
     Ok(ExitCode::SUCCESS)
 }
 
@@ -135,7 +142,11 @@ fn base<'a>(binaries: impl Iterator<Item = &'a Path>) -> Result<Tar> {
         objects.extend(shared_objects(&said).with_context(|| format!("what {} needs", binary.display()))?);
     }
     let mut tar = Tar::default();
-    for (path, text) in [("/etc/passwd", ACCOUNTS), ("/etc/group", GROUPS), ("/etc/nsswitch.conf", NAME_SERVICES)] {
+    for (path, text) in [
+        ("/etc/passwd", ACCOUNTS),
+        ("/etc/group", GROUPS),
+        ("/etc/nsswitch.conf", NAME_SERVICES),
+    ] {
         tar.file(path, 0o644, text.as_bytes().to_vec())?;
     }
     // Runtimes name a Pod's network namespace by the one, and the agent's folder is under the other.
@@ -217,7 +228,10 @@ mod tests {
                 title: "tested",
                 entrypoint: "/tested".to_owned(),
                 user: "65532:65532",
-                layers: vec![base(own.iter().map(|(_, path)| path.as_path())).unwrap(), layer(&own).unwrap()],
+                layers: vec![
+                    base(own.iter().map(|(_, path)| path.as_path())).unwrap(),
+                    layer(&own).unwrap(),
+                ],
             };
             let path = folder.join(name);
             image.write(&path).unwrap();

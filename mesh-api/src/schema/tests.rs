@@ -50,7 +50,10 @@ fn repeat(value: &mut Value) {
 
 fn refusals(case: &Case) -> Vec<String> {
     let errors = if case.kind == "MeshConfig" {
-        let scope = case.scope.as_ref().map_or(MeshConfigScope::Mesh, |_| MeshConfigScope::Namespace);
+        let scope = case
+            .scope
+            .as_ref()
+            .map_or(MeshConfigScope::Mesh, |_| MeshConfigScope::Namespace);
         let spec: MeshConfigSpec = serde_json::from_value(case.spec.clone()).expect(&case.what);
         spec.validate(scope).expect_err(&case.what)
     } else {
@@ -77,7 +80,9 @@ fn every_refusal_of_validation_has_its_place_at_admission() {
     // Where a text is made that refuses; two of them hand on what a value's check said.
     let sources = [include_str!("../validation.rs"), include_str!("../mesh_config.rs")];
     let places = |word: &str| -> usize {
-        let code = sources.iter().map(|text| text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default());
+        let code = sources
+            .iter()
+            .map(|text| text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default());
         code.map(|text| text.matches(word).count()).sum()
     };
     let handed_on = 2;
@@ -167,6 +172,9 @@ fn the_definitions_of_the_repository_are_those_of_the_types() {
         let committed = std::fs::read_to_string(&file).unwrap_or_default();
         let committed: Value = serde_norway::from_str(&committed).expect("YAML");
         let generated = serde_json::to_value(&definition).expect("JSON");
-        assert!(committed == generated, "deploy/crds/{name}.yaml is stale: cargo xtask generate");
+        assert!(
+            committed == generated,
+            "deploy/crds/{name}.yaml is stale: cargo xtask generate"
+        );
     }
 }

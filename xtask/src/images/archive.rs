@@ -98,7 +98,11 @@ impl Image<'_> {
             "Layers": layers.iter().map(Blob::path).collect::<Vec<_>>(),
         }]);
         let mut archive = Tar::default();
-        archive.file("oci-layout", 0o644, json!({"imageLayoutVersion": "1.0.0"}).to_string().into_bytes())?;
+        archive.file(
+            "oci-layout",
+            0o644,
+            json!({"imageLayoutVersion": "1.0.0"}).to_string().into_bytes(),
+        )?;
         archive.file("index.json", 0o644, index.to_string().into_bytes())?;
         archive.file("manifest.json", 0o644, docker.to_string().into_bytes())?;
         for blob in layers.into_iter().chain([config, manifest]) {

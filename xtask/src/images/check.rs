@@ -29,7 +29,11 @@ pub fn start(path: &Path, root: &Path, arguments: &[&str]) -> Result<String> {
     let user = config["config"]["User"].as_str().context("no user")?;
     let chroot = tools::find_command("chroot").context("no chroot")?;
     let mut command = Command::new(chroot);
-    command.arg(format!("--userspec={user}")).arg(root).arg(program).args(arguments);
+    command
+        .arg(format!("--userspec={user}"))
+        .arg(root)
+        .arg(program)
+        .args(arguments);
     let said = tools::output(command.env_clear());
     std::fs::remove_dir_all(root)?;
     said
@@ -57,7 +61,10 @@ fn layers(folder: &Path) -> Result<(Vec<PathBuf>, Value)> {
     let manifest = json(&blob(folder, &index["manifests"][0])?)?;
     let config = blob(folder, &manifest["config"])?;
     let described = manifest["layers"].as_array().context("no layers")?;
-    let layers = described.iter().map(|layer| blob(folder, layer)).collect::<Result<Vec<_>>>()?;
+    let layers = described
+        .iter()
+        .map(|layer| blob(folder, layer))
+        .collect::<Result<Vec<_>>>()?;
     let docker = json(&folder.join("manifest.json"))?;
     let named = docker[0]["Layers"].as_array().context("no layers")?;
     let named = named.iter().map(|name| folder.join(name.as_str().unwrap_or_default()));
@@ -75,7 +82,9 @@ fn layers(folder: &Path) -> Result<(Vec<PathBuf>, Value)> {
 
 /// The file that a descriptor leads to, if it is the one.
 fn blob(folder: &Path, descriptor: &Value) -> Result<PathBuf> {
-    let digest = descriptor["digest"].as_str().and_then(|digest| digest.strip_prefix("sha256:"));
+    let digest = descriptor["digest"]
+        .as_str()
+        .and_then(|digest| digest.strip_prefix("sha256:"));
     let digest = digest.context("no digest")?;
     let path = folder.join("blobs/sha256").join(digest);
     let bytes = std::fs::read(&path).with_context(|| format!("blob {digest}"))?;

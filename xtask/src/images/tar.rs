@@ -97,7 +97,11 @@ mod tests {
         tar.link("/a/d", "/x").unwrap();
         let bytes = tar.bytes();
         let names: Vec<&str> = [0, 1, 2, 4]
-            .map(|block| std::str::from_utf8(&bytes[block * BLOCK..block * BLOCK + 5]).unwrap().trim_end_matches('\0'))
+            .map(|block| {
+                std::str::from_utf8(&bytes[block * BLOCK..block * BLOCK + 5])
+                    .unwrap()
+                    .trim_end_matches('\0')
+            })
             .to_vec();
         assert_eq!(names, ["a", "a/b", "a/b/c", "a/d"]);
         assert_eq!(&bytes[3 * BLOCK..3 * BLOCK + 4], b"text");
