@@ -23,7 +23,8 @@ impl Helm {
     pub fn find(workspace: &Workspace) -> Result<Option<Self>> {
         let chart = workspace.root.join("deploy/chart/culvert");
         let cached = tools::cache_folder(workspace).join(format!("helm-{VERSION}"));
-        let program = if let Some(program) = tools::find_command("helm") {
+        // Of another version it would render the same chart in another form.
+        let program = if let Some(program) = tools::find_command("helm").filter(|helm| is_wanted(helm)) {
             program
         } else if cached.join("helm").is_file() {
             cached.join("helm")
@@ -80,6 +81,11 @@ impl Helm {
 
 /// Values that turn on what is off.
 const ALL: [&str; 4] = ["--set", "namespace.create=true", "--set", "podMonitor.enabled=true"];
+
+fn is_wanted(helm: &Path) -> bool {
+    let version = Command::new(helm).args(["version", "--template", "{{.Version}}"]).output();
+    version.is_ok_and(|output| output.stdout == VERSION.as_bytes())
+}
 
 fn go_of_its_own() -> Option<PathBuf> {
     Some(Path::new("/usr/local/go/bin/go").to_owned()).filter(|go| go.is_file())
