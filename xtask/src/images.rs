@@ -28,6 +28,9 @@ pub struct Arguments {
     /// The images' tag [default: the version]
     #[arg(long)]
     tag: Option<String>,
+    /// Lay each image's files out in a folder <name> beside it, too
+    #[arg(long)]
+    lay_out: bool,
     /// With the binaries as they are tested, which are bigger and slower
     #[arg(long)]
     debug: bool,
@@ -74,6 +77,9 @@ pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCode> {
     for content in &IMAGES {
         let (path, written) = write(content, &binaries, &folder, tag)?;
         check::archive(&path)?;
+        if arguments.lay_out {
+            check::lay_out(&path, &folder.join(content.name))?;
+        }
         tools::say(&format!(
             "{}: {} MiB ({}), as {}:{tag}",
             path.display(),

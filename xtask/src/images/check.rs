@@ -17,14 +17,20 @@ pub fn archive(path: &Path) -> Result<()> {
     result.with_context(|| path.display().to_string())
 }
 
-/// Starts what the image runs, with arguments, where nothing is but the image (root); what it says on its standard output.
-pub fn start(path: &Path, root: &Path, arguments: &[&str]) -> Result<String> {
+/// Lays out the image's files, and answers its configuration.
+pub fn lay_out(path: &Path, root: &Path) -> Result<Value> {
     let unpacked = unpack(path)?;
     let (layers, config) = layers(&unpacked.0)?;
     std::fs::create_dir_all(root)?;
     for layer in layers {
         tools::run(Command::new("tar").arg("-xf").arg(layer).arg("-C").arg(root))?;
     }
+    Ok(config)
+}
+
+/// Starts what the image runs, with arguments, where nothing is but the image (root); what it says on its standard output.
+pub fn start(path: &Path, root: &Path, arguments: &[&str]) -> Result<String> {
+    let config = lay_out(path, root)?;
     let program = config["config"]["Entrypoint"][0].as_str().context("no entrypoint")?;
     let user = config["config"]["User"].as_str().context("no user")?;
     let chroot = tools::find_command("chroot").context("no chroot")?;
