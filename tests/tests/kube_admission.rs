@@ -337,7 +337,7 @@ fn explain(bed: &mut Bed) -> Result<()> {
         ),
         ("authorizationpolicy.spec.rules.from.principals", "as mutual TLS proved them"),
         ("authorizationpolicy.status.workloadsSelected", "0: it selects nothing"),
-        ("meshconfig.spec.mtls", "enum: Permissive, Strict"),
+        ("meshconfig.spec.mtls", "ENUM: Permissive Strict"),
     ] {
         let found = explain(what)?;
         ensure!(found.to_lowercase().contains(&said.to_lowercase()), "{what}: {found}");
