@@ -60,6 +60,10 @@ fn main() -> ExitCode {
             ),
             ("connections_outlive_a_takeover_up_to_the_drains_limit", takeover::drain),
             ("a_drain_ends", takeover::drain_ends),
+            (
+                "of_two_agents_each_tells_of_itself_and_the_first_waits_for_its_end",
+                takeover::each_tells_of_itself,
+            ),
             ("a_takeover_needs_no_control_plane", takeover::without_control_plane),
             (
                 "a_pod_released_while_an_agent_drains_is_let_go",
