@@ -175,7 +175,7 @@ pub struct ReadyArgs {
     #[arg(long, env = "CULVERT_READY_SOCKET", value_name = "PATH")]
     pub ready_socket: PathBuf,
     /// Any answer will do.
-    #[arg(long)]
+    #[arg(long, env = "CULVERT_READY_ALIVE")]
     pub alive: bool,
 }
 

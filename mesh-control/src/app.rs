@@ -146,7 +146,11 @@ async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Runnin
         .await
         .with_context(|| format!("--admin {}", args.admin))?;
     let public_listener = match args.metrics {
-        Some(address) => Some(TcpListener::bind(address).await.with_context(|| format!("--metrics {address}"))?),
+        Some(address) => Some(
+            TcpListener::bind(address)
+                .await
+                .with_context(|| format!("--metrics {address}"))?,
+        ),
         None => None,
     };
     let metrics_address = public_listener.as_ref().map(TcpListener::local_addr).transpose()?;

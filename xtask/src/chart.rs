@@ -25,9 +25,21 @@ const RENDERED: [(&str, &str, &str); 7] = [
     ("cni.enabled=false", "name: mesh-agent", "cni"),
     ("namespace.create=false", "kind: DaemonSet", "kind: Namespace"),
     ("podMonitor.enabled=true", "replacement: \"$1:15020\"", "kind: Namespace"),
-    ("networkPolicy.enabled=false", "kind: PodDisruptionBudget", "kind: NetworkPolicy"),
-    ("admissionPolicy.enabled=false", "kind: DaemonSet", "kind: ValidatingAdmissionPolicy"),
-    ("image.prefix=example.test/mesh/", "image: example.test/mesh/mesh-agent:", "image: mesh-"),
+    (
+        "networkPolicy.enabled=false",
+        "kind: PodDisruptionBudget",
+        "kind: NetworkPolicy",
+    ),
+    (
+        "admissionPolicy.enabled=false",
+        "kind: DaemonSet",
+        "kind: ValidatingAdmissionPolicy",
+    ),
+    (
+        "image.prefix=example.test/mesh/",
+        "image: example.test/mesh/mesh-agent:",
+        "image: mesh-",
+    ),
 ];
 
 pub fn test(workspace: &Workspace, helm: &Helm) -> Result<()> {

@@ -7,8 +7,8 @@ use std::process::{Command, ExitCode, Stdio};
 use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 
-use crate::workspace::{USER_HALF, Workspace};
 use crate::helm::Helm;
+use crate::workspace::{USER_HALF, Workspace};
 use crate::{chart, demo, ebpf, fuzz, images, kube, mutants, tools};
 
 #[derive(Args)]
@@ -170,7 +170,9 @@ fn kube(workspace: &Workspace, filter: Option<&str>, totals: &mut Totals) -> Res
     heading("the chart");
     match Helm::find(workspace) {
         Ok(Some(helm)) => totals.try_add("the chart", chart::test(workspace, &helm)),
-        Ok(None) => totals.skipped.push("kube: the chart: no Helm, and no Go to build it with".to_owned()),
+        Ok(None) => totals
+            .skipped
+            .push("kube: the chart: no Helm, and no Go to build it with".to_owned()),
         Err(error) => totals.try_add("the chart", Err(error)),
     }
     Ok(())

@@ -106,7 +106,13 @@ pub fn each_tells_of_itself(shared: &mut Shared) -> Result<()> {
     mesh.terminate_agent(node)?;
     mesh.launch_agent_with(
         node,
-        &["--ready-socket", &sockets[0], "--wait-for-sigterm", "--handover-drain-seconds", "1"],
+        &[
+            "--ready-socket",
+            &sockets[0],
+            "--wait-for-sigterm",
+            "--handover-drain-seconds",
+            "1",
+        ],
     )?;
     mesh.wait_until_ready(node)?;
     let said = ask(mesh, &sockets[0], &[])?;
