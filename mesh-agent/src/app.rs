@@ -2,6 +2,7 @@
 //! local socket. What fails before that ends the start; what fails later is repaired, or shown.
 
 mod metrics;
+pub mod own_readiness;
 
 use std::io;
 use std::net::TcpListener;
@@ -23,7 +24,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::admin::{self, Page, Pages};
 use crate::capture::kernel::KernelConfig;
-use crate::capture::{Capture, CaptureConfig, boot_id, heap};
+use crate::capture::{self, Capture, CaptureConfig, boot_id, heap};
 use crate::config::{LogFormat, NodeToken, RunArgs};
 use crate::discovery::transport::ControlPlane;
 use crate::discovery::{self, DiscoveryStatus, NodeName, Subscriptions, report};
@@ -121,6 +122,7 @@ async fn agent(args: RunArgs, token: NodeToken, limits: Limits) -> anyhow::Resul
             .with_context(|| format!("--access-log {}", args.access_log.display()))?
     };
 
+    capture::use_settings_at(&args.sysctl_root);
     let capture = Capture::start(CaptureConfig::new(
         KernelConfig {
             pin_path: args.pin_path.clone(),
@@ -227,6 +229,17 @@ async fn agent(args: RunArgs, token: NodeToken, limits: Limits) -> anyhow::Resul
     let metrics_pages: Pages = Arc::new(move |path| (path == "/metrics").then(|| Page::metrics(agent_metrics.render(&shown))));
     let shown = agent.clone();
     let ready_pages: Pages = Arc::new(move |path| (path == "/healthz/ready").then(|| shown.readiness()));
+    if let Some(path) = &args.ready_socket {
+        let (shown, alone, listener) = (agent.clone(), alone.clone(), own_readiness::listen(path)?);
+        // For as long as the process lives: that it waits for its end is for whoever asks, too.
+        tokio::spawn(own_readiness::serve(listener, move || {
+            if alone.is_cancelled() {
+                let text = "missing: another agent has taken over\n".to_owned();
+                return Page::text(StatusCode::SERVICE_UNAVAILABLE, text);
+            }
+            shown.readiness()
+        }));
+    }
     let shown = agent;
     let admin_pages: Pages = Arc::new(move |path| (path == "/config_dump").then(|| shown.dump()));
     for (listener, pages) in pages.iter().zip([metrics_pages, ready_pages, admin_pages]) {
@@ -286,13 +299,27 @@ async fn agent(args: RunArgs, token: NodeToken, limits: Limits) -> anyhow::Resul
         handover.abort();
     }
     // Discovery goes on while connections drain. A second signal ends the drain.
+    let mut is_told_to_end = !is_handed_over;
     tokio::select! {
         () = pods.stop(Duration::from_secs(drain_seconds)) => {}
-        _ = terminate.recv() => warn!("a second SIGTERM ends the drain"),
-        _ = interrupt.recv() => warn!("a second SIGINT ends the drain"),
+        _ = terminate.recv() => {
+            is_told_to_end = true;
+            warn!("a second SIGTERM ends the drain");
+        }
+        _ = interrupt.recv() => {
+            is_told_to_end = true;
+            warn!("a second SIGINT ends the drain");
+        }
     }
     stop.cancel();
     tasks.close();
+    if args.wait_for_sigterm && !is_told_to_end {
+        info!("nothing is left to do; SIGTERM is waited for");
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    }
     if tokio::time::timeout(TASKS_PATIENCE, tasks.wait()).await.is_err() {
         warn!("background tasks have not ended");
     }

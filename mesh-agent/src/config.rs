@@ -46,6 +46,8 @@ pub enum Command {
     List(LocalArgs),
     /// Releases every Pod and removes every program, map and file of any version, without a running agent. Needs root.
     Cleanup(CleanupArgs),
+    /// Asks one agent by its --ready-socket whether it is ready; fails if it is not, and says why.
+    Ready(ReadyArgs),
     /// Started by the agent itself, inside a Pod, to prove that the Pod's connections are captured.
     #[command(hide = true)]
     ProbeConnect(ProbeConnectArgs),
@@ -90,6 +92,17 @@ pub struct RunArgs {
     /// How long the connections of an agent may go on after another one on the same --run-dir has taken over, in seconds.
     #[arg(long, env = "CULVERT_HANDOVER_DRAIN_SECONDS", value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=3600))]
     pub handover_drain_seconds: u64,
+    /// Where this very process tells `mesh-agent ready` whether it is ready: a Unix socket in a folder that no other agent has. While
+    /// one takes over from another, the --ready address is one agent's only.
+    #[arg(long, env = "CULVERT_READY_SOCKET", value_name = "PATH")]
+    pub ready_socket: Option<PathBuf>,
+    /// After another agent has taken over, end only when told so: for whoever starts again what has ended, as a DaemonSet does.
+    #[arg(long, env = "CULVERT_WAIT_FOR_SIGTERM")]
+    pub wait_for_sigterm: bool,
+    /// Where the settings of the network namespace that one is in can be written, as in /proc/sys: for a container, whose own is
+    /// read-only.
+    #[arg(long, env = "CULVERT_SYSCTL_ROOT", value_name = "DIR", default_value = "/proc/sys")]
+    pub sysctl_root: PathBuf,
     /// Which messages to log to standard error, as `info` or `info,mesh_agent::discovery=debug`.
     #[arg(long, env = "CULVERT_LOG", value_name = "FILTER", default_value = "info")]
     pub log: String,
@@ -154,6 +167,16 @@ pub struct CleanupArgs {
     /// The --pin-path that the agent had.
     #[arg(long, env = "CULVERT_PIN_PATH", value_name = "DIR", default_value = "/sys/fs/bpf/culvert")]
     pub pin_path: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct ReadyArgs {
+    /// The --ready-socket of the agent.
+    #[arg(long, env = "CULVERT_READY_SOCKET", value_name = "PATH")]
+    pub ready_socket: PathBuf,
+    /// Any answer will do.
+    #[arg(long, env = "CULVERT_READY_ALIVE")]
+    pub alive: bool,
 }
 
 #[derive(Debug, Args)]

@@ -35,6 +35,7 @@ fn main() -> ExitCode {
             Ok(())
         }),
         Command::Cleanup(args) => blocking(cleanup(args)),
+        Command::Ready(args) => blocking(async { say(&app::own_readiness::ask(&args.ready_socket, args.alive).await?) }),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

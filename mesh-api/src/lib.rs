@@ -4,6 +4,8 @@
 mod authorization_policy;
 mod matcher;
 mod mesh_config;
+mod schema;
+mod status;
 mod validation;
 
 pub use authorization_policy::{
@@ -11,18 +13,11 @@ pub use authorization_policy::{
 };
 pub use matcher::StringMatch;
 pub use mesh_config::{MeshConfig, MeshConfigScope, MeshConfigSpec, Mtls, ValidMeshConfig};
+pub use schema::custom_resource_definitions;
+pub use status::{ACCEPTED, Reason, Status, Verdict};
 pub use validation::{FieldError, ValidDestination, ValidPolicy, ValidRule, ValidSource, ValidationErrors};
-
-use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use kube::CustomResourceExt as _;
 
 /// API group of every type here.
 pub const GROUP: &str = "culvert.dev";
 /// `apiVersion` of every type here.
 pub const API_VERSION: &str = "culvert.dev/v1alpha1";
-
-/// The definitions to install in a cluster.
-#[must_use]
-pub fn custom_resource_definitions() -> Vec<CustomResourceDefinition> {
-    vec![AuthorizationPolicy::crd(), MeshConfig::crd()]
-}

@@ -8,6 +8,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::authorization_policy::limits;
+use crate::schema;
+use crate::status::Status;
 use crate::validation::{Check, ValidationErrors};
 
 /// What a mesh, or a namespace of it, wants of its connections.
@@ -21,19 +23,29 @@ use crate::validation::{Check, ValidationErrors};
     kind = "MeshConfig",
     plural = "meshconfigs",
     namespaced,
-    doc = "Whether Pods of the mesh take connections without mutual TLS, and what is not captured.",
-    printcolumn = r#"{"name":"mTLS","type":"string","jsonPath":".spec.mtls"}"#
+    category = "culvert",
+    status = "Status",
+    doc = "Whether Pods of the mesh take connections without mutual TLS, and what is not captured.\n\nIn the root namespace it is for the whole mesh, elsewhere for that namespace, which may only set mtls. Its name must be default.",
+    printcolumn = r#"{"name":"mTLS","type":"string","jsonPath":".spec.mtls"}"#,
+    printcolumn = r#"{"name":"Accepted","type":"string","jsonPath":".status.conditions[?(@.type=='Accepted')].status"}"#,
+    printcolumn = r#"{"name":"Reason","type":"string","jsonPath":".status.conditions[?(@.type=='Accepted')].reason"}"#,
+    printcolumn = r#"{"name":"Workloads","type":"integer","jsonPath":".status.workloadsSelected","description":"Workloads that it is for"}"#,
+    printcolumn = r#"{"name":"Nodes","type":"integer","jsonPath":".status.nodesEnforcing","description":"Nodes that enforce it as it stands"}"#,
+    printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct MeshConfigSpec {
     /// `Permissive` (the mesh's default) or `Strict`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Mtls")]
     pub mtls: Option<Mtls>,
     /// Destination ports that are not captured, 1-65535. For the whole mesh only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "schema::excluded_ports")]
     pub excluded_ports: Option<Vec<i64>>,
     /// Destination addresses that are not captured, `10.0.0.0/8` or a single address. For the whole mesh only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "schema::excluded_cidrs")]
     pub excluded_cidrs: Option<Vec<String>>,
 }
 

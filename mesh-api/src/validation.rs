@@ -141,8 +141,7 @@ impl Check {
         }
         self.at_most(path, selector.match_labels.len(), limits::MAX_LABELS);
         for (key, value) in &selector.match_labels {
-            let name = key.rsplit_once('/').map_or(key.as_str(), |(_, name)| name);
-            if key.len() > 317 || !label_text(name, false) {
+            if !label_key(key) {
                 self.fail(
                     &format!("{path}[{key:?}]"),
                     "is no label name; give [prefix/]name as on the Pods",
@@ -264,8 +263,8 @@ impl Check {
     }
 
     pub(crate) fn ip_block(text: &str) -> Result<IpNet, String> {
-        let block = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
-        if let Ok(IpNet::V6(block)) = &block
+        let block = block(text);
+        if let Some(IpNet::V6(block)) = &block
             && let Some(ipv4) = mapped(block)
         {
             return Err(format!(
@@ -273,11 +272,11 @@ impl Check {
             ));
         }
         match block {
-            Err(_) => Err(format!(
+            None => Err(format!(
                 "{text:?} is no address range; give one like 10.1.0.0/16, 2001:db8::/64 or a single address"
             )),
-            Ok(block) if block.trunc() != block => Err(format!("{text:?} has bits beyond its prefix; write {}", block.trunc())),
-            Ok(block) => Ok(block),
+            Some(block) if block.trunc() != block => Err(format!("{text:?} has bits beyond its prefix; write {}", block.trunc())),
+            Some(block) => Ok(block),
         }
     }
 
@@ -287,6 +286,16 @@ impl Check {
             .filter(|port| *port != 0)
             .ok_or_else(|| format!("{port} is no port; give 1-65535"))
     }
+}
+
+/// As the API server reads it: a number that begins with 0, which some read as octal, is none.
+fn block(text: &str) -> Option<IpNet> {
+    let Some((address, length)) = text.split_once('/') else {
+        return text.parse::<IpAddr>().ok().map(IpNet::from);
+    };
+    let is_plain = length == "0" || (!length.starts_with('0') && length.bytes().all(|byte| byte.is_ascii_digit()));
+    let length = length.parse().ok().filter(|_| is_plain)?;
+    IpNet::new(address.parse().ok()?, length).ok()
 }
 
 /// Addresses are compared as what they are: an IPv4 client never has an IPv6 address here.
@@ -303,8 +312,10 @@ fn wildcard(text: &str, longest: usize, what: &str) -> Result<StringMatch, Strin
     if text.len() > longest {
         return Err(format!("has {} bytes, at most {longest} can match", text.len()));
     }
-    if text.chars().any(|c| c.is_whitespace() || c.is_control()) {
-        return Err(format!("{text:?} has white space in it; give {what}"));
+    if !text.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(format!(
+            "{text:?} has white space in it, or what is not ASCII, and so matches nothing; give {what}"
+        ));
     }
     StringMatch::parse(text).ok_or_else(|| format!("{text:?}: one `*` is allowed, as the first or the last character"))
 }
@@ -325,10 +336,16 @@ fn dns_name(name: &str) -> bool {
         && name.bytes().next_back().is_some_and(|b| b.is_ascii_alphanumeric())
 }
 
+/// `[prefix/]name`, the prefix an RFC 1123 subdomain.
+fn label_key(key: &str) -> bool {
+    let (prefix, name) = key.split_once('/').map_or((None, key), |(prefix, name)| (Some(prefix), name));
+    prefix.is_none_or(dns_name) && label_text(name, false)
+}
+
 fn label_text(text: &str, may_be_empty: bool) -> bool {
     let alphanumeric = |byte: Option<u8>| byte.is_some_and(|b| b.is_ascii_alphanumeric());
     (text.is_empty() && may_be_empty)
-        || (text.len() <= 63
+        || (text.len() <= limits::MAX_LABEL
             && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
             && alphanumeric(text.bytes().next())
             && alphanumeric(text.bytes().next_back()))

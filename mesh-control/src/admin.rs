@@ -17,8 +17,17 @@ use tokio::time::{sleep, timeout};
 use crate::control_plane::ControlPlane;
 use crate::limits::ACCEPT_PAUSE;
 
+/// Which pages an address has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pages {
+    /// On loopback.
+    All,
+    /// For everybody: without `/status`, which names what is in the registry.
+    Public,
+}
+
 /// Serves until it is dropped.
-pub async fn serve(listener: TcpListener, control: Arc<ControlPlane>) {
+pub async fn serve(listener: TcpListener, pages: Pages, control: Arc<ControlPlane>) {
     let bounds = control.bounds;
     let places = Arc::new(Semaphore::new(bounds.admin_connections));
     loop {
@@ -42,7 +51,7 @@ pub async fn serve(listener: TcpListener, control: Arc<ControlPlane>) {
         tokio::spawn(async move {
             let _place = place;
             let service = service_fn(|request| {
-                let response = answer(&request, &control);
+                let response = answer(&request, pages, &control);
                 async move { Ok::<_, Infallible>(response) }
             });
             let connection = hyper::server::conn::http1::Builder::new()
@@ -56,7 +65,7 @@ pub async fn serve(listener: TcpListener, control: Arc<ControlPlane>) {
     }
 }
 
-fn answer(request: &Request<Incoming>, control: &ControlPlane) -> Response<Full<Bytes>> {
+fn answer(request: &Request<Incoming>, pages: Pages, control: &ControlPlane) -> Response<Full<Bytes>> {
     if request.method() != Method::GET {
         return text(StatusCode::METHOD_NOT_ALLOWED, "text/plain", "only GET\n".to_owned());
     }
@@ -75,11 +84,15 @@ fn answer(request: &Request<Incoming>, control: &ControlPlane) -> Response<Full<
             };
             text(status, "text/plain", body + "\n")
         }
-        "/status" => text(StatusCode::OK, "application/json", format!("{:#}\n", control.status())),
+        "/status" if pages == Pages::All => text(StatusCode::OK, "application/json", format!("{:#}\n", control.status())),
         _ => text(
             StatusCode::NOT_FOUND,
             "text/plain",
-            "/metrics, /healthz/ready, /status\n".to_owned(),
+            match pages {
+                Pages::All => "/metrics, /healthz/ready, /status\n",
+                Pages::Public => "/metrics, /healthz/ready\n",
+            }
+            .to_owned(),
         ),
     }
 }

@@ -12,11 +12,12 @@ use mesh_proto::node::node_reports_server::NodeReportsServer;
 use time::OffsetDateTime;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Server;
 
+use crate::admin::Pages;
 use crate::authentication::Authenticator;
 use crate::authority::{Authority, AuthorityError};
 use crate::certificates::Certificates;
@@ -49,9 +50,12 @@ pub struct Running {
     /// Where agents connect.
     pub listen: SocketAddr,
     pub admin: SocketAddr,
+    /// Of --metrics.
+    pub metrics: Option<SocketAddr>,
     stop: oneshot::Sender<()>,
     server: JoinHandle<Result<(), tonic::transport::Error>>,
-    admin_task: JoinHandle<()>,
+    /// They end with this.
+    _admin_tasks: JoinSet<()>,
     serving_task: JoinHandle<()>,
     publishing_task: JoinHandle<()>,
     follow: Follow,
@@ -70,7 +74,6 @@ impl Running {
             tracing::info!("connections were still open after {SHUTDOWN_GRACE:?}");
             self.server.abort();
         }
-        self.admin_task.abort();
     }
 
     /// Waits for SIGTERM or SIGINT; an error when the server ends by itself.
@@ -142,10 +145,23 @@ async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Runnin
     let admin_listener = TcpListener::bind(args.admin)
         .await
         .with_context(|| format!("--admin {}", args.admin))?;
+    let public_listener = match args.metrics {
+        Some(address) => Some(
+            TcpListener::bind(address)
+                .await
+                .with_context(|| format!("--metrics {address}"))?,
+        ),
+        None => None,
+    };
+    let metrics_address = public_listener.as_ref().map(TcpListener::local_addr).transpose()?;
     let (listen, admin_address) = (listener.local_addr()?, admin_listener.local_addr()?);
 
     let follow = Follow::start(registry, state, Arc::clone(&control))?;
-    let admin_task = tokio::spawn(admin::serve(admin_listener, Arc::clone(&control)));
+    let mut admin_tasks = JoinSet::new();
+    admin_tasks.spawn(admin::serve(admin_listener, Pages::All, Arc::clone(&control)));
+    if let Some(listener) = public_listener {
+        admin_tasks.spawn(admin::serve(listener, Pages::Public, Arc::clone(&control)));
+    }
     let publishing_task = tokio::spawn(Arc::clone(&control).publish_when_due());
 
     let serving_task = tokio::spawn(keep_trust(Arc::clone(&roots), Arc::clone(&control), certificate, names));
@@ -188,7 +204,8 @@ async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Runnin
         admin: admin_address,
         stop,
         server,
-        admin_task,
+        metrics: metrics_address,
+        _admin_tasks: admin_tasks,
         serving_task,
         publishing_task,
         follow,

@@ -60,6 +60,9 @@ pub struct ServeArgs {
     /// /metrics, /healthz/ready and /status over plain HTTP; loopback only.
     #[arg(long, env = "CULVERT_ADMIN", value_name = "ADDR:PORT", default_value = "127.0.0.1:15014")]
     pub admin: SocketAddr,
+    /// /metrics and /healthz/ready alone, for those who are not on this machine: a scraper, the kubelet.
+    #[arg(long, env = "CULVERT_METRICS", value_name = "ADDR:PORT")]
+    pub metrics: Option<SocketAddr>,
     /// First part of every identity of this mesh.
     #[arg(long, env = "CULVERT_TRUST_DOMAIN", value_name = "NAME", default_value = "cluster.local", value_parser = trust_domain)]
     pub trust_domain: String,

@@ -62,6 +62,10 @@ fn main() -> ExitCode {
             ("a_drain_ends", takeover::drain_ends),
             ("a_stopped_agent_drains_up_to_its_limit", takeover::stop_drains),
             ("a_silent_successor_is_not_waited_for", takeover::silent_successor),
+            (
+                "of_two_agents_each_tells_of_itself_and_the_first_waits_for_its_end",
+                takeover::each_tells_of_itself,
+            ),
             ("a_takeover_needs_no_control_plane", takeover::without_control_plane),
             (
                 "a_pod_released_while_an_agent_drains_is_let_go",

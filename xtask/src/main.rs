@@ -1,10 +1,14 @@
 //! The project's commands. `cargo xtask --help` lists them.
 
 mod bench;
+mod chart;
 mod demo;
 mod ebpf;
 mod fresh;
 mod fuzz;
+mod generate;
+mod helm;
+mod images;
 mod kube;
 mod mutants;
 mod prometheus;
@@ -43,6 +47,10 @@ enum Command {
     BuildKube,
     /// Builds the kernel programs, then mesh-agent with them inside and mesh-control
     Build,
+    /// Writes what is committed and made from something else: deploy/crds and deploy/culvert.yaml
+    Generate(generate::Arguments),
+    /// Builds the container images, without a container engine, to <target>/images
+    Images(images::Arguments),
     /// Checks what compilers don't: lengths of files, forbidden words, where `unsafe` is, who may know whom
     Tidy,
     /// Runs `demo --check` and `test` of HEAD in a minimal Debian 12 made for it (root)
@@ -83,6 +91,8 @@ fn run(command: Command) -> Result<ExitCode> {
             tools::say(&format!("mesh-agent and mesh-control are in {}", folder.display()));
             Ok(ExitCode::SUCCESS)
         }
+        Command::Generate(arguments) => generate::run(&workspace, &arguments),
+        Command::Images(arguments) => images::run(&workspace, &arguments),
         Command::Tidy => tidy::run(&workspace),
         Command::Fresh(arguments) => fresh::run(&workspace, &arguments),
     }

@@ -7,8 +7,9 @@ use std::process::{Command, ExitCode, Stdio};
 use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 
+use crate::helm::Helm;
 use crate::workspace::{USER_HALF, Workspace};
-use crate::{demo, ebpf, fuzz, kube, mutants, prometheus, tools};
+use crate::{chart, demo, ebpf, fuzz, images, kube, mutants, prometheus, tools};
 
 #[derive(Args)]
 pub struct Arguments {
@@ -141,6 +142,11 @@ fn net(workspace: &Workspace, filter: Option<&str>, totals: &mut Totals) -> Resu
     command.arg("--check").env("CULVERT_BIN_DIR", workspace.binaries());
     let is_good = command.status().context("starting the demo")?.success();
     totals.add("the demo", is_good);
+    heading("the images");
+    for content in &images::IMAGES {
+        let tried = images::test(workspace, content);
+        totals.try_add(&format!("the image of {}", content.name), tried);
+    }
     Ok(())
 }
 
@@ -162,7 +168,19 @@ fn kube(workspace: &Workspace, filter: Option<&str>, totals: &mut Totals) -> Res
     };
     let mut cargo = suites(workspace, &ebpf::object(workspace)?, filter, is_kube)?;
     cargo.env(kube::DIR_VARIABLE, folder);
-    totals.count("the tests on a real Kubernetes", &mut cargo)
+    totals.count("the tests on a real Kubernetes", &mut cargo)?;
+    if filter.is_some() {
+        return Ok(());
+    }
+    heading("the chart");
+    match Helm::find(workspace) {
+        Ok(Some(helm)) => totals.try_add("the chart", chart::test(workspace, &helm)),
+        Ok(None) => totals
+            .skipped
+            .push("kube: the chart: no Helm, and no Go to build it with".to_owned()),
+        Err(error) => totals.try_add("the chart", Err(error)),
+    }
+    Ok(())
 }
 
 fn is_kube(suite: &str) -> bool {
@@ -221,6 +239,14 @@ impl Totals {
         } else {
             self.failed += 1;
             self.broken.push(name.to_owned());
+        }
+    }
+
+    /// The same, with the reason.
+    fn try_add(&mut self, name: &str, tried: Result<()>) {
+        match tried {
+            Ok(()) => self.add(name, true),
+            Err(error) => self.add(&format!("{name}: {error:#}"), false),
         }
     }
 

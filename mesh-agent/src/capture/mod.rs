@@ -62,6 +62,7 @@ pub use self::namespace::PodNamespace;
 pub use self::network::{CaptureError, PodListeners, PodNetwork, Upstream};
 pub use self::probe::{Probes, ProofError, is_probe};
 pub use self::repair::Repairs;
+pub use self::routing::use_settings_at;
 pub use self::upstreams::UpstreamLease;
 
 /// Some 30 system calls. While a program is detached, what it decides on is open: not long.

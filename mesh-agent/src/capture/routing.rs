@@ -9,7 +9,8 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::ops::RangeInclusive;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use mesh_common::{OUTBOUND_PORT, PLAINTEXT_INBOUND_PORT, PROBE_PORT, TUNNEL_PORT};
 use serde::{Deserialize, Serialize};
@@ -184,17 +185,32 @@ fn has_ipv6() -> bool {
     read_setting("net/ipv6/conf/lo/disable_ipv6").is_ok_and(|value| value == "0")
 }
 
-/// /proc/sys/net shows the namespace of the reading thread.
+/// Where the folder `net` of sysctls is: it shows those of the namespace that the reading thread is in, wherever it is mounted.
+static SETTINGS: OnceLock<PathBuf> = OnceLock::new();
+
+/// Instead of /proc/sys, which a container has read-only. Once, and before the first Pod.
+pub fn use_settings_at(root: &Path) {
+    // Who comes later finds what is in use already.
+    let _ = SETTINGS.set(root.to_owned());
+}
+
+fn setting_path(setting: &str) -> PathBuf {
+    SETTINGS.get().map_or(Path::new("/proc/sys"), PathBuf::as_path).join(setting)
+}
+
 fn read_setting(setting: &str) -> Result<String, CaptureError> {
-    let text = fs::read_to_string(Path::new("/proc/sys").join(setting)).step("reading a sysctl in the Pod")?;
+    let text = fs::read_to_string(setting_path(setting)).step("reading a sysctl in the Pod")?;
     Ok(text.trim().to_owned())
 }
 
 fn write_setting(setting: &str, value: &str) -> Result<(), CaptureError> {
     // An empty list without its line end would be no write at all.
-    match fs::write(Path::new("/proc/sys").join(setting), format!("{value}\n")) {
+    let path = setting_path(setting);
+    match fs::write(&path, format!("{value}\n")) {
         Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => Err(CaptureError::Refused(format!(
-            "/proc/sys is read-only for the agent, which must set {setting} in the Pod: give its container a writable /proc/sys"
+            "{} is read-only for the agent, which must set it in the Pod: mount the node's /proc/sys/net into its container, writable, \
+             and name the folder above it with --sysctl-root",
+            path.display()
         ))),
         result => result.step("writing a sysctl in the Pod"),
     }

@@ -128,7 +128,16 @@ fn each_error_names_its_field_and_the_fix() {
             "{bad}: {found:?}"
         );
     }
-    for bad in ["10.0.0.0/33", "10.0.0", "''", "host"] {
+    for bad in [
+        "10.0.0.0/33",
+        "10.0.0",
+        "''",
+        "host",
+        "010.0.0.0/8",
+        "10.0.0.0/08",
+        "10.0.0.0/+8",
+        "'fe80::1%eth0'",
+    ] {
         let found = errors(&format!("{{action: Allow, rules: [{{from: [{{ipBlocks: [{bad}]}}]}}]}}"));
         assert!(found[0].contains("is no address range; give one like"), "{bad}: {found:?}");
     }

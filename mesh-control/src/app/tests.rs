@@ -55,6 +55,7 @@ impl Bench {
             state_dir: Some(dir.path().join("state")),
             listen: "127.0.0.1:0".parse().expect("address"),
             admin: "127.0.0.1:0".parse().expect("address"),
+            metrics: Some("127.0.0.1:0".parse().expect("address")),
             trust_domain: "cluster.local".into(),
             cluster: "Kubernetes".into(),
             certificate_lifetime: Duration::from_secs(3600),
@@ -477,6 +478,17 @@ async fn admin_answers() {
         ("/x", "404"),
     ] {
         let text = ask(bench.running.admin, path).await;
+        assert!(text.contains(expected), "{path}: {text}");
+    }
+    // What names the registry's objects stays on loopback.
+    let public = bench.running.metrics.expect("--metrics");
+    for (path, expected) in [
+        ("/healthz/ready", "200 OK"),
+        ("/metrics", "mesh_control_objects"),
+        ("/status", "404"),
+        ("/x", "/metrics, /healthz/ready\n"),
+    ] {
+        let text = ask(public, path).await;
         assert!(text.contains(expected), "{path}: {text}");
     }
     let mut open = bench.args.clone();

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 
 use anyhow::{Context as _, Result, ensure};
 use mesh_tests::app::ECHO_PORT;
+use mesh_tests::binaries;
 use mesh_tests::manifests::policy;
 use mesh_tests::mesh::{Mesh, PodSpec};
 use mesh_tests::poll::{self, SOON};
@@ -89,6 +90,54 @@ pub fn drain(shared: &mut Shared) -> Result<()> {
     for gone in gone {
         gone?.wait(PATIENTLY).context("without its last connection it ends")?;
     }
+    mesh.wait_for_tunnel("client", "server")
+}
+
+/// As a DaemonSet's rollout needs it: each of the two tells of itself, and the one that was taken over stays until it is told to end; it
+/// would be started again, and take over in its turn.
+pub fn each_tells_of_itself(shared: &mut Shared) -> Result<()> {
+    let mesh = &mut shared.mesh;
+    let node = NodeName::One;
+    let folder = mesh.topology.node(node).folder.clone();
+    let sockets = ["one", "other"].map(|name| folder.join(format!("ready-{name}.sock")).display().to_string());
+    let ask = |mesh: &Mesh, socket: &str, more: &[&str]| {
+        let arguments = [&["ready", "--ready-socket", socket], more].concat();
+        let place = mesh.topology.node(node).agent_place();
+        place.run(&binaries::path("mesh-agent")?, &arguments, PATIENTLY)
+    };
+    mesh.terminate_agent(node)?;
+    mesh.launch_agent_with(
+        node,
+        &[
+            "--ready-socket",
+            &sockets[0],
+            "--wait-for-sigterm",
+            "--handover-drain-seconds",
+            "1",
+        ],
+    )?;
+    mesh.wait_until_ready(node)?;
+    let said = ask(mesh, &sockets[0], &[])?;
+    ensure!(said.status.success() && said.stdout.trim() == "ready", "{said:?}");
+    let mut before = mesh.take_agent(node)?;
+    mesh.launch_agent_with(node, &["--ready-socket", &sockets[1]])?;
+    poll::until_true("the next one is ready itself", SOON, || {
+        Ok(ask(mesh, &sockets[1], &[])?.status.success())
+    })?;
+    // Its drain is a second; it has nothing to do from then on.
+    let log = folder.join("mesh-agent.log");
+    poll::until_true("it waits for its end", PATIENTLY, || {
+        Ok(tail(&log, 200).contains("nothing is left to do; SIGTERM is waited for"))
+    })?;
+    let said = ask(mesh, &sockets[0], &[])?;
+    ensure!(
+        !said.status.success() && said.stderr.contains("another agent has taken over"),
+        "it was taken over, and says {said:?}"
+    );
+    ensure!(ask(mesh, &sockets[0], &["--alive"])?.status.success(), "it lives");
+    before.check_running().context("it has ended without being told to")?;
+    before.terminate(PATIENTLY)?;
+    ensure!(!ask(mesh, &sockets[0], &["--alive"])?.status.success(), "nobody is there");
     mesh.wait_for_tunnel("client", "server")
 }
 

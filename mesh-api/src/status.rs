@@ -1,0 +1,181 @@
+//! What the control plane writes back: whether an object stands, why not, and where it is in force.
+
+use std::fmt;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::schema;
+use crate::validation::ValidationErrors;
+
+/// The type of the condition that says whether an object is in force as it is written.
+pub const ACCEPTED: &str = "Accepted";
+/// Bytes of a condition's message; the definition refuses longer ones. What is beyond is cut off, with `…`.
+const MAX_MESSAGE: usize = 32_768;
+
+/// What the control plane made of it.
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Status {
+    /// `Accepted`: whether it is in force as it is written, and if not, why.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "schema::conditions")]
+    pub conditions: Vec<Condition>,
+    /// The `metadata.generation` that all of this is said of. Lower than that: the control plane has not seen the last change yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "schema::count")]
+    pub observed_generation: Option<i64>,
+    /// How many workloads of the mesh it is for. 0: it selects nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "schema::count")]
+    pub workloads_selected: Option<i64>,
+    /// How many nodes enforce it as it stands. Nodes that it does not concern enforce it, too, once they have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "schema::count")]
+    pub nodes_enforcing: Option<i64>,
+}
+
+/// Why an object is in force, or is not: a condition's `reason`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// In force as it is written.
+    Accepted,
+    /// In force, for no workload of the mesh: nothing has its labels, or nothing of its namespace is in the mesh.
+    SelectsNothing,
+    /// A field cannot stand. What stood before is in force still.
+    Invalid,
+}
+
+impl Reason {
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Accepted => "Accepted",
+            Self::SelectsNothing => "SelectsNothing",
+            Self::Invalid => "Invalid",
+        }
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What was found of one generation of an object.
+#[derive(Clone, Copy, Debug)]
+pub enum Verdict<'a> {
+    /// It is in force, for that many workloads, on that many nodes.
+    InForce { workloads: usize, nodes: usize },
+    /// It cannot stand.
+    Refused(&'a ValidationErrors),
+}
+
+impl Status {
+    /// The status that follows the one that is written there: the time of a condition moves only when it changes, so that two
+    /// replicas that find the same write the same. Conditions of other types stay as they are.
+    #[must_use]
+    pub fn next(written: Option<&Self>, generation: i64, verdict: Verdict<'_>, now: &Time) -> Self {
+        let (reason, message, workloads, nodes) = match verdict {
+            Verdict::InForce { workloads: 0, nodes } => (
+                Reason::SelectsNothing,
+                "It is in force and selects no workload of the mesh: no Pod of it has these labels here.".to_owned(),
+                Some(0),
+                Some(count(nodes)),
+            ),
+            Verdict::InForce { workloads, nodes } => (
+                Reason::Accepted,
+                "It is in force as it is written.".to_owned(),
+                Some(count(workloads)),
+                Some(count(nodes)),
+            ),
+            Verdict::Refused(errors) => (Reason::Invalid, errors.to_string(), None, None),
+        };
+        let before = written.map(|status| status.conditions.as_slice()).unwrap_or_default();
+        let status = if reason == Reason::Invalid { "False" } else { "True" };
+        let same = before.iter().find(|old| old.type_ == ACCEPTED && old.status == status);
+        let condition = Condition {
+            type_: ACCEPTED.to_owned(),
+            status: status.to_owned(),
+            reason: reason.to_string(),
+            message: cut(message),
+            last_transition_time: same.map_or_else(|| now.clone(), |old| old.last_transition_time.clone()),
+            observed_generation: Some(generation),
+        };
+        let others = before.iter().filter(|old| old.type_ != ACCEPTED).cloned();
+        Self {
+            conditions: std::iter::once(condition).chain(others).collect(),
+            observed_generation: Some(generation),
+            workloads_selected: workloads,
+            nodes_enforcing: nodes,
+        }
+    }
+}
+
+fn count(number: usize) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+fn cut(mut message: String) -> String {
+    if message.len() > MAX_MESSAGE {
+        message.truncate(message.floor_char_boundary(MAX_MESSAGE - "…".len()));
+        message.push('…');
+    }
+    message
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::jiff::Timestamp;
+
+    use super::*;
+    use crate::FieldError;
+
+    fn at(second: i64) -> Time {
+        Time(Timestamp::from_second(second).expect("a second"))
+    }
+
+    #[test]
+    fn a_condition_keeps_its_time_until_it_changes() {
+        let in_force = |workloads| Verdict::InForce { workloads, nodes: 2 };
+        let first = Status::next(None, 1, in_force(3), &at(10));
+        assert_eq!(
+            (first.observed_generation, first.workloads_selected, first.nodes_enforcing),
+            (Some(1), Some(3), Some(2))
+        );
+        assert_eq!(
+            (first.conditions[0].status.as_str(), first.conditions[0].reason.as_str()),
+            ("True", "Accepted")
+        );
+        assert_eq!(Status::next(Some(&first), 1, in_force(3), &at(20)), first, "nothing to write");
+
+        let nothing = Status::next(Some(&first), 2, in_force(0), &at(30));
+        assert_eq!(nothing.conditions[0].reason, "SelectsNothing");
+        assert_eq!(nothing.workloads_selected, Some(0));
+        assert_eq!(nothing.conditions[0].last_transition_time, at(10), "it is accepted still");
+
+        let errors = ValidationErrors(vec![FieldError {
+            path: "spec.rules".to_owned(),
+            problem: "x".repeat(MAX_MESSAGE),
+        }]);
+        let refused = Status::next(Some(&nothing), 3, Verdict::Refused(&errors), &at(40));
+        let condition = &refused.conditions[0];
+        assert_eq!((condition.status.as_str(), condition.reason.as_str()), ("False", "Invalid"));
+        assert_eq!(condition.last_transition_time, at(40));
+        assert_eq!(condition.observed_generation, Some(3));
+        assert!(condition.message.starts_with("spec.rules: x") && condition.message.ends_with('…'));
+        assert_eq!(condition.message.len(), MAX_MESSAGE);
+        assert_eq!((refused.workloads_selected, refused.nodes_enforcing), (None, None));
+    }
+
+    #[test]
+    fn conditions_of_others_stay() {
+        let mut written = Status::next(None, 1, Verdict::InForce { workloads: 1, nodes: 1 }, &at(1));
+        written.conditions[0].type_ = "Other".to_owned();
+        let next = Status::next(Some(&written), 1, Verdict::InForce { workloads: 1, nodes: 1 }, &at(2));
+        let types: Vec<&str> = next.conditions.iter().map(|condition| condition.type_.as_str()).collect();
+        assert_eq!(types, ["Accepted", "Other"]);
+    }
+}

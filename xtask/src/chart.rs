@@ -1,0 +1,64 @@
+//! What must hold of `deploy/chart`: Helm's own rules, that bad values are refused with their name, that what can be turned off and on
+//! is, and that deploy/culvert.yaml is what it renders.
+
+use anyhow::{Result, bail};
+
+use crate::generate;
+use crate::helm::Helm;
+use crate::workspace::Workspace;
+
+/// Values that no installation can mean, and what the refusal names.
+const REFUSED: [(&str, &str); 8] = [
+    ("agent.metric=0.0.0.0:1", "metric"),
+    ("agent.metrics=15020", "/agent/metrics"),
+    ("agent.drainSeconds=5s", "/agent/drainSeconds"),
+    ("agent.cgroupRoot=cgroup", "/agent/cgroupRoot"),
+    ("control.replicas=0", "/control/replicas"),
+    ("mesh.trustDomain=Cluster.Local", "/mesh/trustDomain"),
+    ("image.prefix=example.org", "/image/prefix"),
+    ("image.pullPolicy=Sometimes", "/image/pullPolicy"),
+];
+
+/// Values, what is rendered with them, and what is not.
+const RENDERED: [(&str, &str, &str); 7] = [
+    ("cni.enabled=true", "name: install-cni", "name: no-such-thing"),
+    ("cni.enabled=false", "name: mesh-agent", "cni"),
+    ("namespace.create=false", "kind: DaemonSet", "kind: Namespace"),
+    ("podMonitor.enabled=true", "replacement: \"$1:15020\"", "kind: Namespace"),
+    (
+        "networkPolicy.enabled=false",
+        "kind: PodDisruptionBudget",
+        "kind: NetworkPolicy",
+    ),
+    (
+        "admissionPolicy.enabled=false",
+        "kind: DaemonSet",
+        "kind: ValidatingAdmissionPolicy",
+    ),
+    (
+        "image.prefix=example.test/mesh/",
+        "image: example.test/mesh/mesh-agent:",
+        "image: mesh-",
+    ),
+];
+
+pub fn test(workspace: &Workspace, helm: &Helm) -> Result<()> {
+    helm.lint()?;
+    for (value, names) in REFUSED {
+        match helm.render(&[value]) {
+            Ok(_) => bail!("{value} is accepted"),
+            Err(error) if error.to_string().contains(names) => {}
+            Err(error) => bail!("{value} is refused without {names}: {error}"),
+        }
+    }
+    for (value, there, absent) in RENDERED {
+        let rendered = helm.render(&[value])?;
+        if !rendered.contains(there) || rendered.contains(absent) {
+            bail!("with {value}: {there:?} must be rendered, and {absent:?} must not");
+        }
+    }
+    match generate::manifests(workspace, helm, true)? {
+        Some(stale) => bail!("{stale} is stale: cargo xtask generate"),
+        None => Ok(()),
+    }
+}
