@@ -30,6 +30,7 @@ fn control(publish_interval: std::time::Duration) -> (tempfile::TempDir, Arc<Con
         pod_ranges: vec![],
         trust_bundle: vec![],
         revoked: std::collections::BTreeSet::new(),
+        endpoints: crate::compile::EndpointSource::Selectors,
     };
     let bounds = Bounds {
         publish_interval,

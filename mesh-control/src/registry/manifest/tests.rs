@@ -75,10 +75,12 @@ fn manifests_as_people_write_them_are_read() {
         service.ports,
         [
             ServicePort {
+                name: "http".into(),
                 port: 80,
                 target: TargetPort::Name("http".into())
             },
             ServicePort {
+                name: "raw".into(),
                 port: 9000,
                 target: TargetPort::Number(9000)
             },
