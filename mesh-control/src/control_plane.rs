@@ -13,10 +13,10 @@ use tokio::time::{Instant, sleep_until};
 use crate::accounts::Accounts;
 use crate::capture_states::{CaptureState, CaptureStates, PodKey, Proof, pod_key};
 use crate::compile::{Parameters, Snapshot, compile, spiffe_id};
-use crate::limits::{Bounds, MAX_ACCOUNTS_FILE_BYTES, MAX_CAPTURE_FILE_BYTES, MAX_REJECTIONS, MAX_REPORTED_PODS, PUBLISH_SHARE};
+use crate::limits::{Bounds, MAX_ACCOUNTS_FILE_BYTES, MAX_CAPTURE_FILE_BYTES, MAX_REJECTIONS, MAX_REPORTED_PODS, MAX_SERVICE_WARNINGS, PUBLISH_SHARE};
 use crate::kubernetes::wishes::PodRef;
 use crate::metrics::Metrics;
-use crate::objects::{Kind, World};
+use crate::objects::{Kind, Object, World};
 use crate::proto::PodWord;
 use crate::registry::{Registry, Rejection};
 use crate::state_dir::{StateDir, StateError};
@@ -459,6 +459,7 @@ impl ControlPlane {
         if self.is_ready() && ranges.is_empty() {
             warnings.push(NO_POD_RANGES.to_owned());
         }
+        warnings.extend(unfollowed(&inner.world));
         serde_json::json!({
             "ready": self.is_ready(),
             "warnings": warnings,
@@ -501,6 +502,31 @@ impl ControlPlane {
         inner.unsaved |= changed && self.state_dir.is_some();
         changed
     }
+}
+
+/// What Services ask for that agents do not do.
+fn unfollowed(world: &World) -> Vec<String> {
+    let services = world.iter().filter_map(|(id, object)| match object.as_ref() {
+        Object::Service(service) => Some((id, service)),
+        _ => None,
+    });
+    let mut warnings: Vec<String> = services
+        .flat_map(|(id, service)| {
+            let affinity = service
+                .keeps_clients
+                .then(|| format!("{id}: sessionAffinity ClientIP is not followed: a client's connections go to any endpoint"));
+            let local = service
+                .node_local
+                .then(|| format!("{id}: internalTrafficPolicy Local is not followed: connections go to endpoints on any node"));
+            affinity.into_iter().chain(local)
+        })
+        .take(MAX_SERVICE_WARNINGS + 1)
+        .collect();
+    if warnings.len() > MAX_SERVICE_WARNINGS {
+        warnings.truncate(MAX_SERVICE_WARNINGS);
+        warnings.push("more Services ask for what is not followed".to_owned());
+    }
+    warnings
 }
 
 fn unix_seconds() -> u64 {

@@ -18,6 +18,8 @@ pub const MAX_FILLED_BYTES: u64 = 64;
 pub const MAX_DOCUMENTS: usize = 2048;
 /// Rejections that are kept for `/status` (about 512 B each: 512 KiB); all are counted.
 pub const MAX_REJECTIONS: usize = 1024;
+/// Warnings about Services in `/status` (about 128 B each); one more line says that there are more.
+pub const MAX_SERVICE_WARNINGS: usize = 32;
 
 /// Change events that wait. One is as good as many: what it says is only "read again".
 pub const FOLDER_EVENTS: usize = 1;

@@ -80,13 +80,13 @@ impl Metrics {
             )?,
             registry_stale: gauge(
                 "mesh_control_registry_stale",
-                "1 while the folder cannot be read or was emptied, and the last state stays in force",
+                "1 while the registry cannot be read or was emptied, and the last state stays in force",
             )?,
             snapshots: counter("mesh_control_snapshots_total", "States compiled and published")?,
             objects: gauges("mesh_control_objects", "Objects in force", "kind")?,
             registry_reads_failed: counter(
                 "mesh_control_registry_reads_failed_total",
-                "Reads of the whole folder that failed",
+                "Reads of the whole registry that failed",
             )?,
             connections: gauge("mesh_control_connections", "Open connections of agents")?,
             connections_refused: counters(
@@ -128,7 +128,7 @@ impl Metrics {
                 "Pods in reports that are not of the reporting node's mesh",
             )?,
             capture_states: gauges("mesh_control_pods", "Pods of the mesh by capture state", "state")?,
-            state_writes_failed: counter("mesh_control_state_writes_failed_total", "Capture states not written to disk")?,
+            state_writes_failed: counter("mesh_control_state_writes_failed_total", "What is to outlive this process, not written")?,
             capture_writes: counter("mesh_control_capture_writes_total", "Capture states written on Pods in the API server")?,
             capture_writes_failed: counters(
                 "mesh_control_capture_writes_failed_total",

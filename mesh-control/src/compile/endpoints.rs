@@ -6,6 +6,9 @@ use std::net::IpAddr;
 use super::hostname;
 use crate::objects::{Endpoint, Kind, Object, ObjectId, Pod, Service, World};
 
+#[cfg(test)]
+mod tests;
+
 /// `namespace/hostname` → (service port, target port).
 pub type Services = BTreeMap<String, Vec<(u16, u16)>>;
 

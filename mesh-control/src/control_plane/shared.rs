@@ -16,6 +16,9 @@ use crate::kubernetes::wishes::{PodRef, Reading, Wishes, Write};
 use crate::metrics::Metrics;
 use crate::objects::{Object, ObjectId, Pod, World};
 
+#[cfg(test)]
+mod tests;
+
 /// What is to be written to the API server. Whoever writes it waits for [`Self::wished`] and [`Self::accounts`].
 pub struct Shared {
     wishes: Mutex<Wishes>,

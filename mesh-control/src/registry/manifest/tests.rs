@@ -1,4 +1,7 @@
+use std::net::IpAddr;
+
 use super::*;
+use crate::objects::{ServicePort, TargetPort};
 
 const SEVERAL: &str = r#"# comment first
 ---
