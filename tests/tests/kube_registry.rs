@@ -5,8 +5,13 @@
     reason = "a test: a panic is its failure, and standard output its report"
 )]
 
+#[path = "kube_registry/captures.rs"]
 mod captures;
+#[path = "kube_registry/endpoints.rs"]
 mod endpoints;
+#[path = "kube_registry/large.rs"]
+mod large;
+#[path = "kube_registry/outages.rs"]
 mod outages;
 
 use std::path::PathBuf;
@@ -87,6 +92,7 @@ fn main() -> ExitCode {
             ("a_pod_made_anew_has_proven_nothing", captures::made_anew),
             ("a_pod_that_leaves_the_mesh_keeps_no_annotation", captures::leaves),
             ("a_deleted_account_stays_deleted_over_a_restart", captures::accounts),
+            ("many_objects_are_few_lists_and_few_compilations", large::many),
             ("an_api_server_that_is_lost_takes_nothing_out_of_force", outages::lost),
             ("rights_that_are_missing_are_said", outages::forbidden),
         ],
@@ -271,6 +277,7 @@ fn policy(namespace: &str, name: &str, port: &str) -> String {
 }
 
 fn same_as_folder(bench: &mut Bench) -> Result<()> {
+    bench.install_kinds()?;
     bench.namespace("same")?;
     bench.apply("apiVersion: v1\nkind: Node\nmetadata: {name: node-a, labels: {topology.kubernetes.io/zone: z1}}\nspec: {podCIDR: 10.244.1.0/24, podCIDRs: [10.244.1.0/24, \"fd00:1::/64\"]}\n")?;
     bench.pod("same", "web", &["10.244.1.10", "fd00:1::10"])?;
@@ -319,6 +326,7 @@ fn told(snapshot: &Snapshot) -> std::collections::BTreeMap<(&'static str, String
 }
 
 fn broken_policy(bench: &mut Bench) -> Result<()> {
+    bench.install_kinds()?;
     bench.namespace("broken")?;
     bench.apply(&policy("broken", "deny", "80"))?;
     let replica = bench.replica()?;

@@ -59,6 +59,12 @@ impl Shared {
         self.wishes.lock().gone(write);
     }
 
+    /// How many writes wait.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.wishes.lock().waiting()
+    }
+
     /// The newest accounts that are to be kept.
     #[must_use]
     pub fn accounts(&self) -> watch::Receiver<Option<Accounts>> {

@@ -35,6 +35,8 @@ pub async fn write(client: Client, control: Arc<ControlPlane>, shared: Arc<Share
         tokio::spawn(async move {
             let _place = place;
             patch(&client, &control, &shared, next).await;
+            let waiting = i64::try_from(shared.waiting()).unwrap_or(i64::MAX);
+            control.metrics.capture_writes_waiting.set(waiting);
         });
         sleep(CAPTURE_WRITE_PACE).await;
     }

@@ -79,12 +79,13 @@ impl Feed {
     }
 
     fn say(&self, kind: Kind, problem: Option<String>) {
+        // Held over both, so that an older finding does not come after a newer one.
+        let mut said = self.problem.lock();
         let text = {
             let mut world = self.world.lock();
             world.set_problem(kind, problem);
             world.problem()
         };
-        let mut said = self.problem.lock();
         if *said != text {
             self.control.set_registry_problem(text.clone());
             *said = text;

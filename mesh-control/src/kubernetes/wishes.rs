@@ -105,13 +105,10 @@ impl Wishes {
         self.pods.get(uid).map(|wish| wish.value)
     }
 
-    /// What is not written yet.
+    /// How many wait for their turn.
     #[must_use]
     pub fn waiting(&self) -> usize {
-        self.pods
-            .values()
-            .filter(|wish| !matches!(wish.stage, Stage::Written(_)))
-            .count()
+        self.queue.len()
     }
 
     /// When [`Self::take`] will have something.

@@ -12,6 +12,7 @@ use crate::{ADDRESSES, Bench, POLICIES, policy, resource, told};
 const PATIENCE: Duration = Duration::from_secs(60);
 
 pub fn lost(bench: &mut Bench) -> Result<()> {
+    bench.install_kinds()?;
     bench.namespace("lost")?;
     bench.pod("lost", "a", &["10.244.4.1"])?;
     bench.apply(&policy("lost", "deny", "80"))?;
