@@ -61,7 +61,11 @@ impl Accounts {
             {
                 let account = (id.namespace.clone(), pod.service_account.clone());
                 if !self.known.contains(&account) {
-                    tracing::warn!(namespace = account.0, name = account.1, "service account deleted, while Pods have it");
+                    tracing::warn!(
+                        namespace = account.0,
+                        name = account.1,
+                        "service account deleted, while Pods have it"
+                    );
                     self.revoked.entry(account).or_insert(now);
                 }
             }

@@ -13,8 +13,11 @@ use tokio::time::{Instant, sleep_until};
 use crate::accounts::Accounts;
 use crate::capture_states::{CaptureState, CaptureStates, PodKey, Proof, pod_key};
 use crate::compile::{Parameters, Snapshot, compile, spiffe_id};
-use crate::limits::{Bounds, MAX_ACCOUNTS_FILE_BYTES, MAX_CAPTURE_FILE_BYTES, MAX_REJECTIONS, MAX_REPORTED_PODS, MAX_SERVICE_WARNINGS, PUBLISH_SHARE};
 use crate::kubernetes::wishes::PodRef;
+use crate::limits::{
+    Bounds, MAX_ACCOUNTS_FILE_BYTES, MAX_CAPTURE_FILE_BYTES, MAX_REJECTIONS, MAX_REPORTED_PODS, MAX_SERVICE_WARNINGS,
+    PUBLISH_SHARE,
+};
 use crate::metrics::Metrics;
 use crate::objects::{Kind, Object, World};
 use crate::proto::PodWord;
@@ -106,7 +109,13 @@ impl ControlPlane {
 
     /// One of several replicas, which know of each other by the API server. `accounts`: those deleted before this one started.
     #[must_use]
-    pub fn shared(parameters: Parameters, accounts: Accounts, shared: Arc<Shared>, metrics: Arc<Metrics>, bounds: Bounds) -> Self {
+    pub fn shared(
+        parameters: Parameters,
+        accounts: Accounts,
+        shared: Arc<Shared>,
+        metrics: Arc<Metrics>,
+        bounds: Bounds,
+    ) -> Self {
         Self {
             shared: Some(shared),
             ..Self::with(parameters, accounts, CaptureStates::default(), metrics, bounds)
@@ -322,14 +331,11 @@ impl ControlPlane {
             changed |= self.take_words(inner, &snapshot, node, words);
         }
         inner.reports = reports;
-        if inner
-            .captures
-            .prune(|key| match snapshot.pods.get(key) {
-                // The API server has said all there is, and a uid never comes back.
-                None if self.shared.is_some() => Some(false),
-                place => place.map(|place| place.is_member),
-            })
-        {
+        if inner.captures.prune(|key| match snapshot.pods.get(key) {
+            // The API server has said all there is, and a uid never comes back.
+            None if self.shared.is_some() => Some(false),
+            place => place.map(|place| place.is_member),
+        }) {
             inner.unsaved = self.state_dir.is_some();
         }
         if changed {

@@ -128,15 +128,28 @@ impl Metrics {
                 "Pods in reports that are not of the reporting node's mesh",
             )?,
             capture_states: gauges("mesh_control_pods", "Pods of the mesh by capture state", "state")?,
-            state_writes_failed: counter("mesh_control_state_writes_failed_total", "What is to outlive this process, not written")?,
-            capture_writes: counter("mesh_control_capture_writes_total", "Capture states written on Pods in the API server")?,
+            state_writes_failed: counter(
+                "mesh_control_state_writes_failed_total",
+                "What is to outlive this process, not written",
+            )?,
+            capture_writes: counter(
+                "mesh_control_capture_writes_total",
+                "Capture states written on Pods in the API server",
+            )?,
             capture_writes_failed: counters(
                 "mesh_control_capture_writes_failed_total",
                 "Capture states not written on Pods; all but `no_room` and `gone` are tried again",
                 "reason",
             )?,
-            capture_writes_waiting: gauge("mesh_control_capture_writes_waiting", "Capture states that wait to be written on Pods")?,
-            watches: gauges("mesh_control_watches", "1 while objects of the kind are followed in the API server", "kind")?,
+            capture_writes_waiting: gauge(
+                "mesh_control_capture_writes_waiting",
+                "Capture states that wait to be written on Pods",
+            )?,
+            watches: gauges(
+                "mesh_control_watches",
+                "1 while objects of the kind are followed in the API server",
+                "kind",
+            )?,
             watch_failures: counters(
                 "mesh_control_watch_failures_total",
                 "Lists and watches of the API server that failed; what was read stays in force",

@@ -86,7 +86,10 @@ fn main() -> ExitCode {
             ("a_world_in_the_cluster_is_the_same_as_in_a_folder", same_as_folder),
             ("a_broken_policy_keeps_its_last_good_form", broken_policy),
             ("an_endpoint_that_is_not_ready_leaves", endpoints::unready),
-            ("a_service_without_a_selector_has_the_endpoints_of_its_slices", endpoints::by_hand),
+            (
+                "a_service_without_a_selector_has_the_endpoints_of_its_slices",
+                endpoints::by_hand,
+            ),
             ("a_proof_told_to_one_replica_is_known_to_the_other", captures::two_replicas),
             ("a_restart_forgets_no_proof", captures::restart),
             ("a_pod_made_anew_has_proven_nothing", captures::made_anew),
@@ -165,7 +168,13 @@ impl Bench {
             };
             let shared = Arc::new(Shared::default());
             let metrics = Arc::new(Metrics::new()?);
-            let control = ControlPlane::shared(parameters(EndpointSource::Slices), deleted, Arc::clone(&shared), metrics, Bounds::default());
+            let control = ControlPlane::shared(
+                parameters(EndpointSource::Slices),
+                deleted,
+                Arc::clone(&shared),
+                metrics,
+                Bounds::default(),
+            );
             let control = Arc::new(control);
             tokio::spawn(Arc::clone(&control).publish_when_due());
             let following = Following::start(&client, NAMESPACE, &control, &shared);
@@ -189,8 +198,18 @@ impl Bench {
     /// The status of a thing, as its controller would write it.
     fn set_status(&self, namespace: &str, thing: &str, name: &str, status: &Value) -> Result<()> {
         let patch = serde_json::json!({"status": status}).to_string();
-        self.run(&["-n", namespace, "patch", thing, name, "--subresource=status", "--type=merge", "-p", &patch])
-            .map(drop)
+        self.run(&[
+            "-n",
+            namespace,
+            "patch",
+            thing,
+            name,
+            "--subresource=status",
+            "--type=merge",
+            "-p",
+            &patch,
+        ])
+        .map(drop)
     }
 
     /// A Pod that runs and has addresses.
@@ -236,7 +255,8 @@ impl Bench {
             all += &format!("---\n{definition}\n");
         }
         self.apply(&all)?;
-        self.run(&["wait", "--for=condition=Established", "--timeout=60s", "crd", "--all"]).map(drop)
+        self.run(&["wait", "--for=condition=Established", "--timeout=60s", "crd", "--all"])
+            .map(drop)
     }
 }
 
@@ -254,12 +274,21 @@ fn parameters(endpoints: EndpointSource) -> Parameters {
 /// The resource's bytes.
 fn resource(control: &ControlPlane, kind: &str, name: &str) -> Option<Vec<u8>> {
     let snapshot = control.snapshot();
-    snapshot.types.get(kind)?.resources.get(name).map(|resource| resource.value.clone())
+    snapshot
+        .types
+        .get(kind)?
+        .resources
+        .get(name)
+        .map(|resource| resource.value.clone())
 }
 
 fn without_kinds(bench: &mut Bench) -> Result<()> {
     let replica = bench.replica()?;
-    ensure!(replica.control.registry_problem().is_none(), "{:?}", replica.control.registry_problem());
+    ensure!(
+        replica.control.registry_problem().is_none(),
+        "{:?}",
+        replica.control.registry_problem()
+    );
     ensure!(resource(&replica.control, POLICIES, "early/deny").is_none());
     bench.install_kinds()?;
     bench.namespace("early")?;
@@ -283,13 +312,27 @@ fn same_as_folder(bench: &mut Bench) -> Result<()> {
     bench.pod("same", "web", &["10.244.1.10", "fd00:1::10"])?;
     bench.pod("same", "other", &["10.244.1.11", "fd00:1::11"])?;
     bench.apply(&policy("same", "deny", "81"))?;
-    bench.apply("apiVersion: culvert.dev/v1alpha1\nkind: MeshConfig\nmetadata: {name: default, namespace: same}\nspec: {mtls: Strict}\n")?;
+    bench.apply(
+        "apiVersion: culvert.dev/v1alpha1\nkind: MeshConfig\nmetadata: {name: default, namespace: same}\nspec: {mtls: Strict}\n",
+    )?;
     bench.apply(
         "apiVersion: v1\nkind: Service\nmetadata: {name: web, namespace: same}\nspec:\n  selector: {app: web}\n  ports:\n  \
          - {name: http, port: 80, targetPort: http}\n  - {name: raw, port: 9000, targetPort: 9001}\n",
     )?;
-    bench.apply(&endpoints::slice("same", "web-4", "web", "IPv4", &[("10.244.1.10", Some("web"), true)]))?;
-    bench.apply(&endpoints::slice("same", "web-6", "web", "IPv6", &[("fd00:1::10", Some("web"), true)]))?;
+    bench.apply(&endpoints::slice(
+        "same",
+        "web-4",
+        "web",
+        "IPv4",
+        &[("10.244.1.10", Some("web"), true)],
+    ))?;
+    bench.apply(&endpoints::slice(
+        "same",
+        "web-6",
+        "web",
+        "IPv6",
+        &[("fd00:1::10", Some("web"), true)],
+    ))?;
     let replica = bench.replica()?;
 
     let kinds = "namespaces,nodes,pods,services,serviceaccounts,authorizationpolicies,meshconfigs";
@@ -308,7 +351,9 @@ fn same_as_folder(bench: &mut Bench) -> Result<()> {
     by_folder.set_world(&folder);
     let expected = told(&by_folder.snapshot());
     ensure!(expected.len() > 5, "{:?}", expected.keys());
-    poll::until_true("the cluster says what the folder says", SOON, || Ok(told(&replica.control.snapshot()) == expected))?;
+    poll::until_true("the cluster says what the folder says", SOON, || {
+        Ok(told(&replica.control.snapshot()) == expected)
+    })?;
     ensure!(replica.control.snapshot().identities == by_folder.snapshot().identities);
     ensure!(replica.control.snapshot().pod_ranges == by_folder.snapshot().pod_ranges);
     Ok(())
@@ -343,7 +388,16 @@ fn broken_policy(bench: &mut Bench) -> Result<()> {
     })?;
     ensure!(resource(&replica.control, POLICIES, "broken/deny") == Some(before.clone()));
     // No policy at all, as far as JSON goes; and another one goes on.
-    bench.run(&["-n", "broken", "patch", "authorizationpolicy", "deny", "--type=merge", "-p", r#"{"spec": "nonsense"}"#])?;
+    bench.run(&[
+        "-n",
+        "broken",
+        "patch",
+        "authorizationpolicy",
+        "deny",
+        "--type=merge",
+        "-p",
+        r#"{"spec": "nonsense"}"#,
+    ])?;
     bench.apply(&policy("broken", "more", "81"))?;
     poll::until_true("another policy comes into force", SOON, || {
         Ok(resource(&replica.control, POLICIES, "broken/more").is_some())

@@ -36,7 +36,9 @@ impl<'a> Listed<'a> {
             }
         }
         for (id, object) in world {
-            let Object::EndpointSlice(slice) = object.as_ref() else { continue };
+            let Object::EndpointSlice(slice) = object.as_ref() else {
+                continue;
+            };
             let service_id = ObjectId {
                 kind: Kind::Service,
                 namespace: id.namespace.clone(),

@@ -395,7 +395,10 @@ fn outside<'a>(id: &'a ObjectId, pod: &'a Pod, services: Services, parameters: &
     WorkloadView {
         id,
         pod,
-        uid: format!("{}/discovery.k8s.io/EndpointSlice/{}/{}", parameters.cluster, id.namespace, id.name),
+        uid: format!(
+            "{}/discovery.k8s.io/EndpointSlice/{}/{}",
+            parameters.cluster, id.namespace, id.name
+        ),
         parameters,
         capture: None,
         policies: Vec::new(),

@@ -53,6 +53,7 @@ impl Shared {
 
     pub fn failed(&self, write: &Write) {
         self.wishes.lock().failed(write, Instant::now());
+        self.wished.notify_one();
     }
 
     pub fn gone(&self, write: &Write) {
@@ -81,7 +82,9 @@ impl Shared {
             return;
         }
         if wishes.want(pod, value, Instant::now()) {
-            metrics.capture_writes_waiting.set(i64::try_from(wishes.waiting()).unwrap_or(i64::MAX));
+            metrics
+                .capture_writes_waiting
+                .set(i64::try_from(wishes.waiting()).unwrap_or(i64::MAX));
             self.wished.notify_one();
         } else {
             metrics.capture_writes_failed.with_label_values(&["no_room"]).inc();
@@ -153,6 +156,8 @@ impl ControlPlane {
         let Some(shared) = &self.shared else { return };
         let mut inner = self.inner.lock();
         let newest = shared.wishes.lock().written(write, Instant::now());
+        // What was wished meanwhile may go now.
+        shared.wished.notify_one();
         self.metrics.capture_writes.inc();
         let proof = match (newest, write.value) {
             (true, Some(CaptureState::Proven)) => Proof::Proven,

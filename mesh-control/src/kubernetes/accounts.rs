@@ -31,7 +31,10 @@ impl std::fmt::Display for Failure {
         match self {
             Self::Api(error) => f.write_str(&describe(error)),
             Self::Timeout => write!(f, "no answer within {API_TIMEOUT:?}"),
-            Self::Content(error) => write!(f, "its key {KEY} holds something else ({error}); mend or remove the ConfigMap"),
+            Self::Content(error) => write!(
+                f,
+                "its key {KEY} holds something else ({error}); mend or remove the ConfigMap"
+            ),
         }
     }
 }

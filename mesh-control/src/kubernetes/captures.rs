@@ -18,7 +18,9 @@ use crate::registry::convert::CAPTURE_ANNOTATION;
 pub async fn write(client: Client, control: Arc<ControlPlane>, shared: Arc<Shared>) {
     let places = Arc::new(Semaphore::new(CAPTURE_WRITES_AT_ONCE));
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+            return;
+        };
         let next = loop {
             match shared.take(Instant::now()) {
                 Ok(write) => break write,

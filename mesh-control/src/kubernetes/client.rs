@@ -21,7 +21,9 @@ pub async fn connect() -> anyhow::Result<Client> {
         Some(path) if !path.is_empty() => {
             let options = KubeConfigOptions::default();
             let kubeconfig = Kubeconfig::from_env().context("KUBECONFIG")?.unwrap_or_default();
-            Config::from_custom_kubeconfig(kubeconfig, &options).await.context("KUBECONFIG")?
+            Config::from_custom_kubeconfig(kubeconfig, &options)
+                .await
+                .context("KUBECONFIG")?
         }
         _ => Config::incluster()
             .context("--kubernetes: this is no Pod with a service account's token, and KUBECONFIG is not set")?,
@@ -48,7 +50,9 @@ fn check_version(major: &str, minor: &str) -> anyhow::Result<()> {
     // Some distributions write `32+`.
     let number = |text: &str| {
         let digits: String = text.chars().take_while(char::is_ascii_digit).collect();
-        digits.parse::<u32>().with_context(|| format!("the API server's version {major}.{minor} is no version"))
+        digits
+            .parse::<u32>()
+            .with_context(|| format!("the API server's version {major}.{minor} is no version"))
     };
     if (number(major)?, number(minor)?) < (1, OLDEST_MINOR) {
         bail!(
@@ -71,7 +75,10 @@ mod tests {
         }
         for (major, minor) in [("1", "31"), ("1", "9+"), ("0", "40")] {
             let error = check_version(major, minor).expect_err("too old").to_string();
-            assert!(error.contains("1.32 or newer is needed") && error.contains(&format!("{major}.{minor}")), "{error}");
+            assert!(
+                error.contains("1.32 or newer is needed") && error.contains(&format!("{major}.{minor}")),
+                "{error}"
+            );
         }
         for (major, minor) in [("", ""), ("1", "x"), ("1", "99999999999")] {
             check_version(major, minor).expect_err("no version");

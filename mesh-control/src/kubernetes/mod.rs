@@ -34,7 +34,12 @@ impl Following {
         watch::all(client, &feed, &mut tasks);
         tasks.spawn(feed::publish(feed));
         tasks.spawn(captures::write(client.clone(), Arc::clone(control), Arc::clone(shared)));
-        tasks.spawn(accounts::keep(client.clone(), namespace.to_owned(), Arc::clone(control), Arc::clone(shared)));
+        tasks.spawn(accounts::keep(
+            client.clone(),
+            namespace.to_owned(),
+            Arc::clone(control),
+            Arc::clone(shared),
+        ));
         Self { tasks }
     }
 

@@ -77,7 +77,11 @@ pub fn all(client: &Client, feed: &Arc<Feed>, tasks: &mut JoinSet<()>) {
             ApiResource::erase::<AuthorizationPolicy>(&()),
             AuthorizationPolicy::crd_name(),
         ),
-        (Kind::MeshConfig, ApiResource::erase::<MeshConfig>(&()), MeshConfig::crd_name()),
+        (
+            Kind::MeshConfig,
+            ApiResource::erase::<MeshConfig>(&()),
+            MeshConfig::crd_name(),
+        ),
     ] {
         let watch = Watch {
             api: Api::<DynamicObject>::all_with(client.clone(), &resource),
@@ -204,7 +208,8 @@ impl<K: Watched> Watch<K> {
                     continue;
                 }
                 Err(_) => {
-                    self.feed.failed(self.kind, format!("watch: no answer within {API_TIMEOUT:?}"));
+                    self.feed
+                        .failed(self.kind, format!("watch: no answer within {API_TIMEOUT:?}"));
                     sleep(backoff.next()).await;
                     continue;
                 }
@@ -257,7 +262,10 @@ impl<K: Watched> Watch<K> {
                 return Ok(());
             }
             WatchEvent::Error(status) if status.code == 410 => {
-                tracing::info!(kind = self.kind.as_str(), "what was last read is too old to go on with; the list is read again");
+                tracing::info!(
+                    kind = self.kind.as_str(),
+                    "what was last read is too old to go on with; the list is read again"
+                );
                 return Err(None);
             }
             WatchEvent::Error(status) => return Err(Some(describe(&Error::Api(status)))),

@@ -141,7 +141,9 @@ impl Wishes {
     pub fn failed(&mut self, write: &Write, now: Instant) {
         let mut again = None;
         self.back(write, now, |wish| {
-            let pause = CAPTURE_RETRY.saturating_mul(1 << wish.failures.min(16)).min(CAPTURE_RETRY_MOST);
+            let pause = CAPTURE_RETRY
+                .saturating_mul(1 << wish.failures.min(16))
+                .min(CAPTURE_RETRY_MOST);
             wish.failures += 1;
             wish.stage = Stage::Queued(now + pause);
             again = Some((now + pause, wish.turn, wish.pod.uid.clone()));

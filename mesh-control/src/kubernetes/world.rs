@@ -216,7 +216,10 @@ impl ClusterWorld {
             .map(|(kind, _)| kind.as_str())
             .collect();
         if !left_out.is_empty() {
-            texts.push(format!("more than {MAX_OBJECTS} objects of {}: the others are left out", left_out.join(", ")));
+            texts.push(format!(
+                "more than {MAX_OBJECTS} objects of {}: the others are left out",
+                left_out.join(", ")
+            ));
         }
         (!texts.is_empty()).then(|| texts.join("; "))
     }

@@ -71,9 +71,7 @@ pub fn decide<'a>(
                 last_good_in_force: false,
             });
         }
-        let unchanged = before
-            .get(id)
-            .is_some_and(|before| before.form.object == held.form.object);
+        let unchanged = before.get(id).is_some_and(|before| before.form.object == held.form.object);
         candidates.push((!unchanged, !before.contains_key(id), since, file, held, id));
     }
     // First what is in force unchanged (it cannot contradict itself), then changed objects, then new ones by age.
@@ -100,9 +98,7 @@ pub fn decide<'a>(
         };
         let mut form = &held.form;
         if let Some(message) = taken(&form.object, &owners) {
-            let last = before
-                .get(id)
-                .filter(|before| taken(&before.form.object, &owners).is_none());
+            let last = before.get(id).filter(|before| taken(&before.form.object, &owners).is_none());
             rejections.push(Rejection {
                 file: file.to_owned(),
                 document: held.form.document,

@@ -13,12 +13,12 @@ use std::sync::Arc;
 
 use sha2::{Digest as _, Sha256};
 
-pub use folder::{Folder, FolderError, Watch};
-pub use follow::Follow;
-pub use last_good::LastGood;
 pub use convert::Reason;
 pub(crate) use convert::is_name;
 pub use decision::Rejection;
+pub use folder::{Folder, FolderError, Watch};
+pub use follow::Follow;
+pub use last_good::LastGood;
 
 use crate::objects::{ObjectId, World};
 use decision::{Form, Held, InForce, decide, world_of};

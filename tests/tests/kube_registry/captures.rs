@@ -87,7 +87,9 @@ pub fn restart(bench: &mut Bench) -> Result<()> {
     ensure!((after.state("restart/a").as_str(), after.state("restart/b").as_str()) == ("proven", "lost"));
     // Somebody takes it away: what was proven stays so, and is written again.
     bench.run(&["-n", "restart", "annotate", "pod", "a", "culvert.dev/capture-"])?;
-    poll::until_true("it is written again", SOON, || Ok(bench.annotation("restart", "a")?.is_some()))?;
+    poll::until_true("it is written again", SOON, || {
+        Ok(bench.annotation("restart", "a")?.is_some())
+    })?;
     ensure!(after.state("restart/a") == "proven");
     Ok(())
 }
@@ -112,13 +114,17 @@ pub fn leaves(bench: &mut Bench) -> Result<()> {
     bench.namespace("leaves")?;
     bench.pod("leaves", "a", &["10.244.3.8"])?;
     let replica = bench.replica()?;
-    replica.control.set_report("node-a", bench.word("leaves", "a", Proof::Proven)?);
+    replica
+        .control
+        .set_report("node-a", bench.word("leaves", "a", Proof::Proven)?);
     replica.until("leaves/a", "proven")?;
     // As an agent says when it has let it go.
     replica.control.set_report("node-a", vec![]);
     bench.run(&["label", "namespace", "leaves", "culvert.dev/mesh-"])?;
     replica.until("leaves/a", "no member")?;
-    poll::until_true("nothing is left on it", SOON, || Ok(bench.annotation("leaves", "a")?.is_none()))?;
+    poll::until_true("nothing is left on it", SOON, || {
+        Ok(bench.annotation("leaves", "a")?.is_none())
+    })?;
     bench.run(&["label", "namespace", "leaves", "culvert.dev/mesh=enabled"])?;
     replica.until("leaves/a", "pending")
 }
@@ -134,10 +140,11 @@ pub fn accounts(bench: &mut Bench) -> Result<()> {
     let both = |replica: &Replica| [id("web"), id("idle")].iter().all(|id| replica.revoked().contains(id));
     poll::until_true("both are revoked", SOON, || Ok(both(&replica)))?;
     poll::until_true("it is kept", SOON, || {
-        let kept = bench
-            .server
-            .kubectl()
-            .output(&["-n", NAMESPACE, "get", "configmap", "culvert-deleted-accounts", "-o", "json"])?;
+        let kept =
+            bench
+                .server
+                .kubectl()
+                .output(&["-n", NAMESPACE, "get", "configmap", "culvert-deleted-accounts", "-o", "json"])?;
         Ok(kept.stdout.contains("idle") && kept.stdout.contains("web"))
     })?;
     drop(replica);
@@ -149,5 +156,7 @@ pub fn accounts(bench: &mut Bench) -> Result<()> {
     let replica = bench.replica()?;
     ensure!(replica.revoked().contains(&id("web")), "{:?}", replica.revoked());
     bench.apply("apiVersion: v1\nkind: ServiceAccount\nmetadata: {name: web, namespace: accounts}\n")?;
-    poll::until_true("one that is back is trusted again", SOON, || Ok(!replica.revoked().contains(&id("web"))))
+    poll::until_true("one that is back is trusted again", SOON, || {
+        Ok(!replica.revoked().contains(&id("web")))
+    })
 }

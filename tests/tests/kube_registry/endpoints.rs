@@ -52,7 +52,10 @@ pub fn unready(bench: &mut Bench) -> Result<()> {
     bench.apply(&SERVICE.replace("NS", "unready"))?;
     let replica = bench.replica()?;
     let chosen = || is_chosen(&replica.control, "Kubernetes//Pod/unready/a", "unready/web.unready");
-    ensure!(!chosen(), "the selector alone makes no endpoint where the cluster says who is one");
+    ensure!(
+        !chosen(),
+        "the selector alone makes no endpoint where the cluster says who is one"
+    );
     let listed = |ready| slice("unready", "web-1", "web", "IPv4", &[("10.244.2.1", Some("a"), ready)]);
     bench.apply(&listed(true))?;
     poll::until_true("a ready endpoint is chosen", SOON, || Ok(chosen()))?;
@@ -77,7 +80,9 @@ pub fn unready(bench: &mut Bench) -> Result<()> {
 pub fn by_hand(bench: &mut Bench) -> Result<()> {
     bench.namespace("by-hand")?;
     bench.pod("by-hand", "a", &["10.244.2.9"])?;
-    bench.apply("apiVersion: v1\nkind: Service\nmetadata: {name: db, namespace: by-hand}\nspec: {ports: [{name: http, port: 80}]}\n")?;
+    bench.apply(
+        "apiVersion: v1\nkind: Service\nmetadata: {name: db, namespace: by-hand}\nspec: {ports: [{name: http, port: 80}]}\n",
+    )?;
     bench.apply(&slice(
         "by-hand",
         "db-1",
@@ -92,12 +97,17 @@ pub fn by_hand(bench: &mut Bench) -> Result<()> {
         Ok(is_chosen(control, "Kubernetes//Pod/by-hand/a", "by-hand/db.by-hand"))
     })?;
     let outside = "Kubernetes/discovery.k8s.io/EndpointSlice/by-hand/db/192.0.2.77";
-    ensure!(is_chosen(control, outside, "by-hand/db.by-hand"), "an endpoint that is no Pod");
+    ensure!(
+        is_chosen(control, outside, "by-hand/db.by-hand"),
+        "an endpoint that is no Pod"
+    );
     // The API server itself, by which Pods of the mesh reach it.
     let snapshot = control.snapshot();
     let names = snapshot.types[ADDRESSES].resources.keys();
     ensure!(
-        names.clone().any(|name| name.starts_with("Kubernetes/discovery.k8s.io/EndpointSlice/default/kubernetes/")),
+        names
+            .clone()
+            .any(|name| name.starts_with("Kubernetes/discovery.k8s.io/EndpointSlice/default/kubernetes/")),
         "{:?}",
         names.collect::<Vec<_>>()
     );

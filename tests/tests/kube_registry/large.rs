@@ -102,7 +102,8 @@ async fn make(client: &Client, n: usize, services: usize, policies: usize) -> Re
     }});
     let kind = ApiResource::from_gvk(&GroupVersionKind::gvk("", "v1", "Pod"));
     let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), NAMESPACE, &kind);
-    api.patch_status(&format!("w{n}"), &PatchParams::default(), &Patch::Merge(status)).await?;
+    api.patch_status(&format!("w{n}"), &PatchParams::default(), &Patch::Merge(status))
+        .await?;
     if n < services {
         let service = serde_json::json!({
             "apiVersion": "v1", "kind": "Service",
@@ -110,8 +111,21 @@ async fn make(client: &Client, n: usize, services: usize, policies: usize) -> Re
             "spec": {"selector": {"app": format!("a{n}")}, "ports": [{"name": "http", "port": 80, "targetPort": 8080}]},
         });
         create(client, "", "v1", "Service", service).await?;
-        let text = crate::endpoints::slice(NAMESPACE, &format!("s{n}-1"), &format!("s{n}"), "IPv4", &[(&ip, Some(&format!("w{n}")), true)]);
-        create(client, "discovery.k8s.io", "v1", "EndpointSlice", serde_json::from_str(&text)?).await?;
+        let text = crate::endpoints::slice(
+            NAMESPACE,
+            &format!("s{n}-1"),
+            &format!("s{n}"),
+            "IPv4",
+            &[(&ip, Some(&format!("w{n}")), true)],
+        );
+        create(
+            client,
+            "discovery.k8s.io",
+            "v1",
+            "EndpointSlice",
+            serde_json::from_str(&text)?,
+        )
+        .await?;
     }
     if n < policies {
         let policy = serde_json::json!({

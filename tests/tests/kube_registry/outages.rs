@@ -37,9 +37,14 @@ pub fn lost(bench: &mut Bench) -> Result<()> {
     bench.pod("lost", "b", &["10.244.4.2"])?;
     bench.run(&["-n", "lost", "delete", "authorizationpolicy", "deny"])?;
     poll::until_true("what has changed meanwhile arrives", PATIENCE, || {
-        Ok(resource(control, ADDRESSES, "Kubernetes//Pod/lost/b").is_some() && resource(control, POLICIES, "lost/deny").is_none())
+        Ok(
+            resource(control, ADDRESSES, "Kubernetes//Pod/lost/b").is_some()
+                && resource(control, POLICIES, "lost/deny").is_none(),
+        )
     })?;
-    poll::until_true("nothing is said any longer", PATIENCE, || Ok(control.registry_problem().is_none()))?;
+    poll::until_true("nothing is said any longer", PATIENCE, || {
+        Ok(control.registry_problem().is_none())
+    })?;
     poll::until_true("what the agent said meanwhile is written", PATIENCE, || {
         Ok(bench.annotation("lost", "a")?.as_deref() == Some("lost"))
     })?;

@@ -46,7 +46,10 @@ fn world(text: &str) -> World {
     let mut world = World::new();
     for document in text.split("---\n") {
         let value: serde_json::Value = serde_norway::from_str(document).expect("YAML");
-        let kind = Kind::ALL.into_iter().find(|kind| value["kind"] == kind.as_str()).expect("a kind");
+        let kind = Kind::ALL
+            .into_iter()
+            .find(|kind| value["kind"] == kind.as_str())
+            .expect("a kind");
         let text_of = |name: &str| value["metadata"][name].as_str().unwrap_or_default().to_owned();
         let id = ObjectId {
             kind,
@@ -60,7 +63,10 @@ fn world(text: &str) -> World {
 }
 
 fn compiled(slices: &[&str]) -> Snapshot {
-    let text = std::iter::once(PODS).chain(slices.iter().copied()).collect::<Vec<_>>().join("---\n");
+    let text = std::iter::once(PODS)
+        .chain(slices.iter().copied())
+        .collect::<Vec<_>>()
+        .join("---\n");
     let parameters = Parameters {
         trust_domain: "cluster.local".into(),
         cluster: "Kubernetes".into(),
@@ -99,22 +105,41 @@ fn pod(snapshot: &Snapshot, name: &str) -> Option<Vec<(u32, u32)>> {
 #[test]
 fn slices_say_who_is_an_endpoint_and_by_which_port() {
     let none = compiled(&[]);
-    assert_eq!((pod(&none, "shop/a"), pod(&none, "shop/b")), (None, None), "the selector says nothing here");
+    assert_eq!(
+        (pod(&none, "shop/a"), pod(&none, "shop/b")),
+        (None, None),
+        "the selector says nothing here"
+    );
     let one = compiled(&[&slice("s", "[{addresses: [10.0.0.1], targetRef: {kind: Pod, name: a}}]")]);
-    assert_eq!(pod(&one, "shop/a"), Some(vec![(80, 8080), (90, 91)]), "the slice's port, not the Pod's");
+    assert_eq!(
+        pod(&one, "shop/a"),
+        Some(vec![(80, 8080), (90, 91)]),
+        "the slice's port, not the Pod's"
+    );
     assert_eq!(pod(&one, "shop/b"), None);
     let of_service = &one.types[ADDRESS_TYPE_URL].endpoints[SERVICE];
-    assert_eq!(of_service, &["Kubernetes//Pod/shop/a"], "and who asks for the Service needs it");
+    assert_eq!(
+        of_service,
+        &["Kubernetes//Pod/shop/a"],
+        "and who asks for the Service needs it"
+    );
 }
 
 #[test]
 fn several_slices_of_a_service_are_one_list() {
     // As a dual-stack Service has them.
     let six = slice("six", "[{addresses: ['fd00::1'], targetRef: {kind: Pod, name: a}}]").replace("IPv4", "IPv6");
-    let four = slice("four", "[{addresses: [10.0.0.1], targetRef: {kind: Pod, name: a}}, {addresses: [10.0.0.2]}]");
+    let four = slice(
+        "four",
+        "[{addresses: [10.0.0.1], targetRef: {kind: Pod, name: a}}, {addresses: [10.0.0.2]}]",
+    );
     let snapshot = compiled(&[&six, &four]);
     assert_eq!(pod(&snapshot, "shop/a"), Some(vec![(80, 8080), (90, 91)]));
-    assert_eq!(pod(&snapshot, "shop/b"), Some(vec![(80, 8080), (90, 91)]), "by its address alone");
+    assert_eq!(
+        pod(&snapshot, "shop/b"),
+        Some(vec![(80, 8080), (90, 91)]),
+        "by its address alone"
+    );
 }
 
 #[test]
@@ -126,7 +151,11 @@ fn what_is_not_ready_is_out_unless_the_pod_says_so_itself() {
     assert!(listed("{}") && listed("{ready: true}"), "unknown counts as ready");
     assert!(!listed("{ready: false}") && !listed("{ready: false, serving: true, terminating: true}"));
     // The Pod's own word is in its resource: nobody chooses it, and a Service that publishes what is not ready still finds it.
-    let unready = PODS.replacen("status: {podIPs: [{ip: 10.0.0.2}]}", "status: {podIPs: [{ip: 10.0.0.2}], conditions: [{type: Ready, status: 'False'}]}", 1);
+    let unready = PODS.replacen(
+        "status: {podIPs: [{ip: 10.0.0.2}]}",
+        "status: {podIPs: [{ip: 10.0.0.2}], conditions: [{type: Ready, status: 'False'}]}",
+        1,
+    );
     let text = [unready, slice("s", "[{addresses: [10.0.0.2], conditions: {ready: false}}]")].join("---\n");
     let listed = super::Listed::new(&world(&text)).pods.len();
     assert_eq!(listed, 1);
@@ -138,7 +167,10 @@ fn an_endpoint_is_who_has_the_address() {
         ("{addresses: [10.0.0.3]}", Some("other/elsewhere")),
         ("{addresses: [10.0.0.2], targetRef: {kind: Pod, name: a}}", None),
         ("{addresses: [10.0.0.9], targetRef: {kind: Pod, name: not-known-yet}}", None),
-        ("{addresses: [192.0.2.1], targetRef: {kind: Pod, name: host}}", Some("shop/host")),
+        (
+            "{addresses: [192.0.2.1], targetRef: {kind: Pod, name: host}}",
+            Some("shop/host"),
+        ),
     ] {
         let snapshot = compiled(&[&slice("s", &format!("[{endpoint}]"))]);
         for name in ["shop/a", "shop/b", "other/elsewhere", "shop/host"] {
@@ -154,7 +186,10 @@ fn an_endpoint_that_is_no_pod_is_a_workload_outside_of_the_mesh() {
     assert_eq!(ports(&snapshot, name, SERVICE), Some(vec![(80, 8080), (90, 91)]));
     let resource = &snapshot.types[ADDRESS_TYPE_URL].resources[name];
     assert!(resource.aliases.is_empty(), "the address is not its own");
-    assert!(snapshot.pods.keys().all(|key| key.starts_with("u-")), "nobody can prove anything of it");
+    assert!(
+        snapshot.pods.keys().all(|key| key.starts_with("u-")),
+        "nobody can prove anything of it"
+    );
     let snapshot = compiled(&[&slice("s", "[{addresses: [192.0.2.9], conditions: {ready: false}}]")]);
     assert_eq!(ports(&snapshot, name, SERVICE), None);
 }
@@ -166,5 +201,8 @@ fn slices_of_nobody_and_of_names_are_left_alone() {
     let external = PODS.replace("  selector: {app: web}\n", "  type: ExternalName\n");
     assert_eq!(pod(&compiled(&[&orphan, &names]), "shop/a"), None);
     let text = [external, slice("s", "[{addresses: [10.0.0.1]}]")].join("---\n");
-    assert!(super::Listed::new(&world(&text)).pods.is_empty(), "another name for something outside");
+    assert!(
+        super::Listed::new(&world(&text)).pods.is_empty(),
+        "another name for something outside"
+    );
 }

@@ -82,7 +82,10 @@ impl Bench {
     }
 
     fn state(&self) -> String {
-        self.control.status()["pods"]["shop/web"].as_str().unwrap_or("no member").to_owned()
+        self.control.status()["pods"]["shop/web"]
+            .as_str()
+            .unwrap_or("no member")
+            .to_owned()
     }
 }
 
@@ -136,7 +139,10 @@ async fn nothing_stays_on_a_pod_that_leaves() {
     let mut bench = Bench::new(PROVEN);
     bench.enabled = false;
     bench.read();
-    assert_eq!((bench.state().as_str(), bench.write(), bench.annotation), ("no member", 1, None));
+    assert_eq!(
+        (bench.state().as_str(), bench.write(), bench.annotation),
+        ("no member", 1, None)
+    );
     bench.enabled = true;
     bench.read();
     assert_eq!((bench.state().as_str(), bench.write()), ("pending", 0));
@@ -163,4 +169,25 @@ async fn an_account_that_a_pod_names_and_that_is_not_there_was_deleted() {
     fresh.control.set_world(&registry);
     let revoked = &fresh.control.status()["revoked_identities"];
     assert_eq!(revoked, &serde_json::json!(["spiffe://cluster.local/ns/shop/sa/gone"]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_writes_is_woken_by_what_has_failed_and_by_what_was_wished_meanwhile() {
+    let bench = Bench::new(None);
+    bench.say(Proof::Proven);
+    bench.shared.wished().await;
+    let write = bench.shared.take(Instant::now()).expect("due");
+    assert_eq!(bench.shared.take(Instant::now()), Err(None));
+    bench.shared.failed(&write);
+    bench.shared.wished().await;
+    let due = bench.shared.take(Instant::now()).expect_err("later").expect("again");
+    tokio::time::sleep_until(due).await;
+    let write = bench.shared.take(Instant::now()).expect("due");
+    bench.say(Proof::Lost);
+    bench.shared.wished().await;
+    assert_eq!(bench.shared.take(Instant::now()), Err(None), "one of a Pod at a time");
+    bench.control.capture_written(&write);
+    bench.shared.wished().await;
+    assert_eq!(bench.shared.take(Instant::now()).expect("due").value, LOST);
+    assert_eq!(bench.state(), "lost", "what was written says less than what was wished since");
 }

@@ -24,9 +24,17 @@ fn a_wish_is_written_once_and_read_back() {
     assert_eq!(wishes.take(now), None, "the same again is no second write");
     assert_eq!(wishes.read("a", None, now), Reading::Ours);
     assert!(wishes.written(&write, now));
-    assert_eq!(wishes.read("a", LOST, now), Reading::Ours, "an older word that is still on its way");
+    assert_eq!(
+        wishes.read("a", LOST, now),
+        Reading::Ours,
+        "an older word that is still on its way"
+    );
     assert_eq!(wishes.read("a", PROVEN, now), Reading::Theirs);
-    assert_eq!(wishes.read("a", LOST, now), Reading::Theirs, "another replica's, which is newer");
+    assert_eq!(
+        wishes.read("a", LOST, now),
+        Reading::Theirs,
+        "another replica's, which is newer"
+    );
 }
 
 #[test]
@@ -92,7 +100,10 @@ fn what_fails_is_tried_again_ever_later_and_others_are_not_held_up() {
         pauses.push(due - at);
         at = due;
     }
-    assert!(pauses.is_sorted() && pauses[0] == CAPTURE_RETRY && pauses[11] == CAPTURE_RETRY_MOST, "{pauses:?}");
+    assert!(
+        pauses.is_sorted() && pauses[0] == CAPTURE_RETRY && pauses[11] == CAPTURE_RETRY_MOST,
+        "{pauses:?}"
+    );
     wishes.want(pod("b"), LOST, now);
     assert_eq!(wishes.take(now).expect("due").pod.uid, "b");
     let write = wishes.take(at).expect("due");

@@ -5,7 +5,10 @@ use crate::registry::{Registry, Scan};
 fn apply(world: &mut ClusterWorld, text: &str) {
     let value: serde_json::Value = serde_norway::from_str(text).expect("YAML");
     let text_of = |name: &str| value["metadata"][name].as_str().map(str::to_owned);
-    let (api_version, kind) = (value["apiVersion"].as_str().unwrap_or_default(), value["kind"].as_str().unwrap_or_default());
+    let (api_version, kind) = (
+        value["apiVersion"].as_str().unwrap_or_default(),
+        value["kind"].as_str().unwrap_or_default(),
+    );
     let kind = Kind::of(api_version, kind).expect("a kind of the mesh");
     let meta = Meta {
         name: text_of("name").unwrap_or_default(),
@@ -35,7 +38,7 @@ fn policy(name: &str, port: &str) -> String {
 
 fn pod(name: &str, uid: &str, ip: &str, created: u64) -> String {
     format!(
-        "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, uid: {uid}, created: {created}}}\n\
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, uid: 'u{uid}', created: {created}}}\n\
          spec: {{nodeName: node-a, serviceAccountName: web}}\nstatus: {{podIPs: [{{ip: {ip}}}]}}\n"
     )
 }
@@ -65,7 +68,10 @@ fn what_is_broken_keeps_its_last_good_form_and_harms_no_other() {
     let [rejection] = world.rejections() else {
         panic!("{:?}", world.rejections())
     };
-    assert!(rejection.last_good_in_force && rejection.message.contains("ports"), "{rejection:?}");
+    assert!(
+        rejection.last_good_in_force && rejection.message.contains("ports"),
+        "{rejection:?}"
+    );
     assert_eq!(rejection.object, Some(id(Kind::AuthorizationPolicy, "a")));
     apply(&mut world, &policy("b", "81"));
     world.decide();
@@ -122,11 +128,11 @@ fn another_object_of_the_same_name_inherits_nothing() {
     assert_eq!(names(&world), ["b"]);
     assert!(!world.rejections()[0].last_good_in_force, "{:?}", world.rejections());
     // A late word of the first one.
-    delete(&mut world, Kind::Pod, "a", "1");
+    delete(&mut world, Kind::Pod, "a", "u1");
     apply(&mut world, &pod("a", "3", "10.0.0.3", 5));
     world.decide();
     assert_eq!(names(&world), ["a", "b"]);
-    delete(&mut world, Kind::Pod, "a", "3");
+    delete(&mut world, Kind::Pod, "a", "u3");
     world.decide();
     assert_eq!(names(&world), ["b"]);
 }
@@ -142,7 +148,7 @@ fn who_was_created_first_has_the_address_on_every_replica() {
         world.decide();
         assert_eq!(names(&world), ["z"]);
         assert_eq!(world.rejections()[0].reason, Reason::Conflict);
-        delete(&mut world, Kind::Pod, "z", "1");
+        delete(&mut world, Kind::Pod, "z", "u1");
         world.decide();
         assert_eq!(names(&world), ["a"]);
         assert!(world.rejections().is_empty());
@@ -208,7 +214,12 @@ fn a_cluster_and_a_folder_decide_alike() {
     let mut folder = Registry::default();
     folder.apply(&Scan::from([("all.yaml".to_owned(), Ok(Arc::from(texts.join("---\n"))))]));
     assert_eq!(cluster.world(), folder.world());
-    let said = |rejections: &[Rejection]| rejections.iter().map(|r| (r.object.clone(), r.message.clone())).collect::<Vec<_>>();
+    let said = |rejections: &[Rejection]| {
+        rejections
+            .iter()
+            .map(|r| (r.object.clone(), r.message.clone()))
+            .collect::<Vec<_>>()
+    };
     assert_eq!(said(cluster.rejections()), said(folder.rejections()));
     assert_eq!(cluster.rejections().len(), 1);
 }
