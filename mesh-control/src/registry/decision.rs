@@ -72,21 +72,23 @@ pub fn decide<'a>(
             });
         }
         let unchanged = before.get(id).is_some_and(|before| before.form.object == held.form.object);
-        candidates.push((!unchanged, !before.contains_key(id), since, file, held, id));
+        let age = (!unchanged, !before.contains_key(id), since);
+        candidates.push((yields(&held.form.object), age, file, held, id));
     }
     // First what is in force unchanged (it cannot contradict itself), then changed objects, then new ones by age.
-    candidates.sort_by_key(|(changed, new, since, file, held, _)| (*changed, *new, *since, *file, held.form.document));
+    candidates.sort_by_key(|(yields, age, file, held, _)| (*yields, *age, *file, held.form.document));
     // Who has had a thing and still claims it keeps it, also when it changes in the same moment as another one that wants it.
     let mut owners: HashMap<Claim<'_>, &ObjectId> = HashMap::new();
-    for (_, _, _, _, held, id) in &candidates {
+    for (yields, _, _, held, id) in &candidates {
         if let Some(before) = before.get(*id) {
             let wanted: Vec<Claim<'_>> = held.form.object.claims().collect();
             let kept = before.form.object.claims().filter(|claim| wanted.contains(claim));
+            let kept = kept.filter(|claim| !yields || matches!(claim, Claim::Uid(_)));
             owners.extend(kept.map(|claim| (claim, *id)));
         }
     }
     let mut in_force = BTreeMap::new();
-    for (_, _, since, file, held, id) in candidates {
+    for (_, (_, _, since), file, held, id) in candidates {
         let taken = |object: &Object, owners: &HashMap<Claim<'_>, &ObjectId>| {
             object.claims().find_map(|claim| {
                 let owner = owners.get(&claim).filter(|owner| **owner != id)?;
@@ -121,6 +123,11 @@ pub fn decide<'a>(
         );
     }
     in_force
+}
+
+/// A Pod that terminates may have given its address back already, and its node may have given it to the next one.
+fn yields(object: &Object) -> bool {
+    matches!(object, Object::Pod(pod) if pod.terminating)
 }
 
 pub fn world_of(in_force: &BTreeMap<ObjectId, InForce>) -> Arc<World> {

@@ -156,6 +156,24 @@ fn who_was_created_first_has_the_address_on_every_replica() {
 }
 
 #[test]
+fn the_address_of_a_pod_that_terminates_is_the_next_ones() {
+    let mut world = ClusterWorld::default();
+    let old = pod("old", "1", "10.0.0.1", 1);
+    apply(&mut world, &old);
+    world.decide();
+    let terminating = old.replace("created: 1", "created: 1, deletionTimestamp: '2026-01-01T00:00:00Z'");
+    apply(&mut world, &terminating);
+    world.decide();
+    assert_eq!(names(&world), ["old"], "it lives as long as nobody else has its address");
+    apply(&mut world, &pod("new", "2", "10.0.0.1", 2));
+    world.decide();
+    assert_eq!(names(&world), ["new"]);
+    delete(&mut world, Kind::Pod, "old", "u1");
+    world.decide();
+    assert!(names(&world) == ["new"] && world.rejections().is_empty());
+}
+
+#[test]
 fn beyond_the_bound_objects_are_left_out_and_that_is_said() {
     let mut world = ClusterWorld::default();
     let meta = |n: usize| Meta {
