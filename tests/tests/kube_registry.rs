@@ -13,6 +13,8 @@ mod endpoints;
 mod large;
 #[path = "kube_registry/outages.rs"]
 mod outages;
+#[path = "kube_registry/program.rs"]
+mod program;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -97,6 +99,7 @@ fn main() -> ExitCode {
             ("a_deleted_account_stays_deleted_over_a_restart", captures::accounts),
             ("many_objects_are_few_lists_and_few_compilations", large::many),
             ("an_api_server_that_is_lost_takes_nothing_out_of_force", outages::lost),
+            ("the_program_serves_from_a_cluster", program::serves),
             ("rights_that_are_missing_are_said", outages::forbidden),
         ],
     )

@@ -276,6 +276,8 @@ struct Index<'a> {
     services: Vec<(&'a ObjectId, &'a Service)>,
     services_of_namespace: BTreeMap<&'a str, Vec<(&'a ObjectId, &'a Service)>>,
     policies: Vec<(&'a ObjectId, &'a mesh_api::ValidPolicy)>,
+    /// Those with a selector, by namespace: a Pod is compared with few.
+    selecting_policies: BTreeMap<&'a str, Vec<(&'a ObjectId, &'a Labels)>>,
     mesh_configs: BTreeMap<&'a str, &'a ValidMeshConfig>,
 }
 
@@ -301,7 +303,13 @@ impl<'a> Index<'a> {
                         .or_default()
                         .push((id, service));
                 }
-                Object::AuthorizationPolicy(policy) => index.policies.push((id, policy)),
+                Object::AuthorizationPolicy(policy) => {
+                    index.policies.push((id, policy));
+                    if let Some(selector) = &policy.selector {
+                        let of_namespace = index.selecting_policies.entry(&id.namespace).or_default();
+                        of_namespace.push((id, selector));
+                    }
+                }
                 Object::MeshConfig(config) => {
                     index.mesh_configs.insert(&id.namespace, config);
                 }
@@ -328,17 +336,15 @@ impl<'a> Index<'a> {
         parameters: &'a Parameters,
     ) -> WorkloadView<'a> {
         debug_assert_eq!(id.kind, Kind::Pod);
-        let policies = self
-            .policies
+        // In the order of the world, whichever of the two comes first.
+        let mut namespaces = [id.namespace.as_str(), ROOT_NAMESPACE];
+        namespaces.sort_unstable();
+        let namespaces = &namespaces[usize::from(namespaces[0] == namespaces[1])..];
+        let policies = namespaces
             .iter()
-            .filter(|(policy_id, policy)| {
-                let in_reach = policy_id.namespace == id.namespace || policy_id.namespace == ROOT_NAMESPACE;
-                in_reach
-                    && policy
-                        .selector
-                        .as_ref()
-                        .is_some_and(|selector| selects(selector, &pod.labels))
-            })
+            .filter_map(|namespace| self.selecting_policies.get(namespace))
+            .flatten()
+            .filter(|(_, selector)| selects(selector, &pod.labels))
             .map(|(policy_id, _)| format!("{}/{}", policy_id.namespace, policy_id.name))
             .collect();
         let services = match parameters.endpoints {

@@ -102,7 +102,11 @@ pub async fn publish(feed: Arc<Feed>) {
         let published = tokio::task::spawn_blocking(move || {
             let (world, rejections) = {
                 let mut known = feed.world.lock();
-                if !known.is_complete() || !(known.decide() || !feed.control.is_ready()) {
+                if !known.is_complete() {
+                    return;
+                }
+                let changed = known.decide();
+                if !changed && feed.control.is_ready() {
                     return;
                 }
                 (known.world(), known.rejections().to_vec())
