@@ -198,7 +198,10 @@ impl<K: Watched> Watch<K> {
                 Ok(Ok(events)) => events,
                 Ok(Err(error)) => {
                     self.feed.failed(self.kind, format!("watch: {}", describe(&error)));
-                    if let Error::Api(status) = &error {
+                    // Who has too much to do (429) is not helped by being asked for a list.
+                    if let Error::Api(status) = &error
+                        && status.code != 429
+                    {
                         refusals += 1;
                         if status.code == 410 || refusals >= WATCH_REFUSALS {
                             return;
@@ -331,5 +334,41 @@ impl Backoff {
         let most = WATCH_RETRY.saturating_mul(1 << self.failures.min(16)).min(WATCH_RETRY_MOST);
         self.failures += 1;
         most.mul_f64(rand::rng().random_range(0.5..1.0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kube::core::Status;
+
+    use super::*;
+
+    #[test]
+    fn pauses_grow_to_their_bound_and_are_not_the_same_for_everybody() {
+        let pauses = || {
+            let mut backoff = Backoff::default();
+            (0..40).map(|_| backoff.next()).collect::<Vec<_>>()
+        };
+        let (one, other) = (pauses(), pauses());
+        assert_ne!(one, other);
+        assert!(one[0] <= WATCH_RETRY && one[0] >= WATCH_RETRY / 2, "{:?}", one[0]);
+        assert!(one.iter().all(|pause| *pause <= WATCH_RETRY_MOST));
+        assert!(one[39] >= WATCH_RETRY_MOST / 2, "{:?}", one[39]);
+    }
+
+    #[test]
+    fn an_api_server_that_asks_for_a_pause_gets_it_within_bounds() {
+        let busy = |seconds: u32| {
+            let status = serde_json::json!({
+                "status": "Failure", "code": 429, "reason": "TooManyRequests", "message": "busy",
+                "details": {"retryAfterSeconds": seconds},
+            });
+            let status: Status = serde_json::from_value(status).expect("a status");
+            Error::Api(status.boxed())
+        };
+        assert_eq!(retry_after(&busy(3)), Some(Duration::from_secs(3)));
+        assert_eq!(retry_after(&busy(3600)), Some(WATCH_RETRY_MOST));
+        assert_eq!(retry_after(&busy(0)), None);
+        assert_eq!(describe(&busy(3)), "429 TooManyRequests: busy");
     }
 }
