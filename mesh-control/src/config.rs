@@ -10,8 +10,8 @@ use ipnet::IpNet;
 use crate::limits::{MAX_CERTIFICATE_LIFETIME, MIN_CERTIFICATE_LIFETIME};
 use crate::roots::Step;
 
-/// Culvert's control plane: compiles a folder of Kubernetes manifests to what the node agents must know, serves it to them, and
-/// signs their certificates.
+/// Culvert's control plane: compiles a cluster, or a folder of Kubernetes manifests, to what the node agents must know, serves it to
+/// them, and signs their certificates.
 ///
 /// On its first start it makes its root of trust in the state directory. A node's agent starts from a token file alone, which
 /// `mesh-control node-token` writes. RUST_LOG sets what is logged (default `info`).

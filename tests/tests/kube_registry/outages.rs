@@ -60,6 +60,11 @@ pub fn forbidden(bench: &mut Bench) -> Result<()> {
         let problem = replica.control.registry_problem().unwrap_or_default();
         Ok(problem.contains("403") && problem.contains("Pod"))
     })?;
+    // Long enough for it to publish, if it did.
+    poll::until_true("it has tried several times", SOON, || {
+        let failures = &replica.control.metrics.watch_failures;
+        Ok(failures.with_label_values(&["Pod"]).get() >= 4)
+    })?;
     ensure!(!replica.control.is_ready(), "nothing is known");
     ensure!(replica.control.snapshot().types.is_empty());
     Ok(())
