@@ -1,6 +1,6 @@
 //! Service accounts that were deleted. Pods may name an account that has no manifest, as on bare machines; one that had a manifest and
-//! has none any longer is *revoked*: its certificates are dropped, and its connections cut. Pure; kept in the state directory, so that
-//! a restart of the control plane pardons nobody.
+//! has none any longer is *revoked*: its certificates are dropped, and its connections cut. Pure; kept in the state directory, or in the
+//! cluster, so that a restart of the control plane pardons nobody.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -50,6 +50,46 @@ impl Accounts {
                 .map(|(account, since)| (account.clone(), *since))
                 .collect(),
         })
+    }
+
+    /// Takes those that Pods name and that are not there for deleted ones: the API server lets no Pod be made whose account is missing. To
+    /// be asked of a world that the accounts were read into after the Pods. It says after a restart what else only a file would.
+    pub fn presume_deleted(&mut self, world: &World, now: u64) {
+        for (id, object) in world {
+            if let Object::Pod(pod) = object.as_ref()
+                && !pod.finished
+            {
+                let account = (id.namespace.clone(), pod.service_account.clone());
+                if !self.known.contains(&account) {
+                    tracing::warn!(
+                        namespace = account.0,
+                        name = account.1,
+                        "service account deleted, while Pods have it"
+                    );
+                    self.revoked.entry(account).or_insert(now);
+                }
+            }
+        }
+    }
+
+    /// What is to be kept where several write it, of `kept` by others and of these: who is there is not deleted.
+    #[must_use]
+    pub fn to_share(&self, kept: &Self, now: u64) -> Self {
+        let holds = |since: u64| now.saturating_sub(since) <= MAX_CERTIFICATE_LIFETIME.as_secs();
+        let of_others = kept
+            .revoked
+            .iter()
+            .filter(|(account, since)| !self.known.contains(*account) && holds(**since));
+        let mut revoked: BTreeMap<Account, u64> = of_others.map(|(account, since)| (account.clone(), *since)).collect();
+        for (account, since) in &self.revoked {
+            if revoked.len() < MAX_REVOKED {
+                revoked.entry(account.clone()).or_insert(*since);
+            }
+        }
+        Self {
+            known: BTreeSet::new(),
+            revoked,
+        }
     }
 
     /// Takes over what has a manifest now. An account is forgotten when no Pod names it and none of its certificates can hold any

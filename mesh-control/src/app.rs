@@ -21,9 +21,9 @@ use crate::admin::Pages;
 use crate::authentication::Authenticator;
 use crate::authority::{Authority, AuthorityError};
 use crate::certificates::Certificates;
-use crate::compile::Parameters;
+use crate::compile::{EndpointSource, Parameters};
 use crate::config::{NodeTokenArgs, RotateRootArgs, ServeArgs};
-use crate::control_plane::ControlPlane;
+use crate::control_plane::{ControlPlane, Shared};
 use crate::discovery::Discovery;
 use crate::limits::{
     ACCEPTED_WAITING, Bounds, HTTP2_KEEPALIVE, HTTP2_KEEPALIVE_TIMEOUT, MAX_REPORT_BYTES, MAX_REQUEST_BYTES,
@@ -36,7 +36,7 @@ use crate::roots::{self, Roots};
 use crate::serving::{self, ServingCertificate};
 use crate::state_dir::{StateDir, write_private};
 use crate::tokens::Tokens;
-use crate::{admin, limits};
+use crate::{admin, kubernetes, limits};
 
 #[cfg(test)]
 mod tests;
@@ -58,13 +58,22 @@ pub struct Running {
     _admin_tasks: JoinSet<()>,
     serving_task: JoinHandle<()>,
     publishing_task: JoinHandle<()>,
-    follow: Follow,
+    follow: Following,
+}
+
+/// What is followed.
+enum Following {
+    Folder(Follow),
+    Cluster(kubernetes::Following),
 }
 
 impl Running {
     /// Ends everything; open streams get a moment to close.
     pub async fn stop(mut self) {
-        self.follow.stop();
+        match self.follow {
+            Following::Folder(follow) => follow.stop(),
+            Following::Cluster(follow) => follow.stop().await,
+        }
         self.serving_task.abort();
         self.publishing_task.abort();
         self.control.close();
@@ -114,8 +123,13 @@ async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Runnin
         );
     }
     let now = OffsetDateTime::now_utc();
-    let (Some(registry), Some(state_dir)) = (&args.registry, &args.state_dir) else {
-        bail!("--registry DIR and --state-dir DIR are needed");
+    let Some(state_dir) = &args.state_dir else {
+        bail!("--state-dir DIR is needed");
+    };
+    let cluster = if args.kubernetes {
+        Some(kubernetes::client::connect().await?)
+    } else {
+        None
     };
     let state = StateDir::open(state_dir).context("state directory")?;
     let roots = Arc::new(Roots::open(&state, &args.trust_domain, now)?);
@@ -127,9 +141,20 @@ async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Runnin
         pod_ranges: args.pod_cidr.clone(),
         trust_bundle: roots.in_force().bundle.clone(),
         revoked: BTreeSet::new(),
+        endpoints: if args.kubernetes {
+            EndpointSource::Slices
+        } else {
+            EndpointSource::Selectors
+        },
     };
-    let control =
-        Arc::new(ControlPlane::new(parameters, state.clone(), Arc::clone(&metrics), bounds).context("state directory")?);
+    let shared = Arc::new(Shared::default());
+    let control = Arc::new(match &cluster {
+        Some(client) => {
+            let deleted = kubernetes::deleted_accounts(client, &args.namespace).await;
+            ControlPlane::shared(parameters, deleted, Arc::clone(&shared), Arc::clone(&metrics), bounds)
+        }
+        None => ControlPlane::new(parameters, state.clone(), Arc::clone(&metrics), bounds).context("state directory")?,
+    });
 
     let certificate = Arc::new(ServingCertificate::new(Arc::clone(&roots)));
     let names = ServerNames {
@@ -156,7 +181,11 @@ async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Runnin
     let metrics_address = public_listener.as_ref().map(TcpListener::local_addr).transpose()?;
     let (listen, admin_address) = (listener.local_addr()?, admin_listener.local_addr()?);
 
-    let follow = Follow::start(registry, state, Arc::clone(&control))?;
+    let follow = match (&cluster, &args.registry) {
+        (Some(client), _) => Following::Cluster(kubernetes::Following::start(client, &args.namespace, &control, &shared)),
+        (None, Some(folder)) => Following::Folder(Follow::start(folder, state, Arc::clone(&control))?),
+        (None, None) => bail!("--registry DIR or --kubernetes is needed"),
+    };
     let mut admin_tasks = JoinSet::new();
     admin_tasks.spawn(admin::serve(admin_listener, Pages::All, Arc::clone(&control)));
     if let Some(listener) = public_listener {
@@ -197,7 +226,8 @@ async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Runnin
             .serve_with_incoming_shutdown(ReceiverStream::new(incoming), stopped)
             .await
     });
-    tracing::info!(%listen, admin = %admin_address, registry = %registry.display(), "mesh-control serves");
+    let registry = args.registry.as_ref().map(|folder| folder.display().to_string());
+    tracing::info!(%listen, admin = %admin_address, registry = registry.as_deref().unwrap_or("kubernetes"), "mesh-control serves");
     Ok(Running {
         control,
         listen,

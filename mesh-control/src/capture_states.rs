@@ -35,6 +35,22 @@ pub enum CaptureState {
     Lost,
 }
 
+impl CaptureState {
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Proven => "proven",
+            Self::Lost => "lost",
+        }
+    }
+
+    /// `None`: no state's name.
+    #[must_use]
+    pub fn of(text: &str) -> Option<Self> {
+        [Self::Proven, Self::Lost].into_iter().find(|state| state.as_str() == text)
+    }
+}
+
 /// An agent's word on one Pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Proof {

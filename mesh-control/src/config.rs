@@ -10,8 +10,8 @@ use ipnet::IpNet;
 use crate::limits::{MAX_CERTIFICATE_LIFETIME, MIN_CERTIFICATE_LIFETIME};
 use crate::roots::Step;
 
-/// Culvert's control plane: compiles a folder of Kubernetes manifests to what the node agents must know, serves it to them, and
-/// signs their certificates.
+/// Culvert's control plane: compiles a cluster, or a folder of Kubernetes manifests, to what the node agents must know, serves it to
+/// them, and signs their certificates.
 ///
 /// On its first start it makes its root of trust in the state directory. A node's agent starts from a token file alone, which
 /// `mesh-control node-token` writes. RUST_LOG sets what is logged (default `info`).
@@ -49,8 +49,21 @@ pub struct ServeArgs {
     /// Folder of Kubernetes manifests (*.yaml, *.yml, *.json; no sub-folders): Namespaces, Nodes, Pods, Services,
     /// ServiceAccounts and AuthorizationPolicies. Changes are followed without a restart.
     // An option for clap's sake: a subcommand goes without it.
-    #[arg(long, env = "CULVERT_REGISTRY", value_name = "DIR", required = true)]
+    #[arg(
+        long,
+        env = "CULVERT_REGISTRY",
+        value_name = "DIR",
+        required_unless_present = "kubernetes",
+        conflicts_with = "kubernetes"
+    )]
     pub registry: Option<PathBuf>,
+    /// Follow the cluster instead of a folder: by KUBECONFIG, or as the service account of the Pod that this is. Kubernetes 1.32 or
+    /// newer.
+    #[arg(long, env = "CULVERT_KUBERNETES")]
+    pub kubernetes: bool,
+    /// The mesh's own namespace in the cluster.
+    #[arg(long, env = "CULVERT_NAMESPACE", value_name = "NAME", default_value = "culvert-system", value_parser = namespace)]
+    pub namespace: String,
     /// Folder for the root of trust, node tokens and capture states; made with mode 0700 when it is missing.
     #[arg(long, env = "CULVERT_STATE_DIR", value_name = "DIR", required = true)]
     pub state_dir: Option<PathBuf>,
@@ -125,6 +138,14 @@ fn trust_domain(text: &str) -> Result<String, String> {
     }
 }
 
+fn namespace(text: &str) -> Result<String, String> {
+    if crate::registry::is_name(text) {
+        Ok(text.to_owned())
+    } else {
+        Err("give a namespace's name: lower-case letters, digits and '-'".to_owned())
+    }
+}
+
 fn lifetime(text: &str) -> Result<Duration, String> {
     let (number, unit) = text.split_at(text.len() - text.chars().next_back().map_or(0, char::len_utf8));
     let seconds = match unit {
@@ -179,5 +200,13 @@ mod tests {
             Cli::try_parse_from(["mesh-control", "--registry", "r"]).is_err(),
             "the state directory is needed"
         );
+        let cli = Cli::try_parse_from(["mesh-control", "--kubernetes", "--state-dir", "s"]);
+        let serve = cli.expect("serve").serve;
+        assert!(serve.kubernetes && serve.registry.is_none());
+        assert_eq!(serve.namespace, "culvert-system");
+        for both_or_neither in [&["--registry", "r", "--kubernetes"][..], &[]] {
+            let args = ["mesh-control", "--state-dir", "s"].iter().chain(both_or_neither);
+            assert!(Cli::try_parse_from(args).is_err(), "{both_or_neither:?}");
+        }
     }
 }

@@ -13,6 +13,7 @@ use tokio::time::{Instant, sleep_until};
 use crate::accounts::Accounts;
 use crate::capture_states::{CaptureState, CaptureStates, PodKey, Proof, pod_key};
 use crate::compile::{Parameters, Snapshot, compile, spiffe_id};
+use crate::kubernetes::wishes::PodRef;
 use crate::limits::{Bounds, MAX_REPORTED_PODS, PUBLISH_SHARE};
 use crate::metrics::Metrics;
 use crate::objects::{Kind, World};
@@ -23,8 +24,12 @@ use crate::state_dir::{StateDir, StateError};
 const CAPTURE_STATES: &str = "capture-states.json";
 const ACCOUNTS: &str = "service-accounts.json";
 
+mod shared;
+mod status;
 #[cfg(test)]
 mod tests;
+
+pub use shared::Shared;
 
 const NO_POD_RANGES: &str = "no address ranges of Pods are known: Pods that discovery has not told yet are reached IN CLEAR; \
                              give Node manifests with spec.podCIDRs, or --pod-cidr";
@@ -32,7 +37,10 @@ const NO_POD_RANGES: &str = "no address ranges of Pods are known: Pods that disc
 pub struct ControlPlane {
     pub metrics: Arc<Metrics>,
     pub bounds: Bounds,
-    state_dir: StateDir,
+    /// `None`: what is to outlive this process goes by the API server.
+    state_dir: Option<StateDir>,
+    /// `None`: one process, and its state directory.
+    shared: Option<Arc<Shared>>,
     inner: Mutex<Inner>,
     /// Reports wait for this before they are published.
     publish_after: Mutex<Instant>,
@@ -91,6 +99,28 @@ impl ControlPlane {
                 Accounts::from_json(&bytes).map_err(|error| StateError::content(&state_dir.path().join(ACCOUNTS), error))?
             }
         };
+        Ok(Self {
+            state_dir: Some(state_dir),
+            ..Self::with(parameters, accounts, captures, metrics, bounds)
+        })
+    }
+
+    /// One of several replicas, which know of each other by the API server. `accounts`: those deleted before this one started.
+    #[must_use]
+    pub fn shared(
+        parameters: Parameters,
+        accounts: Accounts,
+        shared: Arc<Shared>,
+        metrics: Arc<Metrics>,
+        bounds: Bounds,
+    ) -> Self {
+        Self {
+            shared: Some(shared),
+            ..Self::with(parameters, accounts, CaptureStates::default(), metrics, bounds)
+        }
+    }
+
+    fn with(parameters: Parameters, accounts: Accounts, captures: CaptureStates, metrics: Arc<Metrics>, bounds: Bounds) -> Self {
         let inner = Inner {
             parameters,
             accounts,
@@ -103,10 +133,11 @@ impl ControlPlane {
             unpublished: false,
             ignored: 0,
         };
-        Ok(Self {
+        Self {
             metrics,
             bounds,
-            state_dir,
+            state_dir: None,
+            shared: None,
             inner: Mutex::new(inner),
             publish_after: Mutex::new(Instant::now()),
             publish_wanted: Notify::new(),
@@ -115,7 +146,7 @@ impl ControlPlane {
             ready: AtomicBool::new(false),
             nodes: Mutex::default(),
             closing: watch::Sender::new(false),
-        })
+        }
     }
 
     #[must_use]
@@ -123,13 +154,13 @@ impl ControlPlane {
         self.ready.load(Ordering::Acquire)
     }
 
-    /// Why the folder as it is now is not in force; `None` when it is.
+    /// Why the registry as it is now is not in force; `None` when it is.
     #[must_use]
     pub fn registry_problem(&self) -> Option<String> {
         self.registry_problem.lock().clone()
     }
 
-    /// What was in force stays so; said until the folder can be read again (`None`).
+    /// What was in force stays so; said until the registry can be read again (`None`).
     pub fn set_registry_problem(&self, problem: Option<String>) {
         self.metrics.registry_stale.set(i64::from(problem.is_some()));
         let mut current = self.registry_problem.lock();
@@ -139,7 +170,7 @@ impl ControlPlane {
                 tracing::error!("{problem}; everything that was read before stays in force");
             }
         } else if current.is_some() {
-            tracing::info!("the registry folder can be read again");
+            tracing::info!("the registry can be read again");
         }
         *current = problem;
     }
@@ -164,9 +195,13 @@ impl ControlPlane {
         Arc::clone(&self.snapshot.borrow())
     }
 
-    /// Takes over what the registry says is in force. Blocking.
+    /// Takes over what the folder says is in force. Blocking.
     pub fn set_world(&self, registry: &Registry) {
-        let (world, rejections) = (registry.world(), registry.rejections());
+        self.set_objects(registry.world(), registry.rejections(), registry.ignored());
+    }
+
+    /// Takes over what is in force, whoever decided it. Blocking.
+    pub fn set_objects(&self, world: Arc<World>, rejections: &[Rejection], ignored: usize) {
         let mut inner = self.inner.lock();
         for rejection in rejections.iter().filter(|new| !inner.rejections.contains(new)) {
             self.metrics
@@ -188,7 +223,7 @@ impl ControlPlane {
         }
         self.metrics.set_rejections(rejections);
         inner.rejections = rejections.iter().take(self.bounds.rejections).cloned().collect();
-        inner.ignored = registry.ignored();
+        inner.ignored = ignored;
         self.metrics
             .manifests_ignored
             .set(i64::try_from(inner.ignored).unwrap_or(i64::MAX));
@@ -201,6 +236,12 @@ impl ControlPlane {
         }
         let before = inner.accounts.clone();
         inner.accounts.follow(&world, unix_seconds());
+        if let Some(shared) = &self.shared {
+            if !self.is_ready() {
+                inner.accounts.presume_deleted(&world, unix_seconds());
+            }
+            shared.read(&mut inner, &world);
+        }
         inner.unsaved_accounts |= inner.accounts != before;
         inner.world = world;
         self.publish(&mut inner);
@@ -233,24 +274,33 @@ impl ControlPlane {
         if ignored > 0 {
             tracing::debug!(node, ignored, "reported Pods that are not of this node's mesh");
         }
-        let changed = inner.take_words(&snapshot, node, &words);
+        let changed = self.take_words(&mut inner, &snapshot, node, &words);
         inner.reports.insert(node.to_owned(), words);
         if changed || inner.unsaved {
-            if Instant::now() >= *self.publish_after.lock() {
-                self.publish(&mut inner);
-            } else {
-                inner.unpublished = true;
-                self.publish_wanted.notify_one();
-            }
+            self.publish_soon(&mut inner);
         }
+    }
+
+    fn publish_soon(&self, inner: &mut Inner) {
+        if Instant::now() >= self.publish_after() {
+            self.publish(inner);
+        } else {
+            inner.unpublished = true;
+            self.publish_wanted.notify_one();
+        }
+    }
+
+    /// Before, whoever follows changes that come one by one lets them gather.
+    #[must_use]
+    pub fn publish_after(&self) -> Instant {
+        *self.publish_after.lock()
     }
 
     /// Publishes what reports have changed, once it is time for it.
     pub async fn publish_when_due(self: Arc<Self>) {
         loop {
             self.publish_wanted.notified().await;
-            let after = *self.publish_after.lock();
-            sleep_until(after).await;
+            sleep_until(self.publish_after()).await;
             let control = Arc::clone(&self);
             let published = tokio::task::spawn_blocking(move || {
                 let mut inner = control.inner.lock();
@@ -276,33 +326,22 @@ impl ControlPlane {
         let reports = std::mem::take(&mut inner.reports);
         let mut changed = false;
         for (node, words) in &reports {
-            changed |= inner.take_words(&snapshot, node, words);
+            changed |= self.take_words(inner, &snapshot, node, words);
         }
         inner.reports = reports;
-        if inner
-            .captures
-            .prune(|key| snapshot.pods.get(key).map(|place| place.is_member))
-        {
-            inner.unsaved = true;
+        if inner.captures.prune(|key| match snapshot.pods.get(key) {
+            // The API server has said all there is, and a uid never comes back.
+            None if self.shared.is_some() => Some(false),
+            place => place.map(|place| place.is_member),
+        }) {
+            inner.unsaved = self.state_dir.is_some();
         }
         if changed {
             snapshot = compile(&inner.world, &inner.captures, &inner.parameters);
         }
-        // On disk before any agent hears of it: after a crash nobody may have believed more than we know.
-        if inner.unsaved {
-            let saved = serde_json::to_vec(&inner.captures)
-                .map_err(|error| StateError::content(self.state_dir.path(), error))
-                .and_then(|content| {
-                    self.state_dir
-                        .write_within(CAPTURE_STATES, &content, self.bounds.capture_file_bytes)
-                });
-            match saved {
-                Ok(()) => inner.unsaved = false,
-                Err(error) => {
-                    self.metrics.state_writes_failed.inc();
-                    tracing::error!(%error, "the capture states cannot be kept; after a restart Pods would be pending");
-                }
-            }
+        self.save_captures(inner);
+        if let Some(shared) = &self.shared {
+            shared.mend(inner, &inner.world, &snapshot, &self.metrics);
         }
         let count = |wanted: Option<CaptureState>| {
             snapshot
@@ -338,17 +377,36 @@ impl ControlPlane {
         *self.publish_after.lock() = Instant::now() + pause;
     }
 
+    /// On disk before any agent hears of it: after a crash nobody may have believed more than we know.
+    fn save_captures(&self, inner: &mut Inner) {
+        let (true, Some(state_dir)) = (inner.unsaved, &self.state_dir) else {
+            return;
+        };
+        let saved = serde_json::to_vec(&inner.captures)
+            .map_err(|error| StateError::content(state_dir.path(), error))
+            .and_then(|content| state_dir.write_within(CAPTURE_STATES, &content, self.bounds.capture_file_bytes));
+        match saved {
+            Ok(()) => inner.unsaved = false,
+            Err(error) => {
+                self.metrics.state_writes_failed.inc();
+                tracing::error!(%error, "the capture states cannot be kept; after a restart Pods would be pending");
+            }
+        }
+    }
+
     /// On disk before any agent hears of it: whom one was told to be deleted stays so.
     fn save_accounts(&self, inner: &mut Inner) {
         if !inner.unsaved_accounts {
             return;
         }
+        if let Some(shared) = &self.shared {
+            shared.keep_accounts(&inner.accounts);
+            inner.unsaved_accounts = false;
+        }
+        let Some(state_dir) = &self.state_dir else { return };
         let saved = (inner.accounts.to_json())
-            .map_err(|error| StateError::content(self.state_dir.path(), error))
-            .and_then(|content| {
-                self.state_dir
-                    .write_within(ACCOUNTS, &content, self.bounds.accounts_file_bytes)
-            });
+            .map_err(|error| StateError::content(state_dir.path(), error))
+            .and_then(|content| state_dir.write_within(ACCOUNTS, &content, self.bounds.accounts_file_bytes));
         match saved {
             Ok(()) => inner.unsaved_accounts = false,
             Err(error) => {
@@ -362,81 +420,33 @@ impl ControlPlane {
     pub fn with_node<T>(&self, node: &str, change: impl FnOnce(&mut NodeStatus) -> T) -> T {
         change(self.nodes.lock().entry(node.to_owned()).or_default())
     }
-
-    /// For `/status`.
-    #[must_use]
-    pub fn status(&self) -> serde_json::Value {
-        let inner = self.inner.lock();
-        let rejections: Vec<_> = inner
-            .rejections
-            .iter()
-            .map(|rejection| {
-                serde_json::json!({
-                    "file": rejection.file,
-                    "document": rejection.document,
-                    "object": rejection.object.as_ref().map(ToString::to_string),
-                    "reason": rejection.reason.as_str(),
-                    "message": rejection.message,
-                    "last_good_in_force": rejection.last_good_in_force,
-                })
-            })
-            .collect();
-        let snapshot = self.snapshot();
-        let pods: BTreeMap<String, &str> = snapshot
-            .pods
-            .iter()
-            .filter(|(_, place)| place.is_member)
-            .map(|(key, place)| {
-                let state = match inner.captures.of(key) {
-                    None => "pending",
-                    Some(CaptureState::Proven) => "proven",
-                    Some(CaptureState::Lost) => "lost",
-                };
-                (format!("{}/{}", place.namespace, place.name), state)
-            })
-            .collect();
-        let versions: BTreeMap<_, _> = snapshot
-            .types
-            .iter()
-            .map(|(url, of_type)| (*url, of_type.version.as_str()))
-            .collect();
-        let ranges: Vec<String> = snapshot.pod_ranges.iter().map(ToString::to_string).collect();
-        let mut warnings: Vec<String> = self.registry_problem().into_iter().collect();
-        if self.is_ready() && ranges.is_empty() {
-            warnings.push(NO_POD_RANGES.to_owned());
-        }
-        serde_json::json!({
-            "ready": self.is_ready(),
-            "warnings": warnings,
-            "pod_ranges": ranges,
-            "ignored_manifests": inner.ignored,
-            "versions": versions,
-            "nodes": *self.nodes.lock(),
-            "trusted_roots": inner.parameters.trust_bundle.len(),
-            "revoked_identities": inner.parameters.revoked,
-            "pods": pods,
-            "rejected_manifests": rejections,
-        })
-    }
 }
 
-impl Inner {
-    fn take_words(&mut self, snapshot: &Snapshot, node: &str, words: &[PodWord]) -> bool {
+impl ControlPlane {
+    fn take_words(&self, inner: &mut Inner, snapshot: &Snapshot, node: &str, words: &[PodWord]) -> bool {
         let mut changed = false;
         for word in words.iter().filter(|word| is_of_node(snapshot, node, word)) {
-            if let Some(key) = key_of(snapshot, word) {
-                let before = self.captures.of(&key);
-                if self.captures.apply(&key, word.proof) {
-                    changed = true;
-                    let pod = format!("{}/{}", word.namespace, word.name);
-                    match word.proof {
-                        Proof::Lost => tracing::warn!(node, pod, ?before, "the Pod's capture is lost"),
-                        Proof::Proven | Proof::Pending => tracing::info!(node, pod, ?before, "the Pod's capture is proven"),
-                    }
+            let Some(key) = key_of(snapshot, word) else { continue };
+            if let Some(shared) = &self.shared {
+                let pod = PodRef {
+                    namespace: word.namespace.clone(),
+                    name: word.name.clone(),
+                    uid: key,
+                };
+                changed |= shared.take_word(inner, pod, word.proof, &self.metrics);
+                continue;
+            }
+            let before = inner.captures.of(&key);
+            if inner.captures.apply(&key, word.proof) {
+                changed = true;
+                let pod = format!("{}/{}", word.namespace, word.name);
+                match word.proof {
+                    Proof::Lost => tracing::warn!(node, pod, ?before, "the Pod's capture is lost"),
+                    Proof::Proven | Proof::Pending => tracing::info!(node, pod, ?before, "the Pod's capture is proven"),
                 }
             }
         }
-        self.unsaved |= changed;
+        inner.unsaved |= changed && self.state_dir.is_some();
         changed
     }
 }

@@ -17,6 +17,7 @@ pub mod control_plane;
 pub mod discovery;
 #[cfg(fuzzing)]
 pub mod fuzz;
+pub mod kubernetes;
 pub mod limits;
 pub mod metrics;
 pub mod node_reports;

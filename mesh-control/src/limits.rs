@@ -19,6 +19,8 @@ pub const MAX_FILLED_BYTES: u64 = 64;
 pub const MAX_DOCUMENTS: usize = 2048;
 /// Rejections that are kept for `/status` (about 512 B each: 512 KiB); all are counted.
 pub const MAX_REJECTIONS: usize = 1024;
+/// Warnings about Services in `/status` (about 128 B each); one more line says that there are more.
+pub const MAX_SERVICE_WARNINGS: usize = 32;
 
 /// Change events that wait. One is as good as many: what it says is only "read again".
 pub const FOLDER_EVENTS: usize = 1;
@@ -112,6 +114,42 @@ pub const MAX_REPORT_BYTES: usize = 1 << 20;
 pub const MAX_CAPTURE_STATES: usize = 65_536;
 /// Bytes of the file of capture states. More is not written, counted and logged.
 pub const MAX_CAPTURE_FILE_BYTES: u64 = 32 << 20;
+
+/// Objects of a kind that are taken from the API server: about 1 KiB each (a Pod), so 100 MiB. More are left out, counted and said;
+/// agents take no more resources of a type either.
+pub const MAX_OBJECTS: usize = MAX_RESOURCES;
+/// Objects of a page of a list: what is decoded at a time; a Pod has about 10 KiB on the wire, so 5 MiB.
+pub const LIST_PAGE: u32 = 500;
+/// A request that is not answered within this has failed.
+pub const API_TIMEOUT: Duration = Duration::from_secs(30);
+/// The API server is asked to end a watch after a number of seconds between these two, drawn at random so that replicas and kinds do
+/// not all come back at one time. It is then resumed.
+pub const WATCH_SECONDS: std::ops::Range<u32> = 60..120;
+/// A watch that is still open this long after its end has a peer that vanished.
+pub const WATCH_GRACE: Duration = Duration::from_secs(15);
+/// Pause before a failed list or watch is tried again, at first and at most; each is drawn between half of it and all.
+pub const WATCH_RETRY: Duration = Duration::from_millis(200);
+pub const WATCH_RETRY_MOST: Duration = Duration::from_secs(15);
+/// A watch that the API server refuses this often in a row is not resumed: its list is read again.
+pub const WATCH_REFUSALS: u32 = 4;
+/// Whether kinds of the mesh's own have been installed is looked at this often.
+pub const ABSENT_KIND_CHECK: Duration = Duration::from_secs(5);
+/// Quiet time after a change in the cluster before it is compiled: a rollout changes many objects at once.
+pub const CLUSTER_DEBOUNCE: Duration = Duration::from_millis(50);
+
+/// Annotations of Pods that are to be written, or were just now; about 256 B each: 4 MiB. Further ones wait for the next report or
+/// compilation, counted.
+pub const MAX_CAPTURE_WRITES: usize = 16_384;
+/// Writes at a time, and the pause after each start: at most 100 a second of a replica.
+pub const CAPTURE_WRITES_AT_ONCE: usize = 4;
+pub const CAPTURE_WRITE_PACE: Duration = Duration::from_millis(10);
+/// A write that failed is tried again after this, doubled each time, at most after [`CAPTURE_RETRY_MOST`].
+pub const CAPTURE_RETRY: Duration = Duration::from_millis(250);
+pub const CAPTURE_RETRY_MOST: Duration = Duration::from_secs(30);
+/// How long a write may take to come back by the watch.
+pub const CAPTURE_ECHO: Duration = Duration::from_secs(10);
+/// Pause before the deleted accounts are tried to be kept again.
+pub const ACCOUNTS_RETRY: Duration = Duration::from_secs(2);
 
 /// Admin connections at once.
 pub const MAX_ADMIN_CONNECTIONS: usize = 64;

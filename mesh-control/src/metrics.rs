@@ -51,6 +51,13 @@ pub struct Metrics {
     pub report_pods_ignored: IntCounter,
     pub capture_states: IntGaugeVec,
     pub state_writes_failed: IntCounter,
+    pub capture_writes: IntCounter,
+    pub capture_writes_failed: IntCounterVec,
+    pub capture_writes_waiting: IntGauge,
+    pub watches: IntGaugeVec,
+    pub watch_failures: IntCounterVec,
+    pub lists: IntCounterVec,
+    pub objects_left_out: IntGaugeVec,
     pub serving_certificate_failed: IntCounter,
     pub serving_names_left_out: IntGauge,
     pub roots_failed: IntCounter,
@@ -96,13 +103,13 @@ impl Metrics {
             )?,
             registry_stale: gauge(
                 "mesh_control_registry_stale",
-                "1 while the folder cannot be read or was emptied, and the last state stays in force",
+                "1 while the registry cannot be read or was emptied, and the last state stays in force",
             )?,
             snapshots: counter("mesh_control_snapshots_total", "States compiled and published")?,
             objects: gauges("mesh_control_objects", "Objects in force", "kind")?,
             registry_reads_failed: counter(
                 "mesh_control_registry_reads_failed_total",
-                "Reads of the whole folder that failed",
+                "Reads of the whole registry that failed",
             )?,
             connections: gauge("mesh_control_connections", "Open connections of agents")?,
             connections_refused: counters(
@@ -147,6 +154,35 @@ impl Metrics {
             state_writes_failed: counter(
                 "mesh_control_state_writes_failed_total",
                 "Writes of what must outlive a restart that failed",
+            )?,
+            capture_writes: counter(
+                "mesh_control_capture_writes_total",
+                "Capture states written on Pods in the API server",
+            )?,
+            capture_writes_failed: counters(
+                "mesh_control_capture_writes_failed_total",
+                "Capture states not written on Pods; all but `no_room` and `gone` are tried again",
+                "reason",
+            )?,
+            capture_writes_waiting: gauge(
+                "mesh_control_capture_writes_waiting",
+                "Capture states that wait to be written on Pods",
+            )?,
+            watches: gauges(
+                "mesh_control_watches",
+                "1 while objects of the kind are followed in the API server",
+                "kind",
+            )?,
+            watch_failures: counters(
+                "mesh_control_watch_failures_total",
+                "Lists and watches of the API server that failed; what was read stays in force",
+                "kind",
+            )?,
+            lists: counters("mesh_control_lists_total", "Complete lists read from the API server", "kind")?,
+            objects_left_out: gauges(
+                "mesh_control_objects_left_out",
+                "Objects of the API server that are not taken because there are too many",
+                "kind",
             )?,
             serving_certificate_failed: counter(
                 "mesh_control_serving_certificate_failed_total",

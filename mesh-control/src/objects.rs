@@ -8,8 +8,10 @@ use ipnet::IpNet;
 use mesh_api::{ValidMeshConfig, ValidPolicy};
 use serde::{Deserialize, Serialize};
 
+use crate::capture_states::CaptureState;
+
 /// What makes two documents the same object. Cluster-wide kinds have an empty namespace.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ObjectId {
     pub kind: Kind,
     pub namespace: String,
@@ -26,29 +28,32 @@ impl fmt::Display for ObjectId {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Kind {
     Namespace,
     Node,
     ServiceAccount,
     Service,
+    EndpointSlice,
     Pod,
     AuthorizationPolicy,
     MeshConfig,
 }
 
 impl Kind {
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Namespace,
         Self::Node,
         Self::ServiceAccount,
         Self::Service,
+        Self::EndpointSlice,
         Self::Pod,
         Self::AuthorizationPolicy,
         Self::MeshConfig,
     ];
 
-    /// `None`: a kind that the mesh does not read.
+    /// `None`: a kind that the mesh does not read from files. EndpointSlices are a cluster's own finding of who is ready; a file of
+    /// them would be out of date when it is written.
     #[must_use]
     pub fn of(api_version: &str, kind: &str) -> Option<Self> {
         match (api_version, kind) {
@@ -70,6 +75,7 @@ impl Kind {
             Self::Node => "Node",
             Self::ServiceAccount => "ServiceAccount",
             Self::Service => "Service",
+            Self::EndpointSlice => "EndpointSlice",
             Self::Pod => "Pod",
             Self::AuthorizationPolicy => "AuthorizationPolicy",
             Self::MeshConfig => "MeshConfig",
@@ -90,6 +96,7 @@ pub enum Object {
     Node(Node),
     ServiceAccount,
     Service(Service),
+    EndpointSlice(EndpointSlice),
     Pod(Box<Pod>),
     AuthorizationPolicy(Box<ValidPolicy>),
     MeshConfig(Box<ValidMeshConfig>),
@@ -142,6 +149,8 @@ pub struct Pod {
     pub host_network: bool,
     /// Another maker's ambient proxy captures it, and says so.
     pub captured_elsewhere: bool,
+    /// What its annotation says of its capture; it counts only where the API server is the registry.
+    pub annotated: Option<CaptureState>,
     /// Phase `Succeeded` or `Failed`: its address belongs to it no more.
     pub finished: bool,
     /// It has a deletion timestamp: it still runs, and gets no new work.
@@ -153,6 +162,14 @@ pub struct Pod {
     pub named_ports: BTreeMap<String, u16>,
 }
 
+impl Pod {
+    /// For new connections.
+    #[must_use]
+    pub fn is_healthy(&self) -> bool {
+        self.ready && !self.terminating
+    }
+}
+
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Service {
     pub addresses: Vec<IpAddr>,
@@ -160,12 +177,39 @@ pub struct Service {
     /// Empty selects nothing.
     pub selector: Labels,
     pub publish_not_ready: bool,
+    /// It is another name for something outside, and nothing of the mesh's.
+    pub is_external_name: bool,
+    /// `sessionAffinity: ClientIP`.
+    pub keeps_clients: bool,
+    /// `internalTrafficPolicy: Local`.
+    pub node_local: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServicePort {
+    /// Empty where it has none.
+    pub name: String,
     pub port: u16,
     pub target: TargetPort,
+}
+
+/// Some of a Service's endpoints, as the cluster sees them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EndpointSlice {
+    /// The Service's name; empty: nobody's.
+    pub service: String,
+    /// Name of the Service's port, and the port of the endpoints.
+    pub ports: Vec<(String, u16)>,
+    pub endpoints: Vec<Endpoint>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    pub address: IpAddr,
+    /// The Pod of the slice's namespace that it is, where the slice says so.
+    pub pod: Option<String>,
+    /// For new connections. False of what terminates, unless the Service publishes what is not ready.
+    pub ready: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -52,6 +52,8 @@ impl Bench {
         std::fs::write(dir.path().join("registry/mesh.yaml"), format!("{NAMESPACE}{pods}")).expect("manifest");
         let args = ServeArgs {
             registry: Some(dir.path().join("registry")),
+            kubernetes: false,
+            namespace: "culvert-system".into(),
             state_dir: Some(dir.path().join("state")),
             listen: "127.0.0.1:0".parse().expect("address"),
             admin: "127.0.0.1:0".parse().expect("address"),

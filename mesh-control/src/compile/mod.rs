@@ -12,7 +12,9 @@ use sha2::{Digest as _, Sha256};
 use crate::capture_states::{CaptureState, CaptureStates, PodKey, pod_key};
 use crate::objects::{Kind, Labels, Node, Object, ObjectId, Pod, Service, TargetPort, World};
 use crate::proto;
+use endpoints::{Listed, Services};
 
+mod endpoints;
 mod workload_names;
 
 #[cfg(test)]
@@ -36,6 +38,17 @@ pub struct Parameters {
     pub trust_bundle: Vec<String>,
     /// SPIFFE ids that are nobody's any longer.
     pub revoked: BTreeSet<String>,
+    pub endpoints: EndpointSource,
+}
+
+/// What says which Pods are a Service's endpoints.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EndpointSource {
+    /// The Service's selector: where nobody makes EndpointSlices of it.
+    #[default]
+    Selectors,
+    /// The cluster's EndpointSlices, and nothing else.
+    Slices,
 }
 
 /// Everything that agents are told, and what they may ask for.
@@ -101,7 +114,7 @@ pub struct WorkloadView<'a> {
     pub capture: Option<Capture>,
     pub policies: Vec<String>,
     /// `namespace/hostname` → (service port, target port).
-    pub services: BTreeMap<String, Vec<(u16, u16)>>,
+    pub services: Services,
     pub owner: workload_names::Owner,
     pub canonical_name: String,
     pub canonical_revision: String,
@@ -145,6 +158,10 @@ fn network_alias(ip: IpAddr) -> String {
 #[must_use]
 pub fn compile(world: &World, captures: &CaptureStates, parameters: &Parameters) -> Snapshot {
     let index = Index::new(world);
+    let listed = match parameters.endpoints {
+        EndpointSource::Selectors => Listed::default(),
+        EndpointSource::Slices => Listed::new(world),
+    };
     let mut addresses = Resources::default();
     let mut identities: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     let mut pods = BTreeMap::new();
@@ -176,7 +193,7 @@ pub fn compile(world: &World, captures: &CaptureStates, parameters: &Parameters)
             Some(CaptureState::Proven) => Capture::Proven,
             Some(CaptureState::Lost) => Capture::Lost,
         });
-        let view = index.workload(id, pod, capture, parameters);
+        let view = index.workload(id, pod, capture, &listed, parameters);
         for service in view.services.keys() {
             addresses.endpoints.entry(service.clone()).or_default().push(view.uid.clone());
         }
@@ -187,6 +204,13 @@ pub fn compile(world: &World, captures: &CaptureStates, parameters: &Parameters)
             pod.addresses.iter().map(|ip| network_alias(*ip)).collect()
         };
         addresses.insert(view.uid.clone(), aliases, proto::encode_workload(&view));
+    }
+    for (id, pod, services) in listed.outside_of_the_mesh() {
+        let view = outside(id, pod, services.clone(), parameters);
+        for service in view.services.keys() {
+            addresses.endpoints.entry(service.clone()).or_default().push(view.uid.clone());
+        }
+        addresses.insert(view.uid.clone(), Vec::new(), proto::encode_workload(&view));
     }
     for (id, service) in &index.services {
         let hostname = hostname(id);
@@ -252,6 +276,8 @@ struct Index<'a> {
     services: Vec<(&'a ObjectId, &'a Service)>,
     services_of_namespace: BTreeMap<&'a str, Vec<(&'a ObjectId, &'a Service)>>,
     policies: Vec<(&'a ObjectId, &'a mesh_api::ValidPolicy)>,
+    /// Those with a selector, by namespace: a Pod is compared with few.
+    selecting_policies: BTreeMap<&'a str, Vec<(&'a ObjectId, &'a Labels)>>,
     mesh_configs: BTreeMap<&'a str, &'a ValidMeshConfig>,
 }
 
@@ -267,7 +293,8 @@ impl<'a> Index<'a> {
                     index.nodes.insert(&id.name, node);
                 }
                 Object::Pod(pod) if !pod.finished => index.pods.push((id, pod)),
-                Object::Pod(_) | Object::ServiceAccount => {}
+                Object::Pod(_) | Object::ServiceAccount | Object::EndpointSlice(_) => {}
+                Object::Service(service) if service.is_external_name => {}
                 Object::Service(service) => {
                     index.services.push((id, service));
                     index
@@ -276,7 +303,13 @@ impl<'a> Index<'a> {
                         .or_default()
                         .push((id, service));
                 }
-                Object::AuthorizationPolicy(policy) => index.policies.push((id, policy)),
+                Object::AuthorizationPolicy(policy) => {
+                    index.policies.push((id, policy));
+                    if let Some(selector) = &policy.selector {
+                        let of_namespace = index.selecting_policies.entry(&id.namespace).or_default();
+                        of_namespace.push((id, selector));
+                    }
+                }
                 Object::MeshConfig(config) => {
                     index.mesh_configs.insert(&id.namespace, config);
                 }
@@ -294,21 +327,52 @@ impl<'a> Index<'a> {
         opted_in && !opted_out && !pod.host_network
     }
 
-    fn workload(&self, id: &'a ObjectId, pod: &'a Pod, capture: Option<Capture>, parameters: &'a Parameters) -> WorkloadView<'a> {
+    fn workload(
+        &self,
+        id: &'a ObjectId,
+        pod: &'a Pod,
+        capture: Option<Capture>,
+        listed: &Listed<'_>,
+        parameters: &'a Parameters,
+    ) -> WorkloadView<'a> {
         debug_assert_eq!(id.kind, Kind::Pod);
-        let policies = self
-            .policies
+        // In the order of the world, whichever of the two comes first.
+        let mut namespaces = [id.namespace.as_str(), ROOT_NAMESPACE];
+        namespaces.sort_unstable();
+        let namespaces = &namespaces[usize::from(namespaces[0] == namespaces[1])..];
+        let policies = namespaces
             .iter()
-            .filter(|(policy_id, policy)| {
-                let in_reach = policy_id.namespace == id.namespace || policy_id.namespace == ROOT_NAMESPACE;
-                in_reach
-                    && policy
-                        .selector
-                        .as_ref()
-                        .is_some_and(|selector| selects(selector, &pod.labels))
-            })
+            .filter_map(|namespace| self.selecting_policies.get(namespace))
+            .flatten()
+            .filter(|(_, selector)| selects(selector, &pod.labels))
             .map(|(policy_id, _)| format!("{}/{}", policy_id.namespace, policy_id.name))
             .collect();
+        let services = match parameters.endpoints {
+            EndpointSource::Selectors => self.selecting(id, pod),
+            EndpointSource::Slices => listed.of_pod(id),
+        };
+        let owner = workload_names::owner(&id.name, pod);
+        let label = |node: Option<&&Node>, label: &str| node.and_then(|node| node.labels.get(label)).cloned().unwrap_or_default();
+        let node = self.nodes.get(pod.node.as_str());
+        WorkloadView {
+            id,
+            pod,
+            uid: format!("{}//Pod/{}/{}", parameters.cluster, id.namespace, id.name),
+            parameters,
+            capture,
+            policies,
+            services,
+            canonical_name: workload_names::canonical_name(&pod.labels, &owner.name),
+            canonical_revision: workload_names::canonical_revision(&pod.labels),
+            owner,
+            region: label(node, REGION_LABEL),
+            zone: label(node, ZONE_LABEL),
+            healthy: pod.is_healthy(),
+        }
+    }
+
+    /// Services whose selectors choose the Pod.
+    fn selecting(&self, id: &ObjectId, pod: &Pod) -> Services {
         let mut services = BTreeMap::new();
         for (service_id, service) in self.services_of_namespace.get(id.namespace.as_str()).into_iter().flatten() {
             if service.selector.is_empty() || !selects(&service.selector, &pod.labels) {
@@ -327,24 +391,30 @@ impl<'a> Index<'a> {
                 .collect();
             services.insert(format!("{}/{}", service_id.namespace, hostname(service_id)), ports);
         }
-        let owner = workload_names::owner(&id.name, pod);
-        let label = |node: Option<&&Node>, label: &str| node.and_then(|node| node.labels.get(label)).cloned().unwrap_or_default();
-        let node = self.nodes.get(pod.node.as_str());
-        WorkloadView {
-            id,
-            pod,
-            uid: format!("{}//Pod/{}/{}", parameters.cluster, id.namespace, id.name),
-            parameters,
-            capture,
-            policies,
-            services,
-            canonical_name: workload_names::canonical_name(&pod.labels, &owner.name),
-            canonical_revision: workload_names::canonical_revision(&pod.labels),
-            owner,
-            region: label(node, REGION_LABEL),
-            zone: label(node, ZONE_LABEL),
-            healthy: pod.ready && !pod.terminating,
-        }
+        services
+    }
+}
+
+/// An endpoint that is no Pod.
+fn outside<'a>(id: &'a ObjectId, pod: &'a Pod, services: Services, parameters: &'a Parameters) -> WorkloadView<'a> {
+    let owner = workload_names::owner(&id.name, pod);
+    WorkloadView {
+        id,
+        pod,
+        uid: format!(
+            "{}/discovery.k8s.io/EndpointSlice/{}/{}",
+            parameters.cluster, id.namespace, id.name
+        ),
+        parameters,
+        capture: None,
+        policies: Vec::new(),
+        services,
+        canonical_name: owner.name.clone(),
+        canonical_revision: workload_names::canonical_revision(&pod.labels),
+        owner,
+        region: String::new(),
+        zone: String::new(),
+        healthy: pod.is_healthy(),
     }
 }
 

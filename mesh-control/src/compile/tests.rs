@@ -105,6 +105,7 @@ fn parameters() -> Parameters {
         pod_ranges: vec!["10.2.0.0/16".parse().expect("range")],
         trust_bundle: vec!["PEM".into()],
         revoked: BTreeSet::new(),
+        endpoints: crate::compile::EndpointSource::Selectors,
     }
 }
 

@@ -37,6 +37,7 @@ fn control_within(bounds: Bounds) -> (tempfile::TempDir, Arc<ControlPlane>) {
         pod_ranges: vec![],
         trust_bundle: vec![],
         revoked: std::collections::BTreeSet::new(),
+        endpoints: crate::compile::EndpointSource::Selectors,
     };
     let metrics = Arc::new(Metrics::new().expect("metrics"));
     let control = ControlPlane::new(parameters, state, metrics, bounds).expect("control plane");
@@ -172,4 +173,32 @@ async fn rejections_are_shown_up_to_a_bound_and_all_counted() {
         counted.contains("mesh_control_manifests_rejected{reason=\"syntax\"} 3"),
         "{counted}"
     );
+}
+
+#[tokio::test]
+async fn what_services_ask_for_and_do_not_get_is_said_within_bounds() {
+    let (_dir, control) = control(std::time::Duration::ZERO);
+    let service = |n: usize| {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: s{n}, namespace: shop}}\n\
+             spec: {{sessionAffinity: ClientIP, internalTrafficPolicy: Local}}\n---\n"
+        )
+    };
+    let plain = "apiVersion: v1\nkind: Service\nmetadata: {name: plain, namespace: shop}\nspec: {sessionAffinity: None}\n---\n";
+    control.set_world(&registry(&[&(service(1) + plain)]));
+    let warnings = |control: &ControlPlane| control.status()["warnings"].as_array().expect("list").clone();
+    let of_services: Vec<_> = (warnings(&control).into_iter())
+        .filter(|warning| warning.as_str().is_some_and(|text| text.contains("Service shop/s1")))
+        .collect();
+    assert_eq!(of_services.len(), 2, "{of_services:?}");
+    assert!(
+        !warnings(&control)
+            .iter()
+            .any(|warning| warning.as_str().is_some_and(|text| text.contains("plain")))
+    );
+    let many: String = (0..crate::limits::MAX_SERVICE_WARNINGS).map(service).collect();
+    control.set_world(&registry(&[&many]));
+    assert!(warnings(&control).len() <= crate::limits::MAX_SERVICE_WARNINGS + 2);
+    let last = warnings(&control).pop().expect("a warning");
+    assert!(last.as_str().is_some_and(|text| text.starts_with("more Services")), "{last}");
 }

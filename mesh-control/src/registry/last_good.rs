@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::manifest::{Reason, parse_file};
-use super::{FileState, Form, Held, InForce, Registry, world_of};
+use super::decision::{Form, Held, InForce, world_of};
+use super::manifest::parse_file;
+use super::{FileState, Reason, Registry};
 use crate::objects::ObjectId;
 use crate::state_dir::{StateDir, StateError};
 

@@ -1,4 +1,7 @@
+use std::net::IpAddr;
+
 use super::*;
+use crate::objects::{ServicePort, TargetPort};
 
 const SEVERAL: &str = r#"# comment first
 ---
@@ -75,10 +78,12 @@ fn manifests_as_people_write_them_are_read() {
         service.ports,
         [
             ServicePort {
+                name: "http".into(),
                 port: 80,
                 target: TargetPort::Name("http".into())
             },
             ServicePort {
+                name: "raw".into(),
                 port: 9000,
                 target: TargetPort::Number(9000)
             },

@@ -1,0 +1,85 @@
+//! Writes what agents have proven on their Pods, for the other replicas and for the one that comes after this.
+
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{Patch, PatchParams};
+use kube::{Api, Client, Error};
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+use super::watch::describe;
+use super::wishes::Write;
+use crate::control_plane::{ControlPlane, Shared};
+use crate::limits::{API_TIMEOUT, CAPTURE_WRITE_PACE, CAPTURE_WRITES_AT_ONCE};
+use crate::registry::convert::CAPTURE_ANNOTATION;
+
+/// For ever. A few at a time, and not faster than [`CAPTURE_WRITE_PACE`].
+pub async fn write(client: Client, control: Arc<ControlPlane>, shared: Arc<Shared>) {
+    let places = Arc::new(Semaphore::new(CAPTURE_WRITES_AT_ONCE));
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+            return;
+        };
+        let next = loop {
+            match shared.take(Instant::now()) {
+                Ok(write) => break write,
+                Err(None) => shared.wished().await,
+                Err(Some(due)) => {
+                    tokio::select! {
+                        () = sleep_until(due) => {}
+                        () = shared.wished() => {}
+                    }
+                }
+            }
+        };
+        let (client, control, shared) = (client.clone(), Arc::clone(&control), Arc::clone(&shared));
+        tokio::spawn(async move {
+            let _place = place;
+            patch(&client, &control, &shared, next).await;
+            let waiting = i64::try_from(shared.waiting()).unwrap_or(i64::MAX);
+            control.metrics.capture_writes_waiting.set(waiting);
+        });
+        sleep(CAPTURE_WRITE_PACE).await;
+    }
+}
+
+async fn patch(client: &Client, control: &Arc<ControlPlane>, shared: &Arc<Shared>, write: Write) {
+    let value = write.value.map(|state| state.as_str());
+    // With the uid: another Pod of that name has proven nothing.
+    let change = serde_json::json!({
+        "metadata": {"uid": write.pod.uid, "annotations": {CAPTURE_ANNOTATION: value}}
+    });
+    let api: Api<Pod> = Api::namespaced(client.clone(), &write.pod.namespace);
+    // Only metadata comes back.
+    let (params, change) = (PatchParams::default(), Patch::Merge(change));
+    let done = timeout(API_TIMEOUT, api.patch_metadata(&write.pod.name, &params, &change)).await;
+    let failed = |reason: &str, problem: String| {
+        control.metrics.capture_writes_failed.with_label_values(&[reason]).inc();
+        tracing::warn!(pod = %format!("{}/{}", write.pod.namespace, write.pod.name), reason, "capture state not written: {problem}");
+    };
+    match done {
+        Ok(Ok(_)) => {
+            let control = Arc::clone(control);
+            drop(tokio::task::spawn_blocking(move || control.capture_written(&write)).await);
+        }
+        Ok(Err(Error::Api(status))) if matches!(status.code, 404 | 409) => {
+            failed("gone", describe(&Error::Api(status)));
+            shared.gone(&write);
+        }
+        Ok(Err(error)) => {
+            let reason = match &error {
+                Error::Api(status) if status.code == 429 => "too_many_requests",
+                Error::Api(status) if matches!(status.code, 401 | 403) => "forbidden",
+                Error::Api(_) => "refused",
+                _ => "connection",
+            };
+            failed(reason, describe(&error));
+            shared.failed(&write);
+        }
+        Err(_) => {
+            failed("timeout", format!("no answer within {API_TIMEOUT:?}"));
+            shared.failed(&write);
+        }
+    }
+}

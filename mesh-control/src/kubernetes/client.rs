@@ -1,0 +1,87 @@
+//! The way to the API server.
+
+use anyhow::{Context as _, bail};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Client, Config};
+use tokio::time::{sleep, timeout};
+
+use super::watch::{Backoff, describe};
+use crate::limits::API_TIMEOUT;
+
+/// The oldest minor version of Kubernetes 1 that serves: since it, service-account tokens name their node, by which agents are known, and
+/// CEL knows addresses and ranges, by which policies are checked at admission.
+const OLDEST_MINOR: u32 = 32;
+
+/// A client by `KUBECONFIG`, or as a Pod of the cluster has it. An API server that is away is waited for.
+///
+/// # Errors
+/// There is no way to an API server, or it is too old.
+pub async fn connect() -> anyhow::Result<Client> {
+    let mut config = match std::env::var_os("KUBECONFIG") {
+        Some(path) if !path.is_empty() => {
+            let options = KubeConfigOptions::default();
+            let kubeconfig = Kubeconfig::from_env().context("KUBECONFIG")?.unwrap_or_default();
+            Config::from_custom_kubeconfig(kubeconfig, &options)
+                .await
+                .context("KUBECONFIG")?
+        }
+        _ => Config::incluster()
+            .context("--kubernetes: this is no Pod with a service account's token, and KUBECONFIG is not set")?,
+    };
+    // What is tried again, and when, is decided where the answer is known.
+    config.default_retry = false;
+    let client = Client::try_from(config).context("a client of the API server")?;
+    let mut backoff = Backoff::default();
+    let version = loop {
+        let problem = match timeout(API_TIMEOUT, client.apiserver_version()).await {
+            Ok(Ok(version)) => break version,
+            Ok(Err(error)) => describe(&error),
+            Err(_) => format!("no answer within {API_TIMEOUT:?}"),
+        };
+        tracing::warn!("the API server is waited for: {problem}");
+        sleep(backoff.next()).await;
+    };
+    check_version(&version.major, &version.minor)?;
+    tracing::info!(version = version.git_version, "the API server is the registry");
+    Ok(client)
+}
+
+fn check_version(major: &str, minor: &str) -> anyhow::Result<()> {
+    // Some distributions write `32+`.
+    let number = |text: &str| {
+        let digits: String = text.chars().take_while(char::is_ascii_digit).collect();
+        digits
+            .parse::<u32>()
+            .with_context(|| format!("the API server's version {major}.{minor} is no version"))
+    };
+    if (number(major)?, number(minor)?) < (1, OLDEST_MINOR) {
+        bail!(
+            "the API server is Kubernetes {major}.{minor}, and 1.{OLDEST_MINOR} or newer is needed: before it, service-account \
+             tokens do not name their node, by which agents are known, and CEL does not know addresses, by which policies are \
+             checked; upgrade the cluster"
+        );
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kubernetes_that_is_too_old_is_refused_with_the_reason() {
+        for (major, minor) in [("1", "32"), ("1", "34"), ("1", "32+"), ("2", "0")] {
+            check_version(major, minor).expect("new enough");
+        }
+        for (major, minor) in [("1", "31"), ("1", "9+"), ("0", "40")] {
+            let error = check_version(major, minor).expect_err("too old").to_string();
+            assert!(
+                error.contains("1.32 or newer is needed") && error.contains(&format!("{major}.{minor}")),
+                "{error}"
+            );
+        }
+        for (major, minor) in [("", ""), ("1", "x"), ("1", "99999999999")] {
+            check_version(major, minor).expect_err("no version");
+        }
+    }
+}

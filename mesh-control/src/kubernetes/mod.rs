@@ -1,0 +1,49 @@
+//! The registry over the API server: it follows Kubernetes objects, and compiles them as those of a folder are.
+//!
+//! `watch` (lists and watches) → `world` (pure: last good forms, what is complete) → `registry::decision` → `control_plane`; and
+//! back: `captures` writes what agents have proven on their Pods, `accounts` keeps deleted service accounts.
+
+mod accounts;
+mod captures;
+pub mod client;
+mod feed;
+mod watch;
+pub mod wishes;
+pub mod world;
+
+use std::sync::Arc;
+
+use kube::Client;
+use tokio::task::JoinSet;
+
+pub use accounts::deleted_accounts;
+
+use crate::control_plane::{ControlPlane, Shared};
+
+/// Follows the cluster until it is dropped or stopped.
+pub struct Following {
+    tasks: JoinSet<()>,
+}
+
+impl Following {
+    /// Begins; nothing is published before every kind was listed once. `namespace`: the mesh's own.
+    #[must_use]
+    pub fn start(client: &Client, namespace: &str, control: &Arc<ControlPlane>, shared: &Arc<Shared>) -> Self {
+        let mut tasks = JoinSet::new();
+        let feed = Arc::new(feed::Feed::new(Arc::clone(control)));
+        watch::all(client, &feed, &mut tasks);
+        tasks.spawn(feed::publish(feed));
+        tasks.spawn(captures::write(client.clone(), Arc::clone(control), Arc::clone(shared)));
+        tasks.spawn(accounts::keep(
+            client.clone(),
+            namespace.to_owned(),
+            Arc::clone(control),
+            Arc::clone(shared),
+        ));
+        Self { tasks }
+    }
+
+    pub async fn stop(mut self) {
+        self.tasks.shutdown().await;
+    }
+}
