@@ -17,7 +17,6 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Server;
 
-use crate::authentication::Authenticator;
 use crate::authority::{Authority, AuthorityError};
 use crate::certificates::Certificates;
 use crate::compile::Parameters;
@@ -35,13 +34,11 @@ use crate::roots::{self, Roots};
 use crate::serving::{self, ServingCertificate};
 use crate::state_dir::{StateDir, write_private};
 use crate::tokens::Tokens;
-use crate::{admin, limits};
+use crate::trust::{ServerNames, Trust};
+use crate::{admin, kubernetes, limits};
 
 #[cfg(test)]
 mod tests;
-
-/// Names that the serving certificate always has.
-const OWN_NAMES: [&str; 4] = ["localhost", "127.0.0.1", "::1", "mesh-control.culvert-system.svc"];
 
 /// A running control plane.
 pub struct Running {
@@ -53,6 +50,7 @@ pub struct Running {
     server: JoinHandle<Result<(), tonic::transport::Error>>,
     admin_task: JoinHandle<()>,
     serving_task: JoinHandle<()>,
+    trust_task: Option<JoinHandle<()>>,
     publishing_task: JoinHandle<()>,
     follow: Follow,
 }
@@ -62,6 +60,9 @@ impl Running {
     pub async fn stop(mut self) {
         self.follow.stop();
         self.serving_task.abort();
+        if let Some(task) = &self.trust_task {
+            task.abort();
+        }
         self.publishing_task.abort();
         self.control.close();
         // The server may have ended by itself.
@@ -104,6 +105,24 @@ pub async fn start(args: &ServeArgs) -> anyhow::Result<Running> {
 }
 
 async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Running> {
+    let state_dir = args.state_dir.as_ref().context("--state-dir DIR is needed")?;
+    let state = StateDir::open(state_dir).context("state directory")?;
+    let metrics = Arc::new(Metrics::new()?);
+    let trust = Trust::of_state(args, &state, &metrics, OffsetDateTime::now_utc())?;
+    start_with(args, state, trust, metrics, bounds).await
+}
+
+/// As [`start`], believed by, and believing, as `trust` says.
+///
+/// # Errors
+/// As [`start`].
+pub async fn start_with(
+    args: &ServeArgs,
+    state: StateDir,
+    mut trust: Trust,
+    metrics: Arc<Metrics>,
+    bounds: Bounds,
+) -> anyhow::Result<Running> {
     if !args.admin.ip().is_loopback() {
         bail!(
             "--admin {}: only loopback addresses are allowed: it is not authenticated",
@@ -111,13 +130,8 @@ async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Runnin
         );
     }
     let now = OffsetDateTime::now_utc();
-    let (Some(registry), Some(state_dir)) = (&args.registry, &args.state_dir) else {
-        bail!("--registry DIR and --state-dir DIR are needed");
-    };
-    let state = StateDir::open(state_dir).context("state directory")?;
-    let roots = Arc::new(Roots::open(&state, &args.trust_domain, now)?);
-    let tokens = Tokens::open(&state).context("state directory")?;
-    let metrics = Arc::new(Metrics::new()?);
+    let registry = args.registry.as_ref().context("--registry DIR is needed")?;
+    let roots = Arc::clone(&trust.roots);
     let parameters = Parameters {
         trust_domain: args.trust_domain.clone(),
         cluster: args.cluster.clone(),
@@ -129,11 +143,7 @@ async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Runnin
         Arc::new(ControlPlane::new(parameters, state.clone(), Arc::clone(&metrics), bounds).context("state directory")?);
 
     let certificate = Arc::new(ServingCertificate::new(Arc::clone(&roots)));
-    let names = ServerNames {
-        tokens: tokens.clone(),
-        extra: args.server_name.clone(),
-    };
-    certificate.refresh(names.current()?, now)?;
+    certificate.refresh(trust.names.current()?, now)?;
     let tls = Arc::new(serving::tls_config(Arc::clone(&certificate))?);
 
     let listener = TcpListener::bind(args.listen)
@@ -148,9 +158,11 @@ async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Runnin
     let admin_task = tokio::spawn(admin::serve(admin_listener, Arc::clone(&control)));
     let publishing_task = tokio::spawn(Arc::clone(&control).publish_when_due());
 
+    let names = trust.names.clone();
     let serving_task = tokio::spawn(keep_trust(Arc::clone(&roots), Arc::clone(&control), certificate, names));
+    let trust_task = trust.follow(&control);
 
-    let authenticator = Authenticator::new(tokens, Arc::clone(&metrics));
+    let authenticator = trust.authenticator;
     let discovery = Discovery {
         control: Arc::clone(&control),
         authenticator: authenticator.clone(),
@@ -190,21 +202,10 @@ async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Runnin
         server,
         admin_task,
         serving_task,
+        trust_task,
         publishing_task,
         follow,
     })
-}
-
-struct ServerNames {
-    tokens: Tokens,
-    extra: Vec<String>,
-}
-
-impl ServerNames {
-    fn current(&self) -> Result<Vec<String>, crate::state_dir::StateError> {
-        let own = OWN_NAMES.iter().map(ToString::to_string);
-        Ok(own.chain(self.extra.iter().cloned()).chain(self.tokens.hosts()?).collect())
-    }
 }
 
 /// Follows the files of roots, and makes the serving certificate anew when it is time.
@@ -244,10 +245,23 @@ async fn keep_trust(roots: Arc<Roots>, control: Arc<ControlPlane>, certificate: 
 /// `mesh-control rotate-root`.
 ///
 /// # Errors
-/// As [`roots::rotate`].
+/// As [`roots::rotate`], or as [`kubernetes::root_secret::RootSecret::rotate`].
 pub fn rotate_root(args: &RotateRootArgs) -> anyhow::Result<()> {
-    let state = StateDir::open(&args.state_dir).context("state directory")?;
-    let done = roots::rotate(&state, args.step, &args.trust_domain, OffsetDateTime::now_utc())?;
+    let now = OffsetDateTime::now_utc();
+    let done = match &args.state_dir {
+        Some(state_dir) => {
+            let state = StateDir::open(state_dir).context("state directory")?;
+            roots::rotate(&state, args.step, &args.trust_domain, now)?
+        }
+        None => tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?
+            .block_on(async {
+                let client = kubernetes::client::connect().await?;
+                let secret = kubernetes::root_secret::RootSecret::new(client, &args.namespace, &args.trust_domain);
+                anyhow::Ok(secret.rotate(args.step, now).await?)
+            })?,
+    };
     writeln!(std::io::stdout().lock(), "{done}")?;
     Ok(())
 }

@@ -17,6 +17,7 @@ pub mod control_plane;
 pub mod discovery;
 #[cfg(fuzzing)]
 pub mod fuzz;
+pub mod kubernetes;
 pub mod limits;
 pub mod metrics;
 pub mod node_reports;
@@ -28,3 +29,4 @@ pub mod roots;
 pub mod serving;
 pub mod state_dir;
 pub mod tokens;
+pub mod trust;

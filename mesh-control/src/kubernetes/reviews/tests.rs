@@ -1,0 +1,122 @@
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::authentication::v1::UserInfo;
+
+use super::*;
+
+const AGENTS: &str = "system:serviceaccount:culvert-system:mesh-agent";
+
+fn reviewer() -> Reviewer {
+    // Nobody is asked: a verdict is made of an answer.
+    let config = kube::Config::new("http://127.0.0.1:9".parse().expect("address"));
+    let client = Client::try_from(config).expect("client");
+    let agents = "culvert-system/mesh-agent".parse().expect("account");
+    Reviewer::new(client, agents, Arc::new(Metrics::new().expect("metrics")))
+}
+
+fn answer(change: impl FnOnce(&mut TokenReviewStatus, &mut UserInfo, &mut BTreeMap<String, Vec<String>>)) -> TokenReviewStatus {
+    let mut extra = BTreeMap::from([
+        (NODE_NAME.to_owned(), vec!["node-a".to_owned()]),
+        (POD_NAME.to_owned(), vec!["mesh-agent-x".to_owned()]),
+    ]);
+    let mut user = UserInfo {
+        username: Some(AGENTS.to_owned()),
+        ..UserInfo::default()
+    };
+    let mut status = TokenReviewStatus {
+        authenticated: Some(true),
+        audiences: Some(vec![AUDIENCE.to_owned()]),
+        ..TokenReviewStatus::default()
+    };
+    change(&mut status, &mut user, &mut extra);
+    if status.user.is_none() {
+        user.extra = Some(extra);
+        status.user = Some(user);
+    }
+    status
+}
+
+#[tokio::test]
+async fn only_the_agents_tokens_for_this_mesh_that_name_one_node_are_taken() {
+    let reviewer = reviewer();
+    let verdict = |status: TokenReviewStatus| reviewer.verdict(&status);
+    assert_eq!(verdict(answer(|_, _, _| {})), Ok("node-a".to_owned()));
+    assert_eq!(verdict(TokenReviewStatus::default()), Err(Refusal::Unknown));
+    assert_eq!(
+        verdict(answer(|status, _, _| status.authenticated = Some(false))),
+        Err(Refusal::Unknown)
+    );
+    for audiences in [None, Some(vec![]), Some(vec!["https://kubernetes.default.svc".to_owned()])] {
+        assert_eq!(
+            verdict(answer(|status, _, _| status.audiences = audiences)),
+            Err(Refusal::OtherAudience)
+        );
+    }
+    for user in [
+        "",
+        "mesh-agent",
+        "system:node:node-a",
+        "system:serviceaccount:culvert-system:mesh-agent2",
+        "system:serviceaccount:other:mesh-agent",
+    ] {
+        assert_eq!(
+            verdict(answer(|_, info, _| info.username = Some(user.to_owned()))),
+            Err(Refusal::OtherAccount),
+            "{user}"
+        );
+    }
+    for nodes in [vec![], vec![""], vec!["a", "b"], vec!["../node"]] {
+        let nodes: Vec<String> = nodes.into_iter().map(str::to_owned).collect();
+        assert_eq!(
+            verdict(answer(|_, _, extra| drop(extra.insert(NODE_NAME.to_owned(), nodes)))),
+            Err(Refusal::Unbound)
+        );
+    }
+    // Of 1.31, or not bound to a Pod.
+    assert_eq!(
+        verdict(answer(|_, _, extra| drop(extra.remove(NODE_NAME)))),
+        Err(Refusal::Unbound)
+    );
+    assert_eq!(verdict(answer(|_, _, extra| drop(extra.remove(POD_NAME)))), Err(Refusal::Unbound));
+}
+
+#[tokio::test]
+async fn what_is_no_token_is_refused_without_a_question() {
+    let reviewer = reviewer();
+    let long = format!("a.b.{}", "c".repeat(MAX_SERVICE_ACCOUNT_TOKEN_BYTES));
+    for text in ["", "x", "a.b", "a.b.c.d", "a..c", "a.b/.c", "a.b c.d", long.as_str()] {
+        assert_eq!(reviewer.authenticate(text).await, Err(Refusal::Unknown), "{text:.20}");
+    }
+    assert_eq!(reviewer.metrics.token_reviews.with_label_values(&["failed"]).get(), 0);
+    // Nobody listens there.
+    assert_eq!(reviewer.authenticate("a.b.c").await, Err(Refusal::Unreviewed));
+    assert_eq!(reviewer.metrics.token_reviews.with_label_values(&["failed"]).get(), 1);
+}
+
+#[tokio::test]
+async fn a_crowd_is_refused_and_asked_to_come_back() {
+    let reviewer = reviewer();
+    let places = reviewer.waiting.try_acquire_many(u32::try_from(MAX_REVIEWS_WAITING).expect("a count"));
+    assert_eq!(reviewer.authenticate("a.b.c").await, Err(Refusal::Crowded));
+    assert!(Refusal::Crowded.is_passing());
+    drop(places);
+    assert_eq!(reviewer.authenticate("a.b.c").await, Err(Refusal::Unreviewed), "room again");
+}
+
+#[test]
+fn a_service_account_is_namespace_and_name() {
+    let account: ServiceAccount = "culvert-system/mesh-agent".parse().expect("account");
+    assert_eq!(account.username(), AGENTS);
+    for bad in ["", "mesh-agent", "/x", "x/", "a/b/c", "A/b"] {
+        assert!(bad.parse::<ServiceAccount>().is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn the_end_of_a_token_is_read_from_its_claims() {
+    let claims = |json: &str| format!("x.{}.y", URL_SAFE_NO_PAD.encode(json));
+    assert_eq!(expiry(&claims(r#"{"exp":1700000000,"aud":["culvert"]}"#)), Some(1_700_000_000));
+    for without in [claims("{}"), claims("no JSON"), "x.!.y".to_owned()] {
+        assert_eq!(expiry(&without), None);
+    }
+}
