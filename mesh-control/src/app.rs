@@ -108,7 +108,7 @@ async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Runnin
     let state_dir = args.state_dir.as_ref().context("--state-dir DIR is needed")?;
     let state = StateDir::open(state_dir).context("state directory")?;
     let metrics = Arc::new(Metrics::new()?);
-    let trust = Trust::of_state(args, &state, &metrics, OffsetDateTime::now_utc())?;
+    let trust = Trust::of_state(args, &state, &metrics)?;
     start_with(args, state, trust, metrics, bounds).await
 }
 

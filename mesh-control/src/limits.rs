@@ -155,6 +155,8 @@ pub struct Bounds {
     pub acknowledge: Duration,
     pub send: Duration,
     pub token_recheck: Duration,
+    pub review_life: Duration,
+    pub review_grace: Duration,
     pub publish_interval: Duration,
 }
 
@@ -167,6 +169,8 @@ impl Default for Bounds {
             acknowledge: ACKNOWLEDGE_TIMEOUT,
             send: SEND_TIMEOUT,
             token_recheck: TOKEN_RECHECK,
+            review_life: REVIEW_LIFE,
+            review_grace: REVIEW_GRACE,
             publish_interval: PUBLISH_INTERVAL,
         }
     }

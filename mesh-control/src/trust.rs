@@ -13,6 +13,7 @@ use crate::config::ServeArgs;
 use crate::control_plane::ControlPlane;
 use crate::kubernetes::reviews::Reviewer;
 use crate::kubernetes::root_secret::RootSecret;
+use crate::limits::Bounds;
 use crate::metrics::Metrics;
 use crate::roots::Roots;
 use crate::state_dir::{StateDir, StateError};
@@ -33,8 +34,8 @@ pub struct Trust {
 impl Trust {
     /// # Errors
     /// The state directory cannot be used.
-    pub fn of_state(args: &ServeArgs, state: &StateDir, metrics: &Arc<Metrics>, now: OffsetDateTime) -> anyhow::Result<Self> {
-        let roots = Arc::new(Roots::open(state, &args.trust_domain, now)?);
+    pub fn of_state(args: &ServeArgs, state: &StateDir, metrics: &Arc<Metrics>) -> anyhow::Result<Self> {
+        let roots = Arc::new(Roots::open(state, &args.trust_domain, OffsetDateTime::now_utc())?);
         let tokens = Tokens::open(state).context("state directory")?;
         Ok(Self {
             roots,
@@ -56,11 +57,11 @@ impl Trust {
         client: &Client,
         namespace: &str,
         metrics: &Arc<Metrics>,
-        now: OffsetDateTime,
+        bounds: &Bounds,
     ) -> anyhow::Result<Self> {
         let secret = RootSecret::new(client.clone(), namespace, &args.trust_domain);
-        let roots = Arc::new(Roots::new(secret.open(now).await?));
-        let reviewer = Reviewer::new(client.clone(), args.agent_service_account.clone(), Arc::clone(metrics));
+        let roots = Arc::new(Roots::new(secret.open(OffsetDateTime::now_utc()).await?));
+        let reviewer = Reviewer::new(client.clone(), args.agent_service_account.clone(), Arc::clone(metrics), bounds);
         let mut fixed = args.server_name.clone();
         fixed.extend(service_names(namespace));
         Ok(Self {

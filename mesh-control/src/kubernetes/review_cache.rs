@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::limits::{MAX_ACCEPTED_TOKENS, MAX_REFUSED_TOKENS, REFUSED_LIFE, REVIEW_GRACE, REVIEW_LIFE};
+use crate::limits::{Bounds, MAX_ACCEPTED_TOKENS, MAX_REFUSED_TOKENS, REFUSED_LIFE};
 use crate::tokens::Refusal;
 
 #[cfg(test)]
@@ -33,21 +33,24 @@ impl Accepted {
 
 #[derive(Debug)]
 pub struct ReviewCache {
+    life: Duration,
+    grace: Duration,
     accepted: Store<Accepted>,
     refused: Store<Refusal>,
 }
 
-impl Default for ReviewCache {
-    fn default() -> Self {
-        Self::with_room(MAX_ACCEPTED_TOKENS, MAX_REFUSED_TOKENS)
-    }
-}
-
 impl ReviewCache {
     #[must_use]
-    pub fn with_room(accepted: usize, refused: usize) -> Self {
+    pub fn new(bounds: &Bounds) -> Self {
+        Self::with_room(bounds, MAX_ACCEPTED_TOKENS, MAX_REFUSED_TOKENS)
+    }
+
+    fn with_room(bounds: &Bounds, accepted: usize, refused: usize) -> Self {
+        let (life, grace) = (bounds.review_life, bounds.review_grace);
         Self {
-            accepted: Store::new(accepted, REVIEW_LIFE + REVIEW_GRACE),
+            life,
+            grace,
+            accepted: Store::new(accepted, life + grace),
             refused: Store::new(refused, REFUSED_LIFE),
         }
     }
@@ -58,7 +61,7 @@ impl ReviewCache {
         if let Some(refusal) = self.refused.within(token, REFUSED_LIFE, now) {
             return Some(Err(*refusal));
         }
-        let accepted = self.accepted.within(token, REVIEW_LIFE, now)?;
+        let accepted = self.accepted.within(token, self.life, now)?;
         Some(if accepted.is_over(now_unix_seconds) {
             Err(Refusal::Expired)
         } else {
@@ -71,7 +74,7 @@ impl ReviewCache {
     /// # Errors
     /// The token's own end has come; or it was accepted too long ago, or never.
     pub fn in_grace(&self, token: &TokenHash, now: Instant, now_unix_seconds: u64) -> Result<(), Refusal> {
-        match self.accepted.within(token, REVIEW_LIFE + REVIEW_GRACE, now) {
+        match self.accepted.within(token, self.life + self.grace, now) {
             Some(accepted) if accepted.is_over(now_unix_seconds) => Err(Refusal::Expired),
             Some(_) => Ok(()),
             None => Err(Refusal::Unreviewed),

@@ -19,7 +19,7 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout};
 
 use crate::kubernetes::review_cache::{Accepted, ReviewCache, TokenHash};
-use crate::limits::{MAX_REVIEWS, MAX_REVIEWS_WAITING, MAX_SERVICE_ACCOUNT_TOKEN_BYTES, REVIEW_RETRY, REVIEW_TIMEOUT};
+use crate::limits::{Bounds, MAX_REVIEWS, MAX_REVIEWS_WAITING, MAX_SERVICE_ACCOUNT_TOKEN_BYTES, REVIEW_RETRY, REVIEW_TIMEOUT};
 use crate::metrics::Metrics;
 use crate::registry::is_name;
 use crate::tokens::Refusal;
@@ -80,12 +80,12 @@ pub struct Reviewer {
 
 impl Reviewer {
     #[must_use]
-    pub fn new(client: Client, agents: ServiceAccount, metrics: Arc<Metrics>) -> Self {
+    pub fn new(client: Client, agents: ServiceAccount, metrics: Arc<Metrics>, bounds: &Bounds) -> Self {
         Self {
             reviews: Api::all(client),
             agents,
             metrics,
-            cache: Mutex::default(),
+            cache: Mutex::new(ReviewCache::new(bounds)),
             turns: std::array::from_fn(|_| tokio::sync::Mutex::default()),
             waiting: Semaphore::new(MAX_REVIEWS_WAITING),
             failed_at: Mutex::default(),

@@ -1,4 +1,5 @@
 use super::*;
+use crate::limits::{REVIEW_GRACE, REVIEW_LIFE};
 
 fn token(number: u8) -> TokenHash {
     [number; 32]
@@ -14,7 +15,7 @@ fn accepted(node: &str, expires_unix_seconds: Option<u64>) -> Result<Accepted, R
 #[test]
 fn what_was_said_is_repeated_for_its_life_and_no_longer() {
     let began = Instant::now();
-    let mut cache = ReviewCache::default();
+    let mut cache = ReviewCache::new(&Bounds::default());
     assert_eq!(cache.verdict(&token(1), began, 0), None);
     cache.keep(token(1), accepted("node-a", None), began);
     cache.keep(token(2), Err(Refusal::Unknown), began);
@@ -29,7 +30,7 @@ fn what_was_said_is_repeated_for_its_life_and_no_longer() {
 #[test]
 fn an_open_stream_goes_on_for_the_grace_and_no_longer() {
     let began = Instant::now();
-    let mut cache = ReviewCache::default();
+    let mut cache = ReviewCache::new(&Bounds::default());
     cache.keep(token(1), accepted("node-a", None), began);
     let last = REVIEW_LIFE + REVIEW_GRACE;
     let grace = |after| cache.in_grace(&token(1), began + after, 0);
@@ -41,7 +42,7 @@ fn an_open_stream_goes_on_for_the_grace_and_no_longer() {
 #[test]
 fn a_token_that_is_over_has_neither_life_nor_grace() {
     let began = Instant::now();
-    let mut cache = ReviewCache::default();
+    let mut cache = ReviewCache::new(&Bounds::default());
     cache.keep(token(1), accepted("node-a", Some(1000)), began);
     assert_eq!(cache.verdict(&token(1), began, 999), Some(Ok("node-a".to_owned())));
     assert_eq!(cache.verdict(&token(1), began, 1000), Some(Err(Refusal::Expired)));
@@ -52,7 +53,7 @@ fn a_token_that_is_over_has_neither_life_nor_grace() {
 #[test]
 fn a_refusal_ends_the_grace_and_an_acceptance_the_refusal() {
     let began = Instant::now();
-    let mut cache = ReviewCache::default();
+    let mut cache = ReviewCache::new(&Bounds::default());
     cache.keep(token(1), accepted("node-a", None), began);
     cache.keep(token(1), Err(Refusal::Unknown), began);
     assert_eq!(cache.verdict(&token(1), began, 0), Some(Err(Refusal::Unknown)));
@@ -64,7 +65,7 @@ fn a_refusal_ends_the_grace_and_an_acceptance_the_refusal() {
 #[test]
 fn a_flood_of_bad_tokens_takes_only_its_own_room() {
     let began = Instant::now();
-    let mut cache = ReviewCache::with_room(2, 3);
+    let mut cache = ReviewCache::with_room(&Bounds::default(), 2, 3);
     cache.keep(token(1), accepted("node-a", None), began);
     for number in 10..100 {
         cache.keep(
@@ -83,7 +84,7 @@ fn a_flood_of_bad_tokens_takes_only_its_own_room() {
 #[test]
 fn the_oldest_good_token_makes_room() {
     let began = Instant::now();
-    let mut cache = ReviewCache::with_room(2, 1);
+    let mut cache = ReviewCache::with_room(&Bounds::default(), 2, 1);
     for number in 1..=2 {
         cache.keep(token(number), accepted("node-a", None), began + Duration::from_secs(number.into()));
     }

@@ -3,6 +3,7 @@ use std::collections::BTreeMap;
 use k8s_openapi::api::authentication::v1::UserInfo;
 
 use super::*;
+use crate::limits::{REVIEW_GRACE, REVIEW_LIFE};
 
 const AGENTS: &str = "system:serviceaccount:culvert-system:mesh-agent";
 
@@ -11,7 +12,7 @@ fn reviewer() -> Reviewer {
     let config = kube::Config::new("http://127.0.0.1:9".parse().expect("address"));
     let client = Client::try_from(config).expect("client");
     let agents = "culvert-system/mesh-agent".parse().expect("account");
-    Reviewer::new(client, agents, Arc::new(Metrics::new().expect("metrics")))
+    Reviewer::new(client, agents, Arc::new(Metrics::new().expect("metrics")), &Bounds::default())
 }
 
 fn answer(change: impl FnOnce(&mut TokenReviewStatus, &mut UserInfo, &mut BTreeMap<String, Vec<String>>)) -> TokenReviewStatus {
@@ -101,6 +102,26 @@ async fn a_crowd_is_refused_and_asked_to_come_back() {
     assert!(Refusal::Crowded.is_passing());
     drop(places);
     assert_eq!(reviewer.authenticate("a.b.c").await, Err(Refusal::Unreviewed), "room again");
+}
+
+#[tokio::test(start_paused = true)]
+async fn while_nobody_can_say_an_open_stream_goes_on_for_a_while_and_no_new_call_does() {
+    let reviewer = reviewer();
+    let accepted = Accepted {
+        node: "node-a".to_owned(),
+        expires_unix_seconds: None,
+    };
+    reviewer.cache.lock().keep(hash("a.b.c"), Ok(accepted), Instant::now());
+    let spared = || reviewer.metrics.token_reviews_spared.get();
+    assert_eq!(reviewer.authenticate("a.b.c").await, Ok("node-a".to_owned()));
+    assert_eq!((reviewer.recheck("a.b.c").await, spared()), (Ok(()), 0));
+    tokio::time::advance(REVIEW_LIFE).await;
+    let refusal = reviewer.authenticate("a.b.c").await.expect_err("nobody can say");
+    assert!(refusal.is_passing(), "{refusal}");
+    assert_eq!((reviewer.recheck("a.b.c").await, spared()), (Ok(()), 1));
+    assert_eq!(reviewer.recheck("x.y.z").await, Err(Refusal::Unreviewed), "never accepted");
+    tokio::time::advance(REVIEW_GRACE).await;
+    assert_eq!((reviewer.recheck("a.b.c").await, spared()), (Err(Refusal::Unreviewed), 1));
 }
 
 #[test]
