@@ -75,7 +75,12 @@ pub struct RunArgs {
     pub service_account_token: Option<PathBuf>,
     /// With --service-account-token: PEM of the roots that the control plane's certificate may chain to, as mesh-control publishes
     /// them in the ConfigMap `culvert-roots`. The file is read again at each connection.
-    #[arg(long, env = "CULVERT_CONTROL_ROOTS", value_name = "FILE", requires = "service_account_token")]
+    #[arg(
+        long,
+        env = "CULVERT_CONTROL_ROOTS",
+        value_name = "FILE",
+        requires = "service_account_token"
+    )]
     pub control_roots: Option<PathBuf>,
     /// With --service-account-token: the name of this node, as in its Pods' spec.nodeName.
     #[arg(long, env = "CULVERT_NODE", value_name = "NAME", requires = "service_account_token", value_parser = node_name)]

@@ -61,7 +61,12 @@ impl Trust {
     ) -> anyhow::Result<Self> {
         let secret = RootSecret::new(client.clone(), namespace, &args.trust_domain);
         let roots = Arc::new(Roots::new(secret.open(OffsetDateTime::now_utc()).await?));
-        let reviewer = Reviewer::new(client.clone(), args.agent_service_account.clone(), Arc::clone(metrics), bounds);
+        let reviewer = Reviewer::new(
+            client.clone(),
+            args.agent_service_account.clone(),
+            Arc::clone(metrics),
+            bounds,
+        );
         let mut fixed = args.server_name.clone();
         fixed.extend(service_names(namespace));
         Ok(Self {

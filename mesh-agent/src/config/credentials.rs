@@ -13,6 +13,9 @@ use tracing::{info, warn};
 use super::{NodeToken, RunArgs, Secret};
 use crate::identity::trust::TrustBundle;
 
+#[cfg(test)]
+mod tests;
+
 /// A projected service-account token has about 1 KiB.
 const MAX_TOKEN_BYTES: u64 = 16 << 10;
 /// Sixteen roots of about 1 KiB, and room for verbose ones.

@@ -299,7 +299,13 @@ mod tests {
     use super::*;
 
     /// A serving certificate, and its root.
-    fn served() -> (CertificateDer<'static>, CertificateDer<'static>) {
+    struct Served {
+        leaf: CertificateDer<'static>,
+        root: CertificateDer<'static>,
+        root_pem: String,
+    }
+
+    fn served() -> Served {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -309,27 +315,66 @@ mod tests {
         let leaf = leaf
             .signed_by(&KeyPair::generate().unwrap(), &Issuer::new(params, key))
             .unwrap();
-        (leaf.der().clone(), root.der().clone())
+        Served {
+            leaf: leaf.der().clone(),
+            root: root.der().clone(),
+            root_pem: root.pem(),
+        }
+    }
+
+    fn verifier(anchor: Anchor) -> MeshRoots {
+        MeshRoots {
+            anchor,
+            trusted: Trusted::default(),
+            provider: Arc::new(rustls::crypto::aws_lc_rs::default_provider()),
+        }
+    }
+
+    fn takes(verifier: &MeshRoots, served: &Served) -> bool {
+        let name = ServerName::try_from(CONTROL_SERVER_NAME).unwrap();
+        let chain = [served.root.clone()];
+        verifier
+            .verify_server_cert(&served.leaf, &chain, &name, &[], UnixTime::now())
+            .is_ok()
+    }
+
+    fn name(verifier: &MeshRoots, served: &[&Served]) {
+        let roots = served.iter().map(|served| served.root.clone()).collect();
+        *verifier.trusted.write() = Some(Arc::new(TrustBundle::new(roots).unwrap()));
     }
 
     #[test]
     fn the_token_is_believed_until_the_control_plane_has_named_its_roots() {
         let (first, second) = (served(), served());
-        let verifier = MeshRoots {
-            anchor: Anchor::Digest(Sha256::digest(&first.1).into()),
-            trusted: Trusted::default(),
-            provider: Arc::new(rustls::crypto::aws_lc_rs::default_provider()),
+        let verifier = verifier(Anchor::Digest(Sha256::digest(&first.root).into()));
+        let both = || (takes(&verifier, &first), takes(&verifier, &second));
+        assert_eq!(both(), (true, false));
+        name(&verifier, &[&first, &second]);
+        assert_eq!(both(), (true, true));
+        name(&verifier, &[&second]);
+        assert_eq!(both(), (false, true));
+    }
+
+    #[test]
+    fn the_published_roots_count_beside_those_that_the_control_plane_has_named() {
+        let (first, second, third) = (served(), served(), served());
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let publish = |served: &[&Served]| {
+            let pem: String = served.iter().map(|served| served.root_pem.as_str()).collect();
+            std::fs::write(file.path(), pem).unwrap();
         };
-        let takes = |(leaf, root): &(CertificateDer<'static>, CertificateDer<'static>)| {
-            let name = ServerName::try_from(CONTROL_SERVER_NAME).unwrap();
-            let chain = [root.clone()];
-            verifier.verify_server_cert(leaf, &chain, &name, &[], UnixTime::now()).is_ok()
-        };
-        assert_eq!((takes(&first), takes(&second)), (true, false));
-        for (roots, expected) in [(vec![&first, &second], (true, true)), (vec![&second], (false, true))] {
-            let roots = roots.into_iter().map(|(_, root)| root.clone()).collect();
-            *verifier.trusted.write() = Some(Arc::new(TrustBundle::new(roots).unwrap()));
-            assert_eq!((takes(&first), takes(&second)), expected);
-        }
+        let verifier = verifier(Anchor::File(Arc::new(RootsFollower::new(file.path()))));
+        let all = || [&first, &second, &third].map(|served| takes(&verifier, served));
+        assert_eq!(all(), [false; 3], "nothing is published yet");
+        publish(&[&first]);
+        assert_eq!(all(), [true, false, false]);
+        // Either may be the newer word.
+        name(&verifier, &[&second]);
+        assert_eq!(all(), [true, true, false]);
+        publish(&[&second, &third]);
+        assert_eq!(all(), [false, true, true]);
+        name(&verifier, &[&third]);
+        publish(&[&third]);
+        assert_eq!(all(), [false, false, true], "the others are dropped");
     }
 }

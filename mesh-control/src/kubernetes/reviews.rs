@@ -112,7 +112,10 @@ impl Reviewer {
             return known;
         }
         let verdict = self.review(token).await?;
-        let node = verdict.as_ref().map(|accepted| accepted.node.clone()).map_err(|refusal| *refusal);
+        let node = verdict
+            .as_ref()
+            .map(|accepted| accepted.node.clone())
+            .map_err(|refusal| *refusal);
         let mut cache = self.cache.lock();
         cache.keep(hash, verdict, Instant::now());
         self.metrics.set_known_tokens(cache.len());
@@ -169,7 +172,10 @@ impl Reviewer {
             Err(error) => {
                 count("failed");
                 if self.failed_at.lock().replace(Instant::now()).is_none() {
-                    tracing::error!(error, "the API server cannot be asked who calls: open streams go on for a while, new calls are refused");
+                    tracing::error!(
+                        error,
+                        "the API server cannot be asked who calls: open streams go on for a while, new calls are refused"
+                    );
                 }
                 return Err(Refusal::Unreviewed);
             }

@@ -105,7 +105,9 @@ pub fn rotate(data: &mut Data, step: Step, trust_domain: &str, now: OffsetDateTi
             if current.bundle.len() >= MAX_TRUSTED_ROOTS {
                 return Err(bad(
                     TRUSTED,
-                    format!("{MAX_TRUSTED_ROOTS} roots are trusted already, which is the most; retire those that do not sign first"),
+                    format!(
+                        "{MAX_TRUSTED_ROOTS} roots are trusted already, which is the most; retire those that do not sign first"
+                    ),
                 ));
             }
             let next = new_root(trust_domain, now)?;

@@ -209,7 +209,9 @@ impl RootSecret {
     }
 
     async fn take(&self, secret: &Secret, roots: &Arc<Roots>, control: &Arc<ControlPlane>) -> Result<bool, String> {
-        let read = self.read(secret, OffsetDateTime::now_utc()).map_err(|error| error.to_string())?;
+        let read = self
+            .read(secret, OffsetDateTime::now_utc())
+            .map_err(|error| error.to_string())?;
         if !roots.replace(read) {
             return Ok(false);
         }

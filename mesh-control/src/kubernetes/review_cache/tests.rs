@@ -36,7 +36,11 @@ fn an_open_stream_goes_on_for_the_grace_and_no_longer() {
     let grace = |after| cache.in_grace(&token(1), began + after, 0);
     assert_eq!(grace(last - Duration::from_millis(1)), Ok(()));
     assert_eq!(grace(last), Err(Refusal::Unreviewed));
-    assert_eq!(cache.in_grace(&token(2), began, 0), Err(Refusal::Unreviewed), "never accepted");
+    assert_eq!(
+        cache.in_grace(&token(2), began, 0),
+        Err(Refusal::Unreviewed),
+        "never accepted"
+    );
 }
 
 #[test]
@@ -86,7 +90,11 @@ fn the_oldest_good_token_makes_room() {
     let began = Instant::now();
     let mut cache = ReviewCache::with_room(&Bounds::default(), 2, 1);
     for number in 1..=2 {
-        cache.keep(token(number), accepted("node-a", None), began + Duration::from_secs(number.into()));
+        cache.keep(
+            token(number),
+            accepted("node-a", None),
+            began + Duration::from_secs(number.into()),
+        );
     }
     // Said again: no longer the oldest.
     cache.keep(token(1), accepted("node-a", None), began + Duration::from_secs(3));
@@ -94,6 +102,10 @@ fn the_oldest_good_token_makes_room() {
     let known = |number| cache.verdict(&token(number), began + Duration::from_secs(5), 0).is_some();
     assert_eq!([known(1), known(2), known(3)], [true, false, true]);
     // What is too old goes by itself.
-    cache.keep(token(4), accepted("node-a", None), began + REVIEW_LIFE + REVIEW_GRACE + Duration::from_secs(10));
+    cache.keep(
+        token(4),
+        accepted("node-a", None),
+        began + REVIEW_LIFE + REVIEW_GRACE + Duration::from_secs(10),
+    );
     assert_eq!(cache.len(), (1, 0));
 }

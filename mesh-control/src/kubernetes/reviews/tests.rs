@@ -78,7 +78,10 @@ async fn only_the_agents_tokens_for_this_mesh_that_name_one_node_are_taken() {
         verdict(answer(|_, _, extra| drop(extra.remove(NODE_NAME)))),
         Err(Refusal::Unbound)
     );
-    assert_eq!(verdict(answer(|_, _, extra| drop(extra.remove(POD_NAME)))), Err(Refusal::Unbound));
+    assert_eq!(
+        verdict(answer(|_, _, extra| drop(extra.remove(POD_NAME)))),
+        Err(Refusal::Unbound)
+    );
 }
 
 #[tokio::test]
@@ -97,7 +100,9 @@ async fn what_is_no_token_is_refused_without_a_question() {
 #[tokio::test]
 async fn a_crowd_is_refused_and_asked_to_come_back() {
     let reviewer = reviewer();
-    let places = reviewer.waiting.try_acquire_many(u32::try_from(MAX_REVIEWS_WAITING).expect("a count"));
+    let places = reviewer
+        .waiting
+        .try_acquire_many(u32::try_from(MAX_REVIEWS_WAITING).expect("a count"));
     assert_eq!(reviewer.authenticate("a.b.c").await, Err(Refusal::Crowded));
     assert!(Refusal::Crowded.is_passing());
     drop(places);
@@ -136,7 +141,10 @@ fn a_service_account_is_namespace_and_name() {
 #[test]
 fn the_end_of_a_token_is_read_from_its_claims() {
     let claims = |json: &str| format!("x.{}.y", URL_SAFE_NO_PAD.encode(json));
-    assert_eq!(expiry(&claims(r#"{"exp":1700000000,"aud":["culvert"]}"#)), Some(1_700_000_000));
+    assert_eq!(
+        expiry(&claims(r#"{"exp":1700000000,"aud":["culvert"]}"#)),
+        Some(1_700_000_000)
+    );
     for without in [claims("{}"), claims("no JSON"), "x.!.y".to_owned()] {
         assert_eq!(expiry(&without), None);
     }

@@ -78,9 +78,16 @@ fn a_root_is_replaced_step_by_step() {
     assert_eq!(step(&mut data, Step::Activate).expect_err("nothing is prepared").key, NEXT);
 
     step(&mut data, Step::Prepare).expect("prepared");
-    assert_eq!((trusted(&data), signing(&data)), (2, first.clone()), "trusted before it signs");
+    assert_eq!(
+        (trusted(&data), signing(&data)),
+        (2, first.clone()),
+        "trusted before it signs"
+    );
     assert!(step(&mut data, Step::Prepare).is_err(), "one at a time");
-    assert!(step(&mut data, Step::Retire).is_err(), "the next one would no longer be trusted");
+    assert!(
+        step(&mut data, Step::Retire).is_err(),
+        "the next one would no longer be trusted"
+    );
 
     step(&mut data, Step::Activate).expect("activated");
     let second = signing(&data);
@@ -179,5 +186,8 @@ fn what_cannot_be_used_is_refused_by_the_name_of_its_key() {
 fn a_certificate_that_may_not_sign_is_refused() {
     let leaf = with_intermediate(|params| params.is_ca = IsCa::ExplicitNoCa);
     let refused = problem(&data(&leaf.key_pem, &leaf.intermediate_pem, &leaf.root_pem));
-    assert!(refused.key == CERTIFICATE && refused.problem.contains("no authority's"), "{refused}");
+    assert!(
+        refused.key == CERTIFICATE && refused.problem.contains("no authority's"),
+        "{refused}"
+    );
 }
