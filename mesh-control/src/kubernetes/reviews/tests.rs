@@ -37,22 +37,36 @@ fn answer(change: impl FnOnce(&mut TokenReviewStatus, &mut UserInfo, &mut BTreeM
     status
 }
 
-#[tokio::test]
-async fn only_the_agents_tokens_for_this_mesh_that_name_one_node_are_taken() {
-    let reviewer = reviewer();
-    let verdict = |status: TokenReviewStatus| reviewer.verdict(&status);
-    assert_eq!(verdict(answer(|_, _, _| {})), Ok("node-a".to_owned()));
-    assert_eq!(verdict(TokenReviewStatus::default()), Err(Refusal::Unknown));
-    assert_eq!(
-        verdict(answer(|status, _, _| status.authenticated = Some(false))),
-        Err(Refusal::Unknown)
-    );
-    for audiences in [None, Some(vec![]), Some(vec!["https://kubernetes.default.svc".to_owned()])] {
-        assert_eq!(
-            verdict(answer(|status, _, _| status.audiences = audiences)),
-            Err(Refusal::OtherAudience)
-        );
+fn is_refused(what: &str, answer: &TokenReviewStatus, refusal: Refusal) {
+    match reviewer().verdict(answer) {
+        Ok(node) => panic!("{what} was taken, as of {node}"),
+        Err(error) => assert_eq!(error, refusal, "{what}"),
     }
+}
+
+#[tokio::test]
+async fn an_agents_token_is_its_nodes() {
+    assert_eq!(reviewer().verdict(&answer(|_, _, _| {})), Ok("node-a".to_owned()));
+}
+
+#[tokio::test]
+async fn what_the_api_server_does_not_know_is_refused() {
+    is_refused("nothing", &TokenReviewStatus::default(), Refusal::Unknown);
+    let unknown = answer(|status, _, _| status.authenticated = Some(false));
+    is_refused("an unknown token", &unknown, Refusal::Unknown);
+}
+
+#[tokio::test]
+async fn a_token_for_another_audience_is_refused() {
+    // None, as of an API server that does not know of audiences.
+    for audiences in [None, Some(vec![]), Some(vec!["https://kubernetes.default.svc".to_owned()])] {
+        let other = answer(|status, _, _| status.audiences = audiences);
+        is_refused("a token for another audience", &other, Refusal::OtherAudience);
+    }
+}
+
+#[tokio::test]
+async fn a_token_of_another_account_is_refused() {
     for user in [
         "",
         "mesh-agent",
@@ -60,28 +74,23 @@ async fn only_the_agents_tokens_for_this_mesh_that_name_one_node_are_taken() {
         "system:serviceaccount:culvert-system:mesh-agent2",
         "system:serviceaccount:other:mesh-agent",
     ] {
-        assert_eq!(
-            verdict(answer(|_, info, _| info.username = Some(user.to_owned()))),
-            Err(Refusal::OtherAccount),
-            "{user}"
-        );
+        let other = answer(|_, info, _| info.username = Some(user.to_owned()));
+        is_refused(&format!("a token of {user:?}"), &other, Refusal::OtherAccount);
     }
+}
+
+#[tokio::test]
+async fn a_token_without_a_pod_and_one_node_is_refused() {
     for nodes in [vec![], vec![""], vec!["a", "b"], vec!["../node"]] {
         let nodes: Vec<String> = nodes.into_iter().map(str::to_owned).collect();
-        assert_eq!(
-            verdict(answer(|_, _, extra| drop(extra.insert(NODE_NAME.to_owned(), nodes)))),
-            Err(Refusal::Unbound)
-        );
+        let other = answer(|_, _, extra| drop(extra.insert(NODE_NAME.to_owned(), nodes)));
+        is_refused("a token without one node", &other, Refusal::Unbound);
     }
-    // Of 1.31, or not bound to a Pod.
-    assert_eq!(
-        verdict(answer(|_, _, extra| drop(extra.remove(NODE_NAME)))),
-        Err(Refusal::Unbound)
-    );
-    assert_eq!(
-        verdict(answer(|_, _, extra| drop(extra.remove(POD_NAME)))),
-        Err(Refusal::Unbound)
-    );
+    // As Kubernetes before 1.32 gives them; and one that does not end with a Pod.
+    for key in [NODE_NAME, POD_NAME] {
+        let other = answer(|_, _, extra| drop(extra.remove(key)));
+        is_refused(&format!("a token without {key}"), &other, Refusal::Unbound);
+    }
 }
 
 #[tokio::test]
