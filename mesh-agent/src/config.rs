@@ -70,7 +70,9 @@ pub struct RunArgs {
         long,
         env = "CULVERT_SERVICE_ACCOUNT_TOKEN",
         value_name = "FILE",
-        requires_all = ["control_roots", "control", "node"]
+        requires = "control_roots",
+        requires = "control",
+        requires = "node"
     )]
     pub service_account_token: Option<PathBuf>,
     /// With --service-account-token: PEM of the roots that the control plane's certificate may chain to, as mesh-control publishes

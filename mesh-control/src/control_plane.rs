@@ -13,7 +13,9 @@ use tokio::time::{Instant, sleep_until};
 use crate::accounts::Accounts;
 use crate::capture_states::{CaptureState, CaptureStates, PodKey, Proof, pod_key};
 use crate::compile::{Parameters, Snapshot, compile, spiffe_id};
-use crate::limits::{Bounds, MAX_ACCOUNTS_FILE_BYTES, MAX_CAPTURE_FILE_BYTES, MAX_REJECTIONS, MAX_REPORTED_PODS, PUBLISH_SHARE};
+use crate::limits::{
+    Bounds, MAX_ACCOUNTS_FILE_BYTES, MAX_CAPTURE_FILE_BYTES, MAX_NODES, MAX_REJECTIONS, MAX_REPORTED_PODS, PUBLISH_SHARE,
+};
 use crate::metrics::Metrics;
 use crate::objects::{Kind, World};
 use crate::proto::PodWord;
@@ -352,9 +354,14 @@ impl ControlPlane {
         }
     }
 
-    /// Changes what is known of a node. Only authenticated nodes get here, so that their number is bounded by the tokens'.
+    /// Changes what is known of a node. Only authenticated nodes get here; those of a cluster come and go under ever new names, and
+    /// at the bound those without a stream are forgotten. (Streams are bounded by the connections.)
     pub fn with_node<T>(&self, node: &str, change: impl FnOnce(&mut NodeStatus) -> T) -> T {
-        change(self.nodes.lock().entry(node.to_owned()).or_default())
+        let mut nodes = self.nodes.lock();
+        if nodes.len() >= MAX_NODES && !nodes.contains_key(node) {
+            nodes.retain(|_, status| status.discovery_streams + status.report_streams > 0);
+        }
+        change(nodes.entry(node.to_owned()).or_default())
     }
 
     /// For `/status`.

@@ -115,7 +115,7 @@ pub const ROOTS_PUBLISH_INTERVAL: Duration = Duration::from_secs(30);
 /// A call about the root's Secret or ConfigMap that is not answered within this has failed.
 pub const ROOT_CALL_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// Nodes with a token.
+/// Nodes with a token, and nodes whose last word is remembered.
 pub const MAX_NODES: usize = 5000;
 /// Bytes of a token record.
 pub const MAX_TOKEN_BYTES: u64 = 4096;

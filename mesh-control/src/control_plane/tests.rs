@@ -110,3 +110,17 @@ async fn a_mesh_without_pod_ranges_is_warned_of() {
     assert!(control.status()["warnings"].as_array().expect("list").is_empty());
     assert_eq!(control.status()["pod_ranges"][0], "10.0.0.0/24");
 }
+
+#[test]
+fn nodes_that_are_gone_are_forgotten_at_the_bound() {
+    let (_dir, control) = control(std::time::Duration::ZERO);
+    control.with_node("connected", |status| status.discovery_streams = 1);
+    for number in 1..MAX_NODES {
+        control.with_node(&format!("gone-{number}"), |_| ());
+    }
+    let known = || control.status()["nodes"].as_object().expect("nodes").len();
+    assert_eq!(known(), MAX_NODES);
+    control.with_node("new", |_| ());
+    assert_eq!(known(), 2);
+    control.with_node("connected", |status| assert_eq!(status.discovery_streams, 1));
+}

@@ -97,7 +97,7 @@ impl ReviewCache {
 
     /// How many are held: accepted, refused.
     #[must_use]
-    pub fn len(&self) -> (usize, usize) {
+    pub fn counts(&self) -> (usize, usize) {
         (self.accepted.entries.len(), self.refused.entries.len())
     }
 }

@@ -118,7 +118,7 @@ impl Reviewer {
             .map_err(|refusal| *refusal);
         let mut cache = self.cache.lock();
         cache.keep(hash, verdict, Instant::now());
-        self.metrics.set_known_tokens(cache.len());
+        self.metrics.set_known_tokens(cache.counts());
         node
     }
 

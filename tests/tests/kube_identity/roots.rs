@@ -29,7 +29,16 @@ impl Bench {
     /// One key of the Secret, as an operator may write it.
     fn put(&self, key: &str, text: &str) -> Result<()> {
         let patch = serde_json::json!({"data": {key: STANDARD.encode(text)}}).to_string();
-        let patch = ["-n", NAMESPACE, "patch", "secret", "culvert-root", "--type=merge", "-p", &patch];
+        let patch = [
+            "-n",
+            NAMESPACE,
+            "patch",
+            "secret",
+            "culvert-root",
+            "--type=merge",
+            "-p",
+            &patch,
+        ];
         self.server.kubectl().run(&patch).map(drop)
     }
 
@@ -87,7 +96,10 @@ pub fn rotation(bench: &mut Bench) -> Result<()> {
     bench.rotate(Step::Prepare)?;
     control.trusts(bench, 2)?;
     let same = taken("prepared", control.try_with(&token)?)?;
-    ensure!(signer(&same)? == signer(&first)?, "the next root signs before every agent trusts it");
+    ensure!(
+        signer(&same)? == signer(&first)?,
+        "the next root signs before every agent trusts it"
+    );
 
     bench.rotate(Step::Activate)?;
     poll::until_true("the next root signs", SOON, || {
@@ -111,10 +123,13 @@ pub fn rotation(bench: &mut Bench) -> Result<()> {
 fn signer(pair: &mesh_agent::identity::store::CertifiedKeyPair) -> Result<Vec<u8>> {
     let leaf = pair.chain.first().context("a certificate")?;
     let (_, leaf) = x509_parser::parse_x509_certificate(leaf)?;
-    let issuer = leaf.extensions().iter().find_map(|extension| match extension.parsed_extension() {
-        x509_parser::extensions::ParsedExtension::AuthorityKeyIdentifier(issuer) => issuer.key_identifier.as_ref(),
-        _ => None,
-    });
+    let issuer = leaf
+        .extensions()
+        .iter()
+        .find_map(|extension| match extension.parsed_extension() {
+            x509_parser::extensions::ParsedExtension::AuthorityKeyIdentifier(issuer) => issuer.key_identifier.as_ref(),
+            _ => None,
+        });
     Ok(issuer.context("its issuer's key")?.0.to_vec())
 }
 
@@ -131,11 +146,21 @@ pub fn broken(bench: &mut Bench) -> Result<()> {
         bench.put("tls.crt", breakage)?;
         poll::until_true("the breakage is noticed", SOON, || Ok(failed() > before))?;
         before = failed();
-        ensure!(control.running().control.trust_bundle() == trusted, "the last good root was dropped");
+        ensure!(
+            control.running().control.trust_bundle() == trusted,
+            "the last good root was dropped"
+        );
         taken("under a broken Secret", control.try_with(&token)?)?;
         // Whoever starts now says what to mend.
-        let error = bench.control(Bounds::default()).err().context("started with a broken Secret")?.to_string();
-        ensure!(error.contains("Secret culvert-system/culvert-root") && error.contains("tls.crt"), "{error}");
+        let error = bench
+            .control(Bounds::default())
+            .err()
+            .context("started with a broken Secret")?
+            .to_string();
+        ensure!(
+            error.contains("Secret culvert-system/culvert-root") && error.contains("tls.crt"),
+            "{error}"
+        );
     }
     bench.delete_secret()?;
     poll::until_true("its absence is noticed", SOON, || Ok(failed() > before))?;
@@ -172,20 +197,39 @@ pub fn intermediate(bench: &mut Bench) -> Result<()> {
     bench.pod("intermediate", "mesh-agent", Some("node-a"))?;
     let token = bench.server.token(NAMESPACE, "mesh-agent", "culvert", Some("intermediate"))?;
     let pair = taken("under an intermediate", control.try_with(&token)?)?;
-    ensure!(pair.chain.len() == 2 && pair.roots.len() == 1, "the intermediate is not sent along");
+    ensure!(
+        pair.chain.len() == 2 && pair.roots.len() == 1,
+        "the intermediate is not sent along"
+    );
 
     // It is renewed: other key, same root.
     let key = KeyPair::generate()?;
     let renewed = authority("the mesh", BasicConstraints::Constrained(0)).signed_by(&key, &issuer)?;
     let patch = serde_json::json!({"data": {"tls.crt": data(&renewed.pem()), "tls.key": data(&key.serialize_pem())}}).to_string();
-    let patch = ["-n", NAMESPACE, "patch", "secret", "culvert-root", "--type=merge", "-p", &patch];
+    let patch = [
+        "-n",
+        NAMESPACE,
+        "patch",
+        "secret",
+        "culvert-root",
+        "--type=merge",
+        "-p",
+        &patch,
+    ];
     bench.server.kubectl().run(&patch)?;
     poll::until_true("the renewed intermediate signs", SOON, || {
         let renewed = taken("after the renewal", control.try_with(&token)?)?;
         Ok(renewed.chain[1] != pair.chain[1])
     })?;
-    let error = bench.rotate(Step::Prepare).err().context("cert-manager's Secret was changed")?.to_string();
-    ensure!(error.contains("cert-manager") && error.contains("trusted-roots.pem"), "{error}");
+    let error = bench
+        .rotate(Step::Prepare)
+        .err()
+        .context("cert-manager's Secret was changed")?
+        .to_string();
+    ensure!(
+        error.contains("cert-manager") && error.contains("trusted-roots.pem"),
+        "{error}"
+    );
     drop(control);
     bench.delete_secret()
 }

@@ -79,7 +79,7 @@ fn a_flood_of_bad_tokens_takes_only_its_own_room() {
         );
     }
     let now = began + Duration::from_millis(100);
-    assert_eq!(cache.len(), (1, 3));
+    assert_eq!(cache.counts(), (1, 3));
     assert_eq!(cache.verdict(&token(1), now, 0), Some(Ok("node-a".to_owned())));
     assert_eq!(cache.verdict(&token(99), now, 0), Some(Err(Refusal::Unknown)));
     assert_eq!(cache.verdict(&token(10), now, 0), None, "the oldest is asked for again");
@@ -107,5 +107,5 @@ fn the_oldest_good_token_makes_room() {
         accepted("node-a", None),
         began + REVIEW_LIFE + REVIEW_GRACE + Duration::from_secs(10),
     );
-    assert_eq!(cache.len(), (1, 0));
+    assert_eq!(cache.counts(), (1, 0));
 }
