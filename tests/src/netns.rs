@@ -71,16 +71,7 @@ impl Netns {
     /// # Errors
     /// The namespace cannot be entered, or what `f` answers.
     pub fn run<T: Send>(&self, f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-        let netns = File::open(self.path()).with_context(|| format!("opening {}", self.path().display()))?;
-        std::thread::scope(|scope| {
-            scope
-                .spawn(move || {
-                    setns(&netns, CloneFlags::CLONE_NEWNET).context("entering the network namespace")?;
-                    f()
-                })
-                .join()
-                .unwrap_or_else(|_| bail!("the thread in {} panicked", self.name))
-        })
+        within(&self.path(), f)
     }
 
     /// Writes a `/proc/sys/net` key of the namespace, as "ipv4.ip_forward".
@@ -97,6 +88,23 @@ impl Drop for Netns {
     fn drop(&mut self) {
         let _ = ip(&["netns", "del", &self.name]);
     }
+}
+
+/// Runs `f` on a thread of its own inside the network namespace at `path`.
+///
+/// # Errors
+/// The namespace cannot be entered, or what `f` answers.
+pub fn within<T: Send>(path: &Path, f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let netns = File::open(path).with_context(|| format!("opening {}", path.display()))?;
+    std::thread::scope(|scope| {
+        scope
+            .spawn(move || {
+                setns(&netns, CloneFlags::CLONE_NEWNET).context("entering the network namespace")?;
+                f()
+            })
+            .join()
+            .unwrap_or_else(|_| bail!("the thread in {} panicked", path.display()))
+    })
 }
 
 /// Removes the namespaces of runs that were killed.

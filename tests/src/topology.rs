@@ -11,7 +11,6 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
@@ -19,6 +18,7 @@ use crate::cgroup::{self, Cgroup};
 use crate::disk;
 use crate::netns::{self, Netns};
 use crate::process::Place;
+use crate::run_folder::{self, RunFolder};
 use crate::run_id::RunId;
 
 /// The node's end of every Pod's veth: the Pod's gateway.
@@ -221,7 +221,7 @@ impl Topology {
         }
         netns.batch(&lines)?;
         self.world.batch(&to_node(name))?;
-        let folder = self.folder.0.join(label);
+        let folder = self.folder.path().join(label);
         std::fs::create_dir(&folder)?;
         let cgroup = Cgroup::at_root(&self.id.name(label))?;
         Ok(NodePlace {
@@ -338,27 +338,7 @@ impl Topology {
     /// The run's folder: world-traversable, with a folder for each node.
     #[must_use]
     pub fn folder(&self) -> &Path {
-        &self.folder.0
-    }
-}
-
-/// The run's temporary folder.
-#[derive(Debug)]
-struct RunFolder(PathBuf);
-
-impl RunFolder {
-    fn create(path: PathBuf) -> Result<Self> {
-        std::fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for RunFolder {
-    fn drop(&mut self) {
-        if std::env::var_os("CULVERT_KEEP").is_none() {
-            let _ = std::fs::remove_dir_all(&self.0);
-        }
-        let _ = std::fs::remove_dir(RunId::base());
+        self.folder.path()
     }
 }
 
@@ -388,25 +368,12 @@ impl Drop for BpfMount {
 }
 
 /// Removes what killed runs left behind.
-fn sweep() {
+pub(crate) fn sweep() {
     netns::sweep();
     cgroup::sweep();
-    let Ok(entries) = std::fs::read_dir(RunId::base()) else {
-        return;
-    };
-    for entry in entries
-        .flatten()
-        .filter(|entry| entry.file_name().to_str().is_some_and(RunId::is_left_behind))
-    {
-        let of_nodes = NodeName::ALL
-            .iter()
-            .flat_map(|node| ["bpf", "run"].map(|mount| format!("{}/{mount}", node.as_str())));
-        for mounted in of_nodes.chain([disk::FOLDER.to_owned()]) {
-            let _ = nix::mount::umount2(&entry.path().join(mounted), nix::mount::MntFlags::MNT_DETACH);
-        }
-        let _ = Command::new("rm")
-            .args(["-rf", "--one-file-system", "--"])
-            .arg(entry.path())
-            .status();
-    }
+    let of_nodes = NodeName::ALL
+        .iter()
+        .flat_map(|node| ["bpf", "run"].map(|mount| format!("{}/{mount}", node.as_str())));
+    let mounts: Vec<String> = of_nodes.chain([disk::FOLDER.to_owned()]).collect();
+    run_folder::sweep(&mounts);
 }

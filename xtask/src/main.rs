@@ -5,6 +5,7 @@ mod demo;
 mod ebpf;
 mod fresh;
 mod fuzz;
+mod kube;
 mod mutants;
 mod test;
 mod tidy;
@@ -13,7 +14,7 @@ mod workspace;
 
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 
 use workspace::Workspace;
@@ -37,6 +38,8 @@ enum Command {
     Fuzz(fuzz::Arguments),
     /// Builds the kernel programs to <target>/ebpf/mesh-ebpf.o
     BuildEbpf,
+    /// Builds Kubernetes for the suites on it, and tells the folder that they take as CULVERT_KUBE_DIR
+    BuildKube,
     /// Builds the kernel programs, then mesh-agent with them inside and mesh-control
     Build,
     /// Checks what compilers don't: lengths of files, forbidden words, where `unsafe` is, who may know whom
@@ -67,6 +70,13 @@ fn run(command: Command) -> Result<ExitCode> {
             tools::say(&format!("the kernel programs are in {}", object.display()));
             Ok(ExitCode::SUCCESS)
         }
+        Command::BuildKube => match kube::tools(&workspace)? {
+            kube::Tools::Here(folder) => {
+                tools::say(&format!("{}={}", kube::DIR_VARIABLE, folder.display()));
+                Ok(ExitCode::SUCCESS)
+            }
+            kube::Tools::Impossible(why) => bail!("{why}"),
+        },
         Command::Build => {
             let folder = workspace.build()?;
             tools::say(&format!("mesh-agent and mesh-control are in {}", folder.display()));

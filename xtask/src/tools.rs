@@ -159,7 +159,7 @@ fn linker_for(workspace: &Workspace, llvm: &Path) -> Result<PathBuf> {
 }
 
 /// What is kept between checkouts.
-fn cache_folder(workspace: &Workspace) -> PathBuf {
+pub fn cache_folder(workspace: &Workspace) -> PathBuf {
     let folder = |name| std::env::var_os(name).filter(|path| !path.is_empty()).map(PathBuf::from);
     folder("XDG_CACHE_HOME")
         .or_else(|| folder("HOME").map(|home| home.join(".cache")))

@@ -63,6 +63,13 @@ impl Workspace {
         command
     }
 
+    /// The names of all integration tests.
+    pub fn suites(&self) -> Result<Vec<String>> {
+        let metadata = tools::output(&mut self.cargo(&["metadata", "--no-deps", "--format-version", "1", "--locked"]))?;
+        let metadata: serde_json::Value = serde_json::from_str(&metadata).context("reading cargo's metadata")?;
+        Ok(suites_in(&metadata))
+    }
+
     /// Builds the kernel programs and then all binaries with them; answers the folder of the binaries.
     pub fn build(&self) -> Result<PathBuf> {
         let object = ebpf::object(self)?;
@@ -73,5 +80,32 @@ impl Workspace {
 
     pub fn binaries(&self) -> PathBuf {
         self.target.join(if self.profile == "dev" { "debug" } else { self.profile })
+    }
+}
+
+fn suites_in(metadata: &serde_json::Value) -> Vec<String> {
+    let list = |value: &serde_json::Value| value.as_array().cloned().unwrap_or_default();
+    let targets = list(&metadata["packages"])
+        .into_iter()
+        .flat_map(|package| list(&package["targets"]));
+    let suites = targets.filter(|target| list(&target["kind"]).iter().any(|kind| kind == "test"));
+    suites
+        .filter_map(|target| target["name"].as_str().map(str::to_owned))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn suites_are_told_from_other_targets() {
+        let suites = Workspace::find().unwrap().suites().unwrap();
+        for suite in ["hooks", "topology", "kube_api_server"] {
+            assert!(suites.iter().any(|name| name == suite), "{suite} is not in {suites:?}");
+        }
+        for other in ["mesh_tests", "mesh-test-app", "xtask"] {
+            assert!(!suites.iter().any(|name| name == other), "{other} is in {suites:?}");
+        }
     }
 }
