@@ -167,10 +167,10 @@ impl Authority {
         // The signer itself, where it is one of them.
         let (first, others): (Vec<_>, Vec<_>) = roots.iter().partition(|root| **root == self.signer);
         for root in first.into_iter().chain(others) {
-            let anchor = webpki::anchor_from_trusted_cert(root).map_err(|error| SignerError::Roots(error.to_string()))?;
+            let anchor = [webpki::anchor_from_trusted_cert(root).map_err(|error| SignerError::Roots(error.to_string()))?];
             let verified = leaf.verify_for_usage(
                 webpki::ALL_VERIFICATION_ALGS,
-                &[anchor],
+                &anchor,
                 &self.intermediates,
                 now,
                 webpki::KeyUsage::server_auth(),

@@ -156,7 +156,7 @@ impl Reviewer {
         let review = TokenReview {
             spec: TokenReviewSpec {
                 audiences: Some(vec![AUDIENCE.to_owned()]),
-                token: Some(token.to_owned()),
+                token: token.to_owned(),
             },
             ..TokenReview::default()
         };
