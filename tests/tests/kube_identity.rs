@@ -6,7 +6,9 @@
     reason = "a test: a panic is its failure, and standard output its report"
 )]
 
+#[path = "kube_identity/callers.rs"]
 mod callers;
+#[path = "kube_identity/roots.rs"]
 mod roots;
 
 use std::path::{Path, PathBuf};
