@@ -176,7 +176,8 @@ fn what_cannot_be_used_is_refused_by_the_name_of_its_key() {
     missing.remove(ROOTS);
     assert_eq!(problem(&missing), bad(ROOTS, "is missing"));
     let large = "x".repeat(usize::try_from(MAX_PEM_BYTES).expect("size") + 1);
-    assert!(with(&large, "", "").problem.contains("larger"));
+    let refused = with(&large, &good.intermediate_pem, &good.root_pem);
+    assert!(refused.key == KEY && refused.problem.contains("larger"), "{refused}");
     let mut trusted = data(&good.key_pem, &good.intermediate_pem, &good.root_pem);
     put(&mut trusted, TRUSTED, "");
     assert_eq!(problem(&trusted).key, TRUSTED);
