@@ -25,7 +25,7 @@ use tracing_subscriber::EnvFilter;
 use crate::admin::{self, Page, Pages};
 use crate::capture::kernel::KernelConfig;
 use crate::capture::{self, Capture, CaptureConfig, boot_id, heap};
-use crate::config::{LogFormat, NodeToken, RunArgs};
+use crate::config::{Credentials, LogFormat, RunArgs};
 use crate::discovery::transport::ControlPlane;
 use crate::discovery::{self, DiscoveryStatus, NodeName, Subscriptions, report};
 use crate::identity::Identity;
@@ -82,15 +82,15 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     heap::keep_small();
     start_logging(&args)?;
     let limits = limits()?;
-    let token = NodeToken::read(&args.token_file)?;
+    let credentials = Credentials::read(&args)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let result = runtime.block_on(agent(args, token, limits));
+    let result = runtime.block_on(agent(args, credentials, limits));
     // Blocking tasks (a probe's child, say) end by themselves; the process need not wait for them.
     runtime.shutdown_timeout(TASKS_PATIENCE);
     result
 }
 
-async fn agent(args: RunArgs, token: NodeToken, limits: Limits) -> anyhow::Result<()> {
+async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyhow::Result<()> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let stop = CancellationToken::new();
     // What only one agent does: it ends when another takes over.
@@ -98,7 +98,7 @@ async fn agent(args: RunArgs, token: NodeToken, limits: Limits) -> anyhow::Resul
     let tasks = TaskTracker::new();
 
     // First of all what fails without a trace: the folder's lock keeps two agents from sharing a datapath.
-    let hello = Hello::new(&token.node, &args.pin_path);
+    let hello = Hello::new(credentials.node(), &args.pin_path);
     let (socket, mut inherited) = local_socket(&args, &hello).await?;
     let mut pages = Vec::new();
     for (flag, address) in [("--metrics", args.metrics), ("--ready", args.ready), ("--admin", args.admin)] {
@@ -111,7 +111,7 @@ async fn agent(args: RunArgs, token: NodeToken, limits: Limits) -> anyhow::Resul
     let Ok(pages) = <[TcpListener; 3]>::try_from(pages) else {
         anyhow::bail!("there are three pages");
     };
-    let control = ControlPlane::new(&token, args.control.as_deref())?;
+    let control = ControlPlane::new(&credentials)?;
 
     let metrics = Metrics::new();
     let agent_metrics = AgentMetrics::new(metrics.registry(), args.metrics_prefix.clone())?;
@@ -143,8 +143,8 @@ async fn agent(args: RunArgs, token: NodeToken, limits: Limits) -> anyhow::Resul
     let store = CertificateStore::new();
     let certificates = Certificates::new(store.clone());
     let owner = memory::Owner {
-        node: token.node.clone(),
-        root_sha256: token.root_sha256,
+        node: credentials.node().to_owned(),
+        root_sha256: credentials.mesh(),
         boot_id: boot_id()?,
     };
     let (subscriptions, from_memory) = recall(&args.run_dir, &owner, &state, &certificates);
@@ -169,7 +169,7 @@ async fn agent(args: RunArgs, token: NodeToken, limits: Limits) -> anyhow::Resul
             })
         })
     };
-    let node: Arc<str> = token.node.as_str().into();
+    let node: Arc<str> = credentials.node().into();
     let trust = Trust {
         state: state.clone(),
         control: control.clone(),

@@ -1,5 +1,6 @@
 //! What a person may set: the command line, the environment (`CULVERT_*`) and the token file. Parsed and checked here, once.
 
+mod credentials;
 #[cfg(test)]
 mod tests;
 mod token;
@@ -21,6 +22,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::telemetry::MetricsPrefix;
 
+pub use credentials::{Credentials, FileProblem, RootsFollower, ServiceAccount, TokenFollower};
 pub use token::{NodeToken, Secret, TokenError};
 
 /// The node agent of the Culvert mesh: enrols Pods, carries their TCP through mutual TLS, authorizes and measures it.
@@ -56,9 +58,39 @@ pub enum Command {
 #[derive(Debug, Args)]
 pub struct RunArgs {
     /// Token file of this node, as `mesh-control node-token` writes it; readable by its owner only.
-    #[arg(long, env = "CULVERT_TOKEN_FILE", value_name = "FILE")]
-    pub token_file: PathBuf,
-    /// Control plane to use instead of the one that the token file names. Its certificate must still chain to the token's root.
+    #[arg(
+        long,
+        env = "CULVERT_TOKEN_FILE",
+        value_name = "FILE",
+        required_unless_present = "service_account_token",
+        conflicts_with_all = ["service_account_token", "control_roots", "node"]
+    )]
+    pub token_file: Option<PathBuf>,
+    /// On Kubernetes, instead of --token-file: the Pod's service-account token, projected with the audience `culvert`. The file is
+    /// read again at each call, so that the newest token is sent.
+    #[arg(
+        long,
+        env = "CULVERT_SERVICE_ACCOUNT_TOKEN",
+        value_name = "FILE",
+        requires = "control_roots",
+        requires = "control",
+        requires = "node"
+    )]
+    pub service_account_token: Option<PathBuf>,
+    /// With --service-account-token: PEM of the roots that the control plane's certificate may chain to, as mesh-control publishes
+    /// them in the ConfigMap `culvert-roots`. The file is read again at each connection.
+    #[arg(
+        long,
+        env = "CULVERT_CONTROL_ROOTS",
+        value_name = "FILE",
+        requires = "service_account_token"
+    )]
+    pub control_roots: Option<PathBuf>,
+    /// With --service-account-token: the name of this node, as in its Pods' spec.nodeName.
+    #[arg(long, env = "CULVERT_NODE", value_name = "NAME", requires = "service_account_token", value_parser = node_name)]
+    pub node: Option<String>,
+    /// Where the control plane is; with --token-file instead of the one that it names. Its certificate must still chain to a trusted
+    /// root.
     #[arg(long, env = "CULVERT_CONTROL", value_name = "HOST:PORT", value_parser = host_and_port)]
     pub control: Option<String>,
     /// Folder for the local socket, the list of enrolled Pods, and what the next agent needs (with keys: best on a tmpfs); made
@@ -193,6 +225,13 @@ fn loopback(text: &str) -> Result<SocketAddr, String> {
     } else {
         Err("must be a loopback address (127.0.0.1 or [::1]): whoever reaches it may read what the agent knows".to_owned())
     }
+}
+
+fn node_name(text: &str) -> Result<String, String> {
+    if text.is_empty() || text.len() > 253 || !text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-')) {
+        return Err("expected a node's name: letters, digits, '-' and '.', at most 253".to_owned());
+    }
+    Ok(text.to_owned())
 }
 
 /// `host:port`, `1.2.3.4:port` or `[v6]:port`.

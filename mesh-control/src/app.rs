@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
@@ -18,7 +19,6 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Server;
 
 use crate::admin::Pages;
-use crate::authentication::Authenticator;
 use crate::authority::{Authority, AuthorityError};
 use crate::certificates::Certificates;
 use crate::compile::{EndpointSource, Parameters};
@@ -36,13 +36,11 @@ use crate::roots::{self, Roots};
 use crate::serving::{self, ServingCertificate};
 use crate::state_dir::{StateDir, write_private};
 use crate::tokens::Tokens;
+use crate::trust::{ServerNames, Trust};
 use crate::{admin, kubernetes, limits};
 
 #[cfg(test)]
 mod tests;
-
-/// Names that the serving certificate always has.
-const OWN_NAMES: [&str; 4] = ["localhost", "127.0.0.1", "::1", "mesh-control.culvert-system.svc"];
 
 /// A running control plane.
 pub struct Running {
@@ -57,6 +55,7 @@ pub struct Running {
     /// They end with this.
     _admin_tasks: JoinSet<()>,
     serving_task: JoinHandle<()>,
+    trust_task: Option<JoinHandle<()>>,
     publishing_task: JoinHandle<()>,
     follow: Following,
 }
@@ -75,6 +74,9 @@ impl Running {
             Following::Cluster(follow) => follow.stop().await,
         }
         self.serving_task.abort();
+        if let Some(task) = &self.trust_task {
+            task.abort();
+        }
         self.publishing_task.abort();
         self.control.close();
         // The server may have ended by itself.
@@ -116,6 +118,48 @@ pub async fn start(args: &ServeArgs) -> anyhow::Result<Running> {
 }
 
 async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Running> {
+    let metrics = Arc::new(Metrics::new()?);
+    if args.kubernetes {
+        let client = kubernetes::client::connect().await?;
+        let trust = Trust::of_cluster(args, &client, &args.namespace, &metrics, &bounds).await?;
+        return start_with(args, Source::Cluster(client), trust, metrics, bounds).await;
+    }
+    let (Some(registry), Some(state_dir)) = (&args.registry, &args.state_dir) else {
+        bail!("--registry DIR and --state-dir DIR are needed, or --kubernetes");
+    };
+    let state = StateDir::open(state_dir).context("state directory")?;
+    let trust = Trust::of_state(args, &state, &metrics)?;
+    start_with(args, Source::Folder(registry.clone(), state), trust, metrics, bounds).await
+}
+
+/// Where objects are read from, and what must outlive this process is kept.
+pub enum Source {
+    /// A folder of manifests, and the state directory.
+    Folder(PathBuf, StateDir),
+    /// The API server, for both.
+    Cluster(kube::Client),
+}
+
+impl std::fmt::Display for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Folder(folder, _) => folder.display().fmt(f),
+            Self::Cluster(_) => f.write_str("the cluster"),
+        }
+    }
+}
+
+/// As [`start`], believed by, and believing, as `trust` says.
+///
+/// # Errors
+/// As [`start`].
+pub async fn start_with(
+    args: &ServeArgs,
+    source: Source,
+    mut trust: Trust,
+    metrics: Arc<Metrics>,
+    bounds: Bounds,
+) -> anyhow::Result<Running> {
     if !args.admin.ip().is_loopback() {
         bail!(
             "--admin {}: only loopback addresses are allowed: it is not authenticated",
@@ -123,45 +167,31 @@ async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Runnin
         );
     }
     let now = OffsetDateTime::now_utc();
-    let Some(state_dir) = &args.state_dir else {
-        bail!("--state-dir DIR is needed");
-    };
-    let cluster = if args.kubernetes {
-        Some(kubernetes::client::connect().await?)
-    } else {
-        None
-    };
-    let state = StateDir::open(state_dir).context("state directory")?;
-    let roots = Arc::new(Roots::open(&state, &args.trust_domain, now)?);
-    let tokens = Tokens::open(&state).context("state directory")?;
-    let metrics = Arc::new(Metrics::new()?);
+    let roots = Arc::clone(&trust.roots);
     let parameters = Parameters {
         trust_domain: args.trust_domain.clone(),
         cluster: args.cluster.clone(),
         pod_ranges: args.pod_cidr.clone(),
         trust_bundle: roots.in_force().bundle.clone(),
         revoked: BTreeSet::new(),
-        endpoints: if args.kubernetes {
-            EndpointSource::Slices
-        } else {
-            EndpointSource::Selectors
+        endpoints: match &source {
+            Source::Cluster(_) => EndpointSource::Slices,
+            Source::Folder(..) => EndpointSource::Selectors,
         },
     };
     let shared = Arc::new(Shared::default());
-    let control = Arc::new(match &cluster {
-        Some(client) => {
+    let control = Arc::new(match &source {
+        Source::Cluster(client) => {
             let deleted = kubernetes::deleted_accounts(client, &args.namespace).await;
             ControlPlane::shared(parameters, deleted, Arc::clone(&shared), Arc::clone(&metrics), bounds)
         }
-        None => ControlPlane::new(parameters, state.clone(), Arc::clone(&metrics), bounds).context("state directory")?,
+        Source::Folder(_, state) => {
+            ControlPlane::new(parameters, state.clone(), Arc::clone(&metrics), bounds).context("state directory")?
+        }
     });
 
     let certificate = Arc::new(ServingCertificate::new(Arc::clone(&roots)));
-    let names = ServerNames {
-        tokens: tokens.clone(),
-        extra: args.server_name.clone(),
-    };
-    refresh(&certificate, &names, &metrics, now)?;
+    refresh(&certificate, &trust.names, &metrics, now)?;
     let tls = Arc::new(serving::tls_config(Arc::clone(&certificate))?);
 
     let listener = TcpListener::bind(args.listen)
@@ -181,10 +211,12 @@ async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Runnin
     let metrics_address = public_listener.as_ref().map(TcpListener::local_addr).transpose()?;
     let (listen, admin_address) = (listener.local_addr()?, admin_listener.local_addr()?);
 
-    let follow = match (&cluster, &args.registry) {
-        (Some(client), _) => Following::Cluster(kubernetes::Following::start(client, &args.namespace, &control, &shared)),
-        (None, Some(folder)) => Following::Folder(Follow::start(folder, state, Arc::clone(&control))?),
-        (None, None) => bail!("--registry DIR or --kubernetes is needed"),
+    let registry = source.to_string();
+    let follow = match source {
+        Source::Cluster(client) => {
+            Following::Cluster(kubernetes::Following::start(&client, &args.namespace, &control, &shared))
+        }
+        Source::Folder(folder, state) => Following::Folder(Follow::start(&folder, state, Arc::clone(&control))?),
     };
     let mut admin_tasks = JoinSet::new();
     admin_tasks.spawn(admin::serve(admin_listener, Pages::All, Arc::clone(&control)));
@@ -193,9 +225,11 @@ async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Runnin
     }
     let publishing_task = tokio::spawn(Arc::clone(&control).publish_when_due());
 
+    let names = trust.names.clone();
     let serving_task = tokio::spawn(keep_trust(Arc::clone(&roots), Arc::clone(&control), certificate, names));
+    let trust_task = trust.follow(&control);
 
-    let authenticator = Authenticator::new(tokens, Arc::clone(&metrics));
+    let authenticator = trust.authenticator;
     let discovery = Discovery {
         control: Arc::clone(&control),
         authenticator: authenticator.clone(),
@@ -226,8 +260,7 @@ async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Runnin
             .serve_with_incoming_shutdown(ReceiverStream::new(incoming), stopped)
             .await
     });
-    let registry = args.registry.as_ref().map(|folder| folder.display().to_string());
-    tracing::info!(%listen, admin = %admin_address, registry = registry.as_deref().unwrap_or("kubernetes"), "mesh-control serves");
+    tracing::info!(%listen, admin = %admin_address, registry, "mesh-control serves");
     Ok(Running {
         control,
         listen,
@@ -237,21 +270,10 @@ async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Runnin
         metrics: metrics_address,
         _admin_tasks: admin_tasks,
         serving_task,
+        trust_task,
         publishing_task,
         follow,
     })
-}
-
-struct ServerNames {
-    tokens: Tokens,
-    extra: Vec<String>,
-}
-
-impl ServerNames {
-    fn current(&self) -> Result<Vec<String>, crate::state_dir::StateError> {
-        let own = OWN_NAMES.iter().map(ToString::to_string);
-        Ok(own.chain(self.extra.iter().cloned()).chain(self.tokens.hosts()?).collect())
-    }
 }
 
 fn refresh(certificate: &ServingCertificate, names: &ServerNames, metrics: &Metrics, now: OffsetDateTime) -> anyhow::Result<()> {
@@ -297,10 +319,23 @@ async fn keep_trust(roots: Arc<Roots>, control: Arc<ControlPlane>, certificate: 
 /// `mesh-control rotate-root`.
 ///
 /// # Errors
-/// As [`roots::rotate`].
+/// As [`roots::rotate`], or as [`kubernetes::root_secret::RootSecret::rotate`].
 pub fn rotate_root(args: &RotateRootArgs) -> anyhow::Result<()> {
-    let state = StateDir::open(&args.state_dir).context("state directory")?;
-    let done = roots::rotate(&state, args.step, &args.trust_domain, OffsetDateTime::now_utc())?;
+    let now = OffsetDateTime::now_utc();
+    let done = match &args.state_dir {
+        Some(state_dir) => {
+            let state = StateDir::open(state_dir).context("state directory")?;
+            roots::rotate(&state, args.step, &args.trust_domain, now)?
+        }
+        None => tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?
+            .block_on(async {
+                let client = kubernetes::client::connect().await?;
+                let secret = kubernetes::root_secret::RootSecret::new(client, &args.namespace, &args.trust_domain);
+                anyhow::Ok(secret.rotate(args.step, now).await?)
+            })?,
+    };
     writeln!(std::io::stdout().lock(), "{done}")?;
     Ok(())
 }

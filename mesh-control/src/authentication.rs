@@ -1,4 +1,4 @@
-//! Who calls: the node that the bearer token names.
+//! Who calls: the node that the bearer token names. On Kubernetes the API server says whose a token is, else a file does.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -6,6 +6,7 @@ use std::time::Instant;
 use parking_lot::Mutex;
 use tonic::{Request, Status};
 
+use crate::kubernetes::reviews::Reviewer;
 use crate::limits::FAILURE_LOG_INTERVAL;
 use crate::metrics::Metrics;
 use crate::serving::Authenticated;
@@ -13,9 +14,18 @@ use crate::tokens::{Refusal, Tokens};
 
 #[derive(Clone)]
 pub struct Authenticator {
-    tokens: Tokens,
+    source: Source,
     metrics: Arc<Metrics>,
     log: Arc<Mutex<FailureLog>>,
+}
+
+/// Who knows whose a token is.
+#[derive(Clone)]
+enum Source {
+    /// `mesh-control node-token` has written it down.
+    Nodes(Tokens),
+    /// The API server.
+    Reviews(Arc<Reviewer>),
 }
 
 #[derive(Default)]
@@ -34,15 +44,25 @@ pub struct Caller {
 impl Authenticator {
     #[must_use]
     pub fn new(tokens: Tokens, metrics: Arc<Metrics>) -> Self {
+        Self::with(Source::Nodes(tokens), metrics)
+    }
+
+    /// By service-account tokens.
+    #[must_use]
+    pub fn by_reviews(reviewer: Arc<Reviewer>, metrics: Arc<Metrics>) -> Self {
+        Self::with(Source::Reviews(reviewer), metrics)
+    }
+
+    fn with(source: Source, metrics: Arc<Metrics>) -> Self {
         Self {
-            tokens,
+            source,
             metrics,
             log: Arc::default(),
         }
     }
 
     /// # Errors
-    /// `UNAUTHENTICATED`, without saying why.
+    /// `UNAUTHENTICATED`, without saying why; `UNAVAILABLE` while nobody can tell.
     pub async fn authenticate<T>(&self, request: &Request<T>) -> Result<Caller, Status> {
         let connection = request.extensions().get::<Authenticated>().cloned();
         let header = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
@@ -63,21 +83,24 @@ impl Authenticator {
     /// Whether a caller's token still stands.
     ///
     /// # Errors
-    /// `UNAUTHENTICATED` once it was replaced or removed.
+    /// `UNAUTHENTICATED` once it was replaced or removed, or is over; `UNAVAILABLE` when nobody could tell for too long.
     pub async fn recheck(&self, caller: &Caller) -> Result<(), Status> {
-        match self.check(&caller.secret).await {
-            // A disk that fails for a while cuts nobody off.
-            Ok(_) | Err(Refusal::Unreadable) => Ok(()),
-            Err(refusal) => Err(self.refuse(refusal)),
-        }
+        let checked = match &self.source {
+            Source::Nodes(tokens) => match node_of(tokens, &caller.secret).await {
+                // A disk that fails for a while cuts nobody off.
+                Ok(_) | Err(Refusal::Unreadable) => Ok(()),
+                Err(refusal) => Err(refusal),
+            },
+            Source::Reviews(reviewer) => reviewer.recheck(&caller.secret).await,
+        };
+        checked.map_err(|refusal| self.refuse(refusal))
     }
 
-    /// Reads a small file.
     async fn check(&self, secret: &str) -> Result<String, Refusal> {
-        let (tokens, secret) = (self.tokens.clone(), secret.to_owned());
-        tokio::task::spawn_blocking(move || tokens.authenticate(&secret))
-            .await
-            .unwrap_or(Err(Refusal::Unreadable))
+        match &self.source {
+            Source::Nodes(tokens) => node_of(tokens, secret).await,
+            Source::Reviews(reviewer) => reviewer.authenticate(secret).await,
+        }
     }
 
     /// Counts a failure and makes the answer.
@@ -101,6 +124,17 @@ impl Authenticator {
         } else {
             log.unlogged += 1;
         }
+        if refusal.is_passing() {
+            return Status::unavailable(format!("{refusal}; try again"));
+        }
         Status::unauthenticated("not authenticated")
     }
+}
+
+/// Reads a small file.
+async fn node_of(tokens: &Tokens, secret: &str) -> Result<String, Refusal> {
+    let (tokens, secret) = (tokens.clone(), secret.to_owned());
+    tokio::task::spawn_blocking(move || tokens.authenticate(&secret))
+        .await
+        .unwrap_or(Err(Refusal::Unreadable))
 }

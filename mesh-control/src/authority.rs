@@ -10,7 +10,7 @@ use rcgen::{
     KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData as _, SanType, SerialNumber, SubjectPublicKeyInfo,
 };
 use rustls_pki_types::pem::PemObject as _;
-use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyDer};
+use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyDer, UnixTime};
 use sha2::{Digest as _, Sha256};
 use time::OffsetDateTime;
 use x509_parser::certification_request::X509CertificationRequest;
@@ -54,9 +54,22 @@ pub struct Signed {
 
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
+    /// Whoever signs: the root, or an intermediate.
+    signer: CertificateDer<'static>,
+    /// The signer first; empty where it is a root itself.
+    intermediates: Vec<CertificateDer<'static>>,
     root_pem: String,
     root_der: CertificateDer<'static>,
-    root_not_after: OffsetDateTime,
+    /// The first end on the way from the signer to the root.
+    not_after: OffsetDateTime,
+}
+
+/// What is wrong with a signer, by the part that has to be mended.
+#[derive(Debug)]
+pub(crate) enum SignerError {
+    Key(String),
+    Chain(String),
+    Roots(String),
 }
 
 impl Authority {
@@ -67,7 +80,7 @@ impl Authority {
     /// The disk's; key and certificate that do not belong together; an expired root.
     pub fn open(state: &StateDir, trust_domain: &str, now: OffsetDateTime) -> Result<Self, AuthorityError> {
         let path = state.path().join(ROOT).display().to_string();
-        if state.read(ROOT, MAX_PEM_BYTES)?.is_none() && state.write_new(ROOT, new_root(trust_domain, now)?.as_bytes())? {
+        if state.read(ROOT, MAX_PEM_BYTES)?.is_none() && state.write_new(ROOT, new_root(trust_domain, now)?.pem().as_bytes())? {
             tracing::info!(file = %path, "made a new root");
         }
         // Read back: of two processes that start at once, both go on with what the first wrote.
@@ -77,31 +90,111 @@ impl Authority {
         Self::from_pem(&pem, now).map_err(|problem| AuthorityError::Root(format!("{path}: {problem}")))
     }
 
+    /// Of one text that holds key and certificate of a root.
     pub(crate) fn from_pem(pem: &[u8], now: OffsetDateTime) -> Result<Self, String> {
-        let key = PrivateKeyDer::from_pem_slice(pem).map_err(|error| format!("the key: {error}"))?;
-        let key = KeyPair::try_from(&key).map_err(|error| format!("the key: {error}"))?;
-        let root_der = CertificateDer::from_pem_slice(pem)
+        let root = CertificateDer::from_pem_slice(pem)
             .map_err(|error| format!("the certificate: {error}"))?
             .into_owned();
-        let (_, parsed) = x509_parser::parse_x509_certificate(&root_der).map_err(|error| format!("the certificate: {error}"))?;
-        if parsed.public_key().raw != key.subject_public_key_info() {
-            return Err("key and certificate do not belong together".to_owned());
-        }
-        if !parsed.is_ca() {
-            return Err("the certificate is no authority's".to_owned());
-        }
-        let root_not_after = parsed.validity().not_after.to_datetime();
-        if root_not_after <= now {
-            return Err(format!("the root has expired at {root_not_after}"));
-        }
-        let root_pem = certificate_pem(&root_der);
-        let issuer = Issuer::from_ca_cert_der(&root_der, key).map_err(|error| format!("the certificate: {error}"))?;
-        Ok(Self {
-            issuer,
-            root_pem,
-            root_der,
-            root_not_after,
+        Self::from_parts(pem, vec![root.clone()], &[root], now).map_err(|error| match error {
+            SignerError::Key(problem) => format!("the key: {problem}"),
+            SignerError::Chain(problem) | SignerError::Roots(problem) => format!("the certificate: {problem}"),
         })
+    }
+
+    /// The signer's certificate first in `chain`, then what leads from it to one of the roots; which of them is found out by signing.
+    pub(crate) fn from_parts(
+        key_pem: &[u8],
+        chain: Vec<CertificateDer<'static>>,
+        roots: &[CertificateDer<'static>],
+        now: OffsetDateTime,
+    ) -> Result<Self, SignerError> {
+        let key = PrivateKeyDer::from_pem_slice(key_pem).map_err(|error| SignerError::Key(error.to_string()))?;
+        let key = KeyPair::try_from(&key).map_err(|error| SignerError::Key(error.to_string()))?;
+        let bad = |error: &dyn ToString| SignerError::Chain(error.to_string());
+        let signer = chain.first().cloned().ok_or_else(|| bad(&"no certificate in it"))?;
+        let mut not_after: Option<OffsetDateTime> = None;
+        for (index, certificate) in chain.iter().enumerate() {
+            let (_, parsed) = x509_parser::parse_x509_certificate(certificate).map_err(|error| bad(&error))?;
+            if index == 0 && parsed.public_key().raw != key.subject_public_key_info() {
+                return Err(SignerError::Key("key and certificate do not belong together".to_owned()));
+            }
+            if !parsed.is_ca() {
+                return Err(bad(&"it is no authority's (CA:TRUE is missing)"));
+            }
+            let end = parsed.validity().not_after.to_datetime();
+            if end <= now {
+                return Err(bad(&format!("it has expired at {end}")));
+            }
+            not_after = Some(not_after.map_or(end, |earlier| earlier.min(end)));
+        }
+        let not_after = not_after.ok_or_else(|| bad(&"no certificate in it"))?;
+        let issuer = Issuer::from_ca_cert_der(&signer, key).map_err(|error| bad(&error))?;
+        let mut made = Self {
+            issuer,
+            intermediates: if roots.contains(&signer) { Vec::new() } else { chain },
+            root_pem: String::new(),
+            root_der: signer.clone(),
+            signer,
+            not_after,
+        };
+        let root = made.root_among(roots, now)?.clone();
+        let (_, parsed) = x509_parser::parse_x509_certificate(&root).map_err(|error| SignerError::Roots(error.to_string()))?;
+        let end = parsed.validity().not_after.to_datetime();
+        if end <= now {
+            return Err(SignerError::Roots(format!("the root has expired at {end}")));
+        }
+        made.not_after = not_after.min(end);
+        made.root_pem = certificate_pem(&root);
+        made.root_der = root;
+        Ok(made)
+    }
+
+    /// The root that a certificate of this signer is verified by, as agents will do it.
+    fn root_among<'a>(
+        &self,
+        roots: &'a [CertificateDer<'static>],
+        now: OffsetDateTime,
+    ) -> Result<&'a CertificateDer<'static>, SignerError> {
+        let bad = |error: &dyn ToString| SignerError::Chain(error.to_string());
+        let mut params = leaf(now, MIN_CERTIFICATE_LIFETIME, self.not_after).map_err(|error| bad(&error))?;
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(|error| bad(&error))?;
+        let leaf = params.signed_by(&key, &self.issuer).map_err(|error| bad(&error))?;
+        let leaf = webpki::EndEntityCert::try_from(leaf.der()).map_err(|error| bad(&error))?;
+        let seconds = u64::try_from(now.unix_timestamp()).unwrap_or_default();
+        let now = UnixTime::since_unix_epoch(Duration::from_secs(seconds));
+        let mut problem = "no certificate in it".to_owned();
+        // The signer itself, where it is one of them.
+        let (first, others): (Vec<_>, Vec<_>) = roots.iter().partition(|root| **root == self.signer);
+        for root in first.into_iter().chain(others) {
+            let anchor = [webpki::anchor_from_trusted_cert(root).map_err(|error| SignerError::Roots(error.to_string()))?];
+            let verified = leaf.verify_for_usage(
+                webpki::ALL_VERIFICATION_ALGS,
+                &anchor,
+                &self.intermediates,
+                now,
+                webpki::KeyUsage::server_auth(),
+                None,
+                None,
+            );
+            match verified {
+                Ok(_) => return Ok(root),
+                Err(error) => problem = format!("what the signer signs is not verified by it: {error}"),
+            }
+        }
+        Err(SignerError::Roots(problem))
+    }
+
+    /// The certificate whose key signs.
+    #[must_use]
+    pub fn signer(&self) -> &CertificateDer<'static> {
+        &self.signer
+    }
+
+    /// What is sent after a certificate, so that it leads to the root.
+    #[must_use]
+    pub fn intermediates(&self) -> &[CertificateDer<'static>] {
+        &self.intermediates
     }
 
     #[must_use]
@@ -133,7 +226,7 @@ impl Authority {
     ) -> Result<Signed, AuthorityError> {
         let key = request_key(request_pem)?;
         let lifetime = lifetime.clamp(MIN_CERTIFICATE_LIFETIME, MAX_CERTIFICATE_LIFETIME);
-        let mut params = leaf(now, lifetime, self.root_not_after)?;
+        let mut params = leaf(now, lifetime, self.not_after)?;
         let uri: rcgen::string::Ia5String = spiffe_id.try_into().map_err(AuthorityError::signing)?;
         params.subject_alt_names = vec![SanType::URI(uri)];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
@@ -155,7 +248,7 @@ impl Authority {
         now: OffsetDateTime,
     ) -> Result<(CertificateDer<'static>, Vec<u8>, OffsetDateTime), AuthorityError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(AuthorityError::signing)?;
-        let mut params = leaf(now, SERVING_LIFETIME, self.root_not_after)?;
+        let mut params = leaf(now, SERVING_LIFETIME, self.not_after)?;
         params.subject_alt_names = names
             .iter()
             .map(|name| match name.parse::<IpAddr>() {
@@ -193,7 +286,20 @@ fn leaf(now: OffsetDateTime, lifetime: Duration, at_most: OffsetDateTime) -> Res
     Ok(params)
 }
 
-pub(crate) fn new_root(trust_domain: &str, now: OffsetDateTime) -> Result<String, AuthorityError> {
+/// A root that was just made.
+pub(crate) struct NewRoot {
+    pub key_pem: String,
+    pub certificate_pem: String,
+}
+
+impl NewRoot {
+    /// Both, as the state folder keeps them.
+    pub fn pem(&self) -> String {
+        format!("{}{}", self.key_pem, self.certificate_pem)
+    }
+}
+
+pub(crate) fn new_root(trust_domain: &str, now: OffsetDateTime) -> Result<NewRoot, AuthorityError> {
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(AuthorityError::signing)?;
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
@@ -205,7 +311,10 @@ pub(crate) fn new_root(trust_domain: &str, now: OffsetDateTime) -> Result<String
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     let certificate = params.self_signed(&key).map_err(AuthorityError::signing)?;
-    Ok(key.serialize_pem() + &certificate.pem())
+    Ok(NewRoot {
+        key_pem: key.serialize_pem(),
+        certificate_pem: certificate.pem(),
+    })
 }
 
 pub(crate) fn certificate_pem(der: &CertificateDer<'_>) -> String {

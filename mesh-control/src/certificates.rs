@@ -9,7 +9,7 @@ use time::OffsetDateTime;
 use tonic::{Request, Response, Status};
 
 use crate::authentication::Authenticator;
-use crate::authority::AuthorityError;
+use crate::authority::{AuthorityError, certificate_pem};
 use crate::control_plane::ControlPlane;
 use crate::proto;
 use crate::roots::Roots;
@@ -81,8 +81,9 @@ impl IstioCertificateService for Certificates {
             })?;
         self.control.metrics.certificates_signed.inc();
         tracing::info!(node, identity, not_after = %signed.not_after, "certificate signed");
-        Ok(Response::new(IstioCertificateResponse {
-            cert_chain: vec![signed.leaf_pem, roots.bundle.concat()],
-        }))
+        let mut cert_chain = vec![signed.leaf_pem];
+        cert_chain.extend(roots.authority.intermediates().iter().map(certificate_pem));
+        cert_chain.push(roots.bundle.concat());
+        Ok(Response::new(IstioCertificateResponse { cert_chain }))
     }
 }

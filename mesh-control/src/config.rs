@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use ipnet::IpNet;
 
+use crate::kubernetes::reviews::ServiceAccount;
 use crate::limits::{MAX_CERTIFICATE_LIFETIME, MIN_CERTIFICATE_LIFETIME};
 use crate::roots::Step;
 
@@ -40,7 +41,8 @@ pub enum Command {
     ///
     /// `prepare` makes the next root, which every agent then trusts beside the present one; `activate` lets it sign; `retire` stops
     /// trusting every other, and cuts what still depends on one. Between `activate` and `retire`, wait until certificates were renewed
-    /// (half of their lifetime), and give each node a new token.
+    /// (half of their lifetime), and give each node a new token. (In a cluster, with --kubernetes, the agents read the new root from
+    /// the ConfigMap `culvert-roots` by themselves.)
     RotateRoot(RotateRootArgs),
 }
 
@@ -64,8 +66,15 @@ pub struct ServeArgs {
     /// The mesh's own namespace in the cluster.
     #[arg(long, env = "CULVERT_NAMESPACE", value_name = "NAME", default_value = "culvert-system", value_parser = namespace)]
     pub namespace: String,
-    /// Folder for the root of trust, node tokens and capture states; made with mode 0700 when it is missing.
-    #[arg(long, env = "CULVERT_STATE_DIR", value_name = "DIR", required = true)]
+    /// Folder for the root of trust, node tokens and capture states; made with mode 0700 when it is missing. (With --kubernetes the
+    /// API server has them.)
+    #[arg(
+        long,
+        env = "CULVERT_STATE_DIR",
+        value_name = "DIR",
+        required_unless_present = "kubernetes",
+        conflicts_with = "kubernetes"
+    )]
     pub state_dir: Option<PathBuf>,
     /// Where agents connect (gRPC over TLS).
     #[arg(long, env = "CULVERT_LISTEN", value_name = "ADDR:PORT", default_value = "0.0.0.0:15012")]
@@ -92,6 +101,14 @@ pub struct ServeArgs {
     /// several times.
     #[arg(long, env = "CULVERT_SERVER_NAME", value_name = "NAME", value_delimiter = ',')]
     pub server_name: Vec<String>,
+    /// In a cluster: the service account of the agents. Nobody else's token is taken.
+    #[arg(
+        long,
+        env = "CULVERT_AGENT_SERVICE_ACCOUNT",
+        value_name = "NAMESPACE/NAME",
+        default_value = "culvert-system/mesh-agent"
+    )]
+    pub agent_service_account: ServiceAccount,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -117,8 +134,20 @@ pub struct RotateRootArgs {
     #[arg(value_enum)]
     pub step: Step,
     /// The state directory of the control plane.
-    #[arg(long, env = "CULVERT_STATE_DIR", value_name = "DIR")]
-    pub state_dir: PathBuf,
+    #[arg(
+        long,
+        env = "CULVERT_STATE_DIR",
+        value_name = "DIR",
+        required_unless_present = "kubernetes",
+        conflicts_with = "kubernetes"
+    )]
+    pub state_dir: Option<PathBuf>,
+    /// The root is in the cluster, in the Secret `culvert-root`; by KUBECONFIG, or as the service account of the Pod that this is.
+    #[arg(long, env = "CULVERT_KUBERNETES")]
+    pub kubernetes: bool,
+    /// With --kubernetes: the mesh's own namespace.
+    #[arg(long, env = "CULVERT_NAMESPACE", value_name = "NAME", default_value = "culvert-system", value_parser = namespace)]
+    pub namespace: String,
     /// As the control plane has it; the next root names it.
     #[arg(long, env = "CULVERT_TRUST_DOMAIN", value_name = "NAME", default_value = "cluster.local", value_parser = trust_domain)]
     pub trust_domain: String,
@@ -200,7 +229,7 @@ mod tests {
             Cli::try_parse_from(["mesh-control", "--registry", "r"]).is_err(),
             "the state directory is needed"
         );
-        let cli = Cli::try_parse_from(["mesh-control", "--kubernetes", "--state-dir", "s"]);
+        let cli = Cli::try_parse_from(["mesh-control", "--kubernetes"]);
         let serve = cli.expect("serve").serve;
         assert!(serve.kubernetes && serve.registry.is_none());
         assert_eq!(serve.namespace, "culvert-system");
@@ -208,5 +237,13 @@ mod tests {
             let args = ["mesh-control", "--state-dir", "s"].iter().chain(both_or_neither);
             assert!(Cli::try_parse_from(args).is_err(), "{both_or_neither:?}");
         }
+        let rotate = |more: &[&str]| {
+            let args = ["mesh-control", "rotate-root", "prepare"].iter().chain(more).copied();
+            Cli::try_parse_from(args).map(|cli| cli.command)
+        };
+        assert!(matches!(rotate(&["--kubernetes"]), Ok(Some(Command::RotateRoot(args))) if args.namespace == "culvert-system"));
+        assert!(rotate(&["--state-dir", "s"]).is_ok());
+        assert!(rotate(&[]).is_err(), "a folder or the cluster");
+        assert!(rotate(&["--state-dir", "s", "--kubernetes"]).is_err(), "one of them");
     }
 }

@@ -14,7 +14,7 @@ use crate::accounts::Accounts;
 use crate::capture_states::{CaptureState, CaptureStates, PodKey, Proof, pod_key};
 use crate::compile::{Parameters, Snapshot, compile, spiffe_id};
 use crate::kubernetes::wishes::PodRef;
-use crate::limits::{Bounds, MAX_REPORTED_PODS, PUBLISH_SHARE};
+use crate::limits::{Bounds, MAX_NODES, MAX_REPORTED_PODS, PUBLISH_SHARE};
 use crate::metrics::Metrics;
 use crate::objects::{Kind, World};
 use crate::proto::PodWord;
@@ -416,9 +416,14 @@ impl ControlPlane {
         }
     }
 
-    /// Changes what is known of a node. Only authenticated nodes get here, so that their number is bounded by the tokens'.
+    /// Changes what is known of a node. Only authenticated nodes get here; those of a cluster come and go under ever new names, and
+    /// at the bound those without a stream are forgotten. (Streams are bounded by the connections.)
     pub fn with_node<T>(&self, node: &str, change: impl FnOnce(&mut NodeStatus) -> T) -> T {
-        change(self.nodes.lock().entry(node.to_owned()).or_default())
+        let mut nodes = self.nodes.lock();
+        if nodes.len() >= MAX_NODES && !nodes.contains_key(node) {
+            nodes.retain(|_, status| status.discovery_streams + status.report_streams > 0);
+        }
+        change(nodes.entry(node.to_owned()).or_default())
     }
 }
 

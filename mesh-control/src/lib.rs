@@ -29,3 +29,4 @@ pub mod roots;
 pub mod serving;
 pub mod state_dir;
 pub mod tokens;
+pub mod trust;

@@ -93,7 +93,34 @@ pub const MAX_SERVER_NAMES: usize = 256;
 /// The serving certificate is looked at this often: a new token may bring a new name.
 pub const SERVING_CHECK: Duration = Duration::from_secs(2);
 
-/// Nodes with a token.
+/// A projected service-account token has about 1 KiB; what is longer, or no JWT, is refused without asking anybody.
+pub const MAX_SERVICE_ACCOUNT_TOKEN_BYTES: usize = 16 << 10;
+/// What the API server has said of a token is repeated for this long: a node whose agent has two or three streams open and rechecks
+/// them all asks once a minute. A deleted Pod's token is let in for no longer.
+pub const REVIEW_LIFE: Duration = Duration::from_secs(60);
+/// The API server's refusals are repeated for this long.
+pub const REFUSED_LIFE: Duration = Duration::from_secs(10);
+/// Streams that are open while the API server cannot be asked go on for this long after [`REVIEW_LIFE`], if their token lasts.
+pub const REVIEW_GRACE: Duration = Duration::from_secs(10 * 60);
+/// Accepted tokens that are remembered: two for each of 5,000 nodes (a rotated one is replaced at the next stream) × about 256 B =
+/// 2.5 MiB. At the bound the oldest is asked for again.
+pub const MAX_ACCEPTED_TOKENS: usize = 2 * MAX_NODES;
+/// Refused tokens that are remembered (about 128 B each: 512 KiB). At the bound the oldest is asked for again.
+pub const MAX_REFUSED_TOKENS: usize = 4096;
+/// Reviews at the API server at once.
+pub const MAX_REVIEWS: usize = 16;
+/// Calls that wait for a review. More are refused as unavailable: an agent tries again.
+pub const MAX_REVIEWS_WAITING: usize = 1024;
+/// A review that the API server does not answer within this has failed.
+pub const REVIEW_TIMEOUT: Duration = Duration::from_secs(5);
+/// After a failed review, rechecks of open streams do not ask again for this long.
+pub const REVIEW_RETRY: Duration = Duration::from_secs(10);
+/// The ConfigMap of the trusted roots is put right this often, should a hand have changed it; and after a failure.
+pub const ROOTS_PUBLISH_INTERVAL: Duration = Duration::from_secs(30);
+/// A call about the root's Secret or ConfigMap that is not answered within this has failed.
+pub const ROOT_CALL_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Nodes with a token, and nodes whose last word is remembered.
 pub const MAX_NODES: usize = 5000;
 /// Bytes of a token record.
 pub const MAX_TOKEN_BYTES: u64 = 4096;
@@ -177,6 +204,8 @@ pub struct Bounds {
     pub acknowledge: Duration,
     pub send: Duration,
     pub token_recheck: Duration,
+    pub review_life: Duration,
+    pub review_grace: Duration,
     pub publish_interval: Duration,
 }
 
@@ -197,6 +226,8 @@ impl Default for Bounds {
             acknowledge: ACKNOWLEDGE_TIMEOUT,
             send: SEND_TIMEOUT,
             token_recheck: TOKEN_RECHECK,
+            review_life: REVIEW_LIFE,
+            review_grace: REVIEW_GRACE,
             publish_interval: PUBLISH_INTERVAL,
         }
     }

@@ -46,6 +46,9 @@ pub struct Metrics {
     pub acknowledged: IntCounterVec,
     pub rejected: IntCounterVec,
     pub authentication_failed: IntCounterVec,
+    pub token_reviews: IntCounterVec,
+    pub token_reviews_spared: IntCounter,
+    known_tokens: IntGaugeVec,
     pub certificates_signed: IntCounter,
     pub certificates_refused: IntCounterVec,
     pub report_pods_ignored: IntCounter,
@@ -61,6 +64,7 @@ pub struct Metrics {
     pub serving_certificate_failed: IntCounter,
     pub serving_names_left_out: IntGauge,
     pub roots_failed: IntCounter,
+    pub roots_unpublished: IntGauge,
     trusted_roots: IntGauge,
     revoked_identities: IntGauge,
 }
@@ -140,6 +144,20 @@ impl Metrics {
                 "Calls not authenticated",
                 "reason",
             )?,
+            token_reviews: counters(
+                "mesh_control_token_reviews_total",
+                "Service-account tokens that the API server was asked about",
+                "result",
+            )?,
+            token_reviews_spared: counter(
+                "mesh_control_token_reviews_spared_total",
+                "Rechecks of open streams passed by an earlier word, since the API server could not be asked",
+            )?,
+            known_tokens: gauges(
+                "mesh_control_known_tokens",
+                "Service-account tokens whose review is remembered",
+                "result",
+            )?,
             certificates_signed: counter("mesh_control_certificates_signed_total", "Workload certificates signed")?,
             certificates_refused: counters(
                 "mesh_control_certificates_refused_total",
@@ -196,6 +214,10 @@ impl Metrics {
                 "mesh_control_roots_failed_total",
                 "Reads of the trusted roots that failed, so that those of before stay in force",
             )?,
+            roots_unpublished: gauge(
+                "mesh_control_roots_unpublished",
+                "1 while the ConfigMap of the trusted roots cannot be written",
+            )?,
             trusted_roots: gauge("mesh_control_trusted_roots", "Roots that the mesh trusts")?,
             revoked_identities: gauge(
                 "mesh_control_revoked_identities",
@@ -224,7 +246,20 @@ impl Metrics {
                 counters.with_label_values(&[value]);
             }
         }
+        for result in ["accepted", "refused", "failed"] {
+            metrics.token_reviews.with_label_values(&[result]);
+        }
+        metrics.set_known_tokens((0, 0));
         Ok(metrics)
+    }
+
+    /// Accepted, refused.
+    pub fn set_known_tokens(&self, (accepted, refused): (usize, usize)) {
+        for (result, count) in [("accepted", accepted), ("refused", refused)] {
+            self.known_tokens
+                .with_label_values(&[result])
+                .set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
     }
 
     pub fn set_trust(&self, roots: usize, revoked: usize) {

@@ -27,10 +27,38 @@ pub struct InForce {
     pub bundle: Vec<String>,
 }
 
+impl InForce {
+    /// The signing root and those that are trusted beside it.
+    pub(crate) fn new(authority: Authority, trusted: &[CertificateDer<'_>]) -> Result<Self, String> {
+        let mut bundle = vec![authority.root_pem().to_owned()];
+        for der in trusted {
+            let pem = authority::certificate_pem(der);
+            if !bundle.contains(&pem) {
+                bundle.push(pem);
+            }
+        }
+        if bundle.len() > MAX_TRUSTED_ROOTS {
+            return Err(format!("more than {MAX_TRUSTED_ROOTS} roots"));
+        }
+        Ok(Self { authority, bundle })
+    }
+
+    fn is_as(&self, other: &Self) -> bool {
+        self.bundle == other.bundle
+            && self.authority.signer() == other.authority.signer()
+            && self.authority.intermediates() == other.authority.intermediates()
+    }
+}
+
 pub struct Roots {
+    /// Where they are read from; none where somebody else follows them.
+    files: Option<Files>,
+    in_force: RwLock<Arc<InForce>>,
+}
+
+struct Files {
     state: StateDir,
     trust_domain: String,
-    in_force: RwLock<Arc<InForce>>,
 }
 
 impl Roots {
@@ -39,10 +67,21 @@ impl Roots {
     pub fn open(state: &StateDir, trust_domain: &str, now: OffsetDateTime) -> Result<Self, AuthorityError> {
         let in_force = read(state, trust_domain, now)?;
         Ok(Self {
-            state: state.clone(),
-            trust_domain: trust_domain.to_owned(),
+            files: Some(Files {
+                state: state.clone(),
+                trust_domain: trust_domain.to_owned(),
+            }),
             in_force: RwLock::new(Arc::new(in_force)),
         })
+    }
+
+    /// Of those that somebody has read, and will replace.
+    #[must_use]
+    pub fn new(in_force: InForce) -> Self {
+        Self {
+            files: None,
+            in_force: RwLock::new(Arc::new(in_force)),
+        }
     }
 
     #[must_use]
@@ -55,52 +94,48 @@ impl Roots {
     /// # Errors
     /// They cannot be read: what was in force stays so.
     pub fn reload(&self, now: OffsetDateTime) -> Result<bool, AuthorityError> {
+        let Some(files) = &self.files else { return Ok(false) };
         // A root that vanished is no reason to make another.
-        if !self.state.path().join(authority::ROOT).exists() {
+        if !files.state.path().join(authority::ROOT).exists() {
             return Err(AuthorityError::Root(format!("{}: vanished", authority::ROOT)));
         }
-        let read = read(&self.state, &self.trust_domain, now)?;
-        if read.bundle == self.in_force().bundle {
-            return Ok(false);
+        Ok(self.replace(read(&files.state, &files.trust_domain, now)?))
+    }
+
+    /// Whether these are others than those in force; they are now.
+    pub fn replace(&self, read: InForce) -> bool {
+        if read.is_as(&self.in_force()) {
+            return false;
         }
         tracing::warn!(
             signing = read.authority.root_sha256(),
             trusted = read.bundle.len(),
-            "the trusted roots have changed"
+            "the trusted roots, or who signs, have changed"
         );
         *self.in_force.write() = Arc::new(read);
-        Ok(true)
+        true
     }
 }
 
 fn read(state: &StateDir, trust_domain: &str, now: OffsetDateTime) -> Result<InForce, AuthorityError> {
     let authority = Authority::open(state, trust_domain, now)?;
-    let mut bundle = vec![authority.root_pem().to_owned()];
-    for der in trusted(state)? {
-        let pem = authority::certificate_pem(&der);
-        if !bundle.contains(&pem) {
-            bundle.push(pem);
-        }
-    }
-    if bundle.len() > MAX_TRUSTED_ROOTS {
-        return Err(bad(state, TRUSTED, &format!("more than {MAX_TRUSTED_ROOTS} roots")));
-    }
-    Ok(InForce { authority, bundle })
+    InForce::new(authority, &trusted(state)?).map_err(|problem| bad(state, TRUSTED, &problem))
 }
 
 fn bad(state: &StateDir, file: &str, problem: &str) -> AuthorityError {
     AuthorityError::Root(format!("{}: {problem}", state.path().join(file).display()))
 }
 
-/// The certificates in the file of trusted roots. An empty or garbled file is an error, and no wish to trust nobody.
+/// The certificates in the file of trusted roots.
 fn trusted(state: &StateDir) -> Result<Vec<CertificateDer<'static>>, AuthorityError> {
-    match state.read(TRUSTED, MAX_PEM_BYTES)? {
-        None => Ok(Vec::new()),
-        Some(pem) => authorities(&pem).map_err(|problem| bad(state, TRUSTED, &problem)),
-    }
+    let Some(pem) = state.read(TRUSTED, MAX_PEM_BYTES)? else {
+        return Ok(Vec::new());
+    };
+    authorities(&pem).map_err(|problem| bad(state, TRUSTED, &problem))
 }
 
-fn authorities(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
+/// The certificates of a PEM text, each an authority's. An empty or garbled text is an error, and no wish to trust nobody.
+pub(crate) fn authorities(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
     let certificates = CertificateDer::pem_slice_iter(pem)
         .collect::<Result<Vec<_>, _>>()
         .map_err(|error| error.to_string())?;
@@ -150,7 +185,7 @@ pub fn rotate(state: &StateDir, step: Step, trust_domain: &str, now: OffsetDateT
     match (step, next) {
         (Step::Prepare, Some(_)) => Err(bad(state, NEXT, "a next root is there already; activate it")),
         (Step::Prepare, None) => {
-            let made = authority::new_root(trust_domain, now)?;
+            let made = authority::new_root(trust_domain, now)?.pem();
             let next = Authority::from_pem(made.as_bytes(), now).map_err(|problem| bad(state, NEXT, &problem))?;
             if current.bundle.len() >= MAX_TRUSTED_ROOTS {
                 return Err(bad(

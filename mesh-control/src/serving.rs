@@ -36,7 +36,8 @@ pub struct ServingCertificate {
 }
 
 struct Current {
-    root: CertificateDer<'static>,
+    /// Whoever has signed it, and how that leads to the root.
+    chain: Vec<CertificateDer<'static>>,
     names: Vec<String>,
     made_at: OffsetDateTime,
     renew_at: OffsetDateTime,
@@ -85,10 +86,12 @@ impl ServingCertificate {
             );
         }
         let roots = self.roots.in_force();
-        let root = roots.authority.root_der();
+        // The root goes along: a node that knows only its fingerprint finds it in the chain.
+        let mut chain = roots.authority.intermediates().to_vec();
+        chain.push(roots.authority.root_der().clone());
         // One of a time that has not come yet is from before the clock was set back: no node may take it.
         let is_current = |current: &Current| {
-            current.names == names && current.root == *root && (current.made_at..current.renew_at).contains(&now)
+            current.names == names && current.chain == chain && (current.made_at..current.renew_at).contains(&now)
         };
         if self.current.read().as_ref().is_some_and(is_current) {
             return Ok(false);
@@ -97,16 +100,15 @@ impl ServingCertificate {
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key));
         let key =
             rustls::crypto::aws_lc_rs::sign::any_ecdsa_type(&key).map_err(|error| AuthorityError::Signing(error.to_string()))?;
-        // The root goes along: a node that knows only its fingerprint finds it in the chain.
-        let chain = vec![leaf, root.clone()];
+        let sent = std::iter::once(leaf).chain(chain.iter().cloned()).collect();
         let renew_at = now + (not_after - now) / 2;
         tracing::info!(?names, %not_after, "serving certificate made");
         *self.current.write() = Some(Current {
-            root: root.clone(),
+            chain,
             names,
             made_at: now,
             renew_at,
-            key: Arc::new(CertifiedKey::new(chain, key)),
+            key: Arc::new(CertifiedKey::new(sent, key)),
         });
         Ok(true)
     }

@@ -49,10 +49,33 @@ pub enum Refusal {
     OtherNode,
     #[error("the token's record cannot be read")]
     Unreadable,
+    #[error("the token is over")]
+    Expired,
+    #[error("a token for another audience")]
+    OtherAudience,
+    #[error("a token of another service account")]
+    OtherAccount,
+    #[error("a token that is not bound to a Pod on a node; Kubernetes 1.32 and later name the node in a projected token")]
+    Unbound,
+    #[error("the API server cannot be asked whose token it is")]
+    Unreviewed,
+    #[error("too many callers wait for the API server's word")]
+    Crowded,
 }
 
 impl Refusal {
-    pub const ALL: [Self; 4] = [Self::Missing, Self::Unknown, Self::OtherNode, Self::Unreadable];
+    pub const ALL: [Self; 10] = [
+        Self::Missing,
+        Self::Unknown,
+        Self::OtherNode,
+        Self::Unreadable,
+        Self::Expired,
+        Self::OtherAudience,
+        Self::OtherAccount,
+        Self::Unbound,
+        Self::Unreviewed,
+        Self::Crowded,
+    ];
 
     #[must_use]
     pub fn reason(self) -> &'static str {
@@ -61,7 +84,19 @@ impl Refusal {
             Self::Unknown => "unknown",
             Self::OtherNode => "other_node",
             Self::Unreadable => "unreadable",
+            Self::Expired => "expired",
+            Self::OtherAudience => "other_audience",
+            Self::OtherAccount => "other_account",
+            Self::Unbound => "unbound",
+            Self::Unreviewed => "unreviewed",
+            Self::Crowded => "crowded",
         }
+    }
+
+    /// Says nothing against the caller: the same call may be taken later.
+    #[must_use]
+    pub fn is_passing(self) -> bool {
+        matches!(self, Self::Unreviewed | Self::Crowded)
     }
 }
 

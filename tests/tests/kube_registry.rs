@@ -55,6 +55,8 @@ rules:
   resources: [customresourcedefinitions]
   resourceNames: [authorizationpolicies.culvert.dev, meshconfigs.culvert.dev]
   verbs: [get]
+# The program itself also asks who calls, and keeps its root of trust there.
+- {apiGroups: [authentication.k8s.io], resources: [tokenreviews], verbs: [create]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
@@ -66,8 +68,10 @@ apiVersion: rbac.authorization.k8s.io/v1
 kind: Role
 metadata: {name: culvert-registry, namespace: culvert-system}
 rules:
-- {apiGroups: [""], resources: [configmaps], verbs: [create]}
+- {apiGroups: [""], resources: [configmaps, secrets], verbs: [create]}
 - {apiGroups: [""], resources: [configmaps], resourceNames: [culvert-deleted-accounts], verbs: [get, update]}
+- {apiGroups: [""], resources: [secrets], resourceNames: [culvert-root], verbs: [get, list, watch, update]}
+- {apiGroups: [""], resources: [configmaps], resourceNames: [culvert-roots], verbs: [patch]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
@@ -140,7 +144,7 @@ impl Bench {
                 all.extend(what);
                 Ok(by_control.output(&all)?.status.success())
             };
-            Ok(may(&["patch", "pods"])? && may(&["create", "configmaps"])?)
+            Ok(may(&["patch", "pods"])? && may(&["create", "secrets"])?)
         })?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)

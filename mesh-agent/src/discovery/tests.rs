@@ -16,7 +16,7 @@ use tonic::transport::{Identity as TlsIdentity, Server, ServerTlsConfig};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::*;
-use crate::config::{NodeToken, Secret};
+use crate::config::{Credentials, NodeToken, Secret};
 
 /// Far longer than anything here takes: it only keeps a broken test from hanging.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -139,6 +139,10 @@ async fn serve(address: SocketAddr, tls: TlsIdentity) -> (SocketAddr, mpsc::Rece
     (address, receiver, stop)
 }
 
+fn by_token(token: NodeToken) -> Credentials {
+    Credentials::Node { token, control: None }
+}
+
 struct Client {
     state: Arc<SharedState>,
     status: watch::Receiver<DiscoveryStatus>,
@@ -153,7 +157,7 @@ impl Client {
             root_sha256,
             address: address.to_string(),
         };
-        let control = ControlPlane::new(&token, None).unwrap();
+        let control = ControlPlane::new(&by_token(token)).unwrap();
         let (state, stop) = (SharedState::new(), CancellationToken::new());
         let (sender, status) = watch::channel(DiscoveryStatus::default());
         let subscriptions = Arc::default();
@@ -445,7 +449,7 @@ async fn only_the_pinned_root_and_the_right_name_are_trusted() {
         };
         let (requests, receiver) = mpsc::channel(1);
         requests.send(DeltaDiscoveryRequest::default()).await.unwrap();
-        let mut discovery = ControlPlane::new(&token, None).unwrap().discovery();
+        let mut discovery = ControlPlane::new(&by_token(token)).unwrap().discovery();
         let status = discovery
             .delta_aggregated_resources(ReceiverStream::new(receiver))
             .await

@@ -1,4 +1,4 @@
-//! The connection to the control plane: TLS 1.3 to a server that chains to the one pinned root, a bearer token on every call.
+//! The connection to the control plane: TLS 1.3 to a server that chains to a root of the mesh, a bearer token on every call.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +24,7 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Request, Status};
 
-use crate::config::NodeToken;
+use crate::config::{Credentials, RootsFollower, Secret, TokenFollower};
 use crate::identity::trust::TrustBundle;
 
 /// The name in the control plane's serving certificate, wherever it listens.
@@ -48,7 +48,14 @@ pub enum TransportError {
 
 /// Adds the node's credential to each call.
 #[derive(Clone)]
-pub struct Bearer(MetadataValue<Ascii>);
+pub struct Bearer(Source);
+
+#[derive(Clone)]
+enum Source {
+    Fixed(MetadataValue<Ascii>),
+    /// The newest in a file.
+    Followed(Arc<TokenFollower>),
+}
 
 impl fmt::Debug for Bearer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -58,9 +65,21 @@ impl fmt::Debug for Bearer {
 
 impl Interceptor for Bearer {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        request.metadata_mut().insert("authorization", self.0.clone());
+        let value = match &self.0 {
+            Source::Fixed(value) => value.clone(),
+            Source::Followed(token) => header(&token.newest()).map_err(|error| Status::internal(error.to_string()))?,
+        };
+        request.metadata_mut().insert("authorization", value);
         Ok(request)
     }
+}
+
+fn header(secret: &Secret) -> Result<MetadataValue<Ascii>, TransportError> {
+    let mut value: MetadataValue<Ascii> = format!("Bearer {}", secret.expose())
+        .parse()
+        .map_err(|_| TransportError::Secret)?;
+    value.set_sensitive(true);
+    Ok(value)
 }
 
 type Authenticated = InterceptedService<Channel, Bearer>;
@@ -74,20 +93,23 @@ pub struct ControlPlane {
     trusted: Trusted,
 }
 
-/// The roots that the control plane itself has named; before it has, the token's fingerprint stands for one.
+/// The roots that the control plane itself has named; before it has, the credentials say who is believed.
 type Trusted = Arc<RwLock<Option<Arc<TrustBundle>>>>;
 
 impl ControlPlane {
     /// # Errors
     /// The secret is no header value, or TLS cannot be set up.
-    pub fn new(token: &NodeToken, address: Option<&str>) -> Result<Self, TransportError> {
-        let mut bearer: MetadataValue<Ascii> = format!("Bearer {}", token.secret.expose())
-            .parse()
-            .map_err(|_| TransportError::Secret)?;
-        bearer.set_sensitive(true);
-        let address: Arc<str> = address.unwrap_or(&token.address).into();
+    pub fn new(credentials: &Credentials) -> Result<Self, TransportError> {
+        let (bearer, anchor) = match credentials {
+            Credentials::Node { token, .. } => (Source::Fixed(header(&token.secret)?), Anchor::Digest(token.root_sha256)),
+            Credentials::ServiceAccount(account) => {
+                (Source::Followed(account.token.clone()), Anchor::File(account.roots.clone()))
+            }
+        };
+        let bearer = Bearer(bearer);
+        let address: Arc<str> = credentials.control().into();
         let trusted = Trusted::default();
-        let tls = TlsConnector::from(Arc::new(client_config(token.root_sha256, trusted.clone())?));
+        let tls = TlsConnector::from(Arc::new(client_config(anchor, trusted.clone())?));
         let target = address.clone();
         let connector = tower::service_fn(move |_: Uri| {
             let (target, tls) = (target.clone(), tls.clone());
@@ -102,13 +124,13 @@ impl ControlPlane {
             .connect_with_connector_lazy(connector);
         Ok(Self {
             channel,
-            bearer: Bearer(bearer),
+            bearer,
             address,
             trusted,
         })
     }
 
-    /// The control plane proves itself by one of these from its next connection on. Without any, by the token's fingerprint.
+    /// The control plane proves itself by one of these from its next connection on. Without any, as the credentials say.
     pub fn trust(&self, bundle: Option<&Arc<TrustBundle>>) {
         *self.trusted.write() = bundle.cloned();
     }
@@ -149,10 +171,10 @@ async fn connect(address: &str, tls: TlsConnector) -> io::Result<TlsStream<TcpSt
     })?
 }
 
-fn client_config(root_sha256: [u8; 32], trusted: Trusted) -> Result<ClientConfig, rustls::Error> {
+fn client_config(anchor: Anchor, trusted: Trusted) -> Result<ClientConfig, rustls::Error> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let verifier = PinnedRoot {
-        root_sha256,
+    let verifier = MeshRoots {
+        anchor,
         trusted,
         provider: provider.clone(),
     };
@@ -165,16 +187,46 @@ fn client_config(root_sha256: [u8; 32], trusted: Trusted) -> Result<ClientConfig
     Ok(config)
 }
 
-/// Trusts only chains to a presented certificate that is one of the mesh's roots, as the control plane has named them, or before it has,
-/// to the one whose digest the token names. An ordinary path validation from there: that replaces only where the trust anchor comes from.
+/// Who vouches for the control plane, as the agent's credentials say.
 #[derive(Debug)]
-struct PinnedRoot {
-    root_sha256: [u8; 32],
+enum Anchor {
+    /// The root with this SHA-256, until the control plane has named its roots.
+    Digest([u8; 32]),
+    /// The roots in a file that the cluster keeps. They count beside those that the control plane has named: of the two, either may be
+    /// the newer word.
+    File(Arc<RootsFollower>),
+}
+
+/// Trusts only chains to a presented certificate that is one of the mesh's roots. An ordinary path validation from there: that replaces
+/// only where the trust anchor comes from.
+#[derive(Debug)]
+struct MeshRoots {
+    anchor: Anchor,
     trusted: Trusted,
     provider: Arc<CryptoProvider>,
 }
 
-impl ServerCertVerifier for PinnedRoot {
+impl MeshRoots {
+    /// Those whom the certificates that the server has sent may chain to.
+    fn root<'a>(&self, presented: &'a [CertificateDer<'a>]) -> Result<&'a CertificateDer<'a>, rustls::Error> {
+        let named = self.trusted.read().clone();
+        let is_named = |root: &CertificateDer<'_>| named.as_ref().is_some_and(|named| named.contains(root));
+        let found = match &self.anchor {
+            Anchor::Digest(sha256) if named.is_none() => presented
+                .iter()
+                .find(|root| Sha256::digest(root).as_slice() == sha256.as_slice()),
+            Anchor::Digest(_) => presented.iter().find(|root| is_named(root)),
+            Anchor::File(file) => match file.newest() {
+                Ok(roots) => presented.iter().find(|root| roots.contains(root) || is_named(root)),
+                Err(error) if named.is_none() => return Err(rustls::Error::General(error.to_string())),
+                Err(_) => presented.iter().find(|root| is_named(root)),
+            },
+        };
+        Ok(found.ok_or(CertificateError::UnknownIssuer)?)
+    }
+}
+
+impl ServerCertVerifier for MeshRoots {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -183,13 +235,7 @@ impl ServerCertVerifier for PinnedRoot {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let root = intermediates
-            .iter()
-            .find(|certificate| match &*self.trusted.read() {
-                Some(bundle) => bundle.contains(certificate),
-                None => Sha256::digest(certificate).as_slice() == self.root_sha256,
-            })
-            .ok_or(CertificateError::UnknownIssuer)?;
+        let root = self.root(intermediates)?;
         let anchor = webpki::anchor_from_trusted_cert(root).map_err(invalid)?;
         let certificate = webpki::EndEntityCert::try_from(end_entity).map_err(invalid)?;
         certificate
@@ -253,7 +299,13 @@ mod tests {
     use super::*;
 
     /// A serving certificate, and its root.
-    fn served() -> (CertificateDer<'static>, CertificateDer<'static>) {
+    struct Served {
+        leaf: CertificateDer<'static>,
+        root: CertificateDer<'static>,
+        root_pem: String,
+    }
+
+    fn served() -> Served {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -263,27 +315,66 @@ mod tests {
         let leaf = leaf
             .signed_by(&KeyPair::generate().unwrap(), &Issuer::new(params, key))
             .unwrap();
-        (leaf.der().clone(), root.der().clone())
+        Served {
+            leaf: leaf.der().clone(),
+            root: root.der().clone(),
+            root_pem: root.pem(),
+        }
+    }
+
+    fn verifier(anchor: Anchor) -> MeshRoots {
+        MeshRoots {
+            anchor,
+            trusted: Trusted::default(),
+            provider: Arc::new(rustls::crypto::aws_lc_rs::default_provider()),
+        }
+    }
+
+    fn takes(verifier: &MeshRoots, served: &Served) -> bool {
+        let name = ServerName::try_from(CONTROL_SERVER_NAME).unwrap();
+        let chain = [served.root.clone()];
+        verifier
+            .verify_server_cert(&served.leaf, &chain, &name, &[], UnixTime::now())
+            .is_ok()
+    }
+
+    fn name(verifier: &MeshRoots, served: &[&Served]) {
+        let roots = served.iter().map(|served| served.root.clone()).collect();
+        *verifier.trusted.write() = Some(Arc::new(TrustBundle::new(roots).unwrap()));
     }
 
     #[test]
     fn the_token_is_believed_until_the_control_plane_has_named_its_roots() {
         let (first, second) = (served(), served());
-        let verifier = PinnedRoot {
-            root_sha256: Sha256::digest(&first.1).into(),
-            trusted: Trusted::default(),
-            provider: Arc::new(rustls::crypto::aws_lc_rs::default_provider()),
+        let verifier = verifier(Anchor::Digest(Sha256::digest(&first.root).into()));
+        let both = || (takes(&verifier, &first), takes(&verifier, &second));
+        assert_eq!(both(), (true, false));
+        name(&verifier, &[&first, &second]);
+        assert_eq!(both(), (true, true));
+        name(&verifier, &[&second]);
+        assert_eq!(both(), (false, true));
+    }
+
+    #[test]
+    fn the_published_roots_count_beside_those_that_the_control_plane_has_named() {
+        let (first, second, third) = (served(), served(), served());
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let publish = |served: &[&Served]| {
+            let pem: String = served.iter().map(|served| served.root_pem.as_str()).collect();
+            std::fs::write(file.path(), pem).unwrap();
         };
-        let takes = |(leaf, root): &(CertificateDer<'static>, CertificateDer<'static>)| {
-            let name = ServerName::try_from(CONTROL_SERVER_NAME).unwrap();
-            let chain = [root.clone()];
-            verifier.verify_server_cert(leaf, &chain, &name, &[], UnixTime::now()).is_ok()
-        };
-        assert_eq!((takes(&first), takes(&second)), (true, false));
-        for (roots, expected) in [(vec![&first, &second], (true, true)), (vec![&second], (false, true))] {
-            let roots = roots.into_iter().map(|(_, root)| root.clone()).collect();
-            *verifier.trusted.write() = Some(Arc::new(TrustBundle::new(roots).unwrap()));
-            assert_eq!((takes(&first), takes(&second)), expected);
-        }
+        let verifier = verifier(Anchor::File(Arc::new(RootsFollower::new(file.path()))));
+        let all = || [&first, &second, &third].map(|served| takes(&verifier, served));
+        assert_eq!(all(), [false; 3], "nothing is published yet");
+        publish(&[&first]);
+        assert_eq!(all(), [true, false, false]);
+        // Either may be the newer word.
+        name(&verifier, &[&second]);
+        assert_eq!(all(), [true, true, false]);
+        publish(&[&second, &third]);
+        assert_eq!(all(), [false, true, true]);
+        name(&verifier, &[&third]);
+        publish(&[&third]);
+        assert_eq!(all(), [false, false, true], "the others are dropped");
     }
 }

@@ -63,6 +63,7 @@ impl Bench {
             certificate_lifetime: Duration::from_secs(3600),
             pod_cidr: vec!["10.0.0.0/8".parse().expect("range")],
             server_name: vec![],
+            agent_service_account: "culvert-system/mesh-agent".parse().expect("account"),
         };
         let running = start_within(&args, bounds).await.expect("start");
         Self {

@@ -75,7 +75,7 @@ fn lifetimes_are_bounded() {
     let signed = authority
         .sign_workload(&request(&PKCS_ECDSA_P256_SHA256), ID, DAY * 2, late)
         .expect("signed");
-    assert_eq!(signed.not_after, authority.root_not_after);
+    assert_eq!(signed.not_after, authority.not_after);
 }
 
 #[test]

@@ -244,6 +244,21 @@ fn nodes_get_the_identities_of_their_members_only() {
     assert_eq!(of("node-b"), None);
 }
 
+/// A CNI plugin waits for the certificate before the Pod has its network.
+#[test]
+fn a_pod_that_is_scheduled_gives_its_node_its_identity_before_it_has_an_address() {
+    const SCHEDULED: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: new, namespace: shop, uid: uid-new}\n\
+                             spec: {nodeName: node-c, serviceAccountName: new}\nstatus: {phase: Pending}\n";
+    const UNSCHEDULED: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: newer, namespace: shop, uid: uid-newer}\n\
+                               spec: {serviceAccountName: newer}\nstatus: {phase: Pending}\n";
+    let world = world(&[CLUSTER, SCHEDULED, UNSCHEDULED]);
+    let snapshot = compile(&world, &CaptureStates::default(), &parameters());
+    let of_new = snapshot.identities["node-c"].iter().collect::<Vec<_>>();
+    assert_eq!(of_new, ["spiffe://cluster.local/ns/shop/sa/new"]);
+    let all: Vec<&String> = snapshot.identities.values().flatten().collect();
+    assert!(!all.iter().any(|identity| identity.ends_with("/newer")), "{all:?}");
+}
+
 #[test]
 fn policies_become_authorizations() {
     let snapshot = compile(&world(&[CLUSTER]), &CaptureStates::default(), &parameters());

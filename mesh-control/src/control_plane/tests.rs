@@ -202,3 +202,17 @@ async fn what_services_ask_for_and_do_not_get_is_said_within_bounds() {
     let last = warnings(&control).pop().expect("a warning");
     assert!(last.as_str().is_some_and(|text| text.starts_with("more Services")), "{last}");
 }
+
+#[test]
+fn nodes_that_are_gone_are_forgotten_at_the_bound() {
+    let (_dir, control) = control(std::time::Duration::ZERO);
+    control.with_node("connected", |status| status.discovery_streams = 1);
+    for number in 1..MAX_NODES {
+        control.with_node(&format!("gone-{number}"), |_| ());
+    }
+    let known = || control.status()["nodes"].as_object().expect("nodes").len();
+    assert_eq!(known(), MAX_NODES);
+    control.with_node("new", |_| ());
+    assert_eq!(known(), 2);
+    control.with_node("connected", |status| assert_eq!(status.discovery_streams, 1));
+}

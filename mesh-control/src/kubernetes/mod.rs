@@ -1,12 +1,17 @@
 //! The registry over the API server: it follows Kubernetes objects, and compiles them as those of a folder are.
 //!
 //! `watch` (lists and watches) → `world` (pure: last good forms, what is complete) → `registry::decision` → `control_plane`; and
-//! back: `captures` writes what agents have proven on their Pods, `accounts` keeps deleted service accounts.
+//! back: `captures` writes what agents have proven on their Pods, `accounts` keeps deleted service accounts. Beside it, whom to believe:
+//! `reviews` asks whose a token is, `root_secret` follows the root of trust.
 
 mod accounts;
 mod captures;
 pub mod client;
 mod feed;
+pub mod review_cache;
+pub mod reviews;
+pub mod root;
+pub mod root_secret;
 mod watch;
 pub mod wishes;
 pub mod world;

@@ -66,8 +66,7 @@ fn what_cannot_be_read_leaves_in_force_what_was() {
     let (_dir, state) = state();
     let roots = Roots::open(&state, "cluster.local", now()).expect("roots");
     let before = roots.in_force().bundle.clone();
-    let leaf = authority::new_root("cluster.local", now()).expect("root");
-    let key_only = leaf.split("-----BEGIN CERTIFICATE").next().expect("key").to_owned();
+    let key_only = authority::new_root("cluster.local", now()).expect("root").key_pem;
     for broken in [
         "",
         "garbage",
@@ -79,7 +78,7 @@ fn what_cannot_be_read_leaves_in_force_what_was() {
         assert_eq!(roots.in_force().bundle, before);
     }
     let many: String = (0..MAX_TRUSTED_ROOTS)
-        .map(|_| authority::new_root("cluster.local", now()).expect("root"))
+        .map(|_| authority::new_root("cluster.local", now()).expect("root").pem())
         .collect();
     state.write(TRUSTED, many.as_bytes()).expect("written");
     assert!(roots.reload(now()).is_err(), "too many");
@@ -97,7 +96,7 @@ fn a_file_of_roots_is_bounded() {
     let roots = Roots::open(&state, "cluster.local", now()).expect("roots");
     let before = roots.in_force().bundle.clone();
     let signing = state.read(authority::ROOT, MAX_PEM_BYTES).expect("read").expect("a root");
-    let other = authority::new_root("cluster.local", now()).expect("root").into_bytes();
+    let other = authority::new_root("cluster.local", now()).expect("root").pem().into_bytes();
     for (file, pem) in [(TRUSTED, other), (authority::ROOT, signing.clone())] {
         let padded = |bytes: u64| {
             let room = usize::try_from(bytes).expect("small") - pem.len();

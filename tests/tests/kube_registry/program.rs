@@ -23,17 +23,8 @@ pub fn serves(bench: &mut Bench) -> Result<()> {
     };
     let [a, b, c] = rand::random::<[u8; 3]>();
     let admin = SocketAddr::new(Ipv4Addr::new(127, a.max(1), b, c.clamp(1, 254)).into(), 15014);
-    let state = bench.server.folder().join("control-state");
-    let (listen, admin_flag, state) = ("127.0.0.1:0", admin.to_string(), state.display().to_string());
-    let flags = [
-        "--kubernetes",
-        "--state-dir",
-        &state,
-        "--listen",
-        listen,
-        "--admin",
-        &admin_flag,
-    ];
+    let (listen, admin_flag) = ("127.0.0.1:0", admin.to_string());
+    let flags = ["--kubernetes", "--listen", listen, "--admin", &admin_flag];
     let program = binaries::path("mesh-control")?;
     let mut command = place.command(&program, &flags)?;
     command.env("KUBECONFIG", &bench.kubeconfig);

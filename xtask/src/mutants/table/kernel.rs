@@ -5,6 +5,7 @@ use super::{Edit, Group, Mutant, Noticed, Suite};
 
 const CONNECT: &str = "mesh-ebpf/src/connect.rs";
 const TCX: &str = "mesh-ebpf/src/tcx.rs";
+const REVIEWS: &str = "mesh-control/src/kubernetes/reviews.rs";
 const LOOKUP: &str = "mesh-ebpf/src/sk_lookup.rs";
 const CONTROL: (Suite, &str) = (Suite::Hooks, "link_local_is_left_alone_and_counted");
 
@@ -19,6 +20,14 @@ const fn hooks(test: &'static str, says: &'static str) -> Noticed {
 const fn agent(test: &'static str, says: &'static str) -> Noticed {
     Noticed {
         suite: Suite::Agent,
+        test,
+        says,
+    }
+}
+
+const fn control(test: &'static str, says: &'static str) -> Noticed {
+    Noticed {
+        suite: Suite::Control,
         test,
         says,
     }
@@ -321,6 +330,48 @@ pub const CAPTURE: Group = Group {
                 test: "app::tests::certificates_are_signed_for_members_on_the_callers_node_only",
                 says: "signed for a node that has no such Pod",
             }],
+        },
+        Mutant {
+            name: "token-audience",
+            attacks: &["a service-account token for another audience"],
+            without: "the look whether a token's audience is the mesh",
+            edits: &[Edit {
+                file: REVIEWS,
+                from: "if !status.audiences.iter().flatten().any(|audience| audience == AUDIENCE) {",
+                to: "if status.authenticated.is_none() {",
+            }],
+            noticed_by: &[control(
+                "kubernetes::reviews::tests::a_token_for_another_audience_is_refused",
+                "a token for another audience was taken",
+            )],
+        },
+        Mutant {
+            name: "token-account",
+            attacks: &["a token of another service account"],
+            without: "the look whether a token is of the agents' service account",
+            edits: &[Edit {
+                file: REVIEWS,
+                from: "if user.username.as_deref() != Some(self.agents.username().as_str()) {",
+                to: "if user.username.is_none() {",
+            }],
+            noticed_by: &[control(
+                "kubernetes::reviews::tests::a_token_of_another_account_is_refused",
+                "was taken, as of node-a",
+            )],
+        },
+        Mutant {
+            name: "token-node",
+            attacks: &["a service-account token that is bound to no Pod on a node"],
+            without: "the demand that a token names one node",
+            edits: &[Edit {
+                file: REVIEWS,
+                from: "one(NODE_NAME).filter(|node| is_name(node)).ok_or(Refusal::Unbound)",
+                to: "Ok(one(NODE_NAME).unwrap_or_else(|| self.agents.name.clone()))",
+            }],
+            noticed_by: &[control(
+                "kubernetes::reviews::tests::a_token_without_a_pod_and_one_node_is_refused",
+                "a token without one node was taken",
+            )],
         },
     ],
     controls: &[

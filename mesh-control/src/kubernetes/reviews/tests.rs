@@ -1,0 +1,160 @@
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::authentication::v1::UserInfo;
+
+use super::*;
+use crate::limits::{REVIEW_GRACE, REVIEW_LIFE};
+
+const AGENTS: &str = "system:serviceaccount:culvert-system:mesh-agent";
+
+fn reviewer() -> Reviewer {
+    // Nobody is asked: a verdict is made of an answer.
+    let config = kube::Config::new("http://127.0.0.1:9".parse().expect("address"));
+    let client = Client::try_from(config).expect("client");
+    let agents = "culvert-system/mesh-agent".parse().expect("account");
+    Reviewer::new(client, agents, Arc::new(Metrics::new().expect("metrics")), &Bounds::default())
+}
+
+fn answer(change: impl FnOnce(&mut TokenReviewStatus, &mut UserInfo, &mut BTreeMap<String, Vec<String>>)) -> TokenReviewStatus {
+    let mut extra = BTreeMap::from([
+        (NODE_NAME.to_owned(), vec!["node-a".to_owned()]),
+        (POD_NAME.to_owned(), vec!["mesh-agent-x".to_owned()]),
+    ]);
+    let mut user = UserInfo {
+        username: Some(AGENTS.to_owned()),
+        ..UserInfo::default()
+    };
+    let mut status = TokenReviewStatus {
+        authenticated: Some(true),
+        audiences: Some(vec![AUDIENCE.to_owned()]),
+        ..TokenReviewStatus::default()
+    };
+    change(&mut status, &mut user, &mut extra);
+    if status.user.is_none() {
+        user.extra = Some(extra);
+        status.user = Some(user);
+    }
+    status
+}
+
+fn is_refused(what: &str, answer: &TokenReviewStatus, refusal: Refusal) {
+    match reviewer().verdict(answer) {
+        Ok(node) => panic!("{what} was taken, as of {node}"),
+        Err(error) => assert_eq!(error, refusal, "{what}"),
+    }
+}
+
+#[tokio::test]
+async fn an_agents_token_is_its_nodes() {
+    assert_eq!(reviewer().verdict(&answer(|_, _, _| {})), Ok("node-a".to_owned()));
+}
+
+#[tokio::test]
+async fn what_the_api_server_does_not_know_is_refused() {
+    is_refused("nothing", &TokenReviewStatus::default(), Refusal::Unknown);
+    let unknown = answer(|status, _, _| status.authenticated = Some(false));
+    is_refused("an unknown token", &unknown, Refusal::Unknown);
+}
+
+#[tokio::test]
+async fn a_token_for_another_audience_is_refused() {
+    // None, as of an API server that does not know of audiences.
+    for audiences in [None, Some(vec![]), Some(vec!["https://kubernetes.default.svc".to_owned()])] {
+        let other = answer(|status, _, _| status.audiences = audiences);
+        is_refused("a token for another audience", &other, Refusal::OtherAudience);
+    }
+}
+
+#[tokio::test]
+async fn a_token_of_another_account_is_refused() {
+    for user in [
+        "",
+        "mesh-agent",
+        "system:node:node-a",
+        "system:serviceaccount:culvert-system:mesh-agent2",
+        "system:serviceaccount:other:mesh-agent",
+    ] {
+        let other = answer(|_, info, _| info.username = Some(user.to_owned()));
+        is_refused(&format!("a token of {user:?}"), &other, Refusal::OtherAccount);
+    }
+}
+
+#[tokio::test]
+async fn a_token_without_a_pod_and_one_node_is_refused() {
+    for nodes in [vec![], vec![""], vec!["a", "b"], vec!["../node"]] {
+        let nodes: Vec<String> = nodes.into_iter().map(str::to_owned).collect();
+        let other = answer(|_, _, extra| drop(extra.insert(NODE_NAME.to_owned(), nodes)));
+        is_refused("a token without one node", &other, Refusal::Unbound);
+    }
+    // As Kubernetes before 1.32 gives them; and one that does not end with a Pod.
+    for key in [NODE_NAME, POD_NAME] {
+        let other = answer(|_, _, extra| drop(extra.remove(key)));
+        is_refused(&format!("a token without {key}"), &other, Refusal::Unbound);
+    }
+}
+
+#[tokio::test]
+async fn what_is_no_token_is_refused_without_a_question() {
+    let reviewer = reviewer();
+    let long = format!("a.b.{}", "c".repeat(MAX_SERVICE_ACCOUNT_TOKEN_BYTES));
+    for text in ["", "x", "a.b", "a.b.c.d", "a..c", "a.b/.c", "a.b c.d", long.as_str()] {
+        assert_eq!(reviewer.authenticate(text).await, Err(Refusal::Unknown), "{text:.20}");
+    }
+    assert_eq!(reviewer.metrics.token_reviews.with_label_values(&["failed"]).get(), 0);
+    // Nobody listens there.
+    assert_eq!(reviewer.authenticate("a.b.c").await, Err(Refusal::Unreviewed));
+    assert_eq!(reviewer.metrics.token_reviews.with_label_values(&["failed"]).get(), 1);
+}
+
+#[tokio::test]
+async fn a_crowd_is_refused_and_asked_to_come_back() {
+    let reviewer = reviewer();
+    let places = reviewer
+        .waiting
+        .try_acquire_many(u32::try_from(MAX_REVIEWS_WAITING).expect("a count"));
+    assert_eq!(reviewer.authenticate("a.b.c").await, Err(Refusal::Crowded));
+    assert!(Refusal::Crowded.is_passing());
+    drop(places);
+    assert_eq!(reviewer.authenticate("a.b.c").await, Err(Refusal::Unreviewed), "room again");
+}
+
+#[tokio::test(start_paused = true)]
+async fn while_nobody_can_say_an_open_stream_goes_on_for_a_while_and_no_new_call_does() {
+    let reviewer = reviewer();
+    let accepted = Accepted {
+        node: "node-a".to_owned(),
+        expires_unix_seconds: None,
+    };
+    reviewer.cache.lock().keep(hash("a.b.c"), Ok(accepted), Instant::now());
+    let spared = || reviewer.metrics.token_reviews_spared.get();
+    assert_eq!(reviewer.authenticate("a.b.c").await, Ok("node-a".to_owned()));
+    assert_eq!((reviewer.recheck("a.b.c").await, spared()), (Ok(()), 0));
+    tokio::time::advance(REVIEW_LIFE).await;
+    let refusal = reviewer.authenticate("a.b.c").await.expect_err("nobody can say");
+    assert!(refusal.is_passing(), "{refusal}");
+    assert_eq!((reviewer.recheck("a.b.c").await, spared()), (Ok(()), 1));
+    assert_eq!(reviewer.recheck("x.y.z").await, Err(Refusal::Unreviewed), "never accepted");
+    tokio::time::advance(REVIEW_GRACE).await;
+    assert_eq!((reviewer.recheck("a.b.c").await, spared()), (Err(Refusal::Unreviewed), 1));
+}
+
+#[test]
+fn a_service_account_is_namespace_and_name() {
+    let account: ServiceAccount = "culvert-system/mesh-agent".parse().expect("account");
+    assert_eq!(account.username(), AGENTS);
+    for bad in ["", "mesh-agent", "/x", "x/", "a/b/c", "A/b"] {
+        assert!(bad.parse::<ServiceAccount>().is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn the_end_of_a_token_is_read_from_its_claims() {
+    let claims = |json: &str| format!("x.{}.y", URL_SAFE_NO_PAD.encode(json));
+    assert_eq!(
+        expiry(&claims(r#"{"exp":1700000000,"aud":["culvert"]}"#)),
+        Some(1_700_000_000)
+    );
+    for without in [claims("{}"), claims("no JSON"), "x.!.y".to_owned()] {
+        assert_eq!(expiry(&without), None);
+    }
+}
