@@ -1,6 +1,7 @@
 //! Puts the agent together, in this order: the node's folder, the datapath, discovery, certificates, the Pods of before, the
 //! local socket. What fails before that ends the start; what fails later is repaired, or shown.
 
+mod enrolment;
 mod metrics;
 
 use std::io;
@@ -33,6 +34,7 @@ use crate::identity::store::CertificateStore;
 use crate::local::handover::{self, Hello, Inherited, Offer};
 use crate::local::{self, LocalSocket, SocketError};
 use crate::memory::{self, Memory, Remembered};
+use crate::pods::following::Followed;
 use crate::pods::{Pods, TrustDomain};
 use crate::proxy::limits::{CONNECTIONS_PER_POD, DESCRIPTORS_RESERVED};
 use crate::proxy::{Buffers, Limits, Proxy};
@@ -70,6 +72,7 @@ struct Agent {
     pods: Arc<Pods>,
     buffers: Arc<Buffers>,
     discovery: watch::Receiver<DiscoveryStatus>,
+    followed: Arc<Mutex<Followed>>,
 }
 
 /// Runs the agent until SIGTERM or SIGINT.
@@ -210,6 +213,8 @@ async fn agent(args: RunArgs, token: NodeToken, limits: Limits) -> anyhow::Resul
     ));
     tasks.spawn(report::run(control.clone(), pods.status(), discovery.clone(), alone.clone()));
 
+    let followed = Arc::new(Mutex::new(Followed::default()));
+
     let agent = Arc::new(Agent {
         node: node.clone(),
         control: control.address().to_owned(),
@@ -222,6 +227,7 @@ async fn agent(args: RunArgs, token: NodeToken, limits: Limits) -> anyhow::Resul
         pods: pods.clone(),
         buffers,
         discovery,
+        followed: followed.clone(),
     });
     let shown = agent.clone();
     let metrics_pages: Pages = Arc::new(move |path| (path == "/metrics").then(|| Page::metrics(agent_metrics.render(&shown))));
@@ -240,6 +246,16 @@ async fn agent(args: RunArgs, token: NodeToken, limits: Limits) -> anyhow::Resul
         inherited.serving().context("taking over")?;
         socket.set_handed_over(false);
         info!("the agent before is taken over");
+    }
+    // Only now: until then it may go on with the Pods.
+    if args.follow_pods {
+        let parts = enrolment::Parts {
+            control: control.clone(),
+            pods: pods.clone(),
+            socket: socket.clone(),
+            shown: followed,
+        };
+        enrolment::follow(&args, parts, &tasks, &alone)?;
     }
     let successors = local::listen_at(&handover::socket_path(&args.run_dir)).context("the handover socket")?;
     let offer = Offer {
@@ -489,6 +505,7 @@ impl Agent {
             },
             "state": known,
             "pods": self.pods.list(),
+            "following": *self.followed.lock(),
             "connections": self.pods.connections(),
             "certificates": certificates,
             "certificate_failures": failures.iter().map(|(identity, why)| (identity.to_string(), why)).collect::<std::collections::BTreeMap<_, _>>(),

@@ -46,6 +46,12 @@ pub enum Command {
     List(LocalArgs),
     /// Releases every Pod and removes every program, map and file of any version, without a running agent. Needs root.
     Cleanup(CleanupArgs),
+    /// Puts the CNI plugin onto this node: its binary, and its entry into the first network configuration list. Pods of the mesh then
+    /// start only once the agent has enrolled them. Needs root; doing it again changes nothing.
+    InstallCni(InstallCniArgs),
+    /// Takes the CNI plugin's entry out of every network configuration list, and removes its binary. End the agent first: it would
+    /// put the entry back.
+    UninstallCni(CniPlaces),
     /// Started by the agent itself, inside a Pod, to prove that the Pod's connections are captured.
     #[command(hide = true)]
     ProbeConnect(ProbeConnectArgs),
@@ -90,6 +96,18 @@ pub struct RunArgs {
     /// How long the connections of an agent may go on after another one on the same --run-dir has taken over, in seconds.
     #[arg(long, env = "CULVERT_HANDOVER_DRAIN_SECONDS", value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=3600))]
     pub handover_drain_seconds: u64,
+    /// Enrol and release the Pods of this node as the control plane says: those that run are found among the node's processes, so
+    /// the agent must see them (`hostPID`). Without it Pods are enrolled by the local socket alone.
+    #[arg(long, env = "CULVERT_FOLLOW_PODS")]
+    pub follow_pods: bool,
+    /// The container runtime's folder of network configurations: the CNI plugin's entry, as `install-cni` puts it in, is put back
+    /// whenever another tool has written the configuration anew. With --follow-pods.
+    #[arg(long, env = "CULVERT_CNI_CONF_DIR", value_name = "DIR", requires = "follow_pods")]
+    pub cni_conf_dir: Option<PathBuf>,
+    /// Where the list of the mesh's namespaces goes by which the CNI plugin decides while no agent answers [default: a file in
+    /// --run-dir, which a reboot empties].
+    #[arg(long, env = "CULVERT_CNI_NAMESPACE_LIST", value_name = "FILE")]
+    pub cni_namespace_list: Option<PathBuf>,
     /// Which messages to log to standard error, as `info` or `info,mesh_agent::discovery=debug`.
     #[arg(long, env = "CULVERT_LOG", value_name = "FILTER", default_value = "info")]
     pub log: String,
@@ -154,6 +172,41 @@ pub struct CleanupArgs {
     /// The --pin-path that the agent had.
     #[arg(long, env = "CULVERT_PIN_PATH", value_name = "DIR", default_value = "/sys/fs/bpf/culvert")]
     pub pin_path: PathBuf,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct CniPlaces {
+    /// The container runtime's folder of network configurations.
+    #[arg(
+        long = "cni-conf-dir",
+        env = "CULVERT_CNI_CONF_DIR",
+        value_name = "DIR",
+        default_value = "/etc/cni/net.d"
+    )]
+    pub conf_dir: PathBuf,
+    /// The container runtime's folder of CNI plugins.
+    #[arg(
+        long = "cni-bin-dir",
+        env = "CULVERT_CNI_BIN_DIR",
+        value_name = "DIR",
+        default_value = "/opt/cni/bin"
+    )]
+    pub bin_dir: PathBuf,
+    /// Where the agent leaves its list of namespaces, as the *node* sees it, if it was told another place than its --run-dir.
+    #[arg(long = "cni-namespace-list", env = "CULVERT_CNI_NAMESPACE_LIST", value_name = "FILE")]
+    pub namespace_list: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct InstallCniArgs {
+    #[command(flatten)]
+    pub places: CniPlaces,
+    /// The --run-dir of the agent, as the *node* sees it: there the plugin finds its socket.
+    #[arg(long, env = "CULVERT_RUN_DIR", value_name = "DIR", default_value = "/run/culvert")]
+    pub run_dir: PathBuf,
+    /// The plugin's binary [default: `mesh-cni` beside this program].
+    #[arg(long, env = "CULVERT_CNI_BINARY", value_name = "FILE")]
+    pub cni_binary: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

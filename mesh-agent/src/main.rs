@@ -5,7 +5,7 @@ use anyhow::Context as _;
 use clap::Parser as _;
 use mesh_agent::capture::{Capture, probe};
 use mesh_agent::config::{CleanupArgs, Cli, Command};
-use mesh_agent::{app, local, memory};
+use mesh_agent::{app, cni_install, local, memory};
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
@@ -33,6 +33,14 @@ fn main() -> ExitCode {
                 .to_string())?;
             }
             Ok(())
+        }),
+        Command::InstallCni(args) => cni_install::install(&args.places, &args.run_dir, args.cni_binary.as_deref())
+            .and_then(|entry| say(&cni_install::told(&entry))),
+        Command::UninstallCni(places) => cni_install::uninstall(&places).and_then(|changed| {
+            say(&format!(
+                "the plugin is taken out of {} network configurations",
+                changed.len()
+            ))
         }),
         Command::Cleanup(args) => blocking(cleanup(args)),
     };

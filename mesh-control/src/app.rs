@@ -8,6 +8,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, bail};
 use mesh_proto::ca::istio_certificate_service_server::IstioCertificateServiceServer;
 use mesh_proto::discovery::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
+use mesh_proto::node::node_pods_server::NodePodsServer;
 use mesh_proto::node::node_reports_server::NodeReportsServer;
 use time::OffsetDateTime;
 use tokio::net::TcpListener;
@@ -29,6 +30,7 @@ use crate::limits::{
     MAX_STREAMS_PER_CONNECTION, SERVING_CHECK, SHUTDOWN_GRACE,
 };
 use crate::metrics::Metrics;
+use crate::node_pods::PodLists;
 use crate::node_reports::Reports;
 use crate::registry::Follow;
 use crate::roots::{self, Roots};
@@ -163,6 +165,10 @@ async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Runnin
     };
     let reports = Reports {
         control: Arc::clone(&control),
+        authenticator: authenticator.clone(),
+    };
+    let pod_lists = PodLists {
+        control: Arc::clone(&control),
         authenticator,
     };
     let (connections, incoming) = mpsc::channel(ACCEPTED_WAITING);
@@ -174,7 +180,8 @@ async fn start_within(args: &ServeArgs, bounds: Bounds) -> anyhow::Result<Runnin
         .max_concurrent_streams(Some(MAX_STREAMS_PER_CONNECTION))
         .add_service(AggregatedDiscoveryServiceServer::new(discovery).max_decoding_message_size(MAX_REQUEST_BYTES))
         .add_service(IstioCertificateServiceServer::new(certificates).max_decoding_message_size(2 * limits::MAX_CSR_BYTES))
-        .add_service(NodeReportsServer::new(reports).max_decoding_message_size(MAX_REPORT_BYTES));
+        .add_service(NodeReportsServer::new(reports).max_decoding_message_size(MAX_REPORT_BYTES))
+        .add_service(NodePodsServer::new(pod_lists));
     let server = tokio::spawn(async move {
         let stopped = async { drop(stopped.await) };
         server

@@ -68,6 +68,7 @@ struct Inner {
 pub struct NodeStatus {
     pub discovery_streams: usize,
     pub report_streams: usize,
+    pub pods_streams: usize,
     /// Type URL → version in force there.
     pub enforced: BTreeMap<String, String>,
     pub rejected_by_agent: Vec<String>,
@@ -321,6 +322,10 @@ impl ControlPlane {
         }
         self.metrics
             .set_trust(inner.parameters.trust_bundle.len(), inner.parameters.revoked.len());
+        self.metrics.set_enrolment(&snapshot.enrolment);
+        for warning in snapshot.enrolment.warnings_since(&self.snapshot().enrolment) {
+            tracing::warn!("{warning}");
+        }
         let ranges = snapshot.pod_ranges.len();
         self.metrics.pod_ranges.set(i64::try_from(ranges).unwrap_or(i64::MAX));
         let before = self.snapshot.send_replace(Arc::new(snapshot));
@@ -399,6 +404,7 @@ impl ControlPlane {
         if self.is_ready() && ranges.is_empty() {
             warnings.push(NO_POD_RANGES.to_owned());
         }
+        warnings.extend(snapshot.enrolment.warnings());
         serde_json::json!({
             "ready": self.is_ready(),
             "warnings": warnings,

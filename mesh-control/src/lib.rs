@@ -19,6 +19,7 @@ pub mod discovery;
 pub mod fuzz;
 pub mod limits;
 pub mod metrics;
+pub mod node_pods;
 pub mod node_reports;
 pub mod node_streams;
 pub mod objects;

@@ -86,7 +86,11 @@ pub type Labels = BTreeMap<String, String>;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Object {
-    Namespace { labels: Labels },
+    Namespace {
+        labels: Labels,
+        /// Asked for by label or annotation: its Pods start even where they cannot be enrolled.
+        best_effort: bool,
+    },
     Node(Node),
     ServiceAccount,
     Service(Service),
@@ -142,6 +146,10 @@ pub struct Pod {
     pub host_network: bool,
     /// Another maker's ambient proxy captures it, and says so.
     pub captured_elsewhere: bool,
+    /// What shows that it brings the proxy of another mesh along.
+    pub sidecar: Option<&'static str>,
+    /// Empty: the runtime's default.
+    pub runtime_class: String,
     /// Phase `Succeeded` or `Failed`: its address belongs to it no more.
     pub finished: bool,
     /// It has a deletion timestamp: it still runs, and gets no new work.

@@ -20,6 +20,7 @@ use super::*;
 use crate::tokens::TokenFile;
 
 mod bounds;
+mod node_pods;
 
 /// Far beyond what any step takes; a test that waits this long has failed.
 const PATIENCE: Duration = Duration::from_secs(30);

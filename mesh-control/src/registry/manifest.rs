@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use crate::limits::MAX_DOCUMENTS;
 use crate::objects::{Kind, Node, Object, ObjectId, Pod, Service, ServicePort, TargetPort};
+use crate::registry::enrolment::{asks_best_effort, sidecar};
 
 #[cfg(test)]
 mod tests;
@@ -301,8 +302,13 @@ fn parse_object(id: &ObjectId, value: &Value) -> Result<Object, String> {
     Ok(match id.kind {
         Kind::Namespace => {
             let namespace: core::Namespace = typed(value)?;
+            let best_effort = [&namespace.metadata.labels, &namespace.metadata.annotations]
+                .into_iter()
+                .flatten()
+                .any(asks_best_effort);
             Object::Namespace {
                 labels: namespace.metadata.labels.unwrap_or_default(),
+                best_effort,
             }
         }
         Kind::ServiceAccount => {
@@ -425,6 +431,8 @@ fn pod(pod: core::Pod) -> Result<Pod, String> {
         ..
     } = pod.metadata;
     let spec = pod.spec.unwrap_or_default();
+    let annotations = annotations.unwrap_or_default();
+    let sidecar = sidecar(&spec, &annotations);
     let status = pod.status.unwrap_or_default();
     if let Some(uid) = uid.as_deref().filter(|uid| !is_uid(uid)) {
         return Err(format!(
@@ -477,9 +485,10 @@ fn pod(pod: core::Pod) -> Result<Pod, String> {
         service_account,
         host_network: spec.host_network.unwrap_or(false),
         captured_elsewhere: annotations
-            .unwrap_or_default()
             .get(REDIRECTION_ANNOTATION)
             .is_some_and(|value| value == "enabled"),
+        sidecar,
+        runtime_class: spec.runtime_class_name.unwrap_or_default(),
         finished: status
             .phase
             .as_deref()

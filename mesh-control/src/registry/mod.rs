@@ -1,6 +1,7 @@
 //! What is in force, from the files of a folder. A broken document takes nothing out of force: its last good form stays, and a
 //! contradiction is decided for what was there first.
 
+mod enrolment;
 mod folder;
 mod follow;
 mod last_good;
