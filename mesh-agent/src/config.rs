@@ -101,7 +101,7 @@ pub struct RunArgs {
     #[arg(long, env = "CULVERT_FOLLOW_PODS")]
     pub follow_pods: bool,
     /// The container runtime's folder of network configurations: the CNI plugin's entry, as `install-cni` puts it in, is put back
-    /// whenever another tool has written the configuration anew. With --follow-pods.
+    /// whenever another tool has written the configuration anew. With --follow-pods; --run-dir has to be the same path on the node.
     #[arg(long, env = "CULVERT_CNI_CONF_DIR", value_name = "DIR", requires = "follow_pods")]
     pub cni_conf_dir: Option<PathBuf>,
     /// Where the list of the mesh's namespaces goes by which the CNI plugin decides while no agent answers [default: a file in

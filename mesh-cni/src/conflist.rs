@@ -83,11 +83,11 @@ pub fn remove(text: &str) -> Result<Option<String>, ConflistError> {
     }
     let mut edited = text.to_owned();
     for (i, element) in elements.iter().enumerate().rev().filter(|(i, _)| ours[*i]) {
-        // With the comma before it; the first one with that behind.
-        let gone: Range<usize> = match (i.checked_sub(1), elements.get(i + 1)) {
-            (Some(before), _) => elements[before].end..element.end,
-            (None, Some(next)) => element.start..next.start,
-            (None, None) => element.clone(),
+        // With the comma before it; where no other stays in front, with the one behind.
+        let gone: Range<usize> = if ours[..i].contains(&false) {
+            elements[i - 1].end..element.end
+        } else {
+            element.start..elements.get(i + 1).map_or(element.end, |next| next.start)
         };
         edited.replace_range(gone, "");
     }
@@ -246,6 +246,8 @@ mod tests {
     fn an_entry_in_front_of_others_and_several_are_taken_out() {
         let text = r#"{"cniVersion":"1.0.0","plugins":[ {"type":"mesh-cni"}, {"type":"a"},{"type":"mesh-cni"} ,{"type":"b"}]}"#;
         assert_eq!(types(&remove(text).unwrap().unwrap()), ["a", "b"]);
+        let in_front = r#"{"cniVersion":"1.0.0","plugins":[{"type":"mesh-cni"}, {"type":"mesh-cni"},{"type":"a"}]}"#;
+        assert_eq!(types(&remove(in_front).unwrap().unwrap()), ["a"]);
         let alone = r#"{"cniVersion":"1.0.0","plugins":[{"type":"mesh-cni"}]}"#;
         assert_eq!(types(&remove(alone).unwrap().unwrap()), [""; 0]);
         assert_eq!(insert(alone, &entry("/x".as_ref(), None)), Err(ConflistError::NoPlugins));

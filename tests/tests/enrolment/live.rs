@@ -129,7 +129,11 @@ fn said(mesh: &Mesh, of: &str, pod: &str) -> Result<Option<String>> {
 pub fn joins_and_leaves(mesh: &mut Mesh) -> Result<()> {
     label(mesh, "late", "disabled")?;
     let walker = Running::start(mesh, "walker", "late", 41)?;
-    let before = snapshot::of(&mesh.pod("walker").netns)?;
+    // The kernel's own checks of its link-local address are over.
+    let before = poll::until("its addresses are usable", SOON, || {
+        let seen = snapshot::of(&mesh.pod("walker").netns)?;
+        Ok(Some(seen).filter(|seen| !seen.contains("tentative")))
+    })?;
     let outsider = mesh.pod("outsider").place();
     let mut inwards = mesh.app.chat(&outsider, mesh.pod("walker").v4.into())?;
     let mut outwards = mesh.app.chat(&walker.place(mesh), mesh.pod("outsider").v6.into())?;
