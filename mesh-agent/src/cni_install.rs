@@ -289,7 +289,7 @@ mod tests {
             "a temporary file stayed"
         );
 
-        assert_eq!(uninstall(&bench.places).unwrap(), [first.clone()]);
+        assert_eq!(uninstall(&bench.places).unwrap(), std::slice::from_ref(&first));
         assert_eq!(fs::read_to_string(&first).unwrap(), CONFLIST);
         assert!(!plugin.exists());
         assert_eq!(uninstall(&bench.places).unwrap(), [""; 0].map(PathBuf::from));

@@ -62,7 +62,7 @@ async fn who_has_no_token_hears_nothing_and_one_node_cannot_open_many() {
     let bench = Bench::start(&pod("web", "10.0.0.1", "node-a")).await;
     for secret in ["", "wrong"] {
         let refused = watch(&bench, secret).await;
-        assert_eq!(refused.err().expect("refused").code(), Code::Unauthenticated);
+        assert_eq!(refused.expect_err("refused").code(), Code::Unauthenticated);
     }
     let token = bench.token("node-a");
     let mut open = Vec::new();
@@ -70,6 +70,6 @@ async fn who_has_no_token_hears_nothing_and_one_node_cannot_open_many() {
         open.push(watch(&bench, &token.secret).await.expect("stream"));
     }
     let refused = watch(&bench, &token.secret).await;
-    assert_eq!(refused.err().expect("refused").code(), Code::ResourceExhausted);
+    assert_eq!(refused.expect_err("refused").code(), Code::ResourceExhausted);
     bench.running.stop().await;
 }
