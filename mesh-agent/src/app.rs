@@ -1,6 +1,7 @@
 //! Puts the agent together, in this order: the node's folder, the datapath, discovery, certificates, the Pods of before, the
 //! local socket. What fails before that ends the start; what fails later is repaired, or shown.
 
+mod enrolment;
 mod metrics;
 pub mod own_readiness;
 
@@ -34,6 +35,7 @@ use crate::identity::store::CertificateStore;
 use crate::local::handover::{self, Hello, Inherited, Offer};
 use crate::local::{self, LocalSocket, SocketError};
 use crate::memory::{self, Memory, Remembered};
+use crate::pods::following::Followed;
 use crate::pods::{Pods, TrustDomain};
 use crate::proxy::limits::{CONNECTIONS_PER_POD, DESCRIPTORS_RESERVED};
 use crate::proxy::{Buffers, Limits, Proxy};
@@ -71,6 +73,7 @@ struct Agent {
     pods: Arc<Pods>,
     buffers: Arc<Buffers>,
     discovery: watch::Receiver<DiscoveryStatus>,
+    followed: Arc<Mutex<Followed>>,
 }
 
 /// Runs the agent until SIGTERM or SIGINT.
@@ -212,6 +215,8 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
     ));
     tasks.spawn(report::run(control.clone(), pods.status(), discovery.clone(), alone.clone()));
 
+    let followed = Arc::new(Mutex::new(Followed::default()));
+
     let agent = Arc::new(Agent {
         node: node.clone(),
         control: control.address().to_owned(),
@@ -224,6 +229,7 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
         pods: pods.clone(),
         buffers,
         discovery,
+        followed: followed.clone(),
     });
     let shown = agent.clone();
     let metrics_pages: Pages = Arc::new(move |path| (path == "/metrics").then(|| Page::metrics(agent_metrics.render(&shown))));
@@ -253,6 +259,16 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
         inherited.serving().context("taking over")?;
         socket.set_handed_over(false);
         info!("the agent before is taken over");
+    }
+    // Only now: until then it may go on with the Pods.
+    if args.follow_pods {
+        let parts = enrolment::Parts {
+            control: control.clone(),
+            pods: pods.clone(),
+            socket: socket.clone(),
+            shown: followed,
+        };
+        enrolment::follow(&args, parts, &tasks, &alone)?;
     }
     let successors = local::listen_at(&handover::socket_path(&args.run_dir)).context("the handover socket")?;
     let offer = Offer {
@@ -516,6 +532,7 @@ impl Agent {
             },
             "state": known,
             "pods": self.pods.list(),
+            "following": *self.followed.lock(),
             "connections": self.pods.connections(),
             "certificates": certificates,
             "certificate_failures": failures.iter().map(|(identity, why)| (identity.to_string(), why)).collect::<std::collections::BTreeMap<_, _>>(),

@@ -39,7 +39,7 @@ pub enum Command {
     ///
     /// Enrolled Pods outlive it: while no agent runs, their new connections are refused at once, and the next agent on the same
     /// --run-dir and --pin-path carries on with them. `mesh-agent cleanup` is what undoes everything.
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Brings a Pod of this node into the mesh; answers when its capture is proven, or says why not. Needs root and a running agent.
     Enroll(EnrollArgs),
     /// Takes a Pod out of the mesh and leaves its network namespace as it was before. Needs root and a running agent.
@@ -50,6 +50,12 @@ pub enum Command {
     Cleanup(CleanupArgs),
     /// Asks one agent by its --ready-socket whether it is ready; fails if it is not, and says why.
     Ready(ReadyArgs),
+    /// Puts the CNI plugin onto this node: its binary, and its entry into the first network configuration list. Pods of the mesh then
+    /// start only once the agent has enrolled them. Needs root; doing it again changes nothing.
+    InstallCni(InstallCniArgs),
+    /// Takes the CNI plugin's entry out of every network configuration list, and removes its binary. End the agent first: it would
+    /// put the entry back.
+    UninstallCni(CniPlaces),
     /// Started by the agent itself, inside a Pod, to prove that the Pod's connections are captured.
     #[command(hide = true)]
     ProbeConnect(ProbeConnectArgs),
@@ -135,6 +141,18 @@ pub struct RunArgs {
     /// read-only.
     #[arg(long, env = "CULVERT_SYSCTL_ROOT", value_name = "DIR", default_value = "/proc/sys")]
     pub sysctl_root: PathBuf,
+    /// Enrol and release the Pods of this node as the control plane says: those that run are found among the node's processes, so
+    /// the agent must see them (`hostPID`). Without it Pods are enrolled by the local socket alone.
+    #[arg(long, env = "CULVERT_FOLLOW_PODS")]
+    pub follow_pods: bool,
+    /// The container runtime's folder of network configurations: the CNI plugin's entry, as `install-cni` puts it in, is put back
+    /// whenever another tool has written the configuration anew. With --follow-pods; --run-dir has to be the same path on the node.
+    #[arg(long, env = "CULVERT_CNI_CONF_DIR", value_name = "DIR", requires = "follow_pods")]
+    pub cni_conf_dir: Option<PathBuf>,
+    /// Where the list of the mesh's namespaces goes by which the CNI plugin decides while no agent answers [default: a file in
+    /// --run-dir, which a reboot empties].
+    #[arg(long, env = "CULVERT_CNI_NAMESPACE_LIST", value_name = "FILE")]
+    pub cni_namespace_list: Option<PathBuf>,
     /// Which messages to log to standard error, as `info` or `info,mesh_agent::discovery=debug`.
     #[arg(long, env = "CULVERT_LOG", value_name = "FILTER", default_value = "info")]
     pub log: String,
@@ -199,6 +217,41 @@ pub struct CleanupArgs {
     /// The --pin-path that the agent had.
     #[arg(long, env = "CULVERT_PIN_PATH", value_name = "DIR", default_value = "/sys/fs/bpf/culvert")]
     pub pin_path: PathBuf,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct CniPlaces {
+    /// The container runtime's folder of network configurations.
+    #[arg(
+        long = "cni-conf-dir",
+        env = "CULVERT_CNI_CONF_DIR",
+        value_name = "DIR",
+        default_value = "/etc/cni/net.d"
+    )]
+    pub conf_dir: PathBuf,
+    /// The container runtime's folder of CNI plugins.
+    #[arg(
+        long = "cni-bin-dir",
+        env = "CULVERT_CNI_BIN_DIR",
+        value_name = "DIR",
+        default_value = "/opt/cni/bin"
+    )]
+    pub bin_dir: PathBuf,
+    /// Where the agent leaves its list of namespaces, as the *node* sees it, if it was told another place than its --run-dir.
+    #[arg(long = "cni-namespace-list", env = "CULVERT_CNI_NAMESPACE_LIST", value_name = "FILE")]
+    pub namespace_list: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct InstallCniArgs {
+    #[command(flatten)]
+    pub places: CniPlaces,
+    /// The --run-dir of the agent, as the *node* sees it: there the plugin finds its socket.
+    #[arg(long, env = "CULVERT_RUN_DIR", value_name = "DIR", default_value = "/run/culvert")]
+    pub run_dir: PathBuf,
+    /// The plugin's binary [default: `mesh-cni` beside this program].
+    #[arg(long, env = "CULVERT_CNI_BINARY", value_name = "FILE")]
+    pub cni_binary: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -8,7 +8,7 @@ use prost::Message as _;
 use prost_types::Any;
 use rustls_pki_types::CertificateDer;
 
-pub use crate::capture::fuzz::{enrolment, greeting, netlink};
+pub use crate::capture::fuzz::{cgroup, enrolment, greeting, netlink};
 pub use crate::config::fuzz::token;
 use crate::discovery::subscription::Subscription;
 use crate::identity::Identity;
@@ -75,6 +75,22 @@ pub fn responses(mut bytes: &[u8]) {
     let mut next = Subscription::new(ADDRESS_TYPE_URL);
     let restored = next.restore(subscription.snapshot(), decode, |_| None);
     assert_eq!((next.held(), restored.rejected.len()), (subscription.held(), 0));
+}
+
+/// A network configuration list of another tool's. What was put in comes out again, and the rest is as it was.
+pub fn conflist(bytes: &[u8]) {
+    use mesh_cni::conflist::{entry, insert, remove};
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let ours = entry("/run/culvert".as_ref(), None);
+    if let Ok(Some(with)) = insert(text, &ours) {
+        assert_eq!(insert(&with, &ours), Ok(None));
+        // An entry that was there before is gone with it.
+        let without = remove(text).ok().flatten();
+        assert_eq!(
+            remove(&with).ok().flatten().as_deref(),
+            Some(without.as_deref().unwrap_or(text))
+        );
+    }
 }
 
 /// A peer's certificate, as TLS hands it on.

@@ -6,6 +6,7 @@ pub mod admin;
 pub mod app;
 pub mod balance;
 pub mod capture;
+pub mod cni_install;
 pub mod config;
 pub mod discovery;
 #[cfg(fuzzing)]

@@ -1,6 +1,7 @@
 //! The agent's socket on its node: who starts and stops Pods (a CNI plugin, a person) enrols and releases them here. Root only.
 
 mod client;
+pub mod cni;
 pub mod handover;
 mod socket;
 #[cfg(test)]
@@ -21,7 +22,7 @@ use tonic::{Code, Request, Response, Status};
 pub use client::{enroll, list, release};
 pub use socket::{LocalSocket, SocketError, listen_at, lock};
 
-use crate::capture::PodToEnroll;
+use crate::capture::{Origin, PodToEnroll};
 use crate::pods::{PodError, Pods};
 
 /// Accepted connections that wait for the server.
@@ -134,6 +135,7 @@ fn pod_to_enroll(request: EnrollRequest) -> Result<PodToEnroll, Status> {
         },
         netns_path: PathBuf::from(request.netns_path),
         addresses,
+        origin: Origin::Local,
         cgroup_path: (!request.cgroup_path.is_empty()).then(|| PathBuf::from(request.cgroup_path)),
     })
 }

@@ -5,13 +5,13 @@ use anyhow::Context as _;
 use clap::Parser as _;
 use mesh_agent::capture::{Capture, probe};
 use mesh_agent::config::{CleanupArgs, Cli, Command};
-use mesh_agent::{app, local, memory};
+use mesh_agent::{app, cni_install, local, memory};
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         // Runs inside a Pod, many times a minute: without a runtime.
         Command::ProbeConnect(args) => return probe::run_child(args.arguments),
-        Command::Run(args) => app::run(args),
+        Command::Run(args) => app::run(*args),
         Command::Enroll(args) => blocking(async {
             let (uid, cookie) = (args.uid.clone(), local::enroll(args).await?);
             say(&format!("{uid} is in the mesh (netns cookie {cookie})"))
@@ -33,6 +33,14 @@ fn main() -> ExitCode {
                 .to_string())?;
             }
             Ok(())
+        }),
+        Command::InstallCni(args) => cni_install::install(&args.places, &args.run_dir, args.cni_binary.as_deref())
+            .and_then(|entry| say(&cni_install::told(&entry))),
+        Command::UninstallCni(places) => cni_install::uninstall(&places).and_then(|changed| {
+            say(&format!(
+                "the plugin is taken out of {} network configurations",
+                changed.len()
+            ))
         }),
         Command::Cleanup(args) => blocking(cleanup(args)),
         Command::Ready(args) => blocking(async { say(&app::own_readiness::ask(&args.ready_socket, args.alive).await?) }),

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, bail};
 use mesh_proto::ca::istio_certificate_service_server::IstioCertificateServiceServer;
 use mesh_proto::discovery::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
+use mesh_proto::node::node_pods_server::NodePodsServer;
 use mesh_proto::node::node_reports_server::NodeReportsServer;
 use time::OffsetDateTime;
 use tokio::net::TcpListener;
@@ -30,6 +31,7 @@ use crate::limits::{
     MAX_STREAMS_PER_CONNECTION, SERVING_CHECK, SHUTDOWN_GRACE,
 };
 use crate::metrics::Metrics;
+use crate::node_pods::PodLists;
 use crate::node_reports::Reports;
 use crate::registry::Follow;
 use crate::roots::{self, Roots};
@@ -213,9 +215,7 @@ pub async fn start_with(
 
     let registry = source.to_string();
     let follow = match source {
-        Source::Cluster(client) => {
-            Following::Cluster(kubernetes::Following::start(&client, &args.namespace, &control, &shared))
-        }
+        Source::Cluster(client) => Following::Cluster(kubernetes::Following::start(&client, &args.namespace, &control, &shared)),
         Source::Folder(folder, state) => Following::Folder(Follow::start(&folder, state, Arc::clone(&control))?),
     };
     let mut admin_tasks = JoinSet::new();
@@ -242,6 +242,10 @@ pub async fn start_with(
     };
     let reports = Reports {
         control: Arc::clone(&control),
+        authenticator: authenticator.clone(),
+    };
+    let pod_lists = PodLists {
+        control: Arc::clone(&control),
         authenticator,
     };
     let (connections, incoming) = mpsc::channel(ACCEPTED_WAITING);
@@ -253,7 +257,8 @@ pub async fn start_with(
         .max_concurrent_streams(Some(MAX_STREAMS_PER_CONNECTION))
         .add_service(AggregatedDiscoveryServiceServer::new(discovery).max_decoding_message_size(MAX_REQUEST_BYTES))
         .add_service(IstioCertificateServiceServer::new(certificates).max_decoding_message_size(2 * limits::MAX_CSR_BYTES))
-        .add_service(NodeReportsServer::new(reports).max_decoding_message_size(MAX_REPORT_BYTES));
+        .add_service(NodeReportsServer::new(reports).max_decoding_message_size(MAX_REPORT_BYTES))
+        .add_service(NodePodsServer::new(pod_lists));
     let server = tokio::spawn(async move {
         let stopped = async { drop(stopped.await) };
         server

@@ -76,6 +76,7 @@ struct Inner {
 pub struct NodeStatus {
     pub discovery_streams: usize,
     pub report_streams: usize,
+    pub pods_streams: usize,
     /// Type URL → version in force there.
     pub enforced: BTreeMap<String, String>,
     pub rejected_by_agent: Vec<String>,
@@ -363,6 +364,10 @@ impl ControlPlane {
         }
         self.metrics
             .set_trust(inner.parameters.trust_bundle.len(), inner.parameters.revoked.len());
+        self.metrics.set_enrolment(&snapshot.enrolment);
+        for warning in snapshot.enrolment.warnings_since(&self.snapshot().enrolment) {
+            tracing::warn!("{warning}");
+        }
         let ranges = snapshot.pod_ranges.len();
         self.metrics.pod_ranges.set(i64::try_from(ranges).unwrap_or(i64::MAX));
         let before = self.snapshot.send_replace(Arc::new(snapshot));

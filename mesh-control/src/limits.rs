@@ -51,7 +51,7 @@ pub const HTTP2_KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Bytes of resources in one discovery response; gRPC clients refuse messages beyond 4 MiB by default. The rest follows once
 /// this part is acknowledged.
 pub const MAX_RESPONSE_BYTES: usize = 3 << 20;
-/// Discovery streams, and streams of reports, of one node: one each, and those that have yet to be found dead.
+/// Discovery streams, and streams of reports and of Pods, of one node: one each, and those that have yet to be found dead.
 pub const MAX_STREAMS_PER_NODE: usize = 4;
 /// Responses that wait for a client to read them. One, so that the next is made of the newest state.
 pub const RESPONSES_WAITING: usize = 1;
@@ -135,6 +135,19 @@ pub const REPORT_PACE: Duration = Duration::from_millis(20);
 pub const MAX_REJECTED: usize = 64;
 /// Pods in a node's report (mesh-common's limit of Pods on a node).
 pub const MAX_REPORTED_PODS: usize = 1024;
+/// Pods that a node is told of (mesh-common's limit of Pods on a node), members before others. Beyond: left out, told as a number,
+/// and never taken for gone.
+pub const MAX_NODE_PODS: usize = MAX_REPORTED_PODS;
+/// Addresses of a Pod that its node is told of.
+pub const MAX_ADDRESSES_TOLD: usize = 16;
+/// Namespaces in the mesh that nodes are told of; beyond, those that sort last are left out, and told as a number. A whole list is
+/// at worst 1,024 × (128 B of uid + 3 × 253 B of names + 16 × 45 B of addresses + 100 B) + 4,096 × 257 B = 2.8 MiB, below the 4 MiB
+/// of a gRPC message.
+pub const MAX_MESH_NAMESPACES: usize = 4096;
+/// Refused Pods that are named in `/status` and the log; the metric counts all.
+pub const MAX_REFUSED_SHOWN: usize = 256;
+/// A change waits this long for others before nodes are told of it.
+pub const NODE_PODS_DEBOUNCE: Duration = Duration::from_millis(50);
 /// Bytes of a report: 1,024 Pods × about 512 B, doubled.
 pub const MAX_REPORT_BYTES: usize = 1 << 20;
 /// Capture states kept, also of Pods that are gone; about 128 B each: 8 MiB.

@@ -2,8 +2,9 @@
 
 use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
 
+use crate::compile::membership::{Enrolment, Refusal};
 use crate::registry::{Reason, Rejection};
-use crate::tokens::Refusal;
+use crate::tokens::Refusal as TokenRefusal;
 
 /// The labels' values, by family, where no type has them all.
 const CONNECTIONS_REFUSED: [&str; 6] = [
@@ -42,6 +43,10 @@ pub struct Metrics {
     pub streams: IntGauge,
     pub streams_cut: IntCounterVec,
     pub report_streams_cut: IntCounterVec,
+    pub node_pods_streams_cut: IntCounterVec,
+    pods_refused: IntGaugeVec,
+    node_pods_omitted: IntGauge,
+    namespaces: IntGaugeVec,
     pub responses: IntCounterVec,
     pub acknowledged: IntCounterVec,
     pub rejected: IntCounterVec,
@@ -131,6 +136,25 @@ impl Metrics {
                 "mesh_control_report_streams_cut_total",
                 "Streams of node reports ended by the server",
                 "reason",
+            )?,
+            node_pods_streams_cut: counters(
+                "mesh_control_node_pods_streams_cut_total",
+                "Streams of a node's Pods ended by the server",
+                "reason",
+            )?,
+            pods_refused: gauges(
+                "mesh_control_pods_refused",
+                "Pods that ask to be in the mesh and cannot be",
+                "reason",
+            )?,
+            node_pods_omitted: gauge(
+                "mesh_control_node_pods_omitted",
+                "Pods that their nodes are not told of, for want of room",
+            )?,
+            namespaces: gauges(
+                "mesh_control_namespaces",
+                "Namespaces that ask to be in the mesh, by what becomes of it",
+                "state",
             )?,
             responses: counters("mesh_control_discovery_responses_total", "Discovery responses sent", "type")?,
             acknowledged: counters("mesh_control_discovery_acknowledged_total", "Responses acknowledged", "type")?,
@@ -230,7 +254,7 @@ impl Metrics {
             metrics.manifests_rejected.with_label_values(&[reason.as_str()]).set(0);
             metrics.manifests_rejected_total.with_label_values(&[reason.as_str()]);
         }
-        for refusal in Refusal::ALL {
+        for refusal in TokenRefusal::ALL {
             metrics.authentication_failed.with_label_values(&[refusal.reason()]);
         }
         for (counters, values) in [
@@ -265,6 +289,27 @@ impl Metrics {
     pub fn set_trust(&self, roots: usize, revoked: usize) {
         for (gauge, count) in [(&self.trusted_roots, roots), (&self.revoked_identities, revoked)] {
             gauge.set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+    }
+
+    pub fn set_enrolment(&self, enrolment: &Enrolment) {
+        let size = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
+        for reason in Refusal::REASONS {
+            let count = enrolment
+                .refused
+                .values()
+                .filter(|refusal| refusal.reason() == reason)
+                .count();
+            self.pods_refused.with_label_values(&[reason]).set(size(count));
+        }
+        self.node_pods_omitted
+            .set(size(enrolment.nodes.values().map(|node| node.omitted).sum()));
+        for (state, count) in [
+            ("enrolled", enrolment.namespaces.names.len()),
+            ("kept_out", enrolment.kept_out.len()),
+            ("omitted", enrolment.namespaces.omitted),
+        ] {
+            self.namespaces.with_label_values(&[state]).set(size(count));
         }
     }
 

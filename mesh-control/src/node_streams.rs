@@ -11,6 +11,7 @@ use crate::limits::MAX_STREAMS_PER_NODE;
 pub enum StreamKind {
     Discovery,
     Reports,
+    Pods,
 }
 
 /// A node's open stream, until it is dropped.
@@ -59,5 +60,6 @@ fn count(status: &mut NodeStatus, kind: StreamKind) -> &mut usize {
     match kind {
         StreamKind::Discovery => &mut status.discovery_streams,
         StreamKind::Reports => &mut status.report_streams,
+        StreamKind::Pods => &mut status.pods_streams,
     }
 }

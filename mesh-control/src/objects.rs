@@ -92,7 +92,11 @@ pub type Labels = BTreeMap<String, String>;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Object {
-    Namespace { labels: Labels },
+    Namespace {
+        labels: Labels,
+        /// Asked for by label or annotation: its Pods start even where they cannot be enrolled.
+        best_effort: bool,
+    },
     Node(Node),
     ServiceAccount,
     Service(Service),
@@ -151,6 +155,10 @@ pub struct Pod {
     pub captured_elsewhere: bool,
     /// What its annotation says of its capture; it counts only where the API server is the registry.
     pub annotated: Option<CaptureState>,
+    /// What shows that it brings the proxy of another mesh along.
+    pub sidecar: Option<&'static str>,
+    /// Empty: the runtime's default.
+    pub runtime_class: String,
     /// Phase `Succeeded` or `Failed`: its address belongs to it no more.
     pub finished: bool,
     /// It has a deletion timestamp: it still runs, and gets no new work.

@@ -10,6 +10,7 @@ use prost::Message as _;
 use prost_types::{Any, Struct, value::Kind as ValueKind};
 
 use crate::capture_states::Proof;
+use crate::compile::membership::{Namespaces, NodePod, NodePods};
 use crate::compile::{Capture, OwnerKind, SettingsView, WorkloadView};
 use crate::discovery::subscription::{Request, Response};
 use crate::limits::MAX_NACK_BYTES;
@@ -348,4 +349,29 @@ pub fn pod_words(pods: &[node::PodReport]) -> Vec<PodWord> {
             },
         })
         .collect()
+}
+
+/// What a node is told of its Pods.
+#[must_use]
+pub fn node_pods(of_node: &NodePods, namespaces: &Namespaces) -> node::NodePodsState {
+    let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+    let pod = |pod: &NodePod| node::NodePod {
+        uid: pod.uid.clone(),
+        namespace: pod.namespace.clone(),
+        name: pod.name.clone(),
+        service_account: pod.service_account.clone(),
+        addresses: pod.addresses.iter().map(ToString::to_string).collect(),
+        is_member: pod.is_member,
+        refused: pod.refused.map(|refusal| refusal.to_string()).unwrap_or_default(),
+    };
+    let namespace = |(name, best_effort): (&String, &bool)| node::MeshNamespace {
+        name: name.clone(),
+        best_effort: *best_effort,
+    };
+    node::NodePodsState {
+        pods: of_node.pods.iter().map(pod).collect(),
+        omitted_pods: count(of_node.omitted),
+        namespaces: namespaces.names.iter().map(namespace).collect(),
+        omitted_namespaces: count(namespaces.omitted),
+    }
 }

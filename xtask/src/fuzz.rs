@@ -14,9 +14,11 @@ use crate::tools;
 use crate::workspace::Workspace;
 
 /// As `fuzz/Cargo.toml` has them.
-const TARGETS: [&str; 18] = [
+const TARGETS: [&str; 20] = [
     "answer",
     "certificate",
+    "cgroup",
+    "conflist",
     "connect",
     "discovery",
     "enrol",

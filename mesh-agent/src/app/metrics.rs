@@ -9,6 +9,7 @@ use prometheus::{Gauge, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, 
 use tokio::time::Instant;
 
 use super::Agent;
+use crate::pods::PodView;
 use crate::telemetry::{MetricsPrefix, take_over};
 
 /// Identities whose certificates are shown, those that end first: as many as a node has Pods. The store keeps no more
@@ -39,6 +40,9 @@ pub struct AgentMetrics {
     prefix: MetricsPrefix,
     pods: IntGaugeVec,
     pods_without_backstop: IntGaugeVec,
+    unprotected: IntGaugeVec,
+    following: IntGaugeVec,
+    following_failures: IntCounterVec,
     local_refused: IntCounter,
     buffered_bytes: IntGauge,
     exclusions: IntGaugeVec,
@@ -113,6 +117,21 @@ impl AgentMetrics {
                 "Enrolled Pods whose raw packets are not checked, by the reason.",
                 &["reason"],
             )?,
+            unprotected: gauges(
+                "mesh_pod_unprotected_connections",
+                "Connections of a Pod that were open before it was enrolled, and still are.",
+                &["namespace", "pod"],
+            )?,
+            following: gauges(
+                "mesh_following_pods",
+                "Pods of this node in the control plane's list, by what stands in the way of their enrolment.",
+                &["state"],
+            )?,
+            following_failures: counters(
+                "mesh_following_failures_total",
+                "Enrolments and releases by the list that did not work and are tried again.",
+                "reason",
+            )?,
             local_refused,
             buffered_bytes: gauge(
                 "mesh_buffered_bytes",
@@ -176,6 +195,7 @@ impl AgentMetrics {
                 .count();
             self.pods_without_backstop.with_label_values(&[reason]).set(size(count));
         }
+        self.show_following(agent, &pods);
         take_over(&self.local_refused, agent.socket.refused());
         self.buffered_bytes.set(size(agent.buffers.held_bytes()));
         let settings = agent.state.read(|state| state.settings().clone());
@@ -191,6 +211,36 @@ impl AgentMetrics {
             self.map_entries_max.with_label_values(&[map.name]).set(size(map.max_entries));
         }
         agent.metrics.render_as(&self.prefix)
+    }
+
+    fn show_following(&self, agent: &Agent, pods: &[PodView]) {
+        let size = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
+        let unprotected = agent.capture.unprotected();
+        // Those of Pods that are gone go.
+        self.unprotected.reset();
+        for pod in pods {
+            let count = unprotected
+                .iter()
+                .find(|(uid, _)| *uid == pod.uid)
+                .map_or(0, |(_, count)| *count);
+            self.unprotected
+                .with_label_values(&[&pod.namespace, &pod.name])
+                .set(size(count));
+        }
+        let followed = agent.followed.lock();
+        for (state, count) in [
+            ("member", followed.members),
+            ("without_address", followed.waiting),
+            ("failing", followed.failing.len()),
+            ("refused", followed.refused.len()),
+        ] {
+            self.following.with_label_values(&[state]).set(size(count));
+        }
+        // Shown from the start: an absent series and a zero are not the same to an alert.
+        self.following_failures.with_label_values(&["no_process"]);
+        for (reason, count) in &followed.failures {
+            take_over(&self.following_failures.with_label_values(&[reason]), *count);
+        }
     }
 
     fn show_certificates(&self, agent: &Agent) {

@@ -22,7 +22,7 @@ use super::network::{CaptureError, IoContext, PodListeners};
 use super::recovery::Place;
 use super::sockets::StdListeners;
 use super::upstreams::Upstreams;
-use super::{CapturedPod, routing, sockets};
+use super::{CapturedPod, routing, sockets, unprotected};
 use crate::addr::address_bytes;
 
 pub(super) struct Inner {
@@ -45,6 +45,8 @@ pub(super) struct Enrolment {
     /// Of the listeners that were opened for it, as /proc/net/tcp shows them.
     pub(super) listeners: [u64; 3],
     pub(super) backstop: Backstop,
+    /// Of `record.open_before`, those that are still open.
+    pub(super) unprotected: Vec<u64>,
     /// `None` until it is recovered: its listeners are not ours yet, and its connections are refused.
     pub(super) active: Option<Arc<PodNamespace>>,
 }
@@ -60,9 +62,10 @@ impl Enrolment {
     /// Not taken over yet.
     pub(super) fn of(record: EnrolmentRecord) -> Self {
         Self {
-            record,
             listeners: [0; 3],
             backstop: Backstop::default(),
+            unprotected: record.open_before.clone(),
+            record,
             active: None,
         }
     }
@@ -114,6 +117,8 @@ impl Inner {
                 netns_cookie: cookie,
                 slot: slot.ok_or_else(|| CaptureError::Refused(format!("the node's {MAX_PODS} slots for Pods are taken")))?,
                 before: netns.run(routing::observe)?,
+                // Those that are opened in the moments until the capture stands are not in it.
+                open_before: netns.run(unprotected::open_connections)?,
                 pod,
             },
         };

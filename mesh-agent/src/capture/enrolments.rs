@@ -14,7 +14,7 @@ use super::network::{CaptureError, IoContext};
 use super::routing::Before;
 
 /// Kubernetes uids have 36 characters.
-const MAX_UID_LEN: usize = 128;
+pub(super) const MAX_UID_LEN: usize = 128;
 /// Bytes of a record: two paths of 4,096, names, and some settings. Larger: it is none, and ignored like any other that cannot be read.
 const MAX_RECORD_BYTES: u64 = 64 * 1024;
 
@@ -29,6 +29,33 @@ pub struct PodToEnroll {
     pub addresses: Vec<IpAddr>,
     /// A container's cgroup, where there is one: the outbound probe runs there.
     pub cgroup_path: Option<PathBuf>,
+    /// Absent in records of earlier versions.
+    #[serde(default)]
+    pub origin: Origin,
+}
+
+/// Who asked for an enrolment, and so may end it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Origin {
+    /// Somebody at the local socket, who releases it as well.
+    #[default]
+    Local,
+    /// The control plane's list of the node's Pods.
+    Following,
+    /// The CNI plugin, when the Pod was made; from then on the list counts.
+    Cni,
+}
+
+impl Origin {
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Local => "local",
+            Self::Following => "following",
+            Self::Cni => "cni",
+        }
+    }
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -39,6 +66,9 @@ pub(super) struct EnrolmentRecord {
     pub netns_cookie: u64,
     pub slot: u32,
     pub before: Before,
+    /// Sockets by inode that were connected before: what goes over them is not protected.
+    #[serde(default)]
+    pub open_before: Vec<u64>,
 }
 
 #[derive(Debug)]
@@ -181,6 +211,7 @@ mod tests {
                 netns_path: "/run/netns/web-0".into(),
                 addresses: vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()],
                 cgroup_path: None,
+                origin: Origin::Following,
             },
             netns_cookie: 7,
             slot: 3,
@@ -188,6 +219,7 @@ mod tests {
                 ipv6: true,
                 settings: vec![("net/ipv4/fwmark_reflect".into(), "0".into())],
             },
+            open_before: vec![4711],
         }
     }
 

@@ -14,3 +14,10 @@ pub fn enrolment(bytes: &[u8]) {
 pub fn greeting(bytes: &[u8]) {
     super::probe::fuzz(bytes);
 }
+
+/// What the kernel tells of a process's cgroups, in whose names containers have a say.
+pub fn cgroup(bytes: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        super::pod_cgroup::fuzz(text);
+    }
+}

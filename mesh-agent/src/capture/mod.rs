@@ -12,6 +12,7 @@ pub mod descriptors;
 mod enrol;
 mod enrolments;
 mod events;
+pub mod find;
 #[cfg(fuzzing)]
 pub mod fuzz;
 pub mod heap;
@@ -21,6 +22,7 @@ mod namespace;
 mod netlink;
 pub mod netns;
 pub mod network;
+mod pod_cgroup;
 pub mod probe;
 mod probe_child;
 mod recovery;
@@ -30,6 +32,7 @@ mod search;
 mod self_test;
 mod sockets;
 pub mod tcp_info;
+mod unprotected;
 mod upstreams;
 
 use std::collections::HashMap;
@@ -48,6 +51,7 @@ use self::addresses::{normal_addresses, wait_for_addresses};
 use self::enrol::{Enrolment, Established, Inner};
 use self::enrolments::{Enrolments, check_uid};
 use self::events::Events;
+use self::find::Cgroups;
 use self::heartbeat::Heartbeat;
 use self::kernel::inspect::MapFill;
 use self::kernel::{CleanupReport, Kernel, KernelConfig};
@@ -57,7 +61,8 @@ use self::probe_child::ProbeCgroup;
 use self::upstreams::MAX_UPSTREAMS;
 
 pub use self::backstop::Backstop;
-pub use self::enrolments::{PodToEnroll, boot_id};
+pub use self::enrolments::{Origin, PodToEnroll, boot_id};
+pub use self::find::{FindError, Found, Wanted};
 pub use self::namespace::PodNamespace;
 pub use self::network::{CaptureError, PodListeners, PodNetwork, Upstream};
 pub use self::probe::{Probes, ProofError, is_probe};
@@ -288,10 +293,18 @@ impl Capture {
     ///
     /// # Errors
     /// The Pod cannot be captured; nothing of the attempt is left then.
-    pub async fn enroll(&self, mut pod: PodToEnroll) -> Result<CapturedPod, CaptureError> {
+    pub async fn enroll(&self, pod: PodToEnroll) -> Result<CapturedPod, CaptureError> {
+        let netns = NetNamespace::open(&pod.netns_path)?;
+        self.enroll_in(pod, netns).await
+    }
+
+    /// As [`Capture::enroll`], with a namespace that is held open: whatever is at its path meanwhile.
+    ///
+    /// # Errors
+    /// As [`Capture::enroll`].
+    pub async fn enroll_in(&self, mut pod: PodToEnroll, netns: NetNamespace) -> Result<CapturedPod, CaptureError> {
         check_uid(&pod.uid)?;
         pod.addresses = normal_addresses(&pod.addresses)?;
-        let netns = NetNamespace::open(&pod.netns_path)?;
         if netns.cookie() == self.inner.node_cookie {
             return Err(CaptureError::Refused(format!(
                 "{} is the node's own network namespace: Pods with hostNetwork cannot be enrolled",
@@ -342,14 +355,17 @@ impl Capture {
     }
 
     async fn prove_outbound(&self, pod: &PodToEnroll, network: &PodNamespace, address: IpAddr) -> Result<(), ProofError> {
-        let own = match &pod.cgroup_path {
+        // A container that was started again has another one. One that somebody has named is meant.
+        let of_container = pod.cgroup_path.as_deref();
+        let of_container = of_container.filter(|path| pod.origin == Origin::Local || path.exists());
+        let own = match of_container {
             Some(_) => None,
             None => Some(ProbeCgroup::create(&self.cgroup_root).map_err(|error| ProofError::Outbound {
                 destination: (address, 0).into(),
                 why: format!("no cgroup for the probe in {}: {error}", self.cgroup_root.display()),
             })?),
         };
-        let cgroup = own.as_ref().map(ProbeCgroup::path).or(pod.cgroup_path.as_deref());
+        let cgroup = own.as_ref().map(ProbeCgroup::path).or(of_container);
         self.probes
             .prove_outbound(
                 &pod.uid,
@@ -359,6 +375,37 @@ impl Capture {
                 &self.probe_program,
             )
             .await
+    }
+
+    /// Where Pods that run are, each by its uid: one walk over the node's processes.
+    ///
+    /// # Errors
+    /// The walk did not end.
+    pub async fn find_pods(&self, wanted: Vec<Wanted>) -> Result<HashMap<Arc<str>, Result<Found, FindError>>, CaptureError> {
+        let cgroups = Cgroups {
+            mount: kernel::detect_cgroup_root().ok(),
+            root: self.cgroup_root.clone(),
+        };
+        let node_cookie = self.inner.node_cookie;
+        blocking(move || Ok(find::find(wanted, node_cookie, &cgroups))).await
+    }
+
+    /// Another Pod's uid, if a process of one runs in the namespace.
+    ///
+    /// # Errors
+    /// The walk did not end.
+    pub async fn other_pod_in(&self, netns: &NetNamespace, uid: &str) -> Result<Option<String>, CaptureError> {
+        let (netns, uid) = (netns.try_clone()?, uid.to_owned());
+        blocking(move || find::other_pod_in(&netns, &uid)).await
+    }
+
+    /// Connections of each Pod that were open before it was enrolled, and still are; by uid, as of its last proof.
+    #[must_use]
+    pub fn unprotected(&self) -> Vec<(String, usize)> {
+        let pods = self.inner.pods.lock();
+        pods.iter()
+            .map(|(uid, enrolment)| (uid.clone(), enrolment.unprotected.len()))
+            .collect()
     }
 
     #[must_use]

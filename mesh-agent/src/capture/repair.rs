@@ -9,8 +9,9 @@ use tokio::net::TcpListener;
 
 use super::enrol::{Established, Inner, pod_value};
 use super::kernel::inspect::LookupTarget;
+use super::netns::NetNamespace;
 use super::network::CaptureError;
-use super::{routing, sockets};
+use super::{routing, sockets, unprotected};
 
 /// What was missing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -57,8 +58,21 @@ impl Inner {
         let (added, are_listening) = netns.run(|| Ok((routing::set_up(&record.before)?, sockets::are_listening(&listeners)?)))?;
         repairs.repaired.extend(added);
         repairs.is_listener_lost = !are_listening;
+        self.count_unprotected(uid, netns)?;
         self.tell_of_pod(uid, &repairs.repaired);
         Ok(repairs)
+    }
+
+    fn count_unprotected(&self, uid: &str, netns: &NetNamespace) -> Result<(), CaptureError> {
+        let before = self.pods.lock().get(uid).map(|enrolment| enrolment.unprotected.clone());
+        let Some(before) = before.filter(|before| !before.is_empty()) else {
+            return Ok(());
+        };
+        let open = netns.run(|| unprotected::still_open(&before))?;
+        if let Some(enrolment) = self.pods.lock().get_mut(uid) {
+            enrolment.unprotected = open;
+        }
+        Ok(())
     }
 
     fn tell_of_pod(&self, uid: &str, repaired: &[&'static str]) {

@@ -2,6 +2,7 @@
 //! plane is away the last good state stands.
 
 pub mod backoff;
+pub mod node_pods;
 pub mod report;
 pub mod subscription;
 #[cfg(test)]

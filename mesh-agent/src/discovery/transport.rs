@@ -7,6 +7,7 @@ use std::{fmt, io};
 use hyper_util::rt::TokioIo;
 use mesh_proto::ca::istio_certificate_service_client::IstioCertificateServiceClient;
 use mesh_proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
+use mesh_proto::node::node_pods_client::NodePodsClient;
 use mesh_proto::node::node_reports_client::NodeReportsClient;
 use parking_lot::RwLock;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -149,6 +150,11 @@ impl ControlPlane {
     #[must_use]
     pub fn certificates(&self) -> IstioCertificateServiceClient<Authenticated> {
         IstioCertificateServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
+    }
+
+    #[must_use]
+    pub fn node_pods(&self) -> NodePodsClient<Authenticated> {
+        NodePodsClient::with_interceptor(self.channel.clone(), self.bearer.clone())
     }
 
     #[must_use]

@@ -1,5 +1,8 @@
 //! The Pods of this node, from their enrolment to their release: captured, served, given a certificate, and proven again and again.
 
+pub mod cni;
+pub mod following;
+mod plan;
 mod proving;
 mod standing;
 mod trust_domain;
@@ -20,6 +23,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+use crate::capture::netns::NetNamespace;
 use crate::capture::{Capture, CaptureError, CapturedPod, PodToEnroll};
 use crate::discovery::report::{PodStatus, Proof};
 use crate::identity::Identity;
@@ -86,6 +90,7 @@ pub struct PodView {
     pub addresses: Vec<IpAddr>,
     pub netns_cookie: u64,
     pub proof: &'static str,
+    pub origin: &'static str,
     pub reason: String,
     pub served: bool,
     pub connections: usize,
@@ -168,20 +173,25 @@ impl Pods {
         validate(&pod)?;
         let uid: Arc<str> = pod.uid.as_str().into();
         self.trust_domain.known(ENROLMENT_PATIENCE).await;
-        let started = {
-            let _change = self.exclusively(&uid).await?;
-            match self.capture.enroll(pod).await {
-                Ok(captured) => {
-                    info!(pod = %captured.pod.name, namespace = %captured.pod.namespace, %uid, "Pod enrolled");
-                    self.serve(captured, false);
-                    self.publish();
-                }
-                Err(CaptureError::AlreadyEnrolled(_)) if self.enrolled.lock().contains_key(&uid) => {}
-                Err(error) => return Err(error.into()),
+        let netns = NetNamespace::open(&pod.netns_path)?;
+        self.capture_in(&uid, pod, netns).await?;
+        self.wait_until_proven(&uid, Instant::now() + ENROLMENT_PATIENCE).await
+    }
+
+    /// To be awaited to its end. What is enrolled already stays as it is.
+    async fn capture_in(self: &Arc<Self>, uid: &Arc<str>, pod: PodToEnroll, netns: NetNamespace) -> Result<(), PodError> {
+        let _change = self.exclusively(uid).await?;
+        match self.capture.enroll_in(pod, netns).await {
+            Ok(captured) => {
+                let (pod, origin) = (&captured.pod, captured.pod.origin.as_str());
+                info!(pod = %pod.name, namespace = %pod.namespace, %uid, origin, "Pod enrolled");
+                self.serve(captured, false);
+                self.publish();
+                Ok(())
             }
-            Instant::now()
-        };
-        self.wait_until_proven(&uid, started + ENROLMENT_PATIENCE).await
+            Err(CaptureError::AlreadyEnrolled(_)) if self.enrolled.lock().contains_key(uid) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
     }
 
     async fn wait_until_proven(&self, uid: &str, until: Instant) -> Result<u64, PodError> {
@@ -248,6 +258,7 @@ impl Pods {
                 addresses: enrolled.pod.addresses.clone(),
                 netns_cookie: enrolled.netns_cookie,
                 proof: enrolled.standing.proof().as_str(),
+                origin: enrolled.pod.origin.as_str(),
                 reason: enrolled.standing.reason().to_owned(),
                 served: enrolled.handle.is_some(),
                 connections: registry.count(&enrolled.uid),

@@ -11,7 +11,7 @@ use mesh_agent::addr::{ClientAddr, ListenerAddr, OriginalDst};
 use mesh_agent::capture::kernel::{self, KernelConfig};
 use mesh_agent::capture::netns::NetNamespace;
 use mesh_agent::capture::{
-    Capture, CaptureConfig, CapturedPod, PodNamespace, PodNetwork, PodToEnroll, Probes, UpstreamLease, is_probe,
+    Capture, CaptureConfig, CapturedPod, Origin, PodNamespace, PodNetwork, PodToEnroll, Probes, UpstreamLease, is_probe,
 };
 use nix::fcntl::{Flock, FlockArg};
 use tokio::net::{TcpListener, TcpStream};
@@ -177,6 +177,7 @@ impl Bed {
             netns_path: self.netns_path(),
             addresses: vec![POD_V4.parse().unwrap(), POD_V6.parse().unwrap()],
             cgroup_path: None,
+            origin: Origin::Local,
         }
     }
 

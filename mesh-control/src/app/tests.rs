@@ -20,6 +20,7 @@ use super::*;
 use crate::tokens::TokenFile;
 
 mod bounds;
+mod node_pods;
 mod sizes;
 
 /// Far beyond what any step takes; a test that waits this long has failed.

@@ -13,8 +13,10 @@ use crate::capture_states::{CaptureState, CaptureStates, PodKey, pod_key};
 use crate::objects::{Kind, Labels, Node, Object, ObjectId, Pod, Service, TargetPort, World};
 use crate::proto;
 use endpoints::{Listed, Services};
+use membership::{Enrolment, Membership, membership};
 
 mod endpoints;
+pub mod membership;
 mod workload_names;
 
 #[cfg(test)]
@@ -60,6 +62,8 @@ pub struct Snapshot {
     pub pods: BTreeMap<PodKey, PodPlace>,
     /// Of Nodes and [`Parameters`].
     pub pod_ranges: BTreeSet<IpNet>,
+    /// What nodes are to enrol.
+    pub enrolment: Enrolment,
 }
 
 /// Where a Pod is: for checking what agents say of it.
@@ -264,13 +268,14 @@ pub fn compile(world: &World, captures: &CaptureStates, parameters: &Parameters)
         identities,
         pods,
         pod_ranges: ranges,
+        enrolment: membership::enrolment(&index.namespaces, &index.pods),
     }
 }
 
 /// The world by kind.
 #[derive(Default)]
 struct Index<'a> {
-    namespaces: BTreeMap<&'a str, &'a Labels>,
+    namespaces: BTreeMap<&'a str, membership::Namespace<'a>>,
     nodes: BTreeMap<&'a str, &'a Node>,
     pods: Vec<(&'a ObjectId, &'a Pod)>,
     services: Vec<(&'a ObjectId, &'a Service)>,
@@ -286,8 +291,11 @@ impl<'a> Index<'a> {
         let mut index = Self::default();
         for (id, object) in world {
             match object.as_ref() {
-                Object::Namespace { labels } => {
-                    index.namespaces.insert(&id.name, labels);
+                Object::Namespace { labels, best_effort } => {
+                    let best_effort = *best_effort;
+                    index
+                        .namespaces
+                        .insert(&id.name, membership::Namespace { labels, best_effort });
                 }
                 Object::Node(node) => {
                     index.nodes.insert(&id.name, node);
@@ -319,12 +327,12 @@ impl<'a> Index<'a> {
     }
 
     fn is_member(&self, id: &ObjectId, pod: &Pod) -> bool {
-        let opted_in = self
-            .namespaces
-            .get(id.namespace.as_str())
-            .is_some_and(|labels| labels.get(MESH_LABEL).is_some_and(|value| value == "enabled"));
-        let opted_out = pod.labels.get(MESH_LABEL).is_some_and(|value| value == "disabled");
-        opted_in && !opted_out && !pod.host_network
+        match membership(self.namespaces.get(id.namespace.as_str()), &id.namespace, pod) {
+            Membership::Member => true,
+            // Its peers are sent tunnels, which the other mesh takes.
+            Membership::Refused(_) => pod.captured_elsewhere,
+            Membership::Outside => false,
+        }
     }
 
     fn workload(

@@ -50,6 +50,7 @@ impl ControlPlane {
         if self.is_ready() && ranges.is_empty() {
             warnings.push(NO_POD_RANGES.to_owned());
         }
+        warnings.extend(snapshot.enrolment.warnings());
         warnings.extend(unfollowed(&inner.world));
         serde_json::json!({
             "ready": self.is_ready(),

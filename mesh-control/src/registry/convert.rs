@@ -13,6 +13,7 @@ use mesh_proto::ROOT_NAMESPACE;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use super::enrolment::{asks_best_effort, sidecar};
 use crate::capture_states::CaptureState;
 use crate::objects::{Endpoint, EndpointSlice, Kind, Node, Object, ObjectId, Pod, Service, ServicePort, TargetPort};
 
@@ -107,8 +108,13 @@ impl Convert for core::Namespace {
     const KIND: Kind = Kind::Namespace;
 
     fn convert(self) -> Result<Object, String> {
+        let best_effort = [&self.metadata.labels, &self.metadata.annotations]
+            .into_iter()
+            .flatten()
+            .any(asks_best_effort);
         Ok(Object::Namespace {
             labels: self.metadata.labels.unwrap_or_default(),
+            best_effort,
         })
     }
 }
@@ -316,6 +322,8 @@ fn pod(pod: core::Pod) -> Result<Pod, String> {
         ..
     } = pod.metadata;
     let spec = pod.spec.unwrap_or_default();
+    let annotations = annotations.unwrap_or_default();
+    let sidecar = sidecar(&spec, &annotations);
     let status = pod.status.unwrap_or_default();
     if let Some(uid) = uid.as_deref().filter(|uid| !is_uid(uid)) {
         return Err(format!(
@@ -356,7 +364,6 @@ fn pod(pod: core::Pod) -> Result<Pod, String> {
             }
         }
     }
-    let annotations = annotations.unwrap_or_default();
     let owner = owner_references
         .unwrap_or_default()
         .into_iter()
@@ -372,6 +379,8 @@ fn pod(pod: core::Pod) -> Result<Pod, String> {
         captured_elsewhere: annotations
             .get(REDIRECTION_ANNOTATION)
             .is_some_and(|value| value == "enabled"),
+        sidecar,
+        runtime_class: spec.runtime_class_name.unwrap_or_default(),
         finished: status
             .phase
             .as_deref()

@@ -3,6 +3,7 @@
 
 pub mod convert;
 pub mod decision;
+mod enrolment;
 mod folder;
 mod follow;
 mod last_good;

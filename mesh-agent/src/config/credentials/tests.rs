@@ -81,7 +81,7 @@ fn run(arguments: &[&str]) -> Result<RunArgs, String> {
     match Cli::try_parse_from(all) {
         Ok(Cli {
             command: Command::Run(args),
-        }) => Ok(args),
+        }) => Ok(*args),
         Ok(_) => panic!("not run"),
         Err(error) => Err(error.to_string()),
     }

@@ -184,6 +184,7 @@ fn beyond_the_bound_objects_are_left_out_and_that_is_said() {
     };
     let labels = || Object::Namespace {
         labels: std::collections::BTreeMap::new(),
+        best_effort: false,
     };
     for n in 0..=MAX_OBJECTS {
         world.apply(Kind::Namespace, meta(n), |_| Ok(labels()));

@@ -1,0 +1,135 @@
+//! What is to be done so that the node's enrolments are as the control plane's list says. Pure.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::capture::Origin;
+use crate::discovery::node_pods::NodeList;
+
+/// Of a Pod that is enrolled, what counts here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Known {
+    pub origin: Origin,
+    pub netns_cookie: u64,
+    pub is_proven: bool,
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Plan {
+    /// To be found on the node: members that are not enrolled; and those that are and cannot be proven, whose namespace may be
+    /// another one by now.
+    pub find: Vec<Arc<str>>,
+    pub release: Vec<Arc<str>>,
+    /// Members without an address: nothing can be done for them yet.
+    pub waiting: usize,
+}
+
+pub(super) fn plan(list: &NodeList, enrolled: &BTreeMap<Arc<str>, Known>) -> Plan {
+    let mut plan = Plan::default();
+    for (uid, pod) in list.pods.iter().filter(|(_, pod)| pod.is_member) {
+        let is_settled = enrolled
+            .get(uid)
+            .is_some_and(|known| known.is_proven || known.origin == Origin::Local);
+        if is_settled {
+            continue;
+        }
+        if pod.addresses.is_empty() {
+            plan.waiting += usize::from(!enrolled.contains_key(uid));
+        } else {
+            plan.find.push(uid.clone());
+        }
+    }
+    for (uid, known) in enrolled {
+        let stays = match list.pods.get(uid) {
+            Some(pod) => pod.is_member,
+            None => list.is_cut,
+        };
+        // Who was enrolled by hand is released by hand.
+        if !stays && known.origin != Origin::Local {
+            plan.release.push(uid.clone());
+        }
+    }
+    plan
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::discovery::node_pods::ListedPod;
+
+    fn list(pods: &[(&str, bool, bool)]) -> NodeList {
+        let pod = |(uid, is_member, has_address): &(&str, bool, bool)| {
+            let pod = ListedPod {
+                namespace: "shop".into(),
+                name: (*uid).into(),
+                service_account: "default".into(),
+                addresses: if *has_address {
+                    vec!["10.0.0.1".parse().unwrap()]
+                } else {
+                    vec![]
+                },
+                is_member: *is_member,
+                refused: String::new(),
+            };
+            (Arc::from(*uid), pod)
+        };
+        NodeList {
+            pods: pods.iter().map(pod).collect(),
+            ..NodeList::default()
+        }
+    }
+
+    fn enrolled(pods: &[(&str, Origin, bool)]) -> BTreeMap<Arc<str>, Known> {
+        let known = |(uid, origin, is_proven): &(&str, Origin, bool)| {
+            let known = Known {
+                origin: *origin,
+                netns_cookie: 1,
+                is_proven: *is_proven,
+            };
+            (Arc::from(*uid), known)
+        };
+        pods.iter().map(known).collect()
+    }
+
+    fn names(uids: &[Arc<str>]) -> Vec<&str> {
+        uids.iter().map(|uid| &**uid).collect()
+    }
+
+    #[test]
+    fn members_are_looked_for_once_they_have_an_address_and_again_while_unproven() {
+        let list = list(&[
+            ("new", true, true),
+            ("starting", true, false),
+            ("stranger", false, true),
+            ("done", true, true),
+            ("lost", true, true),
+            ("by-hand", true, true),
+        ]);
+        let plan = plan(
+            &list,
+            &enrolled(&[
+                ("done", Origin::Cni, true),
+                ("lost", Origin::Following, false),
+                ("by-hand", Origin::Local, false),
+            ]),
+        );
+        assert_eq!(names(&plan.find), ["lost", "new"]);
+        assert_eq!(plan.waiting, 1);
+        assert_eq!(names(&plan.release), [""; 0]);
+    }
+
+    #[test]
+    fn who_left_is_released_but_not_who_was_enrolled_by_hand() {
+        let enrolled = enrolled(&[
+            ("gone", Origin::Following, true),
+            ("made", Origin::Cni, true),
+            ("no-member", Origin::Following, false),
+            ("by-hand", Origin::Local, true),
+        ]);
+        let mut list = list(&[("no-member", false, true)]);
+        assert_eq!(names(&plan(&list, &enrolled).release), ["gone", "made", "no-member"]);
+        // Of a list that has not everything, only who is on it counts.
+        list.is_cut = true;
+        assert_eq!(names(&plan(&list, &enrolled).release), ["no-member"]);
+    }
+}
