@@ -3,6 +3,7 @@
 use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
 
 use crate::compile::membership::{Enrolment, Refusal};
+use crate::objects::Kind;
 use crate::registry::{Reason, Rejection};
 use crate::tokens::Refusal as TokenRefusal;
 
@@ -25,6 +26,16 @@ const STREAMS_CUT: [&str; 7] = [
     "unread",
 ];
 const REPORT_STREAMS_CUT: [&str; 5] = ["failed", "shutdown", "token", "too_much", "unread"];
+const NODE_PODS_STREAMS_CUT: [&str; 3] = ["shutdown", "token", "unread"];
+const CAPTURE_WRITES_FAILED: [&str; 7] = [
+    "connection",
+    "forbidden",
+    "gone",
+    "no_room",
+    "refused",
+    "timeout",
+    "too_many_requests",
+];
 const TYPES: [&str; 4] = ["address", "authorization", "settings", "other"];
 const CERTIFICATES_REFUSED: [&str; 4] = ["failed", "foreign_identity", "malformed", "not_ready"];
 
@@ -261,6 +272,8 @@ impl Metrics {
             (&metrics.connections_refused, CONNECTIONS_REFUSED.as_slice()),
             (&metrics.streams_cut, &STREAMS_CUT),
             (&metrics.report_streams_cut, &REPORT_STREAMS_CUT),
+            (&metrics.node_pods_streams_cut, &NODE_PODS_STREAMS_CUT),
+            (&metrics.capture_writes_failed, &CAPTURE_WRITES_FAILED),
             (&metrics.responses, &TYPES),
             (&metrics.acknowledged, &TYPES),
             (&metrics.rejected, &TYPES),
@@ -269,6 +282,11 @@ impl Metrics {
             for value in values {
                 counters.with_label_values(&[value]);
             }
+        }
+        for kind in Kind::ALL {
+            metrics.lists.with_label_values(&[kind.as_str()]);
+            metrics.watch_failures.with_label_values(&[kind.as_str()]);
+            metrics.objects_left_out.with_label_values(&[kind.as_str()]).set(0);
         }
         for result in ["accepted", "refused", "failed"] {
             metrics.token_reviews.with_label_values(&[result]);
@@ -350,6 +368,6 @@ mod tests {
             counters += 1;
         }
         // A family without a series is not in the text at all.
-        assert_eq!(counters, 16, "{text}");
+        assert_eq!(counters, 23, "{text}");
     }
 }

@@ -48,7 +48,7 @@ pub struct Content {
 pub const IMAGES: [Content; 2] = [
     Content {
         name: "mesh-agent",
-        binaries: &["mesh-agent"],
+        binaries: &["mesh-agent", "mesh-cni"],
         user: "0:0",
     },
     Content {
