@@ -1,0 +1,383 @@
+//! The mesh as its users run it: what `deploy` has is applied to a real cluster, a namespace is labelled, and it is in the mesh.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test: a panic is its failure, and standard output its report"
+)]
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use mesh_tests::binaries;
+use mesh_tests::kube::{APP_IMAGE, Cluster, Image};
+use mesh_tests::poll;
+use mesh_tests::suite;
+use serde_json::Value;
+
+const MESH: &str = "culvert-system";
+const SHOP: &str = "shop";
+/// Images are started, certificates signed, captures proven, and written to the API server.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// What a node of cgroup version 1 and 2 has beside the folders of version 1.
+const UNIFIED: &str = "/sys/fs/cgroup/unified";
+
+fn main() -> ExitCode {
+    suite::run(
+        "kube_mesh",
+        || {
+            let cluster = Cluster::start(2)?;
+            match install(&cluster).and_then(|()| deploy(&cluster)) {
+                Ok(()) => Ok(cluster),
+                Err(error) => Err(with_logs(&cluster, error)),
+            }
+        },
+        with_logs,
+        &[
+            ("pods_that_run_join_when_their_namespace_is_labelled", join),
+            ("services_work_through_the_mesh_across_nodes_and_within_one", services),
+            ("a_new_pod_is_in_the_mesh_before_it_starts", new_pod),
+            ("a_policy_denies_once_it_is_applied", policy),
+            ("a_rollout_of_the_agents_fails_no_connection", rollout),
+            ("control_planes_restart_and_forget_nothing", restart),
+            ("pods_leave_when_the_label_is_removed", leave),
+        ],
+    )
+}
+
+fn with_logs(cluster: &Cluster, error: anyhow::Error) -> anyhow::Error {
+    for workload in ["daemonset/mesh-agent", "deployment/mesh-control"] {
+        let arguments = [
+            "-n",
+            MESH,
+            "logs",
+            workload,
+            "--all-pods=true",
+            "--all-containers",
+            "--prefix",
+            "--tail=25",
+        ];
+        match cluster.kubectl().run(&arguments) {
+            Ok(text) => println!("--- the end of {workload}:\n{text}"),
+            Err(error) => println!("--- no logs of {workload}: {error:#}"),
+        }
+    }
+    for what in [
+        &["-n", MESH, "get", "pods", "-o", "wide"][..],
+        &["-n", SHOP, "describe", "pods"],
+    ] {
+        println!("{}", cluster.kubectl().run(what).unwrap_or_default());
+    }
+    cluster.with_logs(error)
+}
+
+fn checkout() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+}
+
+/// As docs/DEPLOY.md says, with the images that were just built.
+fn install(cluster: &Cluster) -> Result<()> {
+    let agent = Image::new("culvert.test/mesh-agent:1")
+        .program(&binaries::path("mesh-agent")?, "/mesh-agent")?
+        .program(&binaries::path("mesh-cni")?, "/mesh-cni")?
+        .entrypoint(&["/mesh-agent"]);
+    let control = Image::new("culvert.test/mesh-control:1")
+        .program(&binaries::path("mesh-control")?, "/mesh-control")?
+        .entrypoint(&["/mesh-control"])
+        .user(65532);
+    cluster.load_image(&agent)?;
+    cluster.load_image(&control)?;
+    let kubectl = cluster.kubectl();
+    let deploy = checkout().join("deploy");
+    kubectl.run(&[
+        "apply",
+        "--server-side",
+        "-f",
+        deploy.join("crds").to_str().context("a path")?,
+    ])?;
+    let mut manifests = std::fs::read_to_string(deploy.join("culvert.yaml"))?;
+    for name in ["mesh-agent", "mesh-control"] {
+        let shipped = format!("image: {name}:{}", env!("CARGO_PKG_VERSION"));
+        ensure!(manifests.contains(&shipped), "deploy/culvert.yaml has no {shipped}");
+        manifests = manifests.replace(&shipped, &format!("image: culvert.test/{name}:1"));
+    }
+    if cluster.node(1).run(&["test", "-d", UNIFIED], poll::SOON)?.status.success() {
+        manifests = manifests.replace("path: /sys/fs/cgroup\n", &format!("path: {UNIFIED}\n"));
+    }
+    if !has_sys_resource()? {
+        // A runtime gives nobody what it does not have itself. Without it the agent has the descriptors that its hard limit allows.
+        println!("this machine has no CAP_SYS_RESOURCE to give: the agents are deployed without it");
+        manifests = manifests.replace("                - SYS_RESOURCE\n", "");
+    }
+    kubectl.apply(&manifests)?;
+    kubectl.rolled_out(MESH, "deployment/mesh-control")?;
+    kubectl.rolled_out(MESH, "daemonset/mesh-agent")
+}
+
+fn has_sys_resource() -> Result<bool> {
+    const CAP_SYS_RESOURCE: u32 = 24;
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let bounding = status.lines().find_map(|line| line.strip_prefix("CapBnd:")).context("CapBnd")?;
+    Ok(u64::from_str_radix(bounding.trim(), 16)? & (1 << CAP_SYS_RESOURCE) != 0)
+}
+
+fn pod(name: &str, node: u8, command: &str) -> String {
+    format!(
+        r#"
+apiVersion: v1
+kind: ServiceAccount
+metadata: {{name: {name}, namespace: {SHOP}}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {{name: {name}, namespace: {SHOP}, labels: {{app: {name}}}}}
+spec:
+  serviceAccountName: {name}
+  nodeSelector: {{kubernetes.io/hostname: node-{node}}}
+  terminationGracePeriodSeconds: 1
+  containers:
+    - name: app
+      image: {APP_IMAGE}
+      command: {command}
+      resources: {{requests: {{cpu: 10m, memory: 8Mi}}, limits: {{memory: 64Mi}}}}
+---
+"#
+    )
+}
+
+fn server(name: &str, node: u8) -> String {
+    let command = format!(r#"[mesh-test-app, serve, {name}, "8080", "9000"]"#);
+    pod(name, node, &command)
+        + &format!(
+            r#"
+apiVersion: v1
+kind: Service
+metadata: {{name: {name}, namespace: {SHOP}}}
+spec:
+  selector: {{app: {name}}}
+  ipFamilyPolicy: RequireDualStack
+  ports: [{{name: http, port: 80, targetPort: 8080}}]
+---
+"#
+        )
+}
+
+/// Before anybody asks for the mesh.
+fn deploy(cluster: &Cluster) -> Result<()> {
+    let namespace = format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: {SHOP}}}\n---\n");
+    let manifests = namespace + &pod("client", 1, "[sleep, inf]") + &server("near", 1) + &server("far", 2);
+    cluster.kubectl().apply(&manifests)?;
+    let pods = ["pod/client", "pod/near", "pod/far"];
+    cluster.kubectl().wait_for(SHOP, "Ready", &pods)
+}
+
+fn capture(cluster: &Cluster, pod: &str) -> Result<Value> {
+    let pod = cluster.kubectl().get(&["-n", SHOP, "pod", pod])?;
+    Ok(pod["metadata"]["annotations"]["culvert.dev/capture"].clone())
+}
+
+fn until_proven(cluster: &Cluster, pods: &[&str]) -> Result<()> {
+    for pod in pods {
+        poll::until_true(&format!("{pod} is proven to be in the mesh"), PATIENCE, || {
+            Ok(capture(cluster, pod)? == "proven")
+        })?;
+    }
+    Ok(())
+}
+
+/// What the client is answered.
+fn get(cluster: &Cluster, url: &str) -> Result<String> {
+    let output = cluster.kubectl().exec(SHOP, "client", &["mesh-test-app", "get", url])?;
+    output.ok(&format!("GET {url} by the client's Pod"))
+}
+
+/// The access-log lines of both agents, of a connection to this Pod.
+fn lines_of(cluster: &Cluster, pod: &str) -> Result<Vec<Value>> {
+    let arguments = [
+        "-n",
+        MESH,
+        "logs",
+        "daemonset/mesh-agent",
+        "--all-pods=true",
+        "--container=mesh-agent",
+        "--since=5m",
+    ];
+    let text = cluster.kubectl().run(&arguments)?;
+    let lines = text
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(&line[line.find('{')?..]).ok());
+    Ok(lines.filter(|line| line["destination_workload"] == pod).collect())
+}
+
+fn join(cluster: &mut Cluster) -> Result<()> {
+    // The negative control: without the label nothing is carried.
+    let answer = get(cluster, "http://far/")?;
+    ensure!(answer.starts_with("server=far "), "{answer}");
+    ensure!(capture(cluster, "far")?.is_null(), "a Pod of no mesh is called captured");
+    ensure!(
+        lines_of(cluster, "far")?.is_empty(),
+        "a connection outside of the mesh is logged"
+    );
+    cluster
+        .kubectl()
+        .run(&["label", "namespace", SHOP, "culvert.dev/mesh=enabled"])?;
+    until_proven(cluster, &["client", "near", "far"])
+}
+
+fn services(cluster: &mut Cluster) -> Result<()> {
+    let client = cluster.kubectl().get(&["-n", SHOP, "pod", "client"])?;
+    let client = client["status"]["podIP"].as_str().context("an address")?.to_owned();
+    for server in ["near", "far"] {
+        let service = cluster.kubectl().get(&["-n", SHOP, "service", server])?;
+        let address = service["spec"]["clusterIP"].as_str().context("a cluster address")?;
+        for url in [
+            format!("http://{address}/"),
+            format!("http://{server}.{SHOP}.svc.cluster.local/"),
+        ] {
+            poll::until_true(&format!("{url} is answered by {server}"), PATIENCE, || {
+                Ok(get(cluster, &url)?.starts_with(&format!("server={server} ")))
+            })?;
+        }
+        let answer = get(cluster, &format!("http://{address}/"))?;
+        ensure!(
+            answer.contains(&format!("client={client} ")),
+            "the application does not see {client}: {answer}"
+        );
+        // Both ends say that it was mutual TLS, and between whom.
+        for direction in ["outbound", "inbound"] {
+            poll::until_true(&format!("{direction} to {server} by mutual TLS"), PATIENCE, || {
+                Ok(lines_of(cluster, server)?.iter().any(|line| {
+                    line["direction"] == direction
+                        && line["result"] == "ok"
+                        && line["connection_security_policy"] == "mutual_tls"
+                        && line["source_principal"] == format!("spiffe://cluster.local/ns/{SHOP}/sa/client")
+                        && line["destination_principal"] == format!("spiffe://cluster.local/ns/{SHOP}/sa/{server}")
+                }))
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// The plugin holds it back until the agent has it; its first connection is carried.
+fn new_pod(cluster: &mut Cluster) -> Result<()> {
+    let early = pod(
+        "early",
+        2,
+        "[sh, -c, \"mesh-test-app get http://near/ && mesh-test-app get http://far/ && echo both && sleep inf\"]",
+    );
+    cluster.kubectl().apply(&early)?;
+    cluster.kubectl().wait_for(SHOP, "Ready", &["pod/early"])?;
+    until_proven(cluster, &["early"])?;
+    let said = poll::until("its first connections", PATIENCE, || {
+        let said = cluster.kubectl().logs(SHOP, "early")?;
+        Ok(said.contains("both").then_some(said))
+    })?;
+    ensure!(said.contains("server=near ") && said.contains("server=far "), "{said}");
+    let restarts = cluster.kubectl().get(&["-n", SHOP, "pod", "early"])?;
+    ensure!(
+        restarts["status"]["containerStatuses"][0]["restartCount"] == 0,
+        "its first attempts failed: {restarts}"
+    );
+    for server in ["near", "far"] {
+        poll::until_true(&format!("what it sent to {server} was by mutual TLS"), PATIENCE, || {
+            let of_early = lines_of(cluster, server)?;
+            let mut of_early = of_early
+                .iter()
+                .filter(|line| line["source_workload"] == "early" && line["direction"] == "inbound");
+            let first = of_early.next();
+            Ok(first.is_some_and(|line| line["connection_security_policy"] == "mutual_tls"))
+        })?;
+    }
+    Ok(())
+}
+
+fn policy(cluster: &mut Cluster) -> Result<()> {
+    let policy = format!(
+        r"
+apiVersion: culvert.dev/v1alpha1
+kind: AuthorizationPolicy
+metadata: {{name: no-client, namespace: {SHOP}}}
+spec:
+  selector: {{matchLabels: {{app: far}}}}
+  action: Deny
+  rules: [{{from: [{{principals: [cluster.local/ns/{SHOP}/sa/client]}}]}}]
+"
+    );
+    cluster.kubectl().apply(&policy)?;
+    poll::until_true("the client is denied", PATIENCE, || Ok(get(cluster, "http://far/").is_err()))?;
+    ensure!(
+        get(cluster, "http://near/")?.starts_with("server=near "),
+        "another server is denied"
+    );
+    poll::until_true("the log names the policy", PATIENCE, || {
+        Ok(lines_of(cluster, "far")?
+            .iter()
+            .any(|line| line["policy"] == format!("{SHOP}/no-client") && line["result"] == "refused"))
+    })?;
+    cluster.kubectl().delete(&policy)?;
+    poll::until_true("the client is let in again", PATIENCE, || {
+        Ok(get(cluster, "http://far/").is_ok())
+    })
+}
+
+/// New connections, one after another, while every agent is replaced.
+fn rollout(cluster: &mut Cluster) -> Result<()> {
+    let load = "n=0; f=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); mesh-test-app get http://far/ >/dev/null 2>>/tmp/errors || f=$((f+1)); done; echo \"$n $f\" > /tmp/done";
+    let begin = format!("rm -f /tmp/stop /tmp/done /tmp/errors; ({load}) >/dev/null 2>&1 &");
+    let shell = |script: &str| cluster.kubectl().exec(SHOP, "client", &["sh", "-c", script]);
+    shell(&begin)?.ok("the load")?;
+    let restarted = cluster
+        .kubectl()
+        .run(&["-n", MESH, "rollout", "restart", "daemonset/mesh-agent"])
+        .and_then(|_| cluster.kubectl().rolled_out(MESH, "daemonset/mesh-agent"));
+    shell("touch /tmp/stop")?.ok("its end")?;
+    restarted?;
+    let done = poll::until("the load's count", PATIENCE, || {
+        let output = shell("cat /tmp/done 2>/dev/null; true")?;
+        let text = output.ok("the count")?;
+        Ok((!text.trim().is_empty()).then_some(text))
+    })?;
+    let (made, failed) = done.trim().split_once(' ').context("two numbers")?;
+    println!("{made} connections during the rollout, {failed} failed");
+    let errors = shell("head -c 2000 /tmp/errors 2>/dev/null; true")?.ok("errors")?;
+    ensure!(made.parse::<u32>()? > 20, "only {made} connections");
+    ensure!(failed == "0", "{failed} of {made} failed: {errors}");
+    until_proven(cluster, &["client", "near", "far"])
+}
+
+fn restart(cluster: &mut Cluster) -> Result<()> {
+    let roots = || cluster.kubectl().get(&["-n", MESH, "configmap", "culvert-roots"]);
+    let before = roots()?["data"].clone();
+    cluster.kubectl().run(&[
+        "-n",
+        MESH,
+        "delete",
+        "pods",
+        "-l",
+        "app.kubernetes.io/name=mesh-control",
+        "--wait=true",
+    ])?;
+    ensure!(
+        get(cluster, "http://far/")?.starts_with("server=far "),
+        "while no control plane is ready"
+    );
+    cluster.kubectl().rolled_out(MESH, "deployment/mesh-control")?;
+    ensure!(roots()?["data"] == before, "another root");
+    until_proven(cluster, &["client", "near", "far"])?;
+    ensure!(get(cluster, "http://far/")?.starts_with("server=far "), "after the restart");
+    Ok(())
+}
+
+fn leave(cluster: &mut Cluster) -> Result<()> {
+    cluster.kubectl().run(&["label", "namespace", SHOP, "culvert.dev/mesh-"])?;
+    for pod in ["client", "near", "far", "early"] {
+        poll::until_true(&format!("{pod} is out of the mesh"), PATIENCE, || {
+            Ok(capture(cluster, pod)?.is_null())
+        })?;
+    }
+    poll::until_true("it works without the mesh", PATIENCE, || {
+        Ok(get(cluster, "http://far/").is_ok_and(|answer| answer.starts_with("server=far ")))
+    })
+}
