@@ -85,7 +85,7 @@ mod tests {
 
     #[test]
     fn every_command_of_the_readme_is_run_by_something() {
-        let runners = ["demo", "hand", "fresh"];
+        let runners = ["demo", "hand", "fresh", "kube_mesh"];
         for block in blocks().unwrap() {
             let runner = block.run_by.as_deref().unwrap_or_default();
             assert!(runners.contains(&runner), "nothing runs this block:\n{}", block.text);

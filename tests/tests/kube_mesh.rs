@@ -9,11 +9,13 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use mesh_tests::binaries;
 use mesh_tests::kube::{APP_IMAGE, Cluster, Image};
 use mesh_tests::poll;
+use mesh_tests::readme;
 use mesh_tests::suite;
+use mesh_tests::wire::Recorder;
 use serde_json::Value;
 
 const MESH: &str = "culvert-system";
@@ -88,15 +90,14 @@ fn install(cluster: &Cluster) -> Result<()> {
         .user(65532);
     cluster.load_image(&agent)?;
     cluster.load_image(&control)?;
-    let kubectl = cluster.kubectl();
-    let deploy = checkout().join("deploy");
-    kubectl.run(&[
-        "apply",
-        "--server-side",
-        "-f",
-        deploy.join("crds").to_str().context("a path")?,
-    ])?;
-    let mut manifests = std::fs::read_to_string(deploy.join("culvert.yaml"))?;
+    let shipped = checkout().join("deploy");
+    let here = folder(cluster).join("deploy");
+    std::fs::create_dir_all(here.join("crds"))?;
+    for file in std::fs::read_dir(shipped.join("crds"))? {
+        let file = file?;
+        std::fs::copy(file.path(), here.join("crds").join(file.file_name()))?;
+    }
+    let mut manifests = std::fs::read_to_string(shipped.join("culvert.yaml"))?;
     for name in ["mesh-agent", "mesh-control"] {
         let shipped = format!("image: {name}:{}", env!("CARGO_PKG_VERSION"));
         ensure!(manifests.contains(&shipped), "deploy/culvert.yaml has no {shipped}");
@@ -110,15 +111,38 @@ fn install(cluster: &Cluster) -> Result<()> {
         println!("this machine has no CAP_SYS_RESOURCE to give: the agents are deployed without it");
         manifests = manifests.replace("                - SYS_RESOURCE\n", "");
     }
-    kubectl.apply(&manifests)?;
-    kubectl.rolled_out(MESH, "deployment/mesh-control")?;
-    kubectl.rolled_out(MESH, "daemonset/mesh-agent")
+    std::fs::write(here.join("culvert.yaml"), manifests)?;
+    let said = readme(cluster, "rollout status daemonset")?;
+    ensure!(said.contains("successfully rolled out"), "{said}");
+    Ok(())
+}
+
+/// Where the README's commands are run.
+fn folder(cluster: &Cluster) -> PathBuf {
+    cluster.folder().join("checkout")
+}
+
+/// Runs the block of the README that has this in it, and answers what it printed.
+fn readme(cluster: &Cluster, with: &str) -> Result<String> {
+    let blocks = readme::run_by("kube_mesh")?;
+    let mut chosen = blocks.iter().filter(|block| block.text.contains(with));
+    let (Some(block), None) = (chosen.next(), chosen.next()) else {
+        bail!("not one block of the README that kube_mesh runs has {with:?}");
+    };
+    if block.language == "yaml" {
+        std::fs::write(folder(cluster).join("deny.yaml"), &block.text)?;
+        return Ok(String::new());
+    }
+    cluster.kubectl().shell(&folder(cluster), &block.text)?.ok(&block.text)
 }
 
 fn has_sys_resource() -> Result<bool> {
     const CAP_SYS_RESOURCE: u32 = 24;
     let status = std::fs::read_to_string("/proc/self/status")?;
-    let bounding = status.lines().find_map(|line| line.strip_prefix("CapBnd:")).context("CapBnd")?;
+    let bounding = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapBnd:"))
+        .context("CapBnd")?;
     Ok(u64::from_str_radix(bounding.trim(), 16)? & (1 << CAP_SYS_RESOURCE) != 0)
 }
 
@@ -166,9 +190,9 @@ spec:
 /// Before anybody asks for the mesh.
 fn deploy(cluster: &Cluster) -> Result<()> {
     let namespace = format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: {SHOP}}}\n---\n");
-    let manifests = namespace + &pod("client", 1, "[sleep, inf]") + &server("near", 1) + &server("far", 2);
+    let manifests = namespace + &pod("client", 1, "[sleep, inf]") + &server("near", 1) + &server("server", 2);
     cluster.kubectl().apply(&manifests)?;
-    let pods = ["pod/client", "pod/near", "pod/far"];
+    let pods = ["pod/client", "pod/near", "pod/server"];
     cluster.kubectl().wait_for(SHOP, "Ready", &pods)
 }
 
@@ -211,24 +235,44 @@ fn lines_of(cluster: &Cluster, pod: &str) -> Result<Vec<Value>> {
 }
 
 fn join(cluster: &mut Cluster) -> Result<()> {
-    // The negative control: without the label nothing is carried.
-    let answer = get(cluster, "http://far/")?;
-    ensure!(answer.starts_with("server=far "), "{answer}");
-    ensure!(capture(cluster, "far")?.is_null(), "a Pod of no mesh is called captured");
+    // The negative control: without the label nothing is carried, and the wire between the nodes shows it all.
     ensure!(
-        lines_of(cluster, "far")?.is_empty(),
+        is_on_the_wire(cluster, "before")?,
+        "the recorder does not see what goes in clear"
+    );
+    ensure!(capture(cluster, "server")?.is_null(), "a Pod of no mesh is called captured");
+    ensure!(
+        lines_of(cluster, "server")?.is_empty(),
         "a connection outside of the mesh is logged"
     );
-    cluster
-        .kubectl()
-        .run(&["label", "namespace", SHOP, "culvert.dev/mesh=enabled"])?;
-    until_proven(cluster, &["client", "near", "far"])
+    readme(cluster, "culvert.dev/mesh=enabled")?;
+    for pod in ["client", "near", "server"] {
+        ensure!(capture(cluster, pod)? == "proven", "{pod} was waited for and is not proven");
+    }
+    ensure!(
+        !is_on_the_wire(cluster, "after")?,
+        "what the client says can be read between the nodes"
+    );
+    let said = readme(cluster, "mutual_tls")?;
+    ensure!(said.contains(&format!("ns/{SHOP}/sa/client")), "{said}");
+    Ok(())
+}
+
+/// Whether what the client asks the server on the other node for can be read on the wire between them.
+fn is_on_the_wire(cluster: &Cluster, word: &str) -> Result<bool> {
+    let marker = format!("marker-{word}-{:016x}", rand::random::<u64>());
+    let recorder = Recorder::start(cluster.node(1).netns(), "eth0")?;
+    let answer = get(cluster, &format!("http://server/{marker}"));
+    let recording = recorder.finish()?;
+    ensure!(answer?.starts_with("server=server "), "another server answered");
+    ensure!(recording.frames > 0, "nothing was recorded");
+    Ok(recording.contains(marker.as_bytes()))
 }
 
 fn services(cluster: &mut Cluster) -> Result<()> {
     let client = cluster.kubectl().get(&["-n", SHOP, "pod", "client"])?;
     let client = client["status"]["podIP"].as_str().context("an address")?.to_owned();
-    for server in ["near", "far"] {
+    for server in ["near", "server"] {
         let service = cluster.kubectl().get(&["-n", SHOP, "service", server])?;
         let address = service["spec"]["clusterIP"].as_str().context("a cluster address")?;
         for url in [
@@ -265,7 +309,7 @@ fn new_pod(cluster: &mut Cluster) -> Result<()> {
     let early = pod(
         "early",
         2,
-        "[sh, -c, \"mesh-test-app get http://near/ && mesh-test-app get http://far/ && echo both && sleep inf\"]",
+        "[sh, -c, \"mesh-test-app get http://near/ && mesh-test-app get http://server/ && echo both && sleep inf\"]",
     );
     cluster.kubectl().apply(&early)?;
     cluster.kubectl().wait_for(SHOP, "Ready", &["pod/early"])?;
@@ -274,13 +318,13 @@ fn new_pod(cluster: &mut Cluster) -> Result<()> {
         let said = cluster.kubectl().logs(SHOP, "early")?;
         Ok(said.contains("both").then_some(said))
     })?;
-    ensure!(said.contains("server=near ") && said.contains("server=far "), "{said}");
+    ensure!(said.contains("server=near ") && said.contains("server=server "), "{said}");
     let restarts = cluster.kubectl().get(&["-n", SHOP, "pod", "early"])?;
     ensure!(
         restarts["status"]["containerStatuses"][0]["restartCount"] == 0,
         "its first attempts failed: {restarts}"
     );
-    for server in ["near", "far"] {
+    for server in ["near", "server"] {
         poll::until_true(&format!("what it sent to {server} was by mutual TLS"), PATIENCE, || {
             let of_early = lines_of(cluster, server)?;
             let mut of_early = of_early
@@ -294,37 +338,29 @@ fn new_pod(cluster: &mut Cluster) -> Result<()> {
 }
 
 fn policy(cluster: &mut Cluster) -> Result<()> {
-    let policy = format!(
-        r"
-apiVersion: culvert.dev/v1alpha1
-kind: AuthorizationPolicy
-metadata: {{name: no-client, namespace: {SHOP}}}
-spec:
-  selector: {{matchLabels: {{app: far}}}}
-  action: Deny
-  rules: [{{from: [{{principals: [cluster.local/ns/{SHOP}/sa/client]}}]}}]
-"
-    );
-    cluster.kubectl().apply(&policy)?;
-    poll::until_true("the client is denied", PATIENCE, || Ok(get(cluster, "http://far/").is_err()))?;
+    readme(cluster, "kind: AuthorizationPolicy")?;
+    readme(cluster, "kubectl apply -f deny.yaml")?;
+    poll::until_true("the client is denied", PATIENCE, || {
+        Ok(get(cluster, "http://server/").is_err())
+    })?;
     ensure!(
         get(cluster, "http://near/")?.starts_with("server=near "),
         "another server is denied"
     );
     poll::until_true("the log names the policy", PATIENCE, || {
-        Ok(lines_of(cluster, "far")?
+        Ok(lines_of(cluster, "server")?
             .iter()
             .any(|line| line["policy"] == format!("{SHOP}/no-client") && line["result"] == "refused"))
     })?;
-    cluster.kubectl().delete(&policy)?;
+    readme(cluster, "kubectl delete -f deny.yaml")?;
     poll::until_true("the client is let in again", PATIENCE, || {
-        Ok(get(cluster, "http://far/").is_ok())
+        Ok(get(cluster, "http://server/").is_ok())
     })
 }
 
 /// New connections, one after another, while every agent is replaced.
 fn rollout(cluster: &mut Cluster) -> Result<()> {
-    let load = "n=0; f=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); mesh-test-app get http://far/ >/dev/null 2>>/tmp/errors || f=$((f+1)); done; echo \"$n $f\" > /tmp/done";
+    let load = "n=0; f=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); mesh-test-app get http://server/ >/dev/null 2>>/tmp/errors || f=$((f+1)); done; echo \"$n $f\" > /tmp/done";
     let begin = format!("rm -f /tmp/stop /tmp/done /tmp/errors; ({load}) >/dev/null 2>&1 &");
     let shell = |script: &str| cluster.kubectl().exec(SHOP, "client", &["sh", "-c", script]);
     shell(&begin)?.ok("the load")?;
@@ -344,7 +380,7 @@ fn rollout(cluster: &mut Cluster) -> Result<()> {
     let errors = shell("head -c 2000 /tmp/errors 2>/dev/null; true")?.ok("errors")?;
     ensure!(made.parse::<u32>()? > 20, "only {made} connections");
     ensure!(failed == "0", "{failed} of {made} failed: {errors}");
-    until_proven(cluster, &["client", "near", "far"])
+    until_proven(cluster, &["client", "near", "server"])
 }
 
 fn restart(cluster: &mut Cluster) -> Result<()> {
@@ -360,24 +396,27 @@ fn restart(cluster: &mut Cluster) -> Result<()> {
         "--wait=true",
     ])?;
     ensure!(
-        get(cluster, "http://far/")?.starts_with("server=far "),
+        get(cluster, "http://server/")?.starts_with("server=server "),
         "while no control plane is ready"
     );
     cluster.kubectl().rolled_out(MESH, "deployment/mesh-control")?;
     ensure!(roots()?["data"] == before, "another root");
-    until_proven(cluster, &["client", "near", "far"])?;
-    ensure!(get(cluster, "http://far/")?.starts_with("server=far "), "after the restart");
+    until_proven(cluster, &["client", "near", "server"])?;
+    ensure!(
+        get(cluster, "http://server/")?.starts_with("server=server "),
+        "after the restart"
+    );
     Ok(())
 }
 
 fn leave(cluster: &mut Cluster) -> Result<()> {
-    cluster.kubectl().run(&["label", "namespace", SHOP, "culvert.dev/mesh-"])?;
-    for pod in ["client", "near", "far", "early"] {
+    readme(cluster, "culvert.dev/mesh-")?;
+    for pod in ["client", "near", "server", "early"] {
         poll::until_true(&format!("{pod} is out of the mesh"), PATIENCE, || {
             Ok(capture(cluster, pod)?.is_null())
         })?;
     }
     poll::until_true("it works without the mesh", PATIENCE, || {
-        Ok(get(cluster, "http://far/").is_ok_and(|answer| answer.starts_with("server=far ")))
+        Ok(get(cluster, "http://server/").is_ok_and(|answer| answer.starts_with("server=server ")))
     })
 }

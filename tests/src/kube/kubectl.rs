@@ -48,6 +48,21 @@ impl Kubectl {
         self.place.run(&self.binary, &all, DEADLINE)
     }
 
+    /// Commands in a shell that has `kubectl` and this kubeconfig, as a person types them in a folder; the first that fails ends them.
+    ///
+    /// # Errors
+    /// As [`Kubectl::output`].
+    pub fn shell(&self, folder: &Path, commands: &str) -> Result<Output> {
+        let tools = self.binary.parent().context("the folder of kubectl")?;
+        let script = format!(
+            "cd '{}' && export PATH='{}':\"$PATH\" KUBECONFIG='{}' && set -e\n{commands}",
+            folder.display(),
+            tools.display(),
+            self.kubeconfig.display()
+        );
+        self.place.run(Path::new("/bin/sh"), &["-c", &script], DEADLINE)
+    }
+
     /// What it prints.
     ///
     /// # Errors
