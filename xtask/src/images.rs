@@ -5,7 +5,7 @@
 
 mod archive;
 mod check;
-mod tar;
+mod layer;
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt as _;
@@ -18,7 +18,7 @@ use clap::Args;
 use crate::tools;
 use crate::workspace::Workspace;
 use archive::{Image, Written};
-use tar::Tar;
+use layer::Layer;
 
 #[derive(Args)]
 pub struct Arguments {
@@ -143,28 +143,28 @@ fn write(content: &Content, binaries: &Path, folder: &Path, tag: &str) -> Result
 }
 
 /// What is beside the binaries: their shared objects where they look for them, and what the C library reads.
-fn base<'a>(binaries: impl Iterator<Item = &'a Path>) -> Result<Tar> {
+fn base<'a>(binaries: impl Iterator<Item = &'a Path>) -> Result<Layer> {
     let mut objects = BTreeSet::new();
     for binary in binaries {
         let said = tools::output(Command::new("ldd").arg(binary))?;
         objects.extend(shared_objects(&said).with_context(|| format!("what {} needs", binary.display()))?);
     }
-    let mut tar = Tar::default();
+    let mut layer = Layer::default();
     for (path, text) in [
         ("/etc/passwd", ACCOUNTS),
         ("/etc/group", GROUPS),
         ("/etc/nsswitch.conf", NAME_SERVICES),
     ] {
-        tar.file(path, 0o644, text.as_bytes().to_vec())?;
+        layer.file(path, 0o644, text.as_bytes().to_vec())?;
     }
     // Runtimes name a Pod's network namespace by the one, and the agent's folder is under the other.
-    tar.folder("/run")?;
-    tar.link("/var/run", "/run")?;
+    layer.folder("/run")?;
+    layer.link("/var/run", "/run")?;
     for object in objects {
         // What is found by a link is a file in the image, under the name that is asked for.
-        tar.file(&object, 0o755, std::fs::read(&object).with_context(|| object.clone())?)?;
+        layer.file(&object, 0o755, std::fs::read(&object).with_context(|| object.clone())?)?;
     }
-    Ok(tar)
+    Ok(layer)
 }
 
 /// From what ldd(1) prints: `libc.so.6 => /lib/…/libc.so.6 (0x…)`, and the loader, which has no name before its path. The kernel's own
@@ -185,13 +185,13 @@ fn shared_objects(said: &str) -> Result<Vec<String>> {
     Ok(objects)
 }
 
-fn layer(files: &[(String, PathBuf)]) -> Result<Tar> {
-    let mut tar = Tar::default();
+fn layer(files: &[(String, PathBuf)]) -> Result<Layer> {
+    let mut layer = Layer::default();
     for (name, path) in files {
         let mode = std::fs::metadata(path)?.permissions().mode() & 0o755;
-        tar.file(name, mode, std::fs::read(path)?)?;
+        layer.file(name, mode, std::fs::read(path)?)?;
     }
-    Ok(tar)
+    Ok(layer)
 }
 
 fn mebibytes(bytes: u64) -> String {

@@ -3,15 +3,15 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{Read as _, Write as _};
+use std::io::{BufWriter, Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use sha2::{Digest as _, Sha256};
+use tar::{Builder, EntryType, Header};
 
-use super::archive::{Archive, Entry};
 use super::tools::Tools;
 
 /// What the shell of an image answers to.
@@ -121,38 +121,76 @@ impl Image {
         let layer_name = format!("{layer}/layer.tar");
         let manifest =
             serde_json::json!([{ "Config": config_name, "RepoTags": [self.name], "Layers": [layer_name] }]).to_string();
-        let mut archive = Archive::create(to)?;
-        archive.add(&layer_name, Entry::File(&layer_path, 0o644))?;
-        archive.add(&config_name, Entry::Bytes(config.as_bytes(), 0o644))?;
-        archive.add("manifest.json", Entry::Bytes(manifest.as_bytes(), 0o644))?;
-        archive.finish()?;
+        let mut archive = archive(to)?;
+        add_file(&mut archive, &layer_name, &layer_path, 0o644)?;
+        add(&mut archive, &config_name, EntryType::Regular, 0o644, config.as_bytes())?;
+        add(&mut archive, "manifest.json", EntryType::Regular, 0o644, manifest.as_bytes())?;
+        archive.into_inner()?.flush()?;
         Ok(std::fs::remove_file(layer_path)?)
     }
 
     fn write_layer(&self, path: &Path) -> Result<()> {
-        let mut archive = Archive::create(path)?;
+        let mut archive = archive(path)?;
         let mut folders: BTreeSet<String> = FOLDERS.iter().map(ToString::to_string).collect();
         for (to, _) in &self.files {
             folders.extend(Path::new(to).ancestors().skip(1).filter_map(Path::to_str).map(str::to_owned));
         }
         for folder in folders.iter().filter(|folder| !folder.is_empty()) {
             let mode = if folder == "tmp" { 0o1777 } else { 0o755 };
-            archive.add(folder, Entry::Folder(mode))?;
+            add(&mut archive, &format!("{folder}/"), EntryType::Directory, mode, &[])?;
         }
-        archive.add("etc/passwd", Entry::Bytes(b"root:x:0:0::/:/bin/sh\n", 0o644))?;
+        add(
+            &mut archive,
+            "etc/passwd",
+            EntryType::Regular,
+            0o644,
+            b"root:x:0:0::/:/bin/sh\n",
+        )?;
         let mut written = BTreeSet::new();
         for (to, from) in self.files.iter().filter(|(to, _)| written.insert(to)) {
             let mode = std::fs::metadata(from)
                 .with_context(|| format!("reading {}", from.display()))?
                 .permissions()
                 .mode();
-            archive.add(to, Entry::File(from, mode & 0o777))?;
+            add_file(&mut archive, to, from, mode & 0o777)?;
         }
         for (at, to) in &self.links {
-            archive.add(at, Entry::Link(to))?;
+            archive.append_link(&mut header(EntryType::Symlink, 0o777, 0), at, to)?;
         }
-        archive.finish()
+        Ok(archive.into_inner()?.flush()?)
     }
+}
+
+fn archive(path: &Path) -> Result<Builder<BufWriter<File>>> {
+    let file = File::create(path).with_context(|| format!("writing {}", path.display()))?;
+    Ok(Builder::new(BufWriter::new(file)))
+}
+
+/// Owned by root, made in 1970: the same content gives the same bytes.
+fn header(kind: EntryType, mode: u32, size: u64) -> Header {
+    let mut header = Header::new_gnu();
+    header.set_entry_type(kind);
+    header.set_mode(mode);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(0);
+    header.set_size(size);
+    header
+}
+
+fn add(archive: &mut Builder<BufWriter<File>>, name: &str, kind: EntryType, mode: u32, bytes: &[u8]) -> Result<()> {
+    let mut header = header(kind, mode, bytes.len() as u64);
+    archive.append_data(&mut header, name, bytes).with_context(|| name.to_owned())
+}
+
+fn add_file(archive: &mut Builder<BufWriter<File>>, name: &str, path: &Path, mode: u32) -> Result<()> {
+    let file = File::open(path).with_context(|| format!("reading {}", path.display()))?;
+    let size = file.metadata()?.len();
+    let mut header = header(EntryType::Regular, mode, size);
+    // No more than was announced, should it grow.
+    archive
+        .append_data(&mut header, name, file.take(size))
+        .with_context(|| name.to_owned())
 }
 
 /// As images call it.

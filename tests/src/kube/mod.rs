@@ -8,7 +8,6 @@
 //! owner: by Drop, by the death of the test's process, or, should that be killed, by the next copy's sweep.
 
 mod api_server;
-mod archive;
 mod certificates;
 mod cluster;
 mod hierarchies;

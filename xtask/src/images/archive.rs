@@ -7,7 +7,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
-use super::tar::Tar;
+use super::layer::Layer;
 
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
@@ -20,7 +20,7 @@ pub struct Image<'a> {
     pub title: &'a str,
     pub entrypoint: String,
     pub user: &'a str,
-    pub layers: Vec<Tar>,
+    pub layers: Vec<Layer>,
 }
 
 /// Bytes, of the file and of each layer.
@@ -60,7 +60,11 @@ impl Blob {
 
 impl Image<'_> {
     pub fn write(&self, path: &Path) -> Result<Written> {
-        let layers: Vec<Blob> = self.layers.iter().map(|layer| Blob::new(layer.bytes())).collect();
+        let layers = self
+            .layers
+            .iter()
+            .map(|layer| layer.bytes().map(Blob::new))
+            .collect::<Result<Vec<Blob>>>()?;
         let sizes = layers.iter().map(|layer| layer.bytes.len() as u64).collect();
         // Layers are not compressed, so what identifies a layer is what identifies its content. No time of making: the same binary
         // gives the same image.
@@ -97,7 +101,7 @@ impl Image<'_> {
             "RepoTags": [self.reference],
             "Layers": layers.iter().map(Blob::path).collect::<Vec<_>>(),
         }]);
-        let mut archive = Tar::default();
+        let mut archive = Layer::default();
         archive.file(
             "oci-layout",
             0o644,
@@ -108,7 +112,7 @@ impl Image<'_> {
         for blob in layers.into_iter().chain([config, manifest]) {
             archive.file(&blob.path(), 0o644, blob.bytes)?;
         }
-        let bytes = archive.bytes();
+        let bytes = archive.bytes()?;
         std::fs::write(path, &bytes)?;
         Ok(Written {
             bytes: bytes.len() as u64,
