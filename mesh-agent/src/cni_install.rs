@@ -29,12 +29,14 @@ pub enum Entry {
     WasThere(PathBuf),
     /// The plugin that makes the network has not come yet.
     NoConfiguration,
+    /// It cannot be put there now, and why: its own init step does not keep an agent from starting, which tries again for ever.
+    Postponed(String),
 }
 
 /// Puts the binary and the entry in place.
 ///
 /// # Errors
-/// One of them cannot be; nothing of a malformed configuration is changed.
+/// The binary cannot be. An entry that cannot is told of; nothing of a malformed configuration is changed.
 pub fn install(places: &CniPlaces, run_dir: &Path, binary: Option<&Path>) -> anyhow::Result<Entry> {
     let source = match binary {
         Some(path) => path.to_owned(),
@@ -47,7 +49,8 @@ pub fn install(places: &CniPlaces, run_dir: &Path, binary: Option<&Path>) -> any
     } else {
         replace(&target, &content, 0o755, None).with_context(|| format!("--cni-bin-dir: {}", target.display()))?;
     }
-    put_entry(&places.conf_dir, run_dir, places.namespace_list.as_deref())
+    let entry = put_entry(&places.conf_dir, run_dir, places.namespace_list.as_deref());
+    Ok(entry.unwrap_or_else(|error| Entry::Postponed(format!("{error:#}"))))
 }
 
 /// # Errors
@@ -106,6 +109,7 @@ pub async fn keep(conf_dir: PathBuf, run_dir: PathBuf, namespace_list: Option<Pa
             }
             Ok(Ok(Entry::WasThere(_))) => String::new(),
             Ok(Ok(Entry::NoConfiguration)) => "there is no network configuration yet".to_owned(),
+            Ok(Ok(Entry::Postponed(why))) => why,
             Ok(Err(error)) => format!("{error:#}"),
             Err(error) => error.to_string(),
         };
@@ -215,6 +219,11 @@ pub fn told(entry: &Entry) -> String {
         Entry::NoConfiguration => {
             "there is no network configuration yet; a running agent with --cni-conf-dir adds to it".to_owned()
         }
+        Entry::Postponed(why) => {
+            format!(
+                "the plugin's entry cannot be put into the network configuration: {why}. A running agent with --cni-conf-dir tries again"
+            )
+        }
     }
 }
 
@@ -309,8 +318,12 @@ mod tests {
             ),
         ] {
             let path = bench.write(file, text);
-            let error = format!("{:#}", bench.install().unwrap_err());
-            assert!(error.contains(word) && error.contains(file), "{error}");
+            // The binary is there all the same, and the agent goes on to start.
+            let Entry::Postponed(why) = bench.install().unwrap() else {
+                panic!("{text} took the entry")
+            };
+            assert!(why.contains(word) && why.contains(file), "{why}");
+            assert!(bench.places.bin_dir.join(PLUGIN).exists());
             assert_eq!(fs::read_to_string(&path).unwrap(), text);
             assert_eq!(uninstall(&bench.places).unwrap().len(), 0);
             fs::remove_file(path).unwrap();

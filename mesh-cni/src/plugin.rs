@@ -12,7 +12,8 @@ use serde_json::{Value, json};
 use crate::agent::Patience;
 use crate::protocol::{Answer, Command, NamespaceList, Request, list_path, socket_path};
 
-pub const SUPPORTED_VERSIONS: [&str; 3] = ["0.4.0", "1.0.0", "1.1.0"];
+/// From 0.3.0 on, results have the form that is handed on here; many networks are still configured with 0.3.1, which has no CHECK.
+pub const SUPPORTED_VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 const DEFAULT_RUN_DIR: &str = "/run/culvert";
 
 /// Error codes of the specification, section 5; from 100 on they are the plugin's own.

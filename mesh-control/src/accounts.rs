@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use crate::limits::{MAX_CERTIFICATE_LIFETIME, MAX_REVOKED};
+use crate::limits::{MAX_CERTIFICATE_LIFETIME, MAX_OBJECTS, MAX_REVOKED};
 use crate::objects::{Kind, Object, World};
 
 /// Namespace and name.
@@ -55,6 +55,9 @@ impl Accounts {
     /// Takes those that Pods name and that are not there for deleted ones: the API server lets no Pod be made whose account is missing. To
     /// be asked of a world that the accounts were read into after the Pods. It says after a restart what else only a file would.
     pub fn presume_deleted(&mut self, world: &World, now: u64) {
+        if self.is_cut() {
+            return;
+        }
         for (id, object) in world {
             if let Object::Pod(pod) = object.as_ref()
                 && !pod.finished
@@ -92,6 +95,11 @@ impl Accounts {
         }
     }
 
+    /// Whether accounts may be missing for want of room.
+    fn is_cut(&self) -> bool {
+        self.known.len() >= MAX_OBJECTS
+    }
+
     /// Takes over what has a manifest now. An account is forgotten when no Pod names it and none of its certificates can hold any
     /// longer; beyond [`MAX_REVOKED`], the oldest without Pods go first.
     pub fn follow(&mut self, world: &World, now: u64) {
@@ -99,7 +107,14 @@ impl Accounts {
         let present: BTreeSet<Account> = of_kind(Kind::ServiceAccount)
             .map(|(id, _)| (id.namespace.clone(), id.name.clone()))
             .collect();
-        for gone in self.known.difference(&present) {
+        if present.len() >= MAX_OBJECTS {
+            tracing::error!("{MAX_OBJECTS} service accounts or more: some are left out, so none is taken for deleted");
+            self.known = present;
+            return;
+        }
+        // What was left out before is not known to have been there.
+        let was_cut = self.is_cut();
+        for gone in self.known.difference(&present).filter(|_| !was_cut) {
             tracing::warn!(
                 namespace = gone.0,
                 name = gone.1,
@@ -151,6 +166,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::objects::ObjectId;
     use crate::registry::{Registry, Scan};
 
     const DAYS_90: u64 = 90 * 24 * 3600;
@@ -174,6 +190,37 @@ mod tests {
 
     fn revoked(accounts: &Accounts) -> Vec<&str> {
         accounts.revoked().map(|(_, name)| name.as_str()).collect()
+    }
+
+    #[test]
+    fn where_accounts_are_left_out_none_is_taken_for_deleted() {
+        let id = |kind, name: String| ObjectId {
+            kind,
+            namespace: "shop".to_owned(),
+            name,
+        };
+        let pod = Object::Pod(Box::new(crate::objects::Pod {
+            service_account: "web".to_owned(),
+            ..crate::objects::Pod::default()
+        }));
+        // One tenant makes so many that others find no room.
+        let mut full: World = (0..MAX_OBJECTS)
+            .map(|n| (id(Kind::ServiceAccount, format!("a{n}")), Arc::new(Object::ServiceAccount)))
+            .collect();
+        full.insert(id(Kind::Pod, "of-web".to_owned()), Arc::new(pod));
+        let mut accounts = Accounts::default();
+        accounts.follow(&full, 1);
+        accounts.presume_deleted(&full, 1);
+        assert!(revoked(&accounts).is_empty(), "after a start");
+        let mut accounts = Accounts::default();
+        accounts.follow(&world(&account("web")), 1);
+        accounts.follow(&full, 2);
+        assert!(revoked(&accounts).is_empty(), "after a list");
+        // Once there is room again, deletions count again.
+        accounts.follow(&world(&account("web")), 3);
+        assert!(revoked(&accounts).is_empty());
+        accounts.follow(&world(&self::pod("web")), 4);
+        assert_eq!(revoked(&accounts), ["web"]);
     }
 
     #[test]

@@ -11,11 +11,11 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 
 use crate::control_plane::ControlPlane;
 use crate::limits::ACCEPT_PAUSE;
+use crate::places::Places;
 
 /// Which pages an address has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,17 +29,17 @@ pub enum Pages {
 /// Serves until it is dropped.
 pub async fn serve(listener: TcpListener, pages: Pages, control: Arc<ControlPlane>) {
     let bounds = control.bounds;
-    let places = Arc::new(Semaphore::new(bounds.admin_connections));
+    let places = Places::new(bounds.admin_connections, bounds.admin_connections_per_address, None);
     loop {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!(%error, "admin accept");
                 sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
-        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+        let Some(place) = places.take(peer.ip()) else {
             control
                 .metrics
                 .connections_refused

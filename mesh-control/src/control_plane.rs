@@ -426,7 +426,7 @@ impl ControlPlane {
     pub fn with_node<T>(&self, node: &str, change: impl FnOnce(&mut NodeStatus) -> T) -> T {
         let mut nodes = self.nodes.lock();
         if nodes.len() >= MAX_NODES && !nodes.contains_key(node) {
-            nodes.retain(|_, status| status.discovery_streams + status.report_streams > 0);
+            nodes.retain(|_, status| status.discovery_streams + status.report_streams + status.pods_streams > 0);
         }
         change(nodes.entry(node.to_owned()).or_default())
     }

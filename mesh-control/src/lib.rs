@@ -24,6 +24,7 @@ pub mod node_pods;
 pub mod node_reports;
 pub mod node_streams;
 pub mod objects;
+pub mod places;
 pub mod proto;
 pub mod registry;
 pub mod roots;

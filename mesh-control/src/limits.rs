@@ -191,8 +191,10 @@ pub const CAPTURE_ECHO: Duration = Duration::from_secs(10);
 /// Pause before the deleted accounts are tried to be kept again.
 pub const ACCOUNTS_RETRY: Duration = Duration::from_secs(2);
 
-/// Admin connections at once.
-pub const MAX_ADMIN_CONNECTIONS: usize = 64;
+/// Admin connections at once. 256 × about 20 KiB = 5 MiB.
+pub const MAX_ADMIN_CONNECTIONS: usize = 256;
+/// Of those, from one address (IPv6: one /64). The kubelet asks there whether to end the control plane: no Pod may take all places.
+pub const MAX_ADMIN_CONNECTIONS_PER_ADDRESS: usize = 8;
 pub const ADMIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long streams may go on after SIGTERM.
 pub const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
@@ -210,6 +212,7 @@ pub struct Bounds {
     pub rejections: usize,
     pub tls_handshake: Duration,
     pub admin_connections: usize,
+    pub admin_connections_per_address: usize,
     pub admin: Duration,
     pub connections: usize,
     pub connections_per_address: usize,
@@ -232,6 +235,7 @@ impl Default for Bounds {
             rejections: MAX_REJECTIONS,
             tls_handshake: TLS_HANDSHAKE_TIMEOUT,
             admin_connections: MAX_ADMIN_CONNECTIONS,
+            admin_connections_per_address: MAX_ADMIN_CONNECTIONS_PER_ADDRESS,
             admin: ADMIN_TIMEOUT,
             connections: MAX_CONNECTIONS,
             connections_per_address: MAX_CONNECTIONS_PER_ADDRESS,

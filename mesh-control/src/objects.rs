@@ -157,6 +157,8 @@ pub struct Pod {
     pub annotated: Option<CaptureState>,
     /// What shows that it brings the proxy of another mesh along.
     pub sidecar: Option<&'static str>,
+    /// Its node's kubelet has it from a file, and shows it to the API server under another uid.
+    pub is_static: bool,
     /// Empty: the runtime's default.
     pub runtime_class: String,
     /// Phase `Succeeded` or `Failed`: its address belongs to it no more.

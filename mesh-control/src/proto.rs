@@ -10,7 +10,7 @@ use prost::Message as _;
 use prost_types::{Any, Struct, value::Kind as ValueKind};
 
 use crate::capture_states::Proof;
-use crate::compile::membership::{Namespaces, NodePod, NodePods};
+use crate::compile::membership::{Namespaces, NodePod, NodePods, Refusal};
 use crate::compile::{Capture, OwnerKind, SettingsView, WorkloadView};
 use crate::discovery::subscription::{Request, Response};
 use crate::limits::MAX_NACK_BYTES;
@@ -363,6 +363,7 @@ pub fn node_pods(of_node: &NodePods, namespaces: &Namespaces) -> node::NodePodsS
         addresses: pod.addresses.iter().map(ToString::to_string).collect(),
         is_member: pod.is_member,
         refused: pod.refused.map(|refusal| refusal.to_string()).unwrap_or_default(),
+        is_static: pod.refused == Some(Refusal::Static),
     };
     let namespace = |(name, best_effort): (&String, &bool)| node::MeshNamespace {
         name: name.clone(),

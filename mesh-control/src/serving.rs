@@ -1,14 +1,13 @@
 //! The TLS listener: a serving certificate that makes itself anew, and bounded connections.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::io;
-use std::net::{IpAddr, Ipv6Addr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::RwLock;
 use rustls::ServerConfig;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
@@ -25,6 +24,7 @@ use tonic::transport::server::Connected;
 use crate::authority::AuthorityError;
 use crate::limits::{ACCEPT_PAUSE, Bounds, MAX_SERVER_NAMES};
 use crate::metrics::Metrics;
+use crate::places::{Place, Places};
 use crate::roots::Roots;
 
 /// The certificate in use.
@@ -134,60 +134,6 @@ pub fn tls_config(certificate: Arc<ServingCertificate>) -> Result<ServerConfig, 
     Ok(config)
 }
 
-#[derive(Default)]
-struct Open {
-    total: usize,
-    by_address: HashMap<IpAddr, usize>,
-}
-
-/// A place among the open connections.
-struct Place {
-    open: Arc<Mutex<Open>>,
-    address: IpAddr,
-    metrics: Arc<Metrics>,
-}
-
-impl Place {
-    fn take(open: &Arc<Mutex<Open>>, peer: IpAddr, metrics: &Arc<Metrics>, bounds: &Bounds) -> Option<Self> {
-        let address = host_of(peer);
-        let mut counts = open.lock();
-        let of_address = counts.by_address.get(&address).copied().unwrap_or(0);
-        if counts.total >= bounds.connections || of_address >= bounds.connections_per_address {
-            return None;
-        }
-        counts.total += 1;
-        counts.by_address.insert(address, of_address + 1);
-        metrics.connections.inc();
-        Some(Self {
-            open: Arc::clone(open),
-            address,
-            metrics: Arc::clone(metrics),
-        })
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.metrics.connections.dec();
-        let mut counts = self.open.lock();
-        counts.total -= 1;
-        if let Some(of_address) = counts.by_address.get_mut(&self.address) {
-            *of_address -= 1;
-            if *of_address == 0 {
-                counts.by_address.remove(&self.address);
-            }
-        }
-    }
-}
-
-/// What counts as one host: an IPv6 host may take any address of its /64.
-fn host_of(peer: IpAddr) -> IpAddr {
-    match peer.to_canonical() {
-        IpAddr::V4(v4) => v4.into(),
-        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() >> 64 << 64).into(),
-    }
-}
-
 /// Whether a call on a connection has brought a node's token.
 #[derive(Clone, Debug, Default)]
 pub struct Authenticated(Arc<AtomicBool>);
@@ -209,7 +155,8 @@ pub struct Connection {
     /// `None`: authenticated, or over already.
     deadline: Option<Pin<Box<Sleep>>>,
     overdue: bool,
-    place: Place,
+    _place: Place,
+    metrics: Arc<Metrics>,
 }
 
 impl Connection {
@@ -221,7 +168,7 @@ impl Connection {
             } else if deadline.as_mut().poll(cx).is_ready() {
                 self.deadline = None;
                 self.overdue = true;
-                let refused = &self.place.metrics.connections_refused;
+                let refused = &self.metrics.connections_refused;
                 refused.with_label_values(&["unauthenticated"]).inc();
             }
         }
@@ -269,7 +216,11 @@ pub async fn accept(
     connections: mpsc::Sender<io::Result<Connection>>,
 ) {
     let acceptor = TlsAcceptor::from(config);
-    let open = Arc::new(Mutex::new(Open::default()));
+    let places = Places::new(
+        bounds.connections,
+        bounds.connections_per_address,
+        Some(metrics.connections.clone()),
+    );
     let refuse = |reason: &str| metrics.connections_refused.with_label_values(&[reason]).inc();
     loop {
         let accepted = tokio::select! {
@@ -285,7 +236,7 @@ pub async fn accept(
                 continue;
             }
         };
-        let Some(place) = Place::take(&open, peer.ip(), &metrics, &bounds) else {
+        let Some(place) = places.take(peer.ip()) else {
             refuse("too_many");
             continue;
         };
@@ -299,7 +250,8 @@ pub async fn accept(
                         authenticated: Authenticated::default(),
                         deadline: Some(Box::pin(sleep(bounds.authenticate))),
                         overdue: false,
-                        place,
+                        _place: place,
+                        metrics,
                     };
                     drop(connections.send(Ok(connection)).await);
                 }
@@ -316,28 +268,6 @@ pub async fn accept(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_ipv6_host_is_its_64_and_another_one_is_not() {
-        let metrics = Arc::new(Metrics::new().expect("metrics"));
-        let open = Arc::new(Mutex::new(Open::default()));
-        let bounds = Bounds {
-            connections_per_address: 2,
-            connections: 5,
-            ..Bounds::default()
-        };
-        let take = |peer: &str| Place::take(&open, peer.parse().expect("address"), &metrics, &bounds);
-        let first = take("2001:db8::1").expect("room");
-        let _second = take("2001:db8::ffff:2").expect("room");
-        assert!(take("2001:db8::3").is_none(), "the same /64");
-        let _other = take("2001:db8:0:1::1").expect("another /64");
-        let _mapped = take("::ffff:10.0.0.1").expect("room");
-        let _v4 = take("10.0.0.1").expect("room");
-        assert!(take("10.0.0.1").is_none(), "IPv4 counts as one address however it is written");
-        assert!(take("10.0.0.2").is_none(), "all places are taken");
-        drop(first);
-        assert!(take("2001:db8::3").is_some(), "given back");
-    }
 
     #[test]
     fn a_clock_that_jumps_a_day_leaves_a_certificate_that_holds_now() {

@@ -81,7 +81,7 @@ impl Inner {
 }
 
 /// The interfaces of the agent's own namespace that are the other ends of the Pod's veths.
-fn host_ends(netns: &NetNamespace) -> Result<Vec<u32>, CaptureError> {
+pub(super) fn host_ends(netns: &NetNamespace) -> Result<Vec<u32>, CaptureError> {
     const STEP: &str = "looking for the Pod's veths";
     let own = File::open("/proc/thread-self/ns/net").step(STEP)?;
     netns.run(|| {

@@ -2,9 +2,10 @@
 //!
 //! What a process is in is read through one descriptor of its folder in /proc, which is that process's for ever, whoever gets its
 //! number next; and its cgroup is read again after its namespace was opened. A namespace counts only if it has an address of the
-//! Pod, and if all that count are the same one.
+//! Pod. Where several do, as any process of a Pod can make one and give it that address, the one with a veth to the node counts:
+//! no process of a Pod can make that. Processes are looked at in the order in which they were started, the sandbox's first.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::net::IpAddr;
@@ -13,6 +14,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::backstop;
 use super::netlink::Netlink;
 use super::netns::NetNamespace;
 use super::network::IoContext as _;
@@ -79,7 +81,12 @@ pub(super) fn find(wanted: Vec<Wanted>, node_cookie: u64, cgroups: &Cgroups) -> 
         .into_iter()
         .filter_map(|wanted| Some((pod_cgroup::normal_uid(&wanted.uid)?, (wanted, Seen::default()))))
         .collect();
-    for process in processes() {
+    let mut of_wanted: Vec<(u64, PathBuf)> = processes()
+        .filter(|process| read_cgroup(process).is_some_and(|found| by_uid.contains_key(&found.uid)))
+        .filter_map(|process| Some((started(&process)?, process)))
+        .collect();
+    of_wanted.sort();
+    for (_, process) in of_wanted {
         // One that has ended meanwhile is no loss.
         let _ = look_at(&process, &mut by_uid, node_cookie, cgroups);
     }
@@ -140,6 +147,24 @@ fn read_cgroup(process: &Path) -> Option<PodCgroup> {
     pod_cgroup::parse(&text)
 }
 
+/// When it was started, in clock ticks since the boot: the 22nd field of proc_pid_stat(5), of which the second may have any characters.
+fn started(process: &Path) -> Option<u64> {
+    let stat = fs::read_to_string(process.join("stat")).ok()?;
+    let (_, fields) = stat.rsplit_once(')')?;
+    fields.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+/// Of these namespaces, those that a process of the node is in.
+pub(super) fn inhabited(namespaces: Vec<(Arc<str>, NetNamespace)>) -> Result<HashSet<Arc<str>>, super::CaptureError> {
+    let mut by_inode = HashMap::new();
+    for (uid, netns) in &namespaces {
+        let status = nix::sys::stat::fstat(netns.as_fd()).map_err(std::io::Error::from);
+        by_inode.insert(status.step("looking at a network namespace")?.st_ino, uid);
+    }
+    let found = processes().filter_map(|process| by_inode.get(&fs::metadata(process.join("ns/net")).ok()?.ino()).copied());
+    Ok(found.cloned().collect())
+}
+
 /// A process of another Pod in the namespace, by that Pod's uid.
 pub(super) fn other_pod_in(netns: &NetNamespace, uid: &str) -> Result<Option<String>, super::CaptureError> {
     const STEP: &str = "looking at a network namespace";
@@ -165,6 +190,12 @@ fn processes() -> impl Iterator<Item = PathBuf> {
 
 impl Seen {
     fn verdict(mut self) -> Result<Found, FindError> {
+        if self.of_pod.len() > 1 {
+            let has_veth = |found: &Found| backstop::host_ends(&found.netns).is_ok_and(|ends| !ends.is_empty());
+            let (with_veth, without): (BTreeMap<_, _>, BTreeMap<_, _>) =
+                self.of_pod.into_iter().partition(|(_, found)| has_veth(found));
+            self.of_pod = if with_veth.is_empty() { without } else { with_veth };
+        }
         let count = self.of_pod.len();
         match self.of_pod.pop_first() {
             Some((_, found)) if count == 1 => Ok(found),

@@ -35,7 +35,7 @@ pub mod tcp_info;
 mod unprotected;
 mod upstreams;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -388,6 +388,27 @@ impl Capture {
         };
         let node_cookie = self.inner.node_cookie;
         blocking(move || Ok(find::find(wanted, node_cookie, &cgroups))).await
+    }
+
+    /// Of these Pods, those in whose enrolled namespace a process is; and those whose namespace is not known, where one may be.
+    ///
+    /// # Errors
+    /// The walk did not end.
+    pub async fn inhabited(&self, uids: &[Arc<str>]) -> Result<HashSet<Arc<str>>, CaptureError> {
+        let (mut unknown, mut known) = (HashSet::new(), Vec::new());
+        {
+            let pods = self.inner.pods.lock();
+            for uid in uids {
+                match pods.get(&**uid).map(|enrolment| enrolment.active.as_ref()) {
+                    Some(Some(network)) => known.push((uid.clone(), network.netns().try_clone()?)),
+                    Some(None) => drop(unknown.insert(uid.clone())),
+                    None => {}
+                }
+            }
+        }
+        let mut inhabited = blocking(move || find::inhabited(known)).await?;
+        inhabited.extend(unknown);
+        Ok(inhabited)
     }
 
     /// Another Pod's uid, if a process of one runs in the namespace.

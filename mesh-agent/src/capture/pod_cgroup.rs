@@ -4,9 +4,13 @@
 //! cgroupfs  0::/kubepods/burstable/pod5e2c…-…/<container>            (guaranteed Pods: without the class)
 //! systemd   0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod5e2c…_….slice/cri-containerd-<container>.scope
 //! ```
-//! Version 1 has a line for each controller, of the same form.
+//! Version 1 has a line for each controller, of the same form. A reader in a cgroup namespace of its own, as the agent's container is
+//! on version 2, sees paths from its own cgroup on: `0::/../../pod5e2c…/<container>` for a Pod of the same class.
 
 use super::enrolments::MAX_UID_LEN;
+
+/// Folders of the kubelet's; guaranteed Pods have none.
+const CLASSES: [&str; 2] = ["burstable", "besteffort"];
 
 /// What a process's cgroup file tells of its Pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,6 +46,18 @@ pub(super) fn parse(cgroup_file: &str) -> Option<PodCgroup> {
 /// The outermost counts: what a container makes below its own cgroup can have any name.
 fn uid_of_path(path: &str) -> Option<String> {
     let mut is_kubelets = false;
+    // Upwards from the reader's own container: what follows is beside it, below the kubelet's own root or above of that.
+    if let Some(beside) = path.strip_prefix("/..") {
+        let mut components = beside
+            .split('/')
+            .filter(|component| !component.is_empty())
+            .skip_while(|component| *component == "..");
+        let first = components.next()?;
+        let first = if CLASSES.contains(&first) { components.next()? } else { first };
+        if let Some(uid) = first.strip_prefix("pod").and_then(normal_uid) {
+            return Some(uid);
+        }
+    }
     for component in path.split('/') {
         is_kubelets |= component.contains("kubepods");
         if is_kubelets && let Some(uid) = uid_of_component(component) {
@@ -120,6 +136,15 @@ mod tests {
             (format!("12:pids:/kubepods/pod{UID}/c\n0::/kubepods/pod{UID}/c"), true),
             // Read from a cgroup namespace of the reader's own.
             (format!("0::/../../../kubepods/burstable/pod{UID}/c0ffee"), false),
+            (format!("0::/../../pod{UID}/c0ffee"), false),
+            (format!("0::/../../../pod{UID}/c0ffee"), false),
+            (format!("0::/../../../besteffort/pod{UID}/c0ffee/nested/podother"), false),
+            (
+                format!(
+                    "0::/../../kubepods-besteffort.slice/kubepods-besteffort-pod{UID_OF_SYSTEMD}.slice/cri-containerd-c0ffee.scope"
+                ),
+                false,
+            ),
         ] {
             let found = parse(&line).unwrap_or_else(|| panic!("no Pod in {line}"));
             assert_eq!((found.uid.as_str(), found.path.is_some()), (UID, path), "{line}");
@@ -136,6 +161,10 @@ mod tests {
             "0::/kubepods.slice/kubepods-burstable.slice",
             "0::/kubepods/burstable/pod",
             "0::/kubepods/burstable/pod../x",
+            "0::/../..",
+            "0::/../c0ffee/pod5e2c",
+            "0::/../../burstable",
+            "0::/../../../machine.slice/pod5e2c/c0ffee",
             "0::/kubepods/podcast.slice",
             "nonsense",
             "",

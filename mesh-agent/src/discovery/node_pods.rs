@@ -35,6 +35,8 @@ pub struct ListedPod {
     pub is_member: bool,
     /// Why one that asks to be a member cannot be; else empty.
     pub refused: String,
+    /// The runtime knows it by another uid.
+    pub is_static: bool,
 }
 
 /// Everything that the control plane says of this node's enrolments.
@@ -135,6 +137,7 @@ fn listed(pod: NodePod) -> (Arc<str>, ListedPod) {
         name: pod.name,
         service_account: pod.service_account,
         is_member: pod.is_member && pod.refused.is_empty(),
+        is_static: pod.is_static && !pod.refused.is_empty(),
         refused: pod.refused,
     };
     (pod.uid.into(), listed)

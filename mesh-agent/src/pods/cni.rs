@@ -143,10 +143,10 @@ async fn listed(pod: &CniPod, lists: &mut NodeLists) -> Result<ListedPod, Verdic
     let patience = if is_of_mesh { LIST_PATIENCE } else { OTHERS_PATIENCE };
     let told = timeout(
         patience,
-        lists.wait_for(|list| list.as_ref().is_some_and(|list| list.pods.contains_key(&pod.uid))),
+        lists.wait_for(|list| list.as_ref().is_some_and(|list| of_list(list, pod).is_some())),
     );
     let listed = match told.await {
-        Ok(Ok(list)) => list.as_ref().and_then(|list| list.pods.get(&pod.uid).cloned()),
+        Ok(Ok(list)) => list.as_ref().and_then(|list| of_list(list, pod).cloned()),
         Ok(Err(_)) | Err(_) => None,
     };
     let Some(listed) = listed else {
@@ -167,6 +167,12 @@ async fn listed(pod: &CniPod, lists: &mut NodeLists) -> Result<ListedPod, Verdic
         return Err(Verdict::NotAMember(listed.refused));
     }
     Ok(listed)
+}
+
+/// By its uid; a static Pod, which is never a member, by its name.
+fn of_list<'a>(list: &'a NodeList, pod: &CniPod) -> Option<&'a ListedPod> {
+    let is_it = |listed: &&ListedPod| listed.is_static && (&listed.namespace, &listed.name) == (&pod.namespace, &pod.name);
+    list.pods.get(&pod.uid).or_else(|| list.pods.values().find(is_it))
 }
 
 fn may_be_of_mesh(list: &NodeList, namespace: &str) -> bool {
@@ -200,6 +206,7 @@ mod tests {
                 addresses: vec![],
                 is_member,
                 refused: String::new(),
+                is_static: false,
             };
             (Arc::from("u-1"), listed)
         });
@@ -234,6 +241,18 @@ mod tests {
         assert_eq!(began.elapsed().as_secs(), 0, "others are kept waiting");
         let (_sender, mut none) = watch::channel(None);
         assert!(matches!(listed(&pod("shop"), &mut none).await, Err(Verdict::Failed(_))));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_static_pod_is_known_by_its_name_and_left_alone() {
+        let mut told = list(Some(("web", false)));
+        let mut shown = told.pods.pop_first().unwrap().1;
+        shown.is_static = true;
+        shown.refused = "static".to_owned();
+        told.pods.insert("uid-at-the-api-server".into(), shown);
+        let (_sender, mut lists) = watch::channel(Some(Arc::new(told)));
+        let verdict = listed(&pod("shop"), &mut lists).await.err();
+        assert_eq!(verdict, Some(Verdict::NotAMember("static".to_owned())));
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,5 +1,6 @@
 //! `--follow-pods`: the node's enrolments are made to be what the control plane's list says. Pods that run already are found by
-//! their uid and enrolled as they are; those that leave are released. While the control plane is away nothing is released.
+//! their uid and enrolled as they are; those that leave are released: at once who is listed as no member, who is not listed any more
+//! once no process is in its namespace. While the control plane is away nothing is released.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -108,12 +109,19 @@ impl Following {
         let enrolled = self.pods.known();
         let plan = plan(list, &enrolled);
         self.attempts
-            .retain(|uid, _| plan.find.contains(uid) || plan.release.contains(uid));
+            .retain(|uid, _| plan.find.contains(uid) || plan.release.contains(uid) || plan.vanished.contains(uid));
         self.show(list, &plan);
         let now = Instant::now();
         let is_due = |uid: &&Arc<str>| self.attempts.get(*uid).is_none_or(|attempt| attempt.due <= now);
-        let release: Vec<Arc<str>> = plan.release.iter().filter(is_due).cloned().collect();
+        let mut release: Vec<Arc<str>> = plan.release.iter().filter(is_due).cloned().collect();
+        let vanished: Vec<Arc<str>> = plan.vanished.iter().filter(is_due).cloned().collect();
         let find: Vec<Arc<str>> = plan.find.iter().filter(is_due).cloned().collect();
+        let mut outcomes: Vec<(Arc<str>, Result<(), Failure>)> = Vec::new();
+        if !vanished.is_empty() {
+            let (still_running, ended) = self.still_running(vanished).await;
+            release.extend(ended);
+            outcomes.extend(still_running);
+        }
         let releases: Vec<_> = (release.into_iter())
             .map(|uid| {
                 let pods = self.pods.clone();
@@ -124,10 +132,11 @@ impl Following {
                 }
             })
             .collect();
-        let mut outcomes: Vec<(Arc<str>, Result<(), Failure>)> = futures_util::stream::iter(releases)
+        let released: Vec<_> = futures_util::stream::iter(releases)
             .buffer_unordered(CONCURRENT)
             .collect()
             .await;
+        outcomes.extend(released);
         if !find.is_empty() {
             outcomes.extend(self.find_and_enroll(list, &enrolled, find).await);
         }
@@ -135,6 +144,23 @@ impl Following {
             self.note(list, uid, outcome);
         }
         self.show(list, &plan);
+    }
+
+    /// Of those that are not listed: which have processes, with that failure, and which have none.
+    async fn still_running(&self, vanished: Vec<Arc<str>>) -> (Vec<(Arc<str>, Result<(), Failure>)>, Vec<Arc<str>>) {
+        let inhabited = match self.pods.capture.inhabited(&vanished).await {
+            Ok(inhabited) => inhabited,
+            Err(error) => {
+                warn!(%error, "the node's processes cannot be looked at");
+                vanished.iter().cloned().collect()
+            }
+        };
+        let (running, ended): (Vec<_>, Vec<_>) = vanished.into_iter().partition(|uid| inhabited.contains(uid));
+        let failure = || Failure {
+            reason: "still_running",
+            why: "the control plane does not list it any longer, and its processes run: it stays captured".to_owned(),
+        };
+        (running.into_iter().map(|uid| (uid, Err(failure()))).collect(), ended)
     }
 
     async fn find_and_enroll(
@@ -274,6 +300,15 @@ impl Pods {
             Some(known) if known.netns_cookie == found.netns.cookie() || known.netns_cookie == 0 => return Ok(()),
             // Its sandbox was made anew, and nobody has said so.
             Some(_) => {
+                let still = self
+                    .capture
+                    .inhabited(std::slice::from_ref(&uid))
+                    .await
+                    .map_err(PodError::from)?;
+                // Processes of a Pod can make namespaces with its address: the one that is captured is not let go for such a one.
+                if still.contains(&uid) {
+                    return Ok(());
+                }
                 info!(%uid, "the Pod has another network namespace by now: the old one is released");
                 self.clone().release(&uid).await?;
             }

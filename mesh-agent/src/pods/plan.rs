@@ -19,7 +19,11 @@ pub(super) struct Plan {
     /// To be found on the node: members that are not enrolled; and those that are and cannot be proven, whose namespace may be
     /// another one by now.
     pub find: Vec<Arc<str>>,
+    /// Listed as no members: at once.
     pub release: Vec<Arc<str>>,
+    /// Not listed any longer: once no process is in their namespace. A control plane that lags behind another one does not know the
+    /// newest Pods, and the processes of a Pod can outlive its object.
+    pub vanished: Vec<Arc<str>>,
     /// Members without an address: nothing can be done for them yet.
     pub waiting: usize,
 }
@@ -40,13 +44,14 @@ pub(super) fn plan(list: &NodeList, enrolled: &BTreeMap<Arc<str>, Known>) -> Pla
         }
     }
     for (uid, known) in enrolled {
-        let stays = match list.pods.get(uid) {
-            Some(pod) => pod.is_member,
-            None => list.is_cut,
-        };
         // Who was enrolled by hand is released by hand.
-        if !stays && known.origin != Origin::Local {
-            plan.release.push(uid.clone());
+        if known.origin == Origin::Local {
+            continue;
+        }
+        match list.pods.get(uid) {
+            Some(pod) if !pod.is_member => plan.release.push(uid.clone()),
+            None if !list.is_cut => plan.vanished.push(uid.clone()),
+            _ => {}
         }
     }
     plan
@@ -70,6 +75,7 @@ mod tests {
                 },
                 is_member: *is_member,
                 refused: String::new(),
+                is_static: false,
             };
             (Arc::from(*uid), pod)
         };
@@ -127,9 +133,12 @@ mod tests {
             ("by-hand", Origin::Local, true),
         ]);
         let mut list = list(&[("no-member", false, true)]);
-        assert_eq!(names(&plan(&list, &enrolled).release), ["gone", "made", "no-member"]);
+        let told = plan(&list, &enrolled);
+        assert_eq!(names(&told.release), ["no-member"]);
+        assert_eq!(names(&told.vanished), ["gone", "made"]);
         // Of a list that has not everything, only who is on it counts.
         list.is_cut = true;
-        assert_eq!(names(&plan(&list, &enrolled).release), ["no-member"]);
+        let told = plan(&list, &enrolled);
+        assert_eq!((names(&told.release), names(&told.vanished)), (vec!["no-member"], vec![]));
     }
 }

@@ -29,10 +29,11 @@ pub(super) async fn authorize(
         proxy.metrics.count_plaintext_refused();
         return Err(Refusal::PlaintextRefused.into());
     }
-    // A Pod that speaks TCP itself evades its capture, and with it its principal.
+    // A Pod that speaks TCP itself evades its capture, and with it its principal; one that opts out has none. To DENY them it helps
+    // neither.
     let (claimed, settings) = proxy
         .state
-        .read(|state| (state.member_at(source_ip), state.settings().clone()));
+        .read(|state| (state.by_address(source_ip), state.settings().clone()));
     let is_revoked = |workload: &Arc<Workload>| settings.revoked.contains(&workload.identity);
     if source.is_none() && claimed.as_ref().is_some_and(is_revoked) {
         return Err(refused(proxy, Broken::Revoked));

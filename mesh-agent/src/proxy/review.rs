@@ -184,7 +184,7 @@ fn denied_by(rules: &Rules, namespace: &str, info: &ConnectionInfo, state: &Stat
     if info.source.is_none() && settings.refuses_plaintext(namespace, destination_ip, destination_port) {
         return Some(CutBy::Settings);
     }
-    let claimed = state.member_at(info.source_address.ip());
+    let claimed = state.by_address(info.source_address.ip());
     let claimed = claimed.as_ref().map(|workload| &workload.identity);
     if claimed.is_some_and(|claimed| info.source.is_none() && settings.revoked.contains(claimed)) {
         return Some(CutBy::Revoked);

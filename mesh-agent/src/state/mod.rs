@@ -165,13 +165,6 @@ impl State {
         self.addresses.get(&ip.to_canonical())?.last().cloned()
     }
 
-    /// Who of the mesh has this address, proven or not; an outsider is nobody.
-    #[must_use]
-    pub fn member_at(&self, ip: IpAddr) -> Option<Arc<Workload>> {
-        self.by_address(ip)
-            .filter(|workload| workload.membership != Membership::Outside)
-    }
-
     /// Whether everything was told once.
     #[must_use]
     pub fn is_synced(&self) -> bool {

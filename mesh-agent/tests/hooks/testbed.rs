@@ -25,7 +25,7 @@ pub const POD_V6: &str = "fd99::2";
 pub const OUTSIDER_V4: &str = "10.99.0.1";
 pub const OUTSIDER_V6: &str = "fd99::1";
 pub const SLOT: u32 = 7;
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// An application in Python: `connect <4|6> <address> <port>` prints both its ends as it sees them, or the error's name, and
 /// stays until its standard input ends; `script <text>` does what the text says, with what is defined here.

@@ -71,6 +71,27 @@ fn code(outcome: &Outcome) -> Option<u64> {
 }
 
 #[test]
+fn networks_of_older_versions_are_served_and_those_before_them_refused() {
+    let input = |version: &str| {
+        let mut input: Value = serde_json::from_slice(&input()).unwrap();
+        input["cniVersion"] = version.into();
+        // As that version writes addresses.
+        input["prevResult"]["ips"][0]["version"] = "4".into();
+        input.to_string().into_bytes()
+    };
+    for version in ["0.3.0", "0.3.1"] {
+        let node = node(Some(Answer::Done));
+        let outcome = run(&environment("ADD", "shop"), &input(version), &node);
+        let result = outcome.result.clone().unwrap();
+        assert_eq!((code(&outcome), &result["cniVersion"]), (None, &json!(version)));
+        assert_eq!(result["ips"][0]["version"], "4");
+        assert_eq!(node.asked.borrow().len(), 1);
+    }
+    let node = node(Some(Answer::Done));
+    assert_eq!(code(&run(&environment("ADD", "shop"), &input("0.2.0"), &node)), Some(1));
+}
+
+#[test]
 fn an_enrolled_pod_starts_with_what_the_plugins_before_have_made() {
     let node = node(Some(Answer::Done));
     let outcome = run(&environment("ADD", "shop"), &input(), &node);

@@ -46,11 +46,12 @@ pub enum Membership {
 pub enum Refusal {
     CapturedElsewhere,
     Sidecar(&'static str),
+    Static,
     VmRuntime,
 }
 
 impl Refusal {
-    pub const REASONS: [&'static str; 3] = ["captured_elsewhere", "sidecar", "vm_runtime"];
+    pub const REASONS: [&'static str; 4] = ["captured_elsewhere", "sidecar", "static", "vm_runtime"];
 
     /// Metric label.
     #[must_use]
@@ -58,6 +59,7 @@ impl Refusal {
         match self {
             Self::CapturedElsewhere => "captured_elsewhere",
             Self::Sidecar(_) => "sidecar",
+            Self::Static => "static",
             Self::VmRuntime => "vm_runtime",
         }
     }
@@ -68,6 +70,9 @@ impl fmt::Display for Refusal {
         match self {
             Self::CapturedElsewhere => f.write_str("another mesh captures it; take it out of one of the two"),
             Self::Sidecar(what) => write!(f, "it has another mesh's sidecar ({what}); switch its injection off"),
+            Self::Static => f.write_str(
+                "it is a static Pod: its identity is the word of its node alone, which may show such Pods in any namespace",
+            ),
             Self::VmRuntime => {
                 f.write_str("its runtime class runs it in a machine of its own, whose sockets the node does not see")
             }
@@ -153,6 +158,10 @@ pub fn membership(namespace: Option<&Namespace<'_>>, name: &str, pod: &Pod) -> M
     let opted_out = pod.labels.get(MESH_LABEL).is_some_and(|value| value == "disabled");
     if !is_in_mesh(namespace, name) || opted_out || pod.host_network {
         return Membership::Outside;
+    }
+    // First: whatever else it says of itself, it gets no identity.
+    if pod.is_static {
+        return Membership::Refused(Refusal::Static);
     }
     if pod.captured_elsewhere {
         return Membership::Refused(Refusal::CapturedElsewhere);

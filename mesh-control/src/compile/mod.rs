@@ -13,7 +13,7 @@ use crate::capture_states::{CaptureState, CaptureStates, PodKey, pod_key};
 use crate::objects::{Kind, Labels, Node, Object, ObjectId, Pod, Service, TargetPort, World};
 use crate::proto;
 use endpoints::{Listed, Services};
-use membership::{Enrolment, Membership, membership};
+use membership::{Enrolment, Membership, Refusal, membership};
 
 mod endpoints;
 pub mod membership;
@@ -330,7 +330,7 @@ impl<'a> Index<'a> {
         match membership(self.namespaces.get(id.namespace.as_str()), &id.namespace, pod) {
             Membership::Member => true,
             // Its peers are sent tunnels, which the other mesh takes.
-            Membership::Refused(_) => pod.captured_elsewhere,
+            Membership::Refused(refusal) => refusal == Refusal::CapturedElsewhere,
             Membership::Outside => false,
         }
     }

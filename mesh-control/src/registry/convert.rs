@@ -18,6 +18,11 @@ use crate::capture_states::CaptureState;
 use crate::objects::{Endpoint, EndpointSlice, Kind, Node, Object, ObjectId, Pod, Service, ServicePort, TargetPort};
 
 /// What ambient node agents of other makers write on a Pod that they capture.
+/// Prefix lengths: of a node's Pods, wider ones are a mistake or an attack.
+const WIDEST_V4: u8 = 8;
+const WIDEST_V6: u8 = 16;
+/// On what a kubelet shows of its static Pods; a kubelet may show such ones only.
+const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
 const REDIRECTION_ANNOTATION: &str = "ambient.istio.io/redirection";
 
 /// What an agent has proven of a Pod, as every replica of the control plane reads it from the API server. In a folder it says nothing:
@@ -225,9 +230,17 @@ fn node(node: core::Node) -> Result<Node, String> {
         (None, one) => one.into_iter().collect(),
     };
     let parse = |(i, text): (usize, &String)| {
-        text.parse::<IpNet>()
-            .map(|range| range.trunc())
-            .map_err(|_| format!("spec.podCIDRs[{i}]: {text:?} is no address range; give one like 10.1.0.0/24"))
+        let range: IpNet = text
+            .parse()
+            .map_err(|_| format!("spec.podCIDRs[{i}]: {text:?} is no address range; give one like 10.1.0.0/24"))?;
+        let widest = if range.addr().is_ipv4() { WIDEST_V4 } else { WIDEST_V6 };
+        if range.prefix_len() < widest {
+            // What is in a Pod range and not known is refused: a node must not name everybody's addresses its own.
+            return Err(format!(
+                "spec.podCIDRs[{i}]: {text:?} is wider than a node's Pods can need; /{widest} at most"
+            ));
+        }
+        Ok(range.trunc())
     };
     let pod_ranges = ranges.iter().enumerate().map(parse).collect::<Result<_, _>>()?;
     Ok(Node {
@@ -380,6 +393,7 @@ fn pod(pod: core::Pod) -> Result<Pod, String> {
             .get(REDIRECTION_ANNOTATION)
             .is_some_and(|value| value == "enabled"),
         sidecar,
+        is_static: annotations.contains_key(MIRROR_ANNOTATION),
         runtime_class: spec.runtime_class_name.unwrap_or_default(),
         finished: status
             .phase

@@ -335,7 +335,8 @@ async fn both_ends_of_a_tunnel_tell_how_tcp_fares_on_it() {
             line.map(|value| value.parse::<u64>().unwrap())
         };
         assert!(value("mesh_tcp_sent_segments_total") > Some(0), "{metrics}");
-        assert_eq!(value("mesh_tcp_retransmitted_segments_total"), Some(0), "{metrics}");
+        // None is lost on loopback; a busy machine sends one again all the same.
+        assert!(value("mesh_tcp_retransmitted_segments_total").is_some(), "{metrics}");
         assert!(value("mesh_tcp_smoothed_rtt_seconds_count") > Some(0), "{metrics}");
     }
 }

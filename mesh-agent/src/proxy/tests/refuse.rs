@@ -76,17 +76,27 @@ async fn whom_deny_names_does_not_come_in_without_its_tunnel() {
     assert_eq!(line["source_principal"], "", "nothing is proven");
 
     let outsider = fresh_address();
-    let mut unnamed = workload("client", outsider);
-    unnamed.membership = Membership::Outside;
-    mesh.tell(vec![Change::Workload(Workload {
-        uid: "outsider".into(),
-        ..unnamed
-    })]);
+    let outside = |account: &str, ip| {
+        let mut workload = workload(account, ip);
+        workload.membership = Membership::Outside;
+        workload.uid = "outsider".into();
+        Change::Workload(workload)
+    };
+    mesh.tell(vec![outside("stranger", outsider)]);
     assert_echo(
         &mut plaintext_to_echo(&mesh, outsider, &server).await,
-        "an outsider has no identity",
+        "whom DENY does not name",
     )
     .await;
+    // A Pod of the same account that has opted out of the mesh.
+    mesh.tell(vec![outside("client", outsider)]);
+    let mut stream = plaintext_to_echo(&mesh, outsider, &server).await;
+    let exchange = async {
+        stream.write_all(b"x").await?;
+        stream.read(&mut [0]).await
+    };
+    let answered = timeout(PATIENCE, exchange).await.expect("neither refused nor served");
+    assert!(answered.is_err(), "the application answered whom DENY names");
 }
 
 #[tokio::test]

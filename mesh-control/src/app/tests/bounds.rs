@@ -132,6 +132,17 @@ async fn pages_have_so_many_connections_and_one_that_asks_nothing_is_closed() {
     answered.await.expect("a place is given back");
     bench.running.stop().await;
 
+    // All the others are for other addresses.
+    let bounds = Bounds {
+        admin_connections_per_address: 1,
+        ..patient()
+    };
+    let bench = Bench::start_within(&web(), bounds).await;
+    let open = async || tokio::net::TcpStream::connect(bench.running.admin).await.expect("connect");
+    let _first = open().await;
+    assert!(is_closed(&mut open().await).await, "one address has one place");
+    bench.running.stop().await;
+
     let bounds = Bounds {
         admin: SHORT,
         ..patient()

@@ -121,6 +121,13 @@ fn who_cannot_be_a_member_is_refused_with_the_reason_and_is_outside_for_its_peer
         ),
         pod("shop", "native", "n", "", ", initContainers: [{name: linkerd-proxy}]"),
         pod("shop", "annotated", "n", ", annotations: {sidecar.istio.io/status: '{}'}", ""),
+        pod(
+            "shop",
+            "static",
+            "other",
+            ", annotations: {kubernetes.io/config.mirror: '1', ambient.istio.io/redirection: enabled}",
+            "",
+        ),
         pod("shop", "vm", "n", "", ", runtimeClassName: kata-qemu"),
         pod("shop", "crun", "n", "", ", runtimeClassName: crun"),
         // Who does not ask is not refused.
@@ -136,6 +143,7 @@ fn who_cannot_be_a_member_is_refused_with_the_reason_and_is_outside_for_its_peer
             ("shop/annotated", "sidecar"),
             ("shop/injected", "sidecar"),
             ("shop/native", "sidecar"),
+            ("shop/static", "static"),
             ("shop/vm", "vm_runtime"),
         ]
     );
@@ -146,6 +154,8 @@ fn who_cannot_be_a_member_is_refused_with_the_reason_and_is_outside_for_its_peer
     let of_peers: Vec<&str> = (snapshot.pods.values().filter(|place| place.is_member))
         .map(|place| place.name.as_str())
         .collect();
+    // Of a static Pod its node has no identity, whatever the Pod says of itself.
+    assert_eq!(snapshot.identities.keys().collect::<Vec<_>>(), ["n"]);
     // The one of another ambient mesh takes tunnels.
     assert_eq!(of_peers, ["ambient", "crun"]);
 }
