@@ -260,6 +260,7 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
         socket.set_handed_over(false);
         info!("the agent before is taken over");
     }
+    capture.stand_alone();
     // Only now: until then it may go on with the Pods.
     if args.follow_pods {
         let parts = enrolment::Parts {

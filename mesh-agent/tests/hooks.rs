@@ -46,6 +46,8 @@ mod bounds;
 mod disguises;
 #[path = "hooks/memory.rs"]
 mod memory;
+#[path = "hooks/versions.rs"]
+mod versions;
 #[path = "hooks/ports.rs"]
 mod ports;
 #[path = "hooks/upstreams.rs"]

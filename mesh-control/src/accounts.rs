@@ -20,9 +20,8 @@ pub struct Accounts {
     revoked: BTreeMap<Account, u64>,
 }
 
-/// As it is kept.
+/// As it is kept. Another version reads it as well: fields are only added, each with a meaning for where it is missing.
 #[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct Kept {
     known: BTreeSet<Account>,
     revoked: Vec<(Account, u64)>,
