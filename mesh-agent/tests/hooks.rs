@@ -46,12 +46,12 @@ mod bounds;
 mod disguises;
 #[path = "hooks/memory.rs"]
 mod memory;
-#[path = "hooks/versions.rs"]
-mod versions;
 #[path = "hooks/ports.rs"]
 mod ports;
 #[path = "hooks/upstreams.rs"]
 mod upstreams;
+#[path = "hooks/versions.rs"]
+mod versions;
 
 /// What an application's socket family and address look like, and the addresses that they stand for.
 const FAMILIES: [(&str, &str, &str, &str); 3] = [

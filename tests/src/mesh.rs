@@ -284,7 +284,9 @@ impl Mesh {
         ];
         arguments.extend(more);
         // How much it logs: CULVERT_LOG, as for any agent.
-        let command = place.agent_place().command(&self.agent_build.path("mesh-agent")?, &arguments)?;
+        let command = place
+            .agent_place()
+            .command(&self.agent_build.path("mesh-agent")?, &arguments)?;
         let name = format!("the agent of {}", node.as_str());
         let process = Process::start(&name, command, place.folder.join("mesh-agent.log"))?;
         self.agents.insert(node, process);

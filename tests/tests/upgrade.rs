@@ -1,10 +1,10 @@
 //! From one build to another with another eBPF ABI version, and back, under connections; and what happens where somebody ends on the
 //! way. The other build is xtask/src/other_build.rs.
 
-#[path = "survival/load.rs"]
-mod load;
 #[path = "upgrade/interrupted.rs"]
 mod interrupted;
+#[path = "survival/load.rs"]
+mod load;
 #[path = "upgrade/skew.rs"]
 mod skew;
 #[path = "upgrade/stream.rs"]
@@ -24,6 +24,8 @@ use mesh_tests::process::Process;
 use mesh_tests::suite;
 use mesh_tests::topology::NodeName;
 use mesh_tests::wire::Recorder;
+
+use nix::sys::signal::Signal;
 
 use load::Load;
 use stream::Stream;
@@ -57,10 +59,7 @@ fn main() -> ExitCode {
                 "an_agent_that_ends_while_it_takes_over_leaves_all_to_the_running_one",
                 interrupted::successor_killed,
             ),
-            (
-                "after_a_crash_half_way_either_version_goes_on",
-                interrupted::both_killed,
-            ),
+            ("after_a_crash_half_way_either_version_goes_on", interrupted::both_killed),
             ("agents_and_control_plane_may_be_a_version_apart", skew::either_way),
         ],
     )
@@ -140,7 +139,10 @@ fn traces(mesh: &Mesh, node: NodeName, build: Build) -> Result<Vec<(&'static str
     let (programs, links) = shared("HEARTBEAT")?;
     let (of_sockets, _) = shared("AGENT_SOCKETS")?;
     let (of_pods, links_of_pods) = bpf::users(&bpf::open(&pods_of(mesh, node, build))?)?;
-    ensure!(programs > 0 && links > 0 && of_pods > 0, "expected the capture's programs, saw none");
+    ensure!(
+        programs > 0 && links > 0 && of_pods > 0,
+        "expected the capture's programs, saw none"
+    );
     let place = mesh.topology.node(node);
     Ok(vec![
         ("pins", count_below(&place.pin_path())?),
@@ -192,16 +194,24 @@ fn there_and_back(shared: &mut Shared) -> Result<()> {
     let mut gone = Vec::new();
     for build in [Build::Other, Build::This] {
         for node in NodeName::ALL {
-            gone.push(succeed(mesh, node, build)?);
+            let before = succeed(mesh, node, build)?;
+            // As Kubernetes does, once the next one is ready.
+            before.signal(Signal::SIGTERM)?;
+            gone.push(before);
             load.wait_for(CONNECTIONS)?;
             for stream in &streams {
                 stream.expect_progress()?;
             }
             // Connections that are new, with what they are told of their ends.
             for address in mesh.pod("server").forms() {
-                let attempt = mesh.app.connect(&mesh.pod("client").place(), address, mesh_tests::app::ECHO_PORT)?;
+                let attempt = mesh
+                    .app
+                    .connect(&mesh.pod("client").place(), address, mesh_tests::app::ECHO_PORT)?;
                 let peer = attempt.expect_ok()?.report["peer"].as_str().unwrap_or_default().to_owned();
-                ensure!(peer.contains(&address.to_string()), "asked for {address}, getpeername says {peer}");
+                ensure!(
+                    peer.contains(&address.to_string()),
+                    "asked for {address}, getpeername says {peer}"
+                );
             }
         }
         let by_the_other = mesh.metric(NodeName::One, METRIC, &[("event", "redirected_by_the_other")])?;
@@ -223,8 +233,14 @@ fn there_and_back(shared: &mut Shared) -> Result<()> {
         mesh.app.get(&mesh.pod("outsider").place(), address, &format!("/{outside}"))?;
     }
     let recording = recorder.finish()?;
-    ensure!(recording.contains(outside.as_bytes()), "the outsider's marker is not on the wire: the search is blind");
-    ensure!(!recording.contains(marker.as_bytes()), "the client's marker passed between the nodes in clear");
+    ensure!(
+        recording.contains(outside.as_bytes()),
+        "the outsider's marker is not on the wire: the search is blind"
+    );
+    ensure!(
+        !recording.contains(marker.as_bytes()),
+        "the client's marker passed between the nodes in clear"
+    );
     let answered: Vec<u64> = streams.into_iter().map(Stream::finish).collect::<Result<_>>()?;
     for gone in gone {
         gone.wait(PATIENTLY).context("an agent of before ends with its connections")?;
@@ -235,7 +251,10 @@ fn there_and_back(shared: &mut Shared) -> Result<()> {
     // No program is left that looks into the maps of before.
     for map in old_maps {
         let users = bpf::users(&map?)?;
-        ensure!(users == (0, 0), "(programs, links) with maps of an agent that is gone: {users:?}");
+        ensure!(
+            users == (0, 0),
+            "(programs, links) with maps of an agent that is gone: {users:?}"
+        );
     }
     suite::say(&format!(
         "{worked} new connections, 0 failed; words of the open ones that came back: {answered:?}; {} frames between the nodes",

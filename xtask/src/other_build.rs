@@ -153,7 +153,8 @@ pub fn folder(workspace: &Workspace) -> Result<PathBuf> {
     let folder = workspace.target.join("other");
     let tree = Tree::new(workspace, &folder.join("tree"))?;
     let built = Workspace::at(folder.join("tree"), folder.join("target"));
-    tree.mutate(&[&NEXT]).context("the other build: an edit in xtask/src/other_build.rs")?;
+    tree.mutate(&[&NEXT])
+        .context("the other build: an edit in xtask/src/other_build.rs")?;
     lend_dependencies(workspace, &built)?;
     let object = crate::ebpf::build(&built)?;
     let mut cargo = build::cargo(workspace, &built, &object, &["build", "--locked", "--quiet"]);

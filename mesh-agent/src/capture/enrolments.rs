@@ -268,7 +268,10 @@ mod tests {
         newer["pod"]["origin"] = "somebody_new".into();
         let read = parse(&serde_json::to_vec(&newer).unwrap()).unwrap();
         assert_eq!((read.netns_cookie, read.slot, read.pod.origin), (7, 3, Origin::Local));
-        assert_eq!(parse(&serde_json::to_vec(&record("a-1")).unwrap()).unwrap().pod.origin, Origin::Following);
+        assert_eq!(
+            parse(&serde_json::to_vec(&record("a-1")).unwrap()).unwrap().pod.origin,
+            Origin::Following
+        );
 
         let mut older = serde_json::to_value(record("a-1")).unwrap();
         older.as_object_mut().unwrap().remove("open_before");

@@ -144,7 +144,10 @@ impl Inner {
         }
         match self.kernel.repair() {
             Ok(repaired) if repaired.is_empty() => {}
-            Ok(repaired) => tracing::warn!(?repaired, "another agent had begun to take over: the programs are this one's again"),
+            Ok(repaired) => tracing::warn!(
+                ?repaired,
+                "another agent had begun to take over: the programs are this one's again"
+            ),
             Err(error) => tracing::error!(%error, "another agent had begun to take over: its programs cannot be exchanged yet"),
         }
     }

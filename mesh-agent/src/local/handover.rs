@@ -406,7 +406,10 @@ mod tests {
             assert_eq!(objection.is_none(), fits, "{running:?} {successor:?}: {objection:?}");
         }
         let own = Hello::new("node", Path::new("/pins"));
-        for other in [Hello::new("other", Path::new("/pins")), Hello::new("node", Path::new("/elsewhere"))] {
+        for other in [
+            Hello::new("other", Path::new("/pins")),
+            Hello::new("node", Path::new("/elsewhere")),
+        ] {
             let objection = own.objection(&other).unwrap();
             assert!(objection.contains("/pins") && objection.contains("node"), "{objection}");
         }
@@ -425,7 +428,14 @@ mod tests {
         // A newer agent that gives more than this one knows.
         let file = tempfile::tempfile().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let six = [file.as_fd(), file.as_fd(), listener.as_fd(), listener.as_fd(), listener.as_fd(), listener.as_fd()];
+        let six = [
+            file.as_fd(),
+            file.as_fd(),
+            listener.as_fd(),
+            listener.as_fd(),
+            listener.as_fd(),
+            listener.as_fd(),
+        ];
         let four = [listener.as_fd(), listener.as_fd(), listener.as_fd(), file.as_fd()];
         write(&other, &serde_json::json!({ "refused": null, "pods": 1, "added": {} }), &six).unwrap();
         write(&other, &serde_json::json!({ "uid": "a", "added": true }), &four).unwrap();

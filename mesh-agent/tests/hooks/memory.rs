@@ -6,8 +6,7 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use aya::maps::{HashOfMaps, LpmTrie, Map, MapData, lpm_trie};
 use mesh_common::{
-    ABI_VERSION,
-    AddressBytes, OUTBOUND_PORT, OriginalDestinationValue, RedirectedConnectionKey, UpstreamConnectionKey, limits,
+    ABI_VERSION, AddressBytes, OUTBOUND_PORT, OriginalDestinationValue, RedirectedConnectionKey, UpstreamConnectionKey, limits,
 };
 
 use super::FAMILIES;

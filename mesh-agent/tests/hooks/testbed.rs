@@ -14,8 +14,8 @@ use aya::maps::{HashMap, HashOfMaps, Map, MapData};
 use mesh_agent::addr::address_bytes;
 use mesh_agent::capture::kernel::{Kernel, KernelConfig, has_programs};
 use mesh_common::{
-    AgentSocketValue, OriginalDestinationValue, PodValue, RedirectedConnectionKey, STORAGE_VERSION, UpstreamConnectionKey, limits,
-    socket_kind,
+    AgentSocketValue, OriginalDestinationValue, PodValue, RedirectedConnectionKey, STORAGE_VERSION, UpstreamConnectionKey,
+    limits, socket_kind,
 };
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Socket, Type};

@@ -71,7 +71,11 @@ fn expect_programs_of(mesh: &Mesh, build: Build, links: usize) -> Result<()> {
 pub fn successor_killed(shared: &mut Shared) -> Result<()> {
     let mesh = &mut shared.mesh;
     for (running, next, moments) in [
-        (Build::This, Build::Other, &[Moment::Maps, Moment::Filled, Moment::Attached][..]),
+        (
+            Build::This,
+            Build::Other,
+            &[Moment::Maps, Moment::Filled, Moment::Attached][..],
+        ),
         (Build::Other, Build::This, &[Moment::Attached][..]),
     ] {
         begin_all(mesh, running)?;

@@ -42,12 +42,14 @@ fn whole(mesh: &mut Mesh) -> Result<()> {
     mesh.wait_for_tunnel("client", "server")?;
     let local = mesh.pod("local").v4.into();
     let rule = format!("[{{ to: [{{ ports: [{ECHO_PORT}] }}] }}]");
-    mesh.registry.write("deny.yaml", &policy("deny-local", "local", "Deny", &rule))?;
+    mesh.registry
+        .write("deny.yaml", &policy("deny-local", "local", "Deny", &rule))?;
     mesh.wait_for_outcome("client", local, ECHO_PORT, false)?;
     mesh.registry.remove("deny.yaml")?;
     mesh.wait_for_outcome("client", local, ECHO_PORT, true)?;
     mesh.add_pod(&PodSpec::new("passing", NodeName::Two, 50, true))?;
-    mesh.wait_for_tunnel("client", "passing").context("a Pod's proof goes up, and down to the others")?;
+    mesh.wait_for_tunnel("client", "passing")
+        .context("a Pod's proof goes up, and down to the others")?;
     mesh.delete_pod("passing")?;
     for pod in ["client", "server", "local"] {
         poll::until_true(&format!("{pod} is proven to the control plane"), SOON, || {

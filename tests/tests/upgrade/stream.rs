@@ -53,7 +53,9 @@ impl Stream {
 fn talk(mut chat: Conversation, marker: &str, ends: [&str; 2], stop: &AtomicBool, answered: &AtomicU64) -> Result<()> {
     let names = chat.ask(NAMES, SOON)?;
     let [own, peer] = ends;
-    let as_asked = names.split_once(' ').is_some_and(|(local, remote)| local.contains(own) && remote.contains(peer));
+    let as_asked = names
+        .split_once(' ')
+        .is_some_and(|(local, remote)| local.contains(own) && remote.contains(peer));
     ensure!(as_asked, "from {own} to {peer}, and the socket says {names}");
     let mut number = 0_u64;
     while !stop.load(Ordering::Relaxed) {

@@ -76,7 +76,10 @@ impl Kernel {
             let target = || {
                 let link = bpf_syscalls::object_get(&pin)?;
                 match bpf_syscalls::link_target(link.as_fd())? {
-                    0 => detach(link.as_fd(), &pin).map(|()| None),
+                    0 => {
+                        self.own_programs.lock().remove(&pin);
+                        detach(link.as_fd(), &pin).map(|()| None)
+                    }
                     interface => Ok(u32::try_from(interface).ok()),
                 }
             };

@@ -41,7 +41,9 @@ impl Kept {
         });
         let of_programs = of_programs.collect::<Result<_, CaptureError>>()?;
         let names = pins.maps().map_err(|error| failed(pins.shared.display(), error))?;
-        let maps = names.into_iter().map(|name| versions::open(&pins.map(&name)).map(|map| (name, map)));
+        let maps = names
+            .into_iter()
+            .map(|name| versions::open(&pins.map(&name)).map(|map| (name, map)));
         let maps = maps.collect::<Result<_, _>>()?;
         Ok(Self {
             programs: of_programs,

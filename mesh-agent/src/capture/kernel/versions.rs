@@ -51,7 +51,9 @@ impl Pins {
     /// The folders of other ABI versions.
     fn others(&self) -> Result<Vec<PathBuf>, CaptureError> {
         let names = names_in(&self.shared).map_err(|error| failed(self.shared.display(), error))?;
-        let others = names.iter().filter(|name| abi_of(name).is_some_and(|version| version != ABI_VERSION));
+        let others = names
+            .iter()
+            .filter(|name| abi_of(name).is_some_and(|version| version != ABI_VERSION));
         Ok(others.map(|name| self.shared.join(name)).collect())
     }
 
@@ -68,7 +70,8 @@ impl Pins {
                 };
                 let to = self.map(name);
                 let copied = bpf_syscalls::object_get(&to).and_then(|to| copy(name, from.as_fd(), to.as_fd()));
-                let copied = copied.map_err(|error| failed(format!("filling {} from {}", to.display(), other.display()), error))?;
+                let copied =
+                    copied.map_err(|error| failed(format!("filling {} from {}", to.display(), other.display()), error))?;
                 tracing::info!(map = name, from = %other.display(), copied, "a map of another ABI version is taken over");
             }
         }
@@ -118,7 +121,9 @@ fn copy_missing(from: BorrowedFd<'_>, old: MapShape, to: BorrowedFd<'_>, new: Ma
     let (mut copied, mut last) = (0, None);
     // A walk that others disturb may begin anew; nobody adds a Pod meanwhile.
     for _ in 0..old.max_entries {
-        let Some(key) = bpf_syscalls::map_next_key(from, last.as_deref(), old)? else { break };
+        let Some(key) = bpf_syscalls::map_next_key(from, last.as_deref(), old)? else {
+            break;
+        };
         if let Some(value) = bpf_syscalls::map_read(from, &key, old)? {
             match bpf_syscalls::map_write(to, &key, &resized(value, new.value_bytes), Flags::NoExist) {
                 Ok(()) => copied += 1,
@@ -137,7 +142,10 @@ fn add_up(from: BorrowedFd<'_>, old: MapShape, to: BorrowedFd<'_>, new: MapShape
     let counters = old.max_entries.min(new.max_entries);
     for index in 0..counters {
         let key = index.to_ne_bytes();
-        let (Some(theirs), Some(mut ours)) = (bpf_syscalls::map_read(from, &key, old)?, bpf_syscalls::map_read(to, &key, new)?) else {
+        let (Some(theirs), Some(mut ours)) = (
+            bpf_syscalls::map_read(from, &key, old)?,
+            bpf_syscalls::map_read(to, &key, new)?,
+        ) else {
             continue;
         };
         // One number for each CPU.

@@ -174,8 +174,14 @@ pub fn chat(address: &str) -> Result<Value> {
     std::thread::spawn(move || {
         for line in std::io::stdin().lines().map_while(Result::ok) {
             if line == NAMES {
-                let name = |name: std::io::Result<SocketAddr>| name.map_or_else(|error| error.to_string(), |name| name.to_string());
-                let _ = writeln!(std::io::stdout(), "{} {}", name(stream.local_addr()), name(stream.peer_addr()));
+                let name =
+                    |name: std::io::Result<SocketAddr>| name.map_or_else(|error| error.to_string(), |name| name.to_string());
+                let _ = writeln!(
+                    std::io::stdout(),
+                    "{} {}",
+                    name(stream.local_addr()),
+                    name(stream.peer_addr())
+                );
                 continue;
             }
             // The other direction tells what became of the connection.
