@@ -38,7 +38,7 @@ fn make_pods<V: aya::Pod>(folder: &Path, pods: &[(u64, V)]) {
 
 fn redirects(testbed: &Testbed, kernel: &Kernel) -> bool {
     let before = counter(kernel, "redirected") + counter(kernel, "refused_no_listener");
-    drop(testbed.connect("4", OUTSIDER_V4, 8080).said());
+    let _ = testbed.connect("4", OUTSIDER_V4, 8080).said();
     counter(kernel, "redirected") + counter(kernel, "refused_no_listener") > before
 }
 
