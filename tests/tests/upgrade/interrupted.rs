@@ -86,8 +86,21 @@ pub fn successor_killed(shared: &mut Shared) -> Result<()> {
         for moment in moments {
             let at = format!("{next:?} is killed at {moment:?}");
             let mut agent = mesh.take_agent(NODE)?;
+            let log = log_of(mesh, NODE);
+            let position = std::fs::metadata(&log)?.len();
             launch_until(mesh, next, *moment).context(at.clone())?;
             mesh.kill_agent(NODE);
+            if matches!(moment, Moment::Attached) {
+                // Before it lets any Pod change: not by a repair some time later.
+                let goes_on = poll::until("the running agent goes on", SOON, || {
+                    let said = said_since(&log, position)?;
+                    Ok(said.find("no handover; this agent goes on").map(|end| said[..end].to_owned()))
+                })?;
+                ensure!(
+                    goes_on.contains("the programs are this one's again"),
+                    "{at}: it goes on with the other's programs: {goes_on}"
+                );
+            }
             agent.check_running().context("the running agent has ended as well")?;
             mesh.put_agent(NODE, agent);
             expect_programs_of(mesh, running, links).context(at.clone())?;
