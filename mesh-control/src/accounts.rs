@@ -228,8 +228,13 @@ mod tests {
 
     #[test]
     fn what_is_kept_and_damaged_is_an_error() {
-        for damaged in ["", "{}", "[]", r#"{"known":[],"revoked":[],"more":1}"#] {
+        for damaged in ["", "{}", "[]", r#"{"known":[]}"#, r#"{"known":[],"revoked":1}"#] {
             assert!(Accounts::from_json(damaged.as_bytes()).is_err(), "{damaged}");
         }
+        let of_a_later_version = r#"{"known":[],"revoked":[],"more":1}"#;
+        assert_eq!(
+            Accounts::from_json(of_a_later_version.as_bytes()).unwrap(),
+            Accounts::default()
+        );
     }
 }

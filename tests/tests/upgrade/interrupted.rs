@@ -1,7 +1,6 @@
 //! Takeovers between versions that end half-way.
 
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -30,24 +29,29 @@ enum Moment {
     Attached,
 }
 
-impl Moment {
-    fn is_here(self, mesh: &Mesh, node: NodeName, next: Build, log: &Path, position: u64) -> Result<bool> {
-        Ok(match self {
-            Self::Maps => pins(mesh, node).join(format!("abi{}", next.abi_version())).exists(),
-            Self::Filled => said_since(log, position)?.contains("a map of another ABI version is taken over"),
-            Self::Attached => said_since(log, position)?.contains("enrolled Pod found again"),
-        })
-    }
-}
+/// The last of the node's links to be given the next agent's program; the Pods', which take far longer, come after it.
+const LAST_LINK: &str = "links/socket_create";
 
 /// Launches an agent of that build, and returns at that moment, or some milliseconds later.
 fn launch_until(mesh: &mut Mesh, next: Build, moment: Moment) -> Result<()> {
     let log = log_of(mesh, NODE);
     let position = std::fs::metadata(&log)?.len();
+    let (maps, link) = (
+        pins(mesh, NODE).join(format!("abi{}", next.abi_version())),
+        pins(mesh, NODE).join(LAST_LINK),
+    );
+    let before = bpf::program_in(&link)?;
     mesh.agent_build = next;
     mesh.launch_agent_with(NODE, &LONG_DRAIN)?;
+    let is_here = || {
+        Ok::<_, anyhow::Error>(match moment {
+            Moment::Maps => maps.exists(),
+            Moment::Filled => said_since(&log, position)?.contains("a map of another ABI version is taken over"),
+            Moment::Attached => bpf::program_in(&link)? != before,
+        })
+    };
     let start = Instant::now();
-    while !moment.is_here(mesh, NODE, next, &log, position)? {
+    while !is_here()? {
         if start.elapsed() > SOON {
             bail!("the next agent does not come to {moment:?}");
         }
