@@ -260,6 +260,7 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
         socket.set_handed_over(false);
         info!("the agent before is taken over");
     }
+    capture.stand_alone();
     // Only now: until then it may go on with the Pods.
     if args.follow_pods {
         let parts = enrolment::Parts {
@@ -314,17 +315,28 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
     } else {
         handover.abort();
     }
-    // Discovery goes on while connections drain. A second signal ends the drain.
+    // Discovery goes on while connections drain. Whoever was taken over is told to end as soon as the other is ready, where Kubernetes
+    // rolls it out; its drain goes on then. A signal after that ends it.
     let mut is_told_to_end = !is_handed_over;
-    tokio::select! {
-        () = pods.stop(Duration::from_secs(drain_seconds)) => {}
-        _ = terminate.recv() => {
+    {
+        let drained = pods.stop(Duration::from_secs(drain_seconds));
+        tokio::pin!(drained);
+        loop {
+            let signal = tokio::select! {
+                () = &mut drained => break,
+                _ = terminate.recv() => "SIGTERM",
+                _ = interrupt.recv() => "SIGINT",
+            };
+            if is_told_to_end {
+                warn!("a second signal ({signal}) ends the drain");
+                break;
+            }
             is_told_to_end = true;
-            warn!("a second SIGTERM ends the drain");
-        }
-        _ = interrupt.recv() => {
-            is_told_to_end = true;
-            warn!("a second SIGINT ends the drain");
+            info!(
+                signal,
+                connections = pods.connections(),
+                "this agent ends when its drain does"
+            );
         }
     }
     stop.cancel();

@@ -244,7 +244,7 @@ async fn a_program_that_is_detached_by_hand_is_missed() {
         .config()
         .kernel
         .pin_path
-        .join(format!("v{}", mesh_common::ABI_VERSION))
+        .join(format!("v{}", mesh_common::STORAGE_VERSION))
         .join("links");
     std::fs::remove_file(links.join("connect4")).unwrap();
     assert_eq!(capture.detached_programs(), ["connect4"]);

@@ -50,6 +50,8 @@ mod memory;
 mod ports;
 #[path = "hooks/upstreams.rs"]
 mod upstreams;
+#[path = "hooks/versions.rs"]
+mod versions;
 
 /// What an application's socket family and address look like, and the addresses that they stand for.
 const FAMILIES: [(&str, &str, &str, &str); 3] = [

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use aya::maps::MapData;
 use mesh_agent::capture::kernel::{Kernel, KernelConfig, has_programs};
-use mesh_common::ABI_VERSION;
+use mesh_common::STORAGE_VERSION;
 
 const OLDER_KERNEL: &str = include_str!("start/older_kernel.py");
 
@@ -83,7 +83,7 @@ impl Machine {
     }
 
     fn pins(&self) -> PathBuf {
-        self.kernel().pin_path.join(format!("v{ABI_VERSION}"))
+        self.kernel().pin_path.join(format!("v{STORAGE_VERSION}"))
     }
 
     /// `mesh-agent run` behind a wrapper, to its end, which comes if it runs at all: nobody takes its Pods.

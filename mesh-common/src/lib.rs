@@ -6,9 +6,19 @@
 
 pub mod limits;
 
-/// Version of everything pinned: map layouts, program semantics. Raise it with any change of the types in this crate; an
-/// agent refuses to use pins of another version.
-pub const ABI_VERSION: u32 = 3;
+/// Version of what agents of different builds share while one takes over from the other: where links are pinned, and every map
+/// that is not in [`MAPS_OF_ABI`]. Their entries belong to sockets and connections that outlive an agent, and cannot be written
+/// anew: those maps' layouts are frozen. Something new about a socket goes into a map of another name. Where this number differs
+/// no agent takes over, and the node is cleaned up first.
+pub const STORAGE_VERSION: u32 = 4;
+
+/// Version of the maps in [`MAPS_OF_ABI`]. Raise it with any change of them. Each version has its own, beside the other's, filled
+/// from them before its programs are attached. For that to work, either way: keys stay, values only grow at the end, an index keeps
+/// its meaning, and zeros in place of what another version does not know are right until the agent has written them.
+pub const ABI_VERSION: u32 = 4;
+
+/// The maps that each ABI version has for itself, in the folder `abi<ABI_VERSION>` of the pins.
+pub const MAPS_OF_ABI: [&str; 3] = ["PODS", "MESH_DESTINATIONS", "COUNTERS"];
 
 /// Ports of the agent's listeners inside each Pod's network namespace.
 pub const OUTBOUND_PORT: u16 = 15001;
@@ -33,7 +43,7 @@ pub const HEARTBEAT_INTERVAL_MS: u64 = 500;
 /// An address in normal form.
 pub type AddressBytes = [u8; 16];
 
-/// Value of map `PODS`, keyed by the u64 network-namespace cookie.
+/// Value of map `PODS`, keyed by the u64 network-namespace cookie. New fields only at the end; see [`ABI_VERSION`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct PodValue {
@@ -117,7 +127,7 @@ pub const LISTENERS_PER_POD: u32 = 2;
 pub const TUNNEL_LISTENER: u32 = 0;
 pub const PLAINTEXT_LISTENER: u32 = 1;
 
-/// What the programs count, per CPU: index of map `COUNTERS`.
+/// What the programs count, per CPU: index of map `COUNTERS`. New ones only at the end; see [`ABI_VERSION`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Counter {
@@ -190,6 +200,8 @@ impl Counter {
 const _: () = {
     use core::mem::{offset_of, size_of};
     assert!(size_of::<PodValue>() == 8 + 16 * limits::MAX_POD_ADDRESSES);
+    assert!(offset_of!(PodValue, slot) == 0);
+    assert!(offset_of!(PodValue, address_count) == 4);
     assert!(offset_of!(PodValue, addresses) == 8);
     assert!(size_of::<SocketDestinationValue>() == 20);
     assert!(offset_of!(SocketDestinationValue, port) == 16);

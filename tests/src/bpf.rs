@@ -166,6 +166,15 @@ pub fn users(map: &OwnedFd) -> Result<(usize, usize)> {
     Ok((programs.len(), links))
 }
 
+/// The kernel's number of the program in a pinned link.
+///
+/// # Errors
+/// Nothing is pinned there.
+pub fn program_in(pin: &Path) -> Result<u64> {
+    // `struct bpf_link_info`: the program's id is the third number.
+    Ok(info(&open(pin)?, [0; INFO_WORDS])?[1] & u64::from(u32::MAX))
+}
+
 /// Enough for what is asked here.
 const INFO_WORDS: usize = 16;
 

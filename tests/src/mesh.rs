@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::access_log::AccessLog;
 use crate::app::{self, App, ECHO_PORT};
-use crate::binaries;
+use crate::binaries::{self, Build};
 use crate::http::Response;
 use crate::manifests::{MESHED, PodManifest, Registry, UNMESHED, pod_uid};
 use crate::poll;
@@ -58,6 +58,9 @@ pub struct Mesh {
     agents: BTreeMap<NodeName, Process>,
     control: Option<Process>,
     servers: BTreeMap<&'static str, Process>,
+    /// What the next agents and control planes to be started are of.
+    pub agent_build: Build,
+    pub control_build: Build,
     pub registry: Registry,
     pub app: App,
     pub topology: Topology,
@@ -78,6 +81,8 @@ impl Mesh {
             agents: BTreeMap::new(),
             control: None,
             servers: BTreeMap::new(),
+            agent_build: Build::default(),
+            control_build: Build::default(),
             registry,
             app,
             topology,
@@ -193,7 +198,7 @@ impl Mesh {
         let command = self
             .topology
             .world_place()
-            .command(&binaries::path("mesh-control")?, &arguments)?;
+            .command(&self.control_build.path("mesh-control")?, &arguments)?;
         let control = Process::start("mesh-control", command, self.topology.folder().join("mesh-control.log"))?;
         let control = self.control.insert(control);
         let world = self.topology.world();
@@ -279,7 +284,9 @@ impl Mesh {
         ];
         arguments.extend(more);
         // How much it logs: CULVERT_LOG, as for any agent.
-        let command = place.agent_place().command(&binaries::path("mesh-agent")?, &arguments)?;
+        let command = place
+            .agent_place()
+            .command(&self.agent_build.path("mesh-agent")?, &arguments)?;
         let name = format!("the agent of {}", node.as_str());
         let process = Process::start(&name, command, place.folder.join("mesh-agent.log"))?;
         self.agents.insert(node, process);

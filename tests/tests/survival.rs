@@ -36,10 +36,20 @@ struct Shared {
     mesh: Mesh,
 }
 
-/// Where a node's pins are: below the pin path, by the ABI's version.
+/// Where a node's pins are: below the pin path.
 fn pins(mesh: &Mesh, node: NodeName) -> PathBuf {
-    let version = format!("v{}", mesh_common::ABI_VERSION);
+    let version = format!("v{}", mesh_common::STORAGE_VERSION);
     mesh.topology.node(node).pin_path().join(version)
+}
+
+/// Where a map is pinned, below a node's pins.
+fn pin_of(map: &str) -> PathBuf {
+    let folder = if mesh_common::MAPS_OF_ABI.contains(&map) {
+        format!("abi{}", mesh_common::ABI_VERSION)
+    } else {
+        String::new()
+    };
+    PathBuf::from(folder).join(map)
 }
 
 fn main() -> ExitCode {

@@ -11,6 +11,7 @@ mod helm;
 mod images;
 mod kube;
 mod mutants;
+mod other_build;
 mod prometheus;
 mod test;
 mod tidy;

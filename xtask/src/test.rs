@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 
 use crate::helm::Helm;
 use crate::workspace::{USER_HALF, Workspace};
-use crate::{chart, demo, ebpf, fuzz, images, kube, mutants, prometheus, tools};
+use crate::{chart, demo, ebpf, fuzz, images, kube, mutants, other_build, prometheus, tools};
 
 #[derive(Args)]
 pub struct Arguments {
@@ -53,6 +53,8 @@ struct Machine {
 
 /// How the names of the suites begin that stand on a real Kubernetes.
 const KUBE_SUITES: &str = "kube";
+/// The suite that needs the other build as well, which takes minutes where much has changed.
+const UPGRADE_SUITE: &str = "upgrade";
 
 pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCode> {
     let mut totals = Totals::default();
@@ -125,7 +127,7 @@ fn net(workspace: &Workspace, filter: Option<&str>, totals: &mut Totals) -> Resu
     prepare(workspace)?;
     let object = ebpf::object(workspace)?;
     // Every suite needs the kernel, so those that need no more are of this part.
-    let mut cargo = suites(workspace, &object, filter, |name| !is_kube(name))?;
+    let mut cargo = suites(workspace, &object, filter, |name| !is_kube(name) && name != UPGRADE_SUITE)?;
     match prometheus::folder(workspace) {
         Ok(folder) => {
             cargo.env(prometheus::FOLDER_VARIABLE, folder);
@@ -134,6 +136,17 @@ fn net(workspace: &Workspace, filter: Option<&str>, totals: &mut Totals) -> Resu
         Err(error) => tools::say(&format!("no Prometheus: {error:#}")),
     }
     totals.count("the integration tests", &mut cargo)?;
+    let upgrades = || suites(workspace, &object, filter, |name| name == UPGRADE_SUITE);
+    if filter.is_none() || tools::output(upgrades()?.arg("--list"))?.contains(": test") {
+        heading("upgrades to another build, and back");
+        match other_build::folder(workspace) {
+            Ok(folder) => totals.count(
+                "the upgrade between builds",
+                upgrades()?.env(other_build::FOLDER_VARIABLE, folder),
+            )?,
+            Err(error) => totals.add(&format!("the other build: {error:#}"), false),
+        }
+    }
     if filter.is_some() {
         return Ok(());
     }

@@ -42,7 +42,8 @@ impl Inner {
         let result = host_ends(netns).and_then(|ends| {
             let attached = self.kernel.backstops(uid)?;
             let missing: Vec<u32> = ends.iter().filter(|end| !attached.contains(end)).copied().collect();
-            let wanted = if renew {
+            let is_anothers = !self.kernel.has_own_backstops(uid, &attached)?;
+            let wanted = if renew || is_anothers {
                 attached.iter().chain(&missing).copied().collect()
             } else {
                 missing.clone()
@@ -55,7 +56,7 @@ impl Inner {
             } else {
                 Backstop::Attached
             };
-            Ok((backstop, !missing.is_empty()))
+            Ok((backstop, is_anothers || !missing.is_empty()))
         });
         let (backstop, was_missing) = result.unwrap_or_else(|error| {
             if self.backstop_of(uid) != Some(Backstop::Failed) || renew {

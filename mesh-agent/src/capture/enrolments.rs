@@ -1,5 +1,6 @@
 //! Records of enrolments: what a later agent needs to take a Pod over, or to release it. One file a Pod,
-//! `<run_dir>/pods/<uid>.json`, 0600, written before anything is changed for the Pod and removed after everything is undone.
+//! `<run_dir>/pods/<uid>.json`, 0600, written before anything is changed for the Pod and removed after everything is undone. Another
+//! build's agent reads them as well: fields are only added, each with a meaning for where it is missing.
 
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, File};
@@ -36,15 +37,22 @@ pub struct PodToEnroll {
 
 /// Who asked for an enrolment, and so may end it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", from = "String")]
 pub enum Origin {
-    /// Somebody at the local socket, who releases it as well.
+    /// Somebody at the local socket, who releases it as well. Also one that only a later version knows: no list ends it.
     #[default]
     Local,
     /// The control plane's list of the node's Pods.
     Following,
     /// The CNI plugin, when the Pod was made; from then on the list counts.
     Cni,
+}
+
+impl From<String> for Origin {
+    fn from(text: String) -> Self {
+        let known = [Self::Local, Self::Following, Self::Cni];
+        known.into_iter().find(|origin| origin.as_str() == text).unwrap_or_default()
+    }
 }
 
 impl Origin {
@@ -250,6 +258,26 @@ mod tests {
         enrolments.remove("a-1").unwrap();
         assert!(!enrolments.is_recorded("a-1"));
         assert!(enrolments.load().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_record_of_another_version_is_read() {
+        let mut newer = serde_json::to_value(record("a-1")).unwrap();
+        newer["added"] = serde_json::json!({ "later": [1, 2] });
+        newer["pod"]["added"] = true.into();
+        newer["pod"]["origin"] = "somebody_new".into();
+        let read = parse(&serde_json::to_vec(&newer).unwrap()).unwrap();
+        assert_eq!((read.netns_cookie, read.slot, read.pod.origin), (7, 3, Origin::Local));
+        assert_eq!(
+            parse(&serde_json::to_vec(&record("a-1")).unwrap()).unwrap().pod.origin,
+            Origin::Following
+        );
+
+        let mut older = serde_json::to_value(record("a-1")).unwrap();
+        older.as_object_mut().unwrap().remove("open_before");
+        older["pod"].as_object_mut().unwrap().remove("origin");
+        let read = parse(&serde_json::to_vec(&older).unwrap()).unwrap();
+        assert_eq!((read.open_before, read.pod.origin), (Vec::new(), Origin::Local));
     }
 
     #[test]

@@ -1,14 +1,16 @@
 //! The kernel programs and their maps: loading, attaching, pinning, and every map operation of the agent.
 //!
-//! Everything is pinned below `<pin path>/v<ABI version>`: the maps by name, the node's links in `links/`, each Pod's sk_lookup
-//! link in `pods/`, its tcx links in `backstops/`. Pins outlive the agent; a new one reuses the maps and replaces the programs of the links in place.
+//! Everything is pinned below `<pin path>/v<storage version>`: the maps by name, those of an ABI version in its folder, the node's
+//! links in `links/`, each Pod's sk_lookup link in `pods/`, its tcx links in `backstops/`. Pins outlive the agent; a new one reuses
+//! the maps, or of another ABI version what they hold (`versions.rs`), and replaces the programs of the links in place.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use aya::Ebpf;
 use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray, SkStorage, SockMap};
@@ -26,6 +28,7 @@ use self::pin_names::{pin_name, pod_uid};
 use self::pins::{NewLinks, attach, detach, names_in, open_cgroup_root, prepare_pins};
 use self::programs::{LOOKUP_PROGRAM, NODE_PROGRAMS, attaching, load_lookup_program, load_node_programs, take_map, typed};
 use self::upkeep::Kept;
+use self::versions::Pins;
 use super::CaptureError;
 use super::bpf_syscalls::{self, AttachType};
 use super::heap;
@@ -54,8 +57,12 @@ pub struct KernelConfig {
 }
 
 pub struct Kernel {
-    directory: PathBuf,
+    pins: Pins,
     kept: Kept,
+    /// Which program this agent has put into which pinned link.
+    own_programs: Mutex<BTreeMap<PathBuf, u32>>,
+    /// No other agent runs here, but to drain.
+    is_alone: AtomicBool,
     pods: Mutex<HashMap<MapData, u64, PodValue>>,
     heartbeat: Mutex<Array<MapData, u64>>,
     agent_sockets: Mutex<SkStorage<MapData, AgentSocketValue>>,
@@ -72,7 +79,7 @@ pub struct Kernel {
 impl fmt::Debug for Kernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Kernel")
-            .field("directory", &self.directory)
+            .field("pins", &self.pins.shared)
             .finish_non_exhaustive()
     }
 }
@@ -105,12 +112,12 @@ impl Kernel {
     /// # Errors
     /// As [`Kernel::load`].
     pub fn load_as_before_set_retval(config: &KernelConfig) -> Result<Kernel, CaptureError> {
-        Self::load_with(config, |directory, _| load_node_programs(directory, false), |_| Ok(()))
+        Self::load_with(config, |pins, _| load_node_programs(pins, false), |_| Ok(()))
     }
 
     fn load_with(
         config: &KernelConfig,
-        load_node_programs: impl Fn(&Path, bool) -> Result<Ebpf, CaptureError>,
+        load_node_programs: impl Fn(&Pins, bool) -> Result<Ebpf, CaptureError>,
         test: impl FnOnce(&Kernel) -> Result<(), CaptureError>,
     ) -> Result<Kernel, CaptureError> {
         if !has_programs() {
@@ -123,12 +130,12 @@ impl Kernel {
             None => detect_cgroup_root()?,
         };
         let cgroup = open_cgroup_root(&cgroup_root)?;
-        let directory = prepare_pins(&config.pin_path)?;
+        let pins = prepare_pins(&config.pin_path)?;
 
-        let mut programs = match load_node_programs(&directory, true) {
+        let mut programs = match load_node_programs(&pins, true) {
             Ok(programs) => programs,
             // Before 5.18 a cgroup program cannot choose the error: a refused connect is EPERM.
-            Err(error) => match load_node_programs(&directory, false) {
+            Err(error) => match load_node_programs(&pins, false) {
                 Ok(programs) => {
                     tracing::warn!("the kernel lacks bpf_set_retval (5.18): refused connects fail with EPERM, not ECONNREFUSED");
                     programs
@@ -137,12 +144,15 @@ impl Kernel {
             },
         };
         // Each Pod gets an instance of its own; a kernel that has no such programs is told so now, not at the first Pod.
-        drop(load_lookup_program(&directory, limits::MAX_PODS)?);
+        drop(load_lookup_program(&pins, limits::MAX_PODS)?);
+        pins.import()?;
         let mut new_links = NewLinks::default();
         let cgroup_id = cgroup.metadata().map_err(|error| failed(cgroup_root.display(), error))?.ino();
-        let kept = Kept::of(&programs, &directory, cgroup, cgroup_id)?;
+        let kept = Kept::of(&programs, &pins, cgroup, cgroup_id)?;
         let kernel = Kernel {
             kept,
+            own_programs: Mutex::default(),
+            is_alone: AtomicBool::new(false),
             pods: Mutex::new(typed(take_map(&mut programs, "PODS")?)?),
             heartbeat: Mutex::new(typed(take_map(&mut programs, "HEARTBEAT")?)?),
             agent_sockets: Mutex::new(typed(take_map(&mut programs, "AGENT_SOCKETS")?)?),
@@ -153,7 +163,7 @@ impl Kernel {
             counters: typed(take_map(&mut programs, "COUNTERS")?)?,
             beats: AtomicU32::new(0),
             erased_beats: AtomicU32::new(0),
-            directory,
+            pins,
         };
         kernel
             .attach_all(&NODE_PROGRAMS.map(|(name, ..)| name), &mut new_links)
@@ -263,21 +273,20 @@ impl Kernel {
 
     fn load_and_attach_lookup(&self, slot: u32, pod_uid: &str, netns: BorrowedFd<'_>) -> Result<(), CaptureError> {
         let (name, _) = LOOKUP_PROGRAM;
-        let programs = load_lookup_program(&self.directory, slot)?;
+        let programs = load_lookup_program(&self.pins, slot)?;
         let program = programs.program(name).ok_or_else(|| failed(name, "not in the object"))?;
         let fd = program.fd().map_err(|error| failed(name, error))?;
         let inode = nix::sys::stat::fstat(netns)
             .map_err(|error| failed("the Pod's network namespace", error))?
             .st_ino;
-        attach(
-            fd.as_fd(),
-            netns,
-            inode,
-            AttachType::SkLookup,
-            &self.directory.join("pods").join(pin_name(pod_uid)),
-        )
-        .map(|_| ())
-        .map_err(|error| attaching(name, format_args!("the network namespace of Pod {pod_uid}"), &error))
+        let pin = self.lookup_pin(pod_uid);
+        attach(fd.as_fd(), netns, inode, AttachType::SkLookup, &pin)
+            .and_then(|_| self.note_program(pin, fd.as_fd()))
+            .map_err(|error| attaching(name, format_args!("the network namespace of Pod {pod_uid}"), &error))
+    }
+
+    fn lookup_pin(&self, pod_uid: &str) -> PathBuf {
+        self.pins.shared.join("pods").join(pin_name(pod_uid))
     }
 
     /// Detaches a Pod's sk_lookup program. `false`: it had none.
@@ -285,11 +294,14 @@ impl Kernel {
     /// # Errors
     /// The pin cannot be opened or removed.
     pub fn detach_lookup(&self, pod_uid: &str) -> Result<bool, CaptureError> {
-        let pin = self.directory.join("pods").join(pin_name(pod_uid));
+        let pin = self.lookup_pin(pod_uid);
         match bpf_syscalls::object_get(&pin) {
-            Ok(link) => detach(link.as_fd(), &pin)
-                .map(|()| true)
-                .map_err(|error| failed(format!("detaching sk_lookup of Pod {pod_uid}"), error)),
+            Ok(link) => {
+                self.own_programs.lock().remove(&pin);
+                detach(link.as_fd(), &pin)
+                    .map(|()| true)
+                    .map_err(|error| failed(format!("detaching sk_lookup of Pod {pod_uid}"), error))
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(error) => Err(failed(pin.display(), error)),
         }
@@ -300,7 +312,7 @@ impl Kernel {
     /// # Errors
     /// The pins cannot be listed.
     pub fn attached_pods(&self) -> Result<Vec<String>, CaptureError> {
-        let directory = self.directory.join("pods");
+        let directory = self.pins.shared.join("pods");
         let names = names_in(&directory).map_err(|error| failed(directory.display(), error))?;
         Ok(names.iter().map(|name| pod_uid(name)).collect())
     }
@@ -385,7 +397,7 @@ impl Kernel {
         Counter::ALL.iter().map(|&(counter, name)| (name, sum(counter))).collect()
     }
 
-    /// Detaches and unpins everything of any ABI version below a pin path. Needs no running agent.
+    /// Detaches and unpins everything of any version below a pin path. Needs no running agent.
     ///
     /// # Errors
     /// A pin cannot be opened or removed; what was removed before stays removed.
@@ -427,3 +439,4 @@ mod programs;
 #[cfg(test)]
 mod tests;
 mod upkeep;
+mod versions;

@@ -39,7 +39,7 @@ use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::future::{BoxFuture, FutureExt, try_join_all};
@@ -159,6 +159,7 @@ impl Capture {
                 node_cookie: netns::cookie_of_this_thread()?,
                 boot_id: boot_id()?,
                 change: Mutex::default(),
+                is_offered: AtomicBool::new(false),
                 pods: Mutex::new(pods),
                 adopted: Mutex::default(),
                 upstreams: Arc::new(Semaphore::new(MAX_UPSTREAMS)),
@@ -175,6 +176,23 @@ impl Capture {
     /// [`Capture::recover`], which goes on with them instead of opening new ones.
     pub fn adopt(&self, listeners: HashMap<String, [TcpListener; 3]>) {
         *self.inner.adopted.lock() = listeners;
+    }
+
+    /// Another agent begins to take over: nothing is put back until [`Capture::take_back`]. Blocks.
+    pub fn offer(&self) {
+        self.inner.offer();
+    }
+
+    /// It has not. Nothing happens where nothing was offered. Blocks.
+    pub fn take_back(&self) {
+        self.inner.take_back();
+    }
+
+    /// This agent serves, and no other but to drain: what other ABI versions left is removed.
+    pub fn stand_alone(&self) {
+        if let Err(error) = self.inner.kernel.stand_alone() {
+            tracing::error!(%error, "what another ABI version left cannot be removed yet");
+        }
     }
 
     /// Another agent beats from now on; should it die, nothing of this one may hide that.

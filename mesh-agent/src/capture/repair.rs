@@ -25,6 +25,9 @@ pub struct Repairs {
 impl Inner {
     pub(super) fn repair(&self, uid: &str) -> Result<Repairs, CaptureError> {
         let _change = self.change.lock();
+        if self.is_offered.load(Ordering::Relaxed) {
+            return Ok(Repairs::default());
+        }
         let (record, network, listeners) = {
             let pods = self.pods.lock();
             let served = pods
@@ -48,7 +51,7 @@ impl Inner {
         let inode = nix::sys::stat::fstat(netns.as_fd())
             .map_err(|error| CaptureError::Other(format!("the Pod's network namespace: {error}")))?
             .st_ino;
-        if self.kernel.lookup_target(uid)? != LookupTarget::Netns(inode) {
+        if self.kernel.lookup_target(uid)? != LookupTarget::Netns(inode) || !self.kernel.has_own_lookup(uid)? {
             self.kernel.attach_lookup(record.slot, uid, netns.as_fd())?;
             repairs.repaired.push("sk_lookup");
         }
@@ -89,6 +92,9 @@ impl Inner {
     /// The kernel does not tell which socket an entry holds, only that there is none: it is written where nothing is.
     pub(super) fn restore_listeners(&self, uid: &str, listeners: &[Arc<TcpListener>; 2]) -> Result<bool, CaptureError> {
         let _change = self.change.lock();
+        if self.is_offered.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
         let slot = {
             let pods = self.pods.lock();
             pods.get(uid).filter(|e| e.active.is_some()).map(|e| e.record.slot)
@@ -108,6 +114,9 @@ impl Inner {
     /// As [`Inner::repair`], of what all Pods share.
     pub(super) fn repair_node(&self) -> Result<Vec<String>, CaptureError> {
         let _change = self.change.lock();
+        if self.is_offered.load(Ordering::Relaxed) {
+            return Ok(Vec::new());
+        }
         let repaired = self.kernel.repair()?;
         if !repaired.is_empty() {
             self.events.repaired.fetch_add(repaired.len() as u64, Ordering::Relaxed);
@@ -117,6 +126,30 @@ impl Inner {
             );
         }
         Ok(repaired)
+    }
+
+    /// Leaves everything to another agent that takes over.
+    pub(super) fn offer(&self) {
+        let _change = self.change.lock();
+        self.is_offered.store(true, Ordering::Relaxed);
+    }
+
+    /// Nobody took over, but somebody may have begun to: the node's programs may be another ABI version's, and look into maps in which
+    /// this agent enrols no Pod. They are exchanged before any is; those of the Pods that are here see the same, and are exchanged by
+    /// their next repair.
+    pub(super) fn take_back(&self) {
+        let _change = self.change.lock();
+        if !self.is_offered.swap(false, Ordering::Relaxed) {
+            return;
+        }
+        match self.kernel.repair() {
+            Ok(repaired) if repaired.is_empty() => {}
+            Ok(repaired) => tracing::warn!(
+                ?repaired,
+                "another agent had begun to take over: the programs are this one's again"
+            ),
+            Err(error) => tracing::error!(%error, "another agent had begun to take over: its programs cannot be exchanged yet"),
+        }
     }
 
     pub(super) fn reopen(&self, uid: &str) -> Result<Established, CaptureError> {

@@ -5,6 +5,9 @@
 //! lock, the local socket and the pages' listeners; a [`PodOffered`] with three listeners for each served Pod; the successor's
 //! [`SERVING`]; the running agent's [`RELEASED`]. Before those last words nothing is given up: without the first the running agent
 //! goes on as before, and says so ([`GOES_ON`]), and then the successor must not: two agents would share the Pods.
+//!
+//! The two may be of different builds, the newer one before or after. Both know all messages then: fields and descriptors are only
+//! added, at the end, each with a meaning for where it is missing; what one does not know it leaves alone.
 
 use std::collections::HashMap;
 use std::io::{self, Read as _};
@@ -15,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use mesh_common::ABI_VERSION;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixListener;
@@ -26,8 +30,11 @@ use crate::memory::Memory;
 use crate::pods::Pods;
 
 const SOCKET_FILE: &str = "handover.sock";
-/// Raised when a message changes; another version's agent is not taken over.
-const VERSION: u32 = 2;
+/// Raised when a message changes.
+const VERSION: u32 = 3;
+/// The oldest version whose messages this one understands, and that understands its own. Raised when an order changes, or when a field
+/// appears that must not be missing; then between the two no agent takes over.
+const OLDEST: u32 = 3;
 /// The other agent answers at once, or hangs.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// From the offer until the successor serves: it loads programs, and finds again what was not offered.
@@ -43,8 +50,12 @@ const GOES_ON: &str = "goes on";
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
     version: u32,
+    oldest: u32,
     pub node: String,
     pub pin_path: PathBuf,
+    /// Told to whoever reads the log; 0: it does not say.
+    #[serde(default)]
+    abi: u32,
 }
 
 impl Hello {
@@ -52,9 +63,33 @@ impl Hello {
     pub fn new(node: &str, pin_path: &Path) -> Self {
         Self {
             version: VERSION,
+            oldest: OLDEST,
             node: node.to_owned(),
             pin_path: pin_path.to_owned(),
+            abi: ABI_VERSION,
         }
+    }
+
+    /// Why this agent cannot be taken over by that successor.
+    fn objection(&self, successor: &Hello) -> Option<String> {
+        let (same_node, same_pins) = (self.node == successor.node, self.pin_path == successor.pin_path);
+        if !same_node || !same_pins {
+            return Some(format!(
+                "it is of the node {} with its pins in {}, the successor of {} with {}",
+                self.node,
+                self.pin_path.display(),
+                successor.node,
+                successor.pin_path.display()
+            ));
+        }
+        if successor.version < self.oldest || self.version < successor.oldest {
+            return Some(format!(
+                "it speaks version {} of the handover and understands those from {}, the successor {} and from {}: install a version \
+                 between the two first, or let this agent end",
+                self.version, self.oldest, successor.version, successor.oldest
+            ));
+        }
+        None
     }
 }
 
@@ -154,7 +189,7 @@ fn take_from(stream: UnixStream, hello: &Hello, patience: Duration) -> io::Resul
     let mut pods = HashMap::new();
     for _ in 0..answer.pods {
         let (pod, listeners) = read::<PodOffered>(&stream)?;
-        let listeners: Vec<TcpListener> = listeners.into_iter().map(TcpListener::from).collect();
+        let listeners: Vec<TcpListener> = listeners.into_iter().take(3).map(TcpListener::from).collect();
         let listeners = <[TcpListener; 3]>::try_from(listeners).map_err(|_| io::Error::other("a Pod has three listeners"))?;
         pods.insert(pod.uid, listeners);
     }
@@ -217,13 +252,13 @@ fn give_to(stream: &UnixStream, offer: &Offer) -> io::Result<()> {
         write(stream, &answer, &[])?;
         Err(io::Error::other(why))
     };
-    if hello != offer.hello {
-        return refuse(format!("it has {:?}, the successor {hello:?}", offer.hello));
+    if let Some(objection) = offer.hello.objection(&hello) {
+        return refuse(objection);
     }
     if !offer.pods.freeze(PATIENCE / 2) {
         return refuse("a Pod is being enrolled or released; try again".to_owned());
     }
-    info!("another agent takes over: until it serves, both accept");
+    info!(abi = hello.abi, "another agent takes over: until it serves, both accept");
     // From here on a successor may have the socket: should this agent be ended meanwhile, its file stays.
     offer.local.set_handed_over(true);
     // What it serves by, should the control plane be away.
@@ -348,6 +383,64 @@ mod tests {
         let (inherited, _other) = last_word();
         inherited.stream.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
         assert!(inherited.serving().is_err());
+    }
+
+    #[test]
+    fn agents_of_neighbouring_versions_take_over_from_each_other() {
+        let of = |version, oldest| Hello {
+            version,
+            oldest,
+            ..Hello::new("node", Path::new("/pins"))
+        };
+        for (running, successor, fits) in [
+            ((3, 3), (3, 3), true),
+            // A newer one that has added fields, and back.
+            ((3, 3), (4, 3), true),
+            ((4, 3), (3, 3), true),
+            // One that has changed what the other needs, and back.
+            ((3, 3), (4, 4), false),
+            ((4, 4), (3, 3), false),
+        ] {
+            let (running, successor) = (of(running.0, running.1), of(successor.0, successor.1));
+            let objection = running.objection(&successor);
+            assert_eq!(objection.is_none(), fits, "{running:?} {successor:?}: {objection:?}");
+        }
+        let own = Hello::new("node", Path::new("/pins"));
+        for other in [
+            Hello::new("other", Path::new("/pins")),
+            Hello::new("node", Path::new("/elsewhere")),
+        ] {
+            let objection = own.objection(&other).unwrap();
+            assert!(objection.contains("/pins") && objection.contains("node"), "{objection}");
+        }
+    }
+
+    #[test]
+    fn words_of_other_versions_are_understood() {
+        let (stream, other) = UnixStream::pair().unwrap();
+        let newer = serde_json::json!({ "version": 4, "oldest": 3, "node": "node", "pin_path": "/pins", "abi": 9, "added": [1] });
+        write(&other, &newer, &[]).unwrap();
+        assert_eq!(read::<Hello>(&stream).unwrap().0.abi, 9);
+        let older = serde_json::json!({ "version": 3, "oldest": 3, "node": "node", "pin_path": "/pins" });
+        write(&other, &older, &[]).unwrap();
+        assert_eq!(read::<Hello>(&stream).unwrap().0.abi, 0);
+
+        // A newer agent that gives more than this one knows.
+        let file = tempfile::tempfile().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let six = [
+            file.as_fd(),
+            file.as_fd(),
+            listener.as_fd(),
+            listener.as_fd(),
+            listener.as_fd(),
+            listener.as_fd(),
+        ];
+        let four = [listener.as_fd(), listener.as_fd(), listener.as_fd(), file.as_fd()];
+        write(&other, &serde_json::json!({ "refused": null, "pods": 1, "added": {} }), &six).unwrap();
+        write(&other, &serde_json::json!({ "uid": "a", "added": true }), &four).unwrap();
+        let inherited = take_from(stream, &Hello::new("node", Path::new("/pins")), SHORT).unwrap();
+        assert_eq!((inherited.pages.len(), inherited.pods["a"].len()), (4, 3));
     }
 
     const SHORT: Duration = Duration::from_millis(50);

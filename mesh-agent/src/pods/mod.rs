@@ -323,11 +323,13 @@ impl Pods {
             }
             std::thread::sleep(FREEZE_POLL);
         }
+        self.capture.offer();
         true
     }
 
-    /// Nobody took over.
+    /// Nobody took over. Blocks.
     pub fn thaw(&self) {
+        self.capture.take_back();
         self.frozen.store(false, Ordering::Relaxed);
     }
 

@@ -25,7 +25,7 @@ s.bind((\"10.213.77.77\", 0)); s.sendto(b\"x\", (\"{NODE_V4}\", 4444))'",
 }
 
 fn pins(bed: &Bed) -> PathBuf {
-    let version = format!("v{}", mesh_common::ABI_VERSION);
+    let version = format!("v{}", mesh_common::STORAGE_VERSION);
     bed.kernel_config().pin_path.join(version).join("backstops")
 }
 

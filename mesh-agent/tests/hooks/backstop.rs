@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use mesh_agent::capture::kernel::Kernel;
-use mesh_common::{AgentSocketValue, limits, socket_kind};
+use mesh_common::{ABI_VERSION, AgentSocketValue, limits, socket_kind};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::testbed::*;
@@ -362,7 +362,7 @@ hook_test! {
         assert_eq!(outside(11), [true; 2]);
         // An agent that finds no map takes everything for the mesh.
         drop(kernel);
-        run(&format!("rm {}", testbed.pins().join("MESH_DESTINATIONS").display()));
+        run(&format!("rm {}", testbed.pins_of_abi(ABI_VERSION).join("MESH_DESTINATIONS").display()));
         let kernel = testbed.loaded();
         attach(&testbed, &kernel);
         assert_eq!(outside(12), [false; 2]);

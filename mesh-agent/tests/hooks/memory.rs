@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use aya::maps::{HashOfMaps, LpmTrie, Map, MapData, lpm_trie};
 use mesh_common::{
-    AddressBytes, OUTBOUND_PORT, OriginalDestinationValue, RedirectedConnectionKey, UpstreamConnectionKey, limits,
+    ABI_VERSION, AddressBytes, OUTBOUND_PORT, OriginalDestinationValue, RedirectedConnectionKey, UpstreamConnectionKey, limits,
 };
 
 use super::FAMILIES;
@@ -63,7 +63,7 @@ hook_test! {
         let outer = MapData::from_pin(testbed.pins().join("ORIGINAL_DESTINATIONS")).unwrap();
         let outer: HashOfMaps<_, u64, MapData> = Map::HashOfMaps(outer).try_into().unwrap();
         let mut faults = vec![fault("POD", &outer.get(&cookie, 0).unwrap())];
-        for entry in fs::read_dir(testbed.pins()).unwrap() {
+        for entry in fs::read_dir(testbed.pins()).unwrap().chain(fs::read_dir(testbed.pins_of_abi(ABI_VERSION)).unwrap()) {
             let path = entry.unwrap().path();
             if path.is_dir() {
                 continue;

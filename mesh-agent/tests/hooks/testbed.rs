@@ -14,8 +14,8 @@ use aya::maps::{HashMap, HashOfMaps, Map, MapData};
 use mesh_agent::addr::address_bytes;
 use mesh_agent::capture::kernel::{Kernel, KernelConfig, has_programs};
 use mesh_common::{
-    ABI_VERSION, AgentSocketValue, OriginalDestinationValue, PodValue, RedirectedConnectionKey, UpstreamConnectionKey, limits,
-    socket_kind,
+    AgentSocketValue, OriginalDestinationValue, PodValue, RedirectedConnectionKey, STORAGE_VERSION, UpstreamConnectionKey,
+    limits, socket_kind,
 };
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Socket, Type};
@@ -136,9 +136,14 @@ impl Testbed {
         }
     }
 
-    /// Where this version's maps and links are pinned.
+    /// Where links are pinned, and the maps that all ABI versions share.
     pub fn pins(&self) -> PathBuf {
-        self.pin_path.join(format!("v{ABI_VERSION}"))
+        self.pin_path.join(format!("v{STORAGE_VERSION}"))
+    }
+
+    /// Where an ABI version's own maps are pinned.
+    pub fn pins_of_abi(&self, version: u32) -> PathBuf {
+        self.pins().join(format!("abi{version}"))
     }
 
     /// The programs loaded, the Pod enrolled, the agent alive.

@@ -14,16 +14,15 @@ use crate::state_dir::{StateDir, StateError};
 
 const FILE: &str = "last-good.json";
 
-/// Everything in force, by the texts that it was read from.
+/// Everything in force, by the texts that it was read from. Another version reads it as well: fields are only added, each with a
+/// meaning for where it is missing.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct LastGood {
     scans: u64,
     texts: Vec<Text>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct Text {
     file: String,
     text: String,

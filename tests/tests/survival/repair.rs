@@ -13,7 +13,7 @@ use mesh_tests::process::Place;
 use mesh_tests::suite;
 use mesh_tests::topology::NodeName;
 
-use super::{PATIENTLY, Shared, pins};
+use super::{PATIENTLY, Shared, pin_of, pins};
 
 const NODE: NodeName = NodeName::Two;
 const POD: &str = "server";
@@ -50,7 +50,7 @@ pub fn broken_by_hand(shared: &mut Shared) -> Result<()> {
     let of_pod = pins.join("pods").join(pod_uid(POD));
     let listed = mesh.listed(POD)?.context("the agent lists its Pod")?;
     let cookie = listed["netns_cookie"].as_u64().context("its cookie")?.to_ne_bytes();
-    let slot = u32::from_ne_bytes(bpf::read(&bpf::open(&pins.join("PODS"))?, &cookie)?[..4].try_into()?);
+    let slot = u32::from_ne_bytes(bpf::read(&bpf::open(&pins.join(pin_of("PODS")))?, &cookie)?[..4].try_into()?);
 
     // Of the node: every program's link, with and without its pin; the maps' pins; the heartbeat.
     expect_repair(mesh, &LINKS, || LINKS.iter().try_for_each(|name| bpf::detach(&link(name))))?;
@@ -59,7 +59,7 @@ pub fn broken_by_hand(shared: &mut Shared) -> Result<()> {
     })?;
     let pins_of_maps = MAPS.map(|name| format!("pin of {name}"));
     expect_repair(mesh, &pins_of_maps.each_ref().map(String::as_str), || {
-        remove_all(&MAPS.map(|name| pins.join(name)))
+        remove_all(&MAPS.map(|name| pins.join(pin_of(name))))
     })?;
     for falsified in [0_u64, u64::MAX] {
         expect_repair(mesh, &["heartbeat"], || {
@@ -69,7 +69,7 @@ pub fn broken_by_hand(shared: &mut Shared) -> Result<()> {
     }
     // What the backstop takes for the mesh: without it every raw SYN would pass.
     expect_repair(mesh, &["mesh_destinations"], || {
-        let map = bpf::open(&pins.join("MESH_DESTINATIONS"))?;
+        let map = bpf::open(&pins.join(pin_of("MESH_DESTINATIONS")))?;
         while let Some(key) = bpf::first_key(&map, PREFIX_BYTES)? {
             bpf::erase(&map, &key)?;
         }
@@ -82,7 +82,7 @@ pub fn broken_by_hand(shared: &mut Shared) -> Result<()> {
         mesh,
         &["pods_entry", "original_destinations", "listeners_entry", "sk_lookup"],
         || {
-            bpf::erase(&bpf::open(&pins.join("PODS"))?, &cookie)?;
+            bpf::erase(&bpf::open(&pins.join(pin_of("PODS")))?, &cookie)?;
             bpf::erase(&bpf::open(&pins.join("ORIGINAL_DESTINATIONS"))?, &cookie)?;
             let map = bpf::open(&pins.join("LISTENERS"))?;
             listeners
@@ -99,7 +99,7 @@ pub fn broken_by_hand(shared: &mut Shared) -> Result<()> {
     let mut all = vec!["pods_entry", "sk_lookup", "backstop", "return_rule", "return_route"];
     all.extend(settings);
     expect_repair(mesh, &all, || {
-        let pods = bpf::open(&pins.join("PODS"))?;
+        let pods = bpf::open(&pins.join(pin_of("PODS")))?;
         let mut value = bpf::read(&pods, &cookie)?;
         value[..4].copy_from_slice(&(slot + 1).to_ne_bytes());
         bpf::write(&pods, &cookie, value)?;

@@ -10,7 +10,7 @@ use mesh_tests::snapshot;
 use mesh_tests::suite;
 use mesh_tests::topology::NodeName;
 
-use super::{PATIENTLY, Shared, pins};
+use super::{PATIENTLY, Shared, pin_of, pins};
 
 const CRASHES: usize = 100;
 
@@ -24,7 +24,7 @@ pub fn traces(mesh: &Mesh, node: NodeName) -> Result<Vec<(String, usize)>> {
         ("files of the run directory".to_owned(), count_below(&place.run_dir())?),
         ("cgroups".to_owned(), count_below(place.cgroup.path())?),
     ];
-    let (programs, links) = bpf::users(&bpf::open(&pins(mesh, node).join("PODS"))?)?;
+    let (programs, links) = bpf::users(&bpf::open(&pins(mesh, node).join(pin_of("PODS")))?)?;
     ensure!(programs > 0 && links > 0, "expected the capture's programs, saw none");
     traces.push(("programs".to_owned(), programs));
     traces.push(("links".to_owned(), links));

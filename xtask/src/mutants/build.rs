@@ -30,21 +30,7 @@ pub struct Built {
 /// The kernel programs, the binaries that the suites start, and the tests.
 pub fn build(main: &Workspace, tree: &Workspace, suites: &[Suite]) -> Result<Built> {
     let object = ebpf::build(tree)?;
-    // The path of the linker is part of what cargo compares: with the tree's own, every dependency would be built again.
-    let linker = format!(
-        "CARGO_TARGET_{}_UNKNOWN_LINUX_GNU_LINKER",
-        std::env::consts::ARCH.to_uppercase()
-    );
-    let linked_by = std::env::var_os(&linker).unwrap_or_else(|| OsString::from(main.root.join("xtask/linker.sh")));
-    let cargo = |arguments: &[&str]| {
-        let mut cargo = tree.cargo(arguments);
-        cargo
-            .args(USER_HALF)
-            .env(ebpf::OBJECT_VARIABLE, &object)
-            .env(&linker, &linked_by)
-            .stderr(Stdio::inherit());
-        cargo
-    };
+    let cargo = |arguments: &[&str]| cargo(main, tree, &object, arguments);
     if suites.iter().any(|suite| suite.has_own_runner()) {
         let mut binaries = cargo(&["build", "--locked", "--quiet"]);
         tools::run(binaries.args(STARTED.iter().flat_map(|name| ["--bin", name])))?;
@@ -71,6 +57,23 @@ pub fn build(main: &Workspace, tree: &Workspace, suites: &[Suite]) -> Result<Bui
         bail!("a mutated tree does not build: a mutant must compile");
     }
     Ok(built)
+}
+
+/// Cargo on a copy of the checkout.
+pub fn cargo(main: &Workspace, tree: &Workspace, object: &Path, arguments: &[&str]) -> Command {
+    // The path of the linker is part of what cargo compares: with the tree's own, every dependency would be built again.
+    let linker = format!(
+        "CARGO_TARGET_{}_UNKNOWN_LINUX_GNU_LINKER",
+        std::env::consts::ARCH.to_uppercase()
+    );
+    let linked_by = std::env::var_os(&linker).unwrap_or_else(|| OsString::from(main.root.join("xtask/linker.sh")));
+    let mut cargo = tree.cargo(arguments);
+    cargo
+        .args(USER_HALF)
+        .env(ebpf::OBJECT_VARIABLE, object)
+        .env(linker, linked_by)
+        .stderr(Stdio::inherit());
+    cargo
 }
 
 impl Built {

@@ -1,12 +1,12 @@
 //! `cargo xtask test mutants`: each defence is taken away in a copy of the checkout, and the attack's test must then fail by the
 //! attack's success. What is shipped has no switch for that: every mutant is a build of its own.
 
-mod build;
+pub mod build;
 mod engine;
 #[cfg(test)]
 mod index;
-mod table;
-mod tree;
+pub mod table;
+pub mod tree;
 mod verdict;
 
 use std::collections::{BTreeMap, BTreeSet};

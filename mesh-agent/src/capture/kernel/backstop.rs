@@ -15,7 +15,7 @@ use super::programs::{BACKSTOP_PROGRAM, load_backstop_program};
 use super::{Kernel, bpf_syscalls, failed};
 use crate::capture::{CaptureError, heap};
 
-/// Below the version's directory.
+/// Below the storage version's directory.
 pub(super) const DIRECTORY: &str = "backstops";
 
 impl Kernel {
@@ -26,7 +26,7 @@ impl Kernel {
     /// The kernel has no tcx (6.6), or an interface is gone.
     pub fn attach_backstop(&self, netns_cookie: u64, pod_uid: &str, interfaces: &[u32]) -> Result<(), CaptureError> {
         let (name, feature) = BACKSTOP_PROGRAM;
-        let programs = load_backstop_program(&self.directory, netns_cookie)?;
+        let programs = load_backstop_program(&self.pins, netns_cookie)?;
         let Some(Program::SchedClassifier(program)) = programs.program(name) else {
             return Err(failed(name, "not in the object"));
         };
@@ -47,7 +47,8 @@ impl Kernel {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => attach_new(program.as_fd(), *interface, &pin),
                 Err(error) => Err(error),
             };
-            attached.map_err(|error| {
+            let noted = attached.and_then(|()| self.note_program(pin, program.as_fd()));
+            noted.map_err(|error| {
                 failed(
                     format!("attaching {name}, which needs {feature}, to interface {interface} of Pod {pod_uid}"),
                     error,
@@ -75,13 +76,30 @@ impl Kernel {
             let target = || {
                 let link = bpf_syscalls::object_get(&pin)?;
                 match bpf_syscalls::link_target(link.as_fd())? {
-                    0 => detach(link.as_fd(), &pin).map(|()| None),
+                    0 => {
+                        self.own_programs.lock().remove(&pin);
+                        detach(link.as_fd(), &pin).map(|()| None)
+                    }
                     interface => Ok(u32::try_from(interface).ok()),
                 }
             };
             attached.extend(target().map_err(|error| failed(pin.display(), error))?);
         }
         Ok(attached)
+    }
+
+    /// Whether all of a Pod's programs are this agent's.
+    ///
+    /// # Errors
+    /// A pin cannot be opened: nothing is known then.
+    pub fn has_own_backstops(&self, pod_uid: &str, interfaces: &[u32]) -> Result<bool, CaptureError> {
+        for interface in interfaces {
+            let pin = self.backstops_of(pod_uid).join(interface.to_string());
+            if !self.has_own_program(&pin).map_err(|error| failed(pin.display(), error))? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Detaches a Pod's programs; `false`: it had none.
@@ -96,6 +114,7 @@ impl Kernel {
         };
         for name in &names {
             let pin = directory.join(name);
+            self.own_programs.lock().remove(&pin);
             bpf_syscalls::object_get(&pin)
                 .and_then(|link| detach(link.as_fd(), &pin))
                 .map_err(|error| failed(pin.display(), error))?;
@@ -109,13 +128,13 @@ impl Kernel {
     /// # Errors
     /// They cannot be listed.
     pub fn pods_with_backstops(&self) -> Result<Vec<String>, CaptureError> {
-        let directory = self.directory.join(DIRECTORY);
+        let directory = self.pins.shared.join(DIRECTORY);
         let names = names_in(&directory).map_err(|error| failed(directory.display(), error))?;
         Ok(names.iter().map(|name| pod_uid(name)).collect())
     }
 
     fn backstops_of(&self, pod_uid: &str) -> PathBuf {
-        self.directory.join(DIRECTORY).join(pin_name(pod_uid))
+        self.pins.shared.join(DIRECTORY).join(pin_name(pod_uid))
     }
 }
 

@@ -7,7 +7,6 @@ use std::os::fd::AsFd;
 use aya::maps::{HashMap, Map, MapData};
 use mesh_common::{UpstreamConnectionKey, limits};
 
-use super::pin_names::pin_name;
 use super::programs::NODE_PROGRAMS;
 use super::{Kernel, bpf_syscalls, failed, typed};
 use crate::addr::address_bytes;
@@ -42,7 +41,7 @@ impl Kernel {
     #[must_use]
     pub fn detached_programs(&self) -> Vec<&'static str> {
         let is_attached = |name: &str| {
-            let link = bpf_syscalls::object_get(&self.directory.join("links").join(name))?;
+            let link = bpf_syscalls::object_get(&self.link_pin(name))?;
             bpf_syscalls::link_target(link.as_fd())
         };
         NODE_PROGRAMS
@@ -50,6 +49,24 @@ impl Kernel {
             .map(|(name, ..)| *name)
             .filter(|name| !is_attached(name).is_ok_and(|cgroup| cgroup != 0))
             .collect()
+    }
+
+    /// As [`Kernel::detached_programs`], with those in whose place another's is.
+    pub(super) fn lost_programs(&self) -> Vec<&'static str> {
+        let mut lost = self.detached_programs();
+        let others = NODE_PROGRAMS.iter().map(|(name, ..)| *name);
+        let others = others.filter(|name| self.has_own_program(&self.link_pin(name)).is_ok_and(|is_own| !is_own));
+        lost.extend(others.filter(|name| !lost.contains(name)).collect::<Vec<_>>());
+        lost
+    }
+
+    /// Whether a Pod's sk_lookup program is this agent's.
+    ///
+    /// # Errors
+    /// The pin cannot be opened: nothing is known then.
+    pub fn has_own_lookup(&self, pod_uid: &str) -> Result<bool, CaptureError> {
+        let pin = self.lookup_pin(pod_uid);
+        self.has_own_program(&pin).map_err(|error| failed(pin.display(), error))
     }
 
     /// One system call an entry: some 100,000 and 50 ms when all is full; the maps are nearly empty unless something is wrong.
@@ -84,7 +101,7 @@ impl Kernel {
     /// # Errors
     /// The pin cannot be opened: nothing is known then.
     pub fn lookup_target(&self, pod_uid: &str) -> Result<LookupTarget, CaptureError> {
-        let pin = self.directory.join("pods").join(pin_name(pod_uid));
+        let pin = self.lookup_pin(pod_uid);
         let target = match bpf_syscalls::object_get(&pin) {
             Ok(link) => bpf_syscalls::link_target(link.as_fd()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(LookupTarget::NoLink),
@@ -107,7 +124,7 @@ impl Kernel {
         application: SocketAddr,
     ) -> Result<bool, CaptureError> {
         const NAME: &str = "UPSTREAM_CONNECTIONS";
-        let pinned = MapData::from_pin(self.directory.join(NAME)).map_err(|error| failed(NAME, error))?;
+        let pinned = MapData::from_pin(self.pins.map(NAME)).map_err(|error| failed(NAME, error))?;
         let upstreams: HashMap<MapData, UpstreamConnectionKey, u64> = typed(Map::HashMap(pinned))?;
         let key = UpstreamConnectionKey {
             slot,

@@ -6,12 +6,13 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use mesh_common::ABI_VERSION;
+use mesh_common::STORAGE_VERSION;
 use nix::sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, statfs};
 
 use super::super::CaptureError;
 use super::super::bpf_syscalls::{self, AttachType};
 use super::failed;
+use super::versions::Pins;
 
 /// What [`Kernel::cleanup`] removed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -31,7 +32,7 @@ pub(super) fn cleanup(pin_path: &Path) -> Result<CleanupReport, CaptureError> {
     };
     for directory in names
         .iter()
-        .filter(|name| abi_version(name).is_some())
+        .filter(|name| storage_version(name).is_some())
         .map(|name| pin_path.join(name))
     {
         remove_pins(&directory, &mut report).map_err(|error| failed(directory.display(), error))?;
@@ -123,13 +124,13 @@ fn remove_pins(directory: &Path, report: &mut CleanupReport) -> io::Result<()> {
     fs::remove_dir(directory)
 }
 
-/// The version of a directory `v<number>`.
-pub(super) fn abi_version(name: &str) -> Option<u32> {
+/// The storage version of a directory `v<number>`.
+pub(super) fn storage_version(name: &str) -> Option<u32> {
     name.strip_prefix('v')?.parse().ok()
 }
 
-/// Makes the version's directories on the bpffs, for root only, and refuses another version's.
-pub(super) fn prepare_pins(pin_path: &Path) -> Result<PathBuf, CaptureError> {
+/// Makes the directories on the bpffs, for root only, and refuses those of another storage version.
+pub(super) fn prepare_pins(pin_path: &Path) -> Result<Pins, CaptureError> {
     let existing = pin_path.ancestors().find(|path| path.exists()).unwrap_or(pin_path);
     let file_system = statfs(existing).map_err(|error| failed(existing.display(), error))?;
     if file_system.filesystem_type() != BPF_FS_MAGIC {
@@ -141,29 +142,30 @@ pub(super) fn prepare_pins(pin_path: &Path) -> Result<PathBuf, CaptureError> {
     if let Ok(names) = names_in(pin_path)
         && let Some(other) = names
             .iter()
-            .find(|name| abi_version(name).is_some_and(|version| version != ABI_VERSION))
+            .find(|name| storage_version(name).is_some_and(|version| version != STORAGE_VERSION))
     {
         return Err(CaptureError::Other(format!(
-            "{} was left by an agent of another version (this one is v{ABI_VERSION}); release it with `mesh-agent cleanup \
-             --pin-path {}` and start again",
+            "{} is of a version that nothing can be taken over from (this one is v{STORAGE_VERSION}); let its agent end, release it \
+             with `mesh-agent cleanup --pin-path {}` and start again",
             pin_path.join(other).display(),
             pin_path.display()
         )));
     }
-    let directory = pin_path.join(format!("v{ABI_VERSION}"));
+    let pins = Pins::of(pin_path.join(format!("v{STORAGE_VERSION}")));
     for path in [
         pin_path,
-        &directory,
-        &directory.join("links"),
-        &directory.join("pods"),
-        &directory.join(super::backstop::DIRECTORY),
+        &pins.shared,
+        &pins.own,
+        &pins.shared.join("links"),
+        &pins.shared.join("pods"),
+        &pins.shared.join(super::backstop::DIRECTORY),
     ] {
         match DirBuilder::new().mode(0o700).create(path) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(path.display(), error)),
             _ => {}
         }
     }
-    Ok(directory)
+    Ok(pins)
 }
 
 pub(super) fn open_cgroup_root(path: &Path) -> Result<File, CaptureError> {

@@ -1,14 +1,14 @@
 //! The kernel programs: what there is, what each needs of the kernel, and loading them.
 
-use std::path::Path;
-
 use aya::maps::Map;
 use aya::programs::{Program, ProgramError};
 use aya::{Ebpf, EbpfLoader};
+use mesh_common::MAPS_OF_ABI;
 
 use super::super::CaptureError;
 use super::super::bpf_syscalls::AttachType;
 use super::failed;
+use super::versions::Pins;
 
 /// The object that `cargo xtask build-ebpf` made; empty in an agent that was built without it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf.o"));
@@ -61,19 +61,20 @@ pub fn has_programs() -> bool {
     !OBJECT.is_empty()
 }
 
-fn loader(directory: &Path) -> EbpfLoader<'_> {
+fn loader(pins: &Pins) -> EbpfLoader<'_> {
     let mut loader = EbpfLoader::new();
-    loader.default_map_pin_directory(directory);
+    loader.default_map_pin_directory(&pins.shared);
     // A map that is declared in BTF cannot ask for its pin by itself.
-    for name in ["AGENT_SOCKETS", "ORIGINAL_DESTINATIONS", "ORIGINAL_DESTINATIONS_OF_SOCKETS"] {
-        loader.map_pin_path(name, directory.join(name));
+    let in_btf = ["AGENT_SOCKETS", "ORIGINAL_DESTINATIONS", "ORIGINAL_DESTINATIONS_OF_SOCKETS"];
+    for name in in_btf.into_iter().chain(MAPS_OF_ABI) {
+        loader.map_pin_path(name, pins.map(name));
     }
     loader
 }
 
-pub(super) fn load_node_programs(directory: &Path, has_set_retval: bool) -> Result<Ebpf, CaptureError> {
+pub(super) fn load_node_programs(pins: &Pins, has_set_retval: bool) -> Result<Ebpf, CaptureError> {
     let has_set_retval = u32::from(has_set_retval);
-    let mut programs = loader(directory)
+    let mut programs = loader(pins)
         .override_global("HAS_SET_RETVAL", &has_set_retval, true)
         .load(OBJECT)
         .map_err(loading)?;
@@ -90,9 +91,9 @@ pub(super) fn load_node_programs(directory: &Path, has_set_retval: bool) -> Resu
 }
 
 /// A Pod's instance of sk_lookup.
-pub(super) fn load_lookup_program(directory: &Path, slot: u32) -> Result<Ebpf, CaptureError> {
+pub(super) fn load_lookup_program(pins: &Pins, slot: u32) -> Result<Ebpf, CaptureError> {
     let (name, feature) = LOOKUP_PROGRAM;
-    let mut programs = loader(directory)
+    let mut programs = loader(pins)
         .override_global("SLOT", &slot, true)
         .load(OBJECT)
         .map_err(loading)?;
@@ -104,9 +105,9 @@ pub(super) fn load_lookup_program(directory: &Path, slot: u32) -> Result<Ebpf, C
 }
 
 /// A Pod's instance of the backstop.
-pub(super) fn load_backstop_program(directory: &Path, netns_cookie: u64) -> Result<Ebpf, CaptureError> {
+pub(super) fn load_backstop_program(pins: &Pins, netns_cookie: u64) -> Result<Ebpf, CaptureError> {
     let (name, feature) = BACKSTOP_PROGRAM;
-    let mut programs = loader(directory)
+    let mut programs = loader(pins)
         .override_global("NETNS_COOKIE", &netns_cookie, true)
         .load(OBJECT)
         .map_err(loading)?;

@@ -1,4 +1,4 @@
-use super::pins::{abi_version, cgroup2_mount, prepare_pins};
+use super::pins::{cgroup2_mount, prepare_pins, storage_version};
 use aya::programs::ProgramError;
 
 use super::programs::{BACKSTOP_PROGRAM, LOOKUP_PROGRAM, NODE_PROGRAMS, program_failed};
@@ -30,10 +30,10 @@ fn a_pod_uid_survives_its_pin_name() {
 
 #[test]
 fn only_version_directories_are_versions() {
-    assert_eq!(abi_version("v1"), Some(1));
-    assert_eq!(abi_version("v17"), Some(17));
-    assert_eq!(abi_version("version"), None);
-    assert_eq!(abi_version("1"), None);
+    assert_eq!(storage_version("v1"), Some(1));
+    assert_eq!(storage_version("v17"), Some(17));
+    assert_eq!(storage_version("version"), None);
+    assert_eq!(storage_version("1"), None);
 }
 
 #[test]

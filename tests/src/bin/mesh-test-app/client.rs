@@ -163,6 +163,9 @@ pub fn swarm(address: &str, count: &str) -> Result<Value> {
 }
 
 /// Lines to the echo server and back, until either end is over; what ends the connection is said at once, also while nobody speaks.
+/// Not sent, but answered: what the socket says of its ends.
+const NAMES: &str = "?names";
+
 pub fn chat(address: &str) -> Result<Value> {
     let stream = open(address)?;
     stream.set_read_timeout(None)?;
@@ -170,6 +173,17 @@ pub fn chat(address: &str) -> Result<Value> {
     let answers = BufReader::new(stream.try_clone()?).lines();
     std::thread::spawn(move || {
         for line in std::io::stdin().lines().map_while(Result::ok) {
+            if line == NAMES {
+                let name =
+                    |name: std::io::Result<SocketAddr>| name.map_or_else(|error| error.to_string(), |name| name.to_string());
+                let _ = writeln!(
+                    std::io::stdout(),
+                    "{} {}",
+                    name(stream.local_addr()),
+                    name(stream.peer_addr())
+                );
+                continue;
+            }
             // The other direction tells what became of the connection.
             let _ = writeln!(&stream, "{line}");
         }
