@@ -11,6 +11,7 @@ mod api_server;
 mod archive;
 mod certificates;
 mod cluster;
+pub mod faults;
 mod hierarchies;
 mod image;
 mod kubectl;
