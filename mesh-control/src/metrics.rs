@@ -128,7 +128,10 @@ impl Metrics {
             )?,
             snapshots: counter("mesh_control_snapshots_total", "States compiled and published")?,
             compile_seconds: {
-                let metric = Counter::new("mesh_control_compile_seconds_total", "Time taken by compiling and publishing states")?;
+                let metric = Counter::new(
+                    "mesh_control_compile_seconds_total",
+                    "Time taken by compiling and publishing states",
+                )?;
                 registry.register(Box::new(metric.clone()))?;
                 metric
             },

@@ -353,9 +353,15 @@ mod tests {
             assert_eq!(check(right), Ok(()));
         }
         let behind = check(now - minutes(24 * 60)).unwrap_err();
-        assert!(behind.contains("this node's clock is behind") && behind.contains("85500 s"), "{behind}");
+        assert!(
+            behind.contains("this node's clock is behind") && behind.contains("85500 s"),
+            "{behind}"
+        );
         let ahead = check(now + minutes(2 * 24 * 60)).unwrap_err();
-        assert!(ahead.contains("this node's clock is ahead") && ahead.contains("86400 s"), "{ahead}");
+        assert!(
+            ahead.contains("this node's clock is ahead") && ahead.contains("86400 s"),
+            "{ahead}"
+        );
         assert!(check_validity(now, now, now).is_err());
     }
 

@@ -10,7 +10,7 @@ use mesh_proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, ROOT_NAMESPACE, SETTI
 use sha2::{Digest as _, Sha256};
 
 use crate::capture_states::{CaptureState, CaptureStates, PodKey, pod_key};
-use crate::objects::{Kind, Labels, Node, Object, ObjectId, Pod, Service, TargetPort, World};
+use crate::objects::{Kind, Node, Object, ObjectId, Pod, Service, TargetPort, World};
 use crate::proto;
 use endpoints::{Listed, Services};
 use membership::{Enrolment, Membership, membership};

@@ -3,6 +3,7 @@ use prost::Message as _;
 
 use super::*;
 use crate::capture_states::Proof;
+use crate::objects::Labels;
 use crate::registry::{Registry, Scan};
 
 const CLUSTER: &str = r#"
@@ -517,7 +518,8 @@ mod step_by_step {
             name,
         };
         prop_oneof![
-            (0..4_u8, proptest::option::weighted(0.8, pod())).prop_map(move |(n, pod)| (id(Kind::Pod, "shop", format!("p{n}")), pod)),
+            (0..4_u8, proptest::option::weighted(0.8, pod()))
+                .prop_map(move |(n, pod)| (id(Kind::Pod, "shop", format!("p{n}")), pod)),
             (0..3_u8, proptest::option::weighted(0.8, service()))
                 .prop_map(move |(n, service)| (id(Kind::Service, "shop", format!("s{n}")), service)),
             proptest::option::weighted(0.8, namespace())
@@ -557,7 +559,8 @@ mod step_by_step {
         let before = compile(&world(&[CLUSTER]), &CaptureStates::default(), &parameters());
         let changed = world(&[&CLUSTER.replace("ports: [8080]", "ports: [8081]")]);
         let after = compile_after(&changed, &CaptureStates::default(), &parameters(), &before);
-        let is_taken_over = |url: &str, name: &str| Arc::ptr_eq(&before.types[url].resources[name], &after.types[url].resources[name]);
+        let is_taken_over =
+            |url: &str, name: &str| Arc::ptr_eq(&before.types[url].resources[name], &after.types[url].resources[name]);
         assert!(is_taken_over(AUTHORIZATION_TYPE_URL, "shop/all"));
         assert!(!is_taken_over(AUTHORIZATION_TYPE_URL, "shop/web"));
         assert!(is_taken_over(ADDRESS_TYPE_URL, "Kubernetes//Pod/shop/web-abc-1"));

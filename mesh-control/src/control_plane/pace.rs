@@ -64,7 +64,11 @@ mod tests {
         assert_eq!(waits[..2], [INTERVAL, INTERVAL], "the first ones");
         assert_eq!(waits[19], TOOK * PUBLISH_SHARE, "in the long run");
         let compiling = TOOK * 20;
-        assert!(now - began >= compiling * (PUBLISH_SHARE + 1) - TOOK * PUBLISH_SHARE * PUBLISH_BURST, "{:?}", now - began);
+        assert!(
+            now - began >= compiling * (PUBLISH_SHARE + 1) - TOOK * PUBLISH_SHARE * PUBLISH_BURST,
+            "{:?}",
+            now - began
+        );
         // Quiet for as long as all was owed.
         now += TOOK * PUBLISH_SHARE * PUBLISH_BURST;
         pace.compiled(now, TOOK);

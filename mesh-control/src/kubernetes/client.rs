@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::client::ClientBuilder;
+use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 use tokio::time::{sleep, timeout};
 use tower::util::MapResponseLayer;

@@ -158,7 +158,10 @@ mod tests {
         for n in 0..16 {
             held.push(lanes.enter(&token(n), host(n), false).await.expect("a stranger"));
         }
-        assert!(lanes.enter(&token(0), host(99), false).await.is_err(), "the strangers' turns are taken");
+        assert!(
+            lanes.enter(&token(0), host(99), false).await.is_err(),
+            "the strangers' turns are taken"
+        );
         for n in 0..16 {
             // Of a host with as many strangers as it may have, too.
             let turn = lanes.enter(&token(n), host(0), true).await;

@@ -280,12 +280,17 @@ impl<K: Watched> Watch<K> {
         // One that is refused after all is so at once.
         let mut stands = false;
         loop {
-            let until = if stands { over } else { over.min(Instant::now() + WATCH_STANDS) };
+            let until = if stands {
+                over
+            } else {
+                over.min(Instant::now() + WATCH_STANDS)
+            };
             let event = match timeout_at(until, events.next()).await {
                 Ok(Some(Ok(event))) => event,
                 Ok(Some(Err(error))) => return WatchEnd::of(&error),
                 // Its time is up, or the connection is gone: the next one will tell.
-                Ok(None) => return WatchEnd::Over,
+                Ok(None) if stands => return WatchEnd::Over,
+                Ok(None) => return WatchEnd::Failed("watch: it ended as it began".to_owned(), Duration::ZERO),
                 Err(_) if stands => {
                     // Not even its end: that version may be one that the API server does not know yet, or again.
                     return WatchEnd::Refused("watch: nothing is heard of it".to_owned(), Duration::ZERO, WATCH_REFUSALS);

@@ -70,7 +70,9 @@ pub fn run(rounds: usize, size: Size, format: Format) -> Result<()> {
     let (pods, services, policies) = (size.pods, size.services(), size.policies());
     samples.print(
         format,
-        &format!("{pods} Pods, {services} Services, {policies} policies, {NAMESPACES} namespaces, {NODES} nodes; median [least–most]"),
+        &format!(
+            "{pods} Pods, {services} Services, {policies} policies, {NAMESPACES} namespaces, {NODES} nodes; median [least–most]"
+        ),
     )
 }
 
@@ -103,7 +105,8 @@ impl<'a> Bench<'a> {
             );
         }
         for n in 0..NODES {
-            all += &format!("---\napiVersion: v1\nkind: Node\nmetadata: {{name: node-{n}}}\nspec: {{podCIDRs: [10.{n}.0.0/16]}}\n");
+            all +=
+                &format!("---\napiVersion: v1\nkind: Node\nmetadata: {{name: node-{n}}}\nspec: {{podCIDRs: [10.{n}.0.0/16]}}\n");
         }
         kubectl.apply(&all)?;
         Ok(Self {
@@ -142,7 +145,11 @@ impl<'a> Bench<'a> {
         let after = control.metrics()?;
         let of = |name: &str, labels: &[(&str, &str)]| anyhow::Ok(count(&after, name, labels)? - count(&before, name, labels)?);
         samples.add("making_compilations", "", of("mesh_control_snapshots_total", &[])?);
-        samples.add("making_lists_of_pods", "", of("mesh_control_lists_total", &[("kind", "Pod")])?);
+        samples.add(
+            "making_lists_of_pods",
+            "",
+            of("mesh_control_lists_total", &[("kind", "Pod")])?,
+        );
         samples.add("making_cpu", "s", control.cpu()? - cpu);
         samples.add("making_rss_peak", "MiB", control.memory("VmHWM:", "status")?);
         Ok(())
@@ -155,7 +162,11 @@ impl<'a> Bench<'a> {
         samples.add("ready", "s", began.elapsed().as_secs_f64());
         samples.add("ready_cpu", "s", control.cpu()?);
         let first = control.metrics()?;
-        samples.add("first_compilation", "s", count(&first, "mesh_control_compile_seconds_total", &[])?);
+        samples.add(
+            "first_compilation",
+            "s",
+            count(&first, "mesh_control_compile_seconds_total", &[])?,
+        );
         // What is freed again is by then.
         std::thread::sleep(QUIET);
         samples.add("rss", "MiB", control.memory("VmRSS:", "status")?);
@@ -165,7 +176,9 @@ impl<'a> Bench<'a> {
             std::thread::sleep(QUIET);
             self.change("pod_change", &control, samples, || self.change_pod(n, n % 2 == 0))?;
             // With no quiet before it.
-            self.change("pod_change_at_once", &control, samples, || self.change_pod(n + CHANGES, n % 2 == 0))?;
+            self.change("pod_change_at_once", &control, samples, || {
+                self.change_pod(n + CHANGES, n % 2 == 0)
+            })?;
             std::thread::sleep(QUIET);
             self.change("policy_change", &control, samples, || self.change_policy(n))?;
         }
@@ -174,7 +187,11 @@ impl<'a> Bench<'a> {
         let compilations = of("mesh_control_snapshots_total")?;
         samples.add("compilation", "s", of("mesh_control_compile_seconds_total")? / compilations);
         samples.add("compilations_per_change", "", compilations / (3 * CHANGES) as f64);
-        samples.add("lists_of_pods", "", count(&last, "mesh_control_lists_total", &[("kind", "Pod")])?);
+        samples.add(
+            "lists_of_pods",
+            "",
+            count(&last, "mesh_control_lists_total", &[("kind", "Pod")])?,
+        );
         Ok(())
     }
 
@@ -238,7 +255,11 @@ impl Control {
     fn wait(&self, is: impl Fn() -> Result<bool>) -> Result<()> {
         let began = Instant::now();
         while !is()? {
-            ensure!(began.elapsed() < DEADLINE, "mesh-control took too long\n{}", tail(&self.log, 20));
+            ensure!(
+                began.elapsed() < DEADLINE,
+                "mesh-control took too long\n{}",
+                tail(&self.log, 20)
+            );
             std::thread::sleep(POLL);
         }
         Ok(())
@@ -254,23 +275,34 @@ impl Control {
         // After the name, which may hold anything, in parentheses.
         let (_, fields) = stat.rsplit_once(')').context("/proc/PID/stat")?;
         let fields: Vec<&str> = fields.split_whitespace().collect();
-        let ticks: f64 = fields.get(11..13).context("utime")?.iter().filter_map(|text| text.parse::<f64>().ok()).sum();
+        let ticks: f64 = fields
+            .get(11..13)
+            .context("utime")?
+            .iter()
+            .filter_map(|text| text.parse::<f64>().ok())
+            .sum();
         Ok(ticks / 100.0)
     }
 
     /// MiB of a line in a file of /proc/PID.
     fn memory(&self, line: &str, file: &str) -> Result<f64> {
         let text = std::fs::read_to_string(format!("/proc/{}/{file}", self.process.id()))?;
-        let found = text.lines().find_map(|text| text.strip_prefix(line)).context("no such line")?;
+        let found = text
+            .lines()
+            .find_map(|text| text.strip_prefix(line))
+            .context("no such line")?;
         let kib: f64 = found.split_whitespace().next().context("a number")?.parse()?;
         Ok(kib / 1024.0)
     }
 }
 
 fn count(exposed: &Exposed, name: &str, labels: &[(&str, &str)]) -> Result<f64> {
-    let has = |label: &(&str, &str), sample: &exposition::Sample| sample.labels.get(label.0).is_some_and(|value| value == label.1);
+    let has =
+        |label: &(&str, &str), sample: &exposition::Sample| sample.labels.get(label.0).is_some_and(|value| value == label.1);
     let samples = exposed.get(name).into_iter().flat_map(|family| &family.samples);
-    let found = samples.into_iter().find(|sample| labels.iter().all(|label| has(label, sample)));
+    let found = samples
+        .into_iter()
+        .find(|sample| labels.iter().all(|label| has(label, sample)));
     Ok(found.with_context(|| format!("{name} is not told"))?.value)
 }
 

@@ -52,7 +52,11 @@ impl Samples {
     pub fn print(&self, format: Format, what: &str) -> Result<()> {
         let mut out = std::io::stdout().lock();
         if format == Format::Table {
-            writeln!(out, "\n{what}\n\n{:<26}{:<12}{:>12}{:>26}{:>6}", "measure", "unit", "median", "[least–most]", "n")?;
+            writeln!(
+                out,
+                "\n{what}\n\n{:<26}{:<12}{:>12}{:>26}{:>6}",
+                "measure", "unit", "median", "[least–most]", "n"
+            )?;
         }
         for (measure, unit, values) in &self.measures {
             let Some(summary) = Summary::of(values) else { continue };
@@ -60,7 +64,11 @@ impl Samples {
                 Format::Json => writeln!(out, "{}", summary.json(measure, self.system, unit))?,
                 Format::Table => {
                     let range = format!("[{:.3}–{:.3}]", summary.min, summary.max);
-                    writeln!(out, "{measure:<26}{unit:<12}{:>12.3}{range:>26}{:>6}", summary.median, summary.n)?;
+                    writeln!(
+                        out,
+                        "{measure:<26}{unit:<12}{:>12.3}{range:>26}{:>6}",
+                        summary.median, summary.n
+                    )?;
                 }
             }
         }

@@ -200,14 +200,18 @@ fn target_of(request: &Request<Incoming>) -> (Target, String) {
     (target, resource)
 }
 
-async fn answer(request: Request<Incoming>, client: Client, state: Arc<Mutex<State>>, mut changes: watch::Receiver<u64>) -> Answer {
+async fn answer(
+    request: Request<Incoming>,
+    client: Client,
+    state: Arc<Mutex<State>>,
+    mut changes: watch::Receiver<u64>,
+) -> Answer {
     let (target, resource) = target_of(&request);
     let fault = {
         let mut state = lock(&state);
         let at = Instant::now();
-        let meets = |wanted: Target, of: &str| {
-            (wanted == Target::Everything || wanted == target) && (of.is_empty() || of == resource)
-        };
+        let meets =
+            |wanted: Target, of: &str| (wanted == Target::Everything || wanted == target) && (of.is_empty() || of == resource);
         let found = state.faults.iter().rev().find(|(wanted, of, _)| meets(*wanted, of));
         let found = found.map(|(_, _, fault)| fault.clone());
         state.seen.push(Seen { at, target, resource });
@@ -215,7 +219,12 @@ async fn answer(request: Request<Incoming>, client: Client, state: Arc<Mutex<Sta
     };
     match fault {
         Some(Fault::Status(code)) => said(code, "application/json", None, &status(code)),
-        Some(Fault::RetryAfter(code, seconds)) => said(code, "text/plain", Some(seconds), "Too many requests, please try again later."),
+        Some(Fault::RetryAfter(code, seconds)) => said(
+            code,
+            "text/plain",
+            Some(seconds),
+            "Too many requests, please try again later.",
+        ),
         Some(Fault::ErrorEvent(code)) => {
             let event = format!("{{\"type\":\"ERROR\",\"object\":{}}}\n", status(code));
             said(200, "application/json", None, &event)
@@ -324,29 +333,30 @@ impl Body for Spoiled {
     type Data = Bytes;
     type Error = Error;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
-        if self.spoil == Spoil::Over {
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
+        let this = self.get_mut();
+        if this.spoil == Spoil::Over {
             return Poll::Ready(Some(Err("cut".into())));
         }
-        if self.spoil == Spoil::Endless {
-            lock(&self.state).endless += ENDLESS_PIECE;
+        if this.spoil == Spoil::Endless {
+            lock(&this.state).endless += ENDLESS_PIECE;
             return Poll::Ready(Some(Ok(Frame::data(Bytes::from(vec![b'x'; ENDLESS_PIECE])))));
         }
-        let Some(body) = &mut self.body else {
-            std::task::ready!(self.change.as_mut().poll(cx));
+        let Some(body) = &mut this.body else {
+            std::task::ready!(this.change.as_mut().poll(cx));
             return Poll::Ready(Some(Err("over".into())));
         };
         let frame = match Pin::new(body).poll_frame(cx) {
             Poll::Ready(frame) => frame,
             Poll::Pending => {
-                std::task::ready!(self.change.as_mut().poll(cx));
+                std::task::ready!(this.change.as_mut().poll(cx));
                 return Poll::Ready(Some(Err("over".into())));
             }
         };
         let frame = frame.map(|frame| frame.map_err(Error::from));
         match frame {
-            Some(Ok(frame)) if self.spoil == Spoil::Cut => {
-                self.spoil = Spoil::Over;
+            Some(Ok(frame)) if this.spoil == Spoil::Cut => {
+                this.spoil = Spoil::Over;
                 let data = frame.into_data().unwrap_or_default();
                 Poll::Ready(Some(Ok(Frame::data(data.slice(..data.len() / 2)))))
             }

@@ -23,7 +23,9 @@ pub fn reviews(bench: &mut Bench) -> Result<()> {
             Ok(failed() > failed_before && spared() >= spared_before + 5)
         })?;
         let answer = other.ask()?;
-        let refused = answer.err().with_context(|| format!("{fault:?}: nobody can tell, and a certificate was signed"))?;
+        let refused = answer
+            .err()
+            .with_context(|| format!("{fault:?}: nobody can tell, and a certificate was signed"))?;
         ensure!(
             refused.code() == Code::Unavailable && refused.message().contains("API server"),
             "{fault:?}: {refused:?}"

@@ -70,10 +70,7 @@ impl Control {
     pub fn start(bench: &Bench) -> Result<Self> {
         let control = Self::start_by(bench, proxy(bench)?)?;
         poll::until_true("the roots are published", SOON, || {
-            let map = bench
-                .server
-                .kubectl()
-                .get(&["-n", NAMESPACE, "configmap", "culvert-roots"])?;
+            let map = bench.server.kubectl().get(&["-n", NAMESPACE, "configmap", "culvert-roots"])?;
             let published = map["data"]["roots.pem"].as_str().context("roots.pem")?;
             std::fs::write(control.roots_file(), published)?;
             Ok(published == control.control().trust_bundle().concat())
@@ -82,7 +79,14 @@ impl Control {
     }
 
     pub fn start_by(bench: &Bench, proxy: Arc<FaultyApiServer>) -> Result<Self> {
-        let args = ["mesh-control", "--kubernetes", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"];
+        let args = [
+            "mesh-control",
+            "--kubernetes",
+            "--listen",
+            "127.0.0.1:0",
+            "--admin",
+            "127.0.0.1:0",
+        ];
         let args = Cli::try_parse_from(args)?.serve;
         let metrics = Arc::new(Metrics::new()?);
         let running = bench.runtime.block_on(async {
@@ -137,8 +141,10 @@ impl Control {
     }
 
     pub fn until_well(&self) -> Result<()> {
-        poll::until_true("all is well again", PATIENCE, || Ok(self.control().registry_problem().is_none()))
-            .with_context(|| format!("{:?}", self.control().registry_problem()))
+        poll::until_true("all is well again", PATIENCE, || {
+            Ok(self.control().registry_problem().is_none())
+        })
+        .with_context(|| format!("{:?}", self.control().registry_problem()))
     }
 
     pub fn lists_of(&self, kind: &str) -> u64 {

@@ -74,7 +74,10 @@ pub fn patience(bench: &mut Bench) -> Result<()> {
         control.until_policy(&format!("patience-{code}"))?;
         control.until_well()?;
     }
-    ensure!(control.lists_of("Pod") == lists, "who has too much to do was asked for a list");
+    ensure!(
+        control.lists_of("Pod") == lists,
+        "who has too much to do was asked for a list"
+    );
     followed.ensure_uncut()
 }
 
@@ -89,7 +92,11 @@ pub fn trouble(bench: &mut Bench) -> Result<()> {
         let before = control.control().snapshot();
         let (began, lists) = (Instant::now(), control.lists_of("Pod"));
         let failures = control.metrics.watch_failures.with_label_values(&["Pod"]).get();
-        let target = if matches!(fault, Fault::ErrorEvent(_)) { Target::Watches } else { Target::Everything };
+        let target = if matches!(fault, Fault::ErrorEvent(_)) {
+            Target::Watches
+        } else {
+            Target::Everything
+        };
         control.proxy.break_with(target, fault);
         control.until_said(&[code, "Pod"])?;
         let_pass(began, WINDOW);
@@ -101,7 +108,13 @@ pub fn trouble(bench: &mut Bench) -> Result<()> {
         }
         ensure!(control.lists_of("Pod") == lists, "who is in trouble was asked for a list");
         ensure!(control.metrics.watch_failures.with_label_values(&["Pod"]).get() > failures);
-        let same = control.control().snapshot().types.values().map(|of| of.version.clone()).collect::<Vec<_>>()
+        let same = control
+            .control()
+            .snapshot()
+            .types
+            .values()
+            .map(|of| of.version.clone())
+            .collect::<Vec<_>>()
             == before.types.values().map(|of| of.version.clone()).collect::<Vec<_>>();
         ensure!(same, "what was read is in force no longer");
         control.proxy.heal();
@@ -157,7 +170,10 @@ pub fn cut(bench: &mut Bench) -> Result<()> {
         control.until_policy(&format!("cut-{n}"))?;
     }
     control.until_well()?;
-    ensure!(control.lists_of("AuthorizationPolicy") == lists, "a cut made it read the list again");
+    ensure!(
+        control.lists_of("AuthorizationPolicy") == lists,
+        "a cut made it read the list again"
+    );
     followed.ensure_uncut()
 }
 

@@ -155,7 +155,15 @@ fn a_token_that_is_over_is_known_by_its_own_word() {
     assert_eq!(super::over_for(&token(r#"{"exp": 100, "aud": ["culvert"]}"#), 160), Some(60));
     assert_eq!(super::over_for(&token(r#"{"exp": 100}"#), 100), Some(0));
     assert_eq!(super::over_for(&token(r#"{"exp": 100}"#), 99), None);
-    for odd in ["", "a", "a.b.c", "a.!.c", &token("{}"), &token("nonsense"), &token(r#"{"exp": "soon"}"#)] {
+    for odd in [
+        "",
+        "a",
+        "a.b.c",
+        "a.!.c",
+        &token("{}"),
+        &token("nonsense"),
+        &token(r#"{"exp": "soon"}"#),
+    ] {
         assert_eq!(super::over_for(odd, u64::MAX), None, "{odd}");
     }
 }

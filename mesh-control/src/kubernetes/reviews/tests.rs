@@ -117,7 +117,11 @@ async fn a_crowd_is_refused_and_asked_to_come_back() {
     assert_eq!(reviewer.authenticate("a.b.c", HOST).await, Err(Refusal::Crowded));
     assert!(Refusal::Crowded.is_passing());
     drop(places);
-    assert_eq!(reviewer.authenticate("a.b.c", HOST).await, Err(Refusal::Unreviewed), "room again");
+    assert_eq!(
+        reviewer.authenticate("a.b.c", HOST).await,
+        Err(Refusal::Unreviewed),
+        "room again"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -135,9 +139,16 @@ async fn while_nobody_can_say_an_open_stream_goes_on_for_a_while_and_no_new_call
     let refusal = reviewer.authenticate("a.b.c", HOST).await.expect_err("nobody can say");
     assert!(refusal.is_passing(), "{refusal}");
     assert_eq!((reviewer.recheck("a.b.c", HOST).await, spared()), (Ok(()), 1));
-    assert_eq!(reviewer.recheck("x.y.z", HOST).await, Err(Refusal::Unreviewed), "never accepted");
+    assert_eq!(
+        reviewer.recheck("x.y.z", HOST).await,
+        Err(Refusal::Unreviewed),
+        "never accepted"
+    );
     tokio::time::advance(REVIEW_GRACE).await;
-    assert_eq!((reviewer.recheck("a.b.c", HOST).await, spared()), (Err(Refusal::Unreviewed), 1));
+    assert_eq!(
+        (reviewer.recheck("a.b.c", HOST).await, spared()),
+        (Err(Refusal::Unreviewed), 1)
+    );
 }
 
 #[test]
