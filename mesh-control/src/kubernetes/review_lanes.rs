@@ -135,7 +135,8 @@ mod tests {
             lanes.enter(&token(0), host(1), false).await.expect("its first"),
             lanes.enter(&token(1), host(1), false).await.expect("its second"),
         ];
-        let flood = (2..50).map(|n| lanes.enter(&token(n), host(1), false));
+        let tokens: Vec<TokenHash> = (2..50).map(token).collect();
+        let flood = tokens.iter().map(|token| lanes.enter(token, host(1), false));
         let flood = futures_of(flood);
         let honest = async {
             // Of those two's turns the flood has the most that it gets.
