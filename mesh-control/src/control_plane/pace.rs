@@ -35,7 +35,8 @@ impl Pace {
     /// One was compiled, and took so long.
     pub fn compiled(&mut self, now: Instant, took: Duration) {
         let pause = took.saturating_mul(PUBLISH_SHARE);
-        self.paid = self.paid.max(now) + pause;
+        // What is owed is not paid by compiling.
+        self.paid = (self.paid + took).max(now) + pause;
         let ahead = pause.saturating_mul(PUBLISH_BURST);
         self.next = self.paid.checked_sub(ahead).unwrap_or(now).max(now + self.interval);
     }
