@@ -1,5 +1,6 @@
 //! Who calls: the node that the bearer token names. On Kubernetes the API server says whose a token is, else a file does.
 
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -39,6 +40,7 @@ struct FailureLog {
 pub struct Caller {
     pub node: String,
     secret: String,
+    host: IpAddr,
 }
 
 impl Authenticator {
@@ -69,12 +71,14 @@ impl Authenticator {
         let Some(secret) = header.and_then(|value| value.strip_prefix("Bearer ")).map(str::to_owned) else {
             return Err(self.refuse(Refusal::Missing));
         };
-        match self.check(&secret).await {
+        // Whoever comes by no connection of ours is one host.
+        let host = connection.as_ref().map_or(Ipv6Addr::UNSPECIFIED.into(), Authenticated::host);
+        match self.check(&secret, host).await {
             Ok(node) => {
                 if let Some(connection) = connection {
                     connection.set();
                 }
-                Ok(Caller { node, secret })
+                Ok(Caller { node, secret, host })
             }
             Err(refusal) => Err(self.refuse(refusal)),
         }
@@ -91,15 +95,15 @@ impl Authenticator {
                 Ok(_) | Err(Refusal::Unreadable) => Ok(()),
                 Err(refusal) => Err(refusal),
             },
-            Source::Reviews(reviewer) => reviewer.recheck(&caller.secret).await,
+            Source::Reviews(reviewer) => reviewer.recheck(&caller.secret, caller.host).await,
         };
         checked.map_err(|refusal| self.refuse(refusal))
     }
 
-    async fn check(&self, secret: &str) -> Result<String, Refusal> {
+    async fn check(&self, secret: &str, host: IpAddr) -> Result<String, Refusal> {
         match &self.source {
             Source::Nodes(tokens) => node_of(tokens, secret).await,
-            Source::Reviews(reviewer) => reviewer.authenticate(secret).await,
+            Source::Reviews(reviewer) => reviewer.authenticate(secret, host).await,
         }
     }
 

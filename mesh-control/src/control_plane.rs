@@ -12,9 +12,9 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::accounts::Accounts;
 use crate::capture_states::{CaptureState, CaptureStates, PodKey, Proof, pod_key};
-use crate::compile::{Parameters, Snapshot, compile, spiffe_id};
+use crate::compile::{Parameters, Snapshot, compile_after, spiffe_id};
 use crate::kubernetes::wishes::PodRef;
-use crate::limits::{Bounds, MAX_NODES, MAX_REPORTED_PODS, PUBLISH_SHARE};
+use crate::limits::{Bounds, MAX_NODES, MAX_REPORTED_PODS};
 use crate::metrics::Metrics;
 use crate::objects::{Kind, World};
 use crate::proto::PodWord;
@@ -24,11 +24,13 @@ use crate::state_dir::{StateDir, StateError};
 const CAPTURE_STATES: &str = "capture-states.json";
 const ACCOUNTS: &str = "service-accounts.json";
 
+mod pace;
 mod shared;
 mod status;
 #[cfg(test)]
 mod tests;
 
+use pace::Pace;
 pub use shared::Shared;
 
 const NO_POD_RANGES: &str = "no address ranges of Pods are known: Pods that discovery has not told yet are reached IN CLEAR; \
@@ -42,8 +44,8 @@ pub struct ControlPlane {
     /// `None`: one process, and its state directory.
     shared: Option<Arc<Shared>>,
     inner: Mutex<Inner>,
-    /// Reports wait for this before they are published.
-    publish_after: Mutex<Instant>,
+    /// Reports wait for it before they are published.
+    pace: Mutex<Pace>,
     publish_wanted: Notify,
     /// Why the folder as it is now is not in force.
     registry_problem: Mutex<Option<String>>,
@@ -140,7 +142,7 @@ impl ControlPlane {
             state_dir: None,
             shared: None,
             inner: Mutex::new(inner),
-            publish_after: Mutex::new(Instant::now()),
+            pace: Mutex::new(Pace::new(bounds.publish_interval, Instant::now())),
             publish_wanted: Notify::new(),
             registry_problem: Mutex::default(),
             snapshot: watch::Sender::new(Arc::default()),
@@ -228,8 +230,12 @@ impl ControlPlane {
         self.metrics
             .manifests_ignored
             .set(i64::try_from(inner.ignored).unwrap_or(i64::MAX));
+        let mut counts: BTreeMap<Kind, usize> = BTreeMap::new();
+        for id in world.keys() {
+            *counts.entry(id.kind).or_default() += 1;
+        }
         for kind in Kind::ALL {
-            let count = world.keys().filter(|id| id.kind == kind).count();
+            let count = counts.get(&kind).copied().unwrap_or_default();
             self.metrics
                 .objects
                 .with_label_values(&[kind.as_str()])
@@ -294,7 +300,7 @@ impl ControlPlane {
     /// Before, whoever follows changes that come one by one lets them gather.
     #[must_use]
     pub fn publish_after(&self) -> Instant {
-        *self.publish_after.lock()
+        self.pace.lock().next()
     }
 
     /// Publishes what reports have changed, once it is time for it.
@@ -322,7 +328,8 @@ impl ControlPlane {
             .map(|(namespace, name)| spiffe_id(&trust_domain, namespace, name))
             .collect();
         self.save_accounts(inner);
-        let mut snapshot = compile(&inner.world, &inner.captures, &inner.parameters);
+        let before = self.snapshot();
+        let mut snapshot = compile_after(&inner.world, &inner.captures, &inner.parameters, &before);
         // A Pod that its agent proved before it was in the world, or that moved.
         let reports = std::mem::take(&mut inner.reports);
         let mut changed = false;
@@ -338,7 +345,7 @@ impl ControlPlane {
             inner.unsaved = self.state_dir.is_some();
         }
         if changed {
-            snapshot = compile(&inner.world, &inner.captures, &inner.parameters);
+            snapshot = compile_after(&inner.world, &inner.captures, &inner.parameters, &snapshot);
         }
         self.save_captures(inner);
         if let Some(shared) = &self.shared {
@@ -375,11 +382,9 @@ impl ControlPlane {
             tracing::warn!("{NO_POD_RANGES}");
         }
         self.metrics.snapshots.inc();
-        let pause = self
-            .bounds
-            .publish_interval
-            .max(began.elapsed().saturating_mul(PUBLISH_SHARE));
-        *self.publish_after.lock() = Instant::now() + pause;
+        let (now, took) = (Instant::now(), began.elapsed());
+        self.metrics.compile_seconds.inc_by(took.as_secs_f64());
+        self.pace.lock().compiled(now, took);
     }
 
     /// On disk before any agent hears of it: after a crash nobody may have believed more than we know.

@@ -82,8 +82,9 @@ pub const MAX_ACCOUNTS_FILE_BYTES: u64 = 64 << 20;
 pub const MAX_CSR_BYTES: usize = 16 << 10;
 pub const MIN_CERTIFICATE_LIFETIME: Duration = Duration::from_secs(60);
 pub const MAX_CERTIFICATE_LIFETIME: Duration = Duration::from_secs(90 * 24 * 3600);
-/// Certificates count as valid from this long ago, for clocks that are behind.
-pub const CLOCK_SKEW: Duration = Duration::from_secs(60);
+/// Certificates count as valid from this long ago, for clocks that are behind: an agent's that checks the control plane or a certificate of
+/// its own, and that of another node, to which a Pod shows one that was just renewed.
+pub const CLOCK_SKEW: Duration = Duration::from_secs(15 * 60);
 pub const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// Lifetime of the serving certificate; it is made anew at half of it.
 pub const SERVING_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -107,9 +108,13 @@ pub const REVIEW_GRACE: Duration = Duration::from_secs(10 * 60);
 pub const MAX_ACCEPTED_TOKENS: usize = 2 * MAX_NODES;
 /// Refused tokens that are remembered (about 128 B each: 512 KiB). At the bound the oldest is asked for again.
 pub const MAX_REFUSED_TOKENS: usize = 4096;
-/// Reviews at the API server at once.
+/// Reviews at the API server at once: of tokens that were accepted lately, and as many of others.
 pub const MAX_REVIEWS: usize = 16;
-/// Calls that wait for a review. More are refused as unavailable: an agent tries again.
+/// Of others, of one host at once, and of its callers that wait; more of it are refused as unavailable. A node's agent has one token and
+/// a few streams.
+pub const MAX_REVIEWS_OF_HOST: usize = 2;
+pub const MAX_REVIEWS_WAITING_OF_HOST: usize = 64;
+/// Calls with unknown tokens that wait for a review. More are refused as unavailable: an agent tries again.
 pub const MAX_REVIEWS_WAITING: usize = 1024;
 /// A review that the API server does not answer within this has failed.
 pub const REVIEW_TIMEOUT: Duration = Duration::from_secs(5);
@@ -125,10 +130,12 @@ pub const MAX_NODES: usize = 5000;
 /// Bytes of a token record.
 pub const MAX_TOKEN_BYTES: u64 = 4096;
 
-/// After a change by a report, the next one waits at least this long, and [`PUBLISH_SHARE`] times as long as the last took: an
+/// After a change, the next one waits at least this long, and in the long run [`PUBLISH_SHARE`] times as long as compiling it took: an
 /// agent whose Pods go to and fro makes few compilations, writes and pushes of it.
 pub const PUBLISH_INTERVAL: Duration = Duration::from_millis(250);
 pub const PUBLISH_SHARE: u32 = 4;
+/// So many pauses may be owed: a change that comes soon after another one need not wait for its pause.
+pub const PUBLISH_BURST: u32 = 2;
 /// A stream's next report is read this long after the last.
 pub const REPORT_PACE: Duration = Duration::from_millis(20);
 /// Rejected resources in a report; as the interface says.
@@ -162,19 +169,29 @@ pub const MAX_OBJECTS: usize = MAX_RESOURCES;
 pub const LIST_PAGE: u32 = 500;
 /// A request that is not answered within this has failed.
 pub const API_TIMEOUT: Duration = Duration::from_secs(30);
-/// The API server is asked to end a watch after a number of seconds between these two, drawn at random so that replicas and kinds do
-/// not all come back at one time. It is then resumed.
-pub const WATCH_SECONDS: std::ops::Range<u32> = 60..120;
+/// Bytes of an answer, and of an event of a watch: 64 KiB for each object of a page, where a large Pod has 10 KiB: 32 MiB. More is not
+/// read, counted as a failure and said.
+pub const MAX_ANSWER_BYTES: usize = LIST_PAGE as usize * (64 << 10);
+/// The API server is asked to end a watch after a number of seconds between half of this and all, drawn at random so that replicas and
+/// kinds do not all come back at one time. It is then resumed. A peer that is silently gone is found out by it, so it is not longer.
+pub const WATCH_SECONDS: u32 = 60;
 /// A watch that is still open this long after its end has a peer that vanished.
 pub const WATCH_GRACE: Duration = Duration::from_secs(15);
 /// Pause before a failed list or watch is tried again, at first and at most; each is drawn between half of it and all.
 pub const WATCH_RETRY: Duration = Duration::from_millis(200);
 pub const WATCH_RETRY_MOST: Duration = Duration::from_secs(15);
+/// The longest pause that the API server may ask for; whoever asks for more is asked again after it.
+pub const RETRY_AFTER_MOST: Duration = Duration::from_secs(60);
 /// A watch that the API server refuses this often in a row is not resumed: its list is read again.
 pub const WATCH_REFUSALS: u32 = 4;
+/// The same for an API server that is in trouble (5xx): a list of everything would be more of it.
+pub const WATCH_FAILURES: u32 = 16;
+/// A watch that was granted and has told nothing counts as working after this.
+pub const WATCH_STANDS: Duration = Duration::from_secs(1);
 /// Whether kinds of the mesh's own have been installed is looked at this often.
 pub const ABSENT_KIND_CHECK: Duration = Duration::from_secs(5);
-/// Quiet time after a change in the cluster before it is compiled: a rollout changes many objects at once.
+/// Quiet time after a change in the cluster before it is compiled: a rollout changes many objects at once. More gather while it is not
+/// time yet for another compilation.
 pub const CLUSTER_DEBOUNCE: Duration = Duration::from_millis(50);
 
 /// Annotations of Pods that are to be written, or were just now; about 256 B each: 4 MiB. Further ones wait for the next report or
@@ -223,6 +240,9 @@ pub struct Bounds {
     pub review_life: Duration,
     pub review_grace: Duration,
     pub publish_interval: Duration,
+    pub api_timeout: Duration,
+    pub watch_seconds: u32,
+    pub watch_grace: Duration,
 }
 
 impl Default for Bounds {
@@ -246,6 +266,9 @@ impl Default for Bounds {
             review_life: REVIEW_LIFE,
             review_grace: REVIEW_GRACE,
             publish_interval: PUBLISH_INTERVAL,
+            api_timeout: API_TIMEOUT,
+            watch_seconds: WATCH_SECONDS,
+            watch_grace: WATCH_GRACE,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What the control plane counts. Labels come from closed sets, so that their number is bounded.
 
-use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
+use prometheus::{Counter, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
 
 use crate::compile::membership::{Enrolment, Refusal};
 use crate::objects::Kind;
@@ -49,6 +49,7 @@ pub struct Metrics {
     pub registry_reads_failed: IntCounter,
     pub registry_stale: IntGauge,
     pub snapshots: IntCounter,
+    pub compile_seconds: Counter,
     pub connections: IntGauge,
     pub connections_refused: IntCounterVec,
     pub streams: IntGauge,
@@ -126,6 +127,14 @@ impl Metrics {
                 "1 while the registry cannot be read or was emptied, and the last state stays in force",
             )?,
             snapshots: counter("mesh_control_snapshots_total", "States compiled and published")?,
+            compile_seconds: {
+                let metric = Counter::new(
+                    "mesh_control_compile_seconds_total",
+                    "Time taken by compiling and publishing states",
+                )?;
+                registry.register(Box::new(metric.clone()))?;
+                metric
+            },
             objects: gauges("mesh_control_objects", "Objects in force", "kind")?,
             registry_reads_failed: counter(
                 "mesh_control_registry_reads_failed_total",
@@ -368,6 +377,6 @@ mod tests {
             counters += 1;
         }
         // A family without a series is not in the text at all.
-        assert_eq!(counters, 23, "{text}");
+        assert_eq!(counters, 24, "{text}");
     }
 }

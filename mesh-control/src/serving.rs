@@ -135,16 +135,30 @@ pub fn tls_config(certificate: Arc<ServingCertificate>) -> Result<ServerConfig, 
 }
 
 /// Whether a call on a connection has brought a node's token.
-#[derive(Clone, Debug, Default)]
-pub struct Authenticated(Arc<AtomicBool>);
+#[derive(Clone, Debug)]
+pub struct Authenticated {
+    is_set: Arc<AtomicBool>,
+    host: IpAddr,
+}
 
 impl Authenticated {
+    fn by(host: IpAddr) -> Self {
+        let is_set = Arc::default();
+        Self { is_set, host }
+    }
+
     pub fn set(&self) {
-        self.0.store(true, Ordering::Release);
+        self.is_set.store(true, Ordering::Release);
     }
 
     fn is_set(&self) -> bool {
-        self.0.load(Ordering::Acquire)
+        self.is_set.load(Ordering::Acquire)
+    }
+
+    /// Where the connection comes from.
+    #[must_use]
+    pub fn host(&self) -> IpAddr {
+        self.host
     }
 }
 
@@ -247,7 +261,7 @@ pub async fn accept(
                 Ok(Ok(stream)) => {
                     let connection = Connection {
                         stream,
-                        authenticated: Authenticated::default(),
+                        authenticated: Authenticated::by(place.address),
                         deadline: Some(Box::pin(sleep(bounds.authenticate))),
                         overdue: false,
                         _place: place,

@@ -49,7 +49,7 @@ pub enum Refusal {
     OtherNode,
     #[error("the token's record cannot be read")]
     Unreadable,
-    #[error("the token is over")]
+    #[error("the token is over; the kubelet replaces an agent's long before, or a clock is wrong")]
     Expired,
     #[error("a token for another audience")]
     OtherAudience,

@@ -60,7 +60,7 @@ impl Trust {
         bounds: &Bounds,
     ) -> anyhow::Result<Self> {
         let secret = RootSecret::new(client.clone(), namespace, &args.trust_domain);
-        let roots = Arc::new(Roots::new(secret.open(OffsetDateTime::now_utc()).await?));
+        let roots = Arc::new(Roots::new(secret.open_once_told().await?));
         let reviewer = Reviewer::new(
             client.clone(),
             args.agent_service_account.clone(),

@@ -5,7 +5,10 @@ use std::fs::File;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use parking_lot::Mutex;
 use sha2::{Digest as _, Sha256};
 use tracing::{info, warn};
@@ -137,8 +140,31 @@ impl TokenFollower {
             }
             Err(error) => warn!("{error}; the token of before is sent"),
         }
+        if let Some(seconds) = over_for(newest.expose(), unix_seconds()) {
+            warn!(
+                file = %self.path.display(),
+                "the service-account token was over {seconds} s ago: the kubelet has not replaced it, or this node's clock is ahead; \
+                 the control plane refuses it until the file holds a newer one"
+            );
+        }
         newest.clone()
     }
+}
+
+fn unix_seconds() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    since.unwrap_or_default().as_secs()
+}
+
+/// Since when a token is over by its own word, in seconds. What is no JWT has none.
+fn over_for(token: &str, now_unix_seconds: u64) -> Option<u64> {
+    #[derive(serde::Deserialize)]
+    struct Claims {
+        exp: u64,
+    }
+    let claims = URL_SAFE_NO_PAD.decode(token.split('.').nth(1)?).ok()?;
+    let end = serde_json::from_slice::<Claims>(&claims).ok()?.exp;
+    (end <= now_unix_seconds).then(|| now_unix_seconds - end)
 }
 
 fn read_token(path: &Path) -> Result<Secret, FileProblem> {

@@ -289,8 +289,9 @@ impl ServerCertVerifier for MeshRoots {
 
 fn invalid(error: webpki::Error) -> rustls::Error {
     let reason = match error {
-        webpki::Error::CertExpired { .. } => CertificateError::Expired,
-        webpki::Error::CertNotValidYet { .. } => CertificateError::NotValidYet,
+        // With both times: a clock that is wrong shows.
+        webpki::Error::CertExpired { time, not_after } => CertificateError::ExpiredContext { time, not_after },
+        webpki::Error::CertNotValidYet { time, not_before } => CertificateError::NotValidYetContext { time, not_before },
         webpki::Error::CertNotValidForName(_) => CertificateError::NotValidForName,
         webpki::Error::UnknownIssuer => CertificateError::UnknownIssuer,
         other => CertificateError::Other(rustls::OtherError(Arc::new(other))),

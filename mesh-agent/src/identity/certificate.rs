@@ -155,8 +155,8 @@ impl KeyAndRequest {
                 .map_err(|_| answer("a date before 1970".to_owned()))
         };
         let (not_before, not_after) = (time(leaf.validity().not_before)?, time(leaf.validity().not_after)?);
-        if not_after <= now || not_before > now + CLOCK_SKEW || not_after <= not_before {
-            return Err(answer("it is not valid now".to_owned()));
+        if let Err(problem) = check_validity(not_before, not_after, now) {
+            return Err(answer(format!("it is not valid now: {problem}")));
         }
         Ok((not_before, not_after))
     }
@@ -227,6 +227,28 @@ pub fn fuzz(bytes: &[u8]) {
     if let Ok(pair) = request.certify(&identity, &elements, now) {
         assert!(leaf == right.leaf && pair.not_before <= now && now < pair.not_after && !pair.roots.is_empty());
     }
+}
+
+/// # Errors
+/// How far the clocks are apart, and whose it is.
+fn check_validity(not_before: SystemTime, not_after: SystemTime, now: SystemTime) -> Result<(), String> {
+    let apart = |later: SystemTime, earlier: SystemTime| later.duration_since(earlier).unwrap_or_default().as_secs();
+    if not_after <= not_before {
+        return Err("it ends before it begins".to_owned());
+    }
+    if not_before > now + CLOCK_SKEW {
+        let seconds = apart(not_before, now);
+        return Err(format!(
+            "it begins {seconds} s from now: this node's clock is behind the control plane's; set the clocks right"
+        ));
+    }
+    if not_after <= now {
+        let seconds = apart(now, not_after);
+        return Err(format!(
+            "it was over {seconds} s ago: this node's clock is ahead of the control plane's; set the clocks right"
+        ));
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -319,6 +341,28 @@ mod tests {
         let answer = authority.sign(&request.csr_pem, |_| {});
         let later = now + Duration::from_secs(7200);
         assert!(error(request.certify(&identity(), &answer, later)).contains("not valid now"));
+    }
+
+    #[test]
+    fn a_wrong_clock_is_named_and_a_small_difference_is_none() {
+        let now = SystemTime::now();
+        let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
+        // As the control plane makes them: from a quarter of an hour ago, for a day.
+        let check = |clock: SystemTime| check_validity(now - minutes(15), now + minutes(24 * 60), clock);
+        for right in [now, now - minutes(5), now + minutes(5), now - minutes(16)] {
+            assert_eq!(check(right), Ok(()));
+        }
+        let behind = check(now - minutes(24 * 60)).unwrap_err();
+        assert!(
+            behind.contains("this node's clock is behind") && behind.contains("85500 s"),
+            "{behind}"
+        );
+        let ahead = check(now + minutes(2 * 24 * 60)).unwrap_err();
+        assert!(
+            ahead.contains("this node's clock is ahead") && ahead.contains("86400 s"),
+            "{ahead}"
+        );
+        assert!(check_validity(now, now, now).is_err());
     }
 
     #[test]

@@ -10,13 +10,15 @@ use mesh_proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, ROOT_NAMESPACE, SETTI
 use sha2::{Digest as _, Sha256};
 
 use crate::capture_states::{CaptureState, CaptureStates, PodKey, pod_key};
-use crate::objects::{Kind, Labels, Node, Object, ObjectId, Pod, Service, TargetPort, World};
+use crate::objects::{Kind, Node, Object, ObjectId, Pod, Service, TargetPort, World};
 use crate::proto;
 use endpoints::{Listed, Services};
 use membership::{Enrolment, Membership, Refusal, membership};
+use selectors::Selectors;
 
 mod endpoints;
 pub mod membership;
+mod selectors;
 mod workload_names;
 
 #[cfg(test)]
@@ -161,12 +163,18 @@ fn network_alias(ip: IpAddr) -> String {
 
 #[must_use]
 pub fn compile(world: &World, captures: &CaptureStates, parameters: &Parameters) -> Snapshot {
+    compile_after(world, captures, parameters, &Snapshot::default())
+}
+
+/// As [`compile`]. Of `before`, resources whose bytes are the same are taken over as they are, hash and all.
+#[must_use]
+pub fn compile_after(world: &World, captures: &CaptureStates, parameters: &Parameters, before: &Snapshot) -> Snapshot {
     let index = Index::new(world);
     let listed = match parameters.endpoints {
         EndpointSource::Selectors => Listed::default(),
         EndpointSource::Slices => Listed::new(world),
     };
-    let mut addresses = Resources::default();
+    let mut addresses = Resources::after(before, ADDRESS_TYPE_URL);
     let mut identities: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     let mut pods = BTreeMap::new();
 
@@ -223,7 +231,7 @@ pub fn compile(world: &World, captures: &CaptureStates, parameters: &Parameters)
         addresses.insert(name, aliases, proto::encode_service(id, &hostname, service));
     }
 
-    let mut authorizations = Resources::default();
+    let mut authorizations = Resources::after(before, AUTHORIZATION_TYPE_URL);
     for (id, policy) in &index.policies {
         let scope = match (&policy.selector, id.namespace.as_str()) {
             (Some(_), _) => proto::Scope::WorkloadSelector,
@@ -241,7 +249,7 @@ pub fn compile(world: &World, captures: &CaptureStates, parameters: &Parameters)
         .chain(&parameters.pod_ranges)
         .map(IpNet::trunc)
         .collect();
-    let mut settings = Resources::default();
+    let mut settings = Resources::after(before, SETTINGS_TYPE_URL);
     let encoded = proto::encode_settings(&SettingsView {
         parameters,
         pod_ranges: &ranges,
@@ -279,16 +287,18 @@ struct Index<'a> {
     nodes: BTreeMap<&'a str, &'a Node>,
     pods: Vec<(&'a ObjectId, &'a Pod)>,
     services: Vec<(&'a ObjectId, &'a Service)>,
-    services_of_namespace: BTreeMap<&'a str, Vec<(&'a ObjectId, &'a Service)>>,
+    services_of_namespace: BTreeMap<&'a str, Selectors<'a, (&'a ObjectId, &'a Service)>>,
     policies: Vec<(&'a ObjectId, &'a mesh_api::ValidPolicy)>,
-    /// Those with a selector, by namespace: a Pod is compared with few.
-    selecting_policies: BTreeMap<&'a str, Vec<(&'a ObjectId, &'a Labels)>>,
+    /// Those with a selector.
+    selecting_policies: BTreeMap<&'a str, Selectors<'a, &'a ObjectId>>,
     mesh_configs: BTreeMap<&'a str, &'a ValidMeshConfig>,
 }
 
 impl<'a> Index<'a> {
     fn new(world: &'a World) -> Self {
         let mut index = Self::default();
+        let mut services: BTreeMap<&str, Vec<_>> = BTreeMap::new();
+        let mut policies: BTreeMap<&str, Vec<_>> = BTreeMap::new();
         for (id, object) in world {
             match object.as_ref() {
                 Object::Namespace { labels, best_effort } => {
@@ -305,17 +315,16 @@ impl<'a> Index<'a> {
                 Object::Service(service) if service.is_external_name => {}
                 Object::Service(service) => {
                     index.services.push((id, service));
-                    index
-                        .services_of_namespace
-                        .entry(&id.namespace)
-                        .or_default()
-                        .push((id, service));
+                    // One without a selector has none of its own finding.
+                    if !service.selector.is_empty() {
+                        let of_namespace = services.entry(&id.namespace).or_default();
+                        of_namespace.push((&service.selector, (id, service)));
+                    }
                 }
                 Object::AuthorizationPolicy(policy) => {
                     index.policies.push((id, policy));
                     if let Some(selector) = &policy.selector {
-                        let of_namespace = index.selecting_policies.entry(&id.namespace).or_default();
-                        of_namespace.push((id, selector));
+                        policies.entry(&id.namespace).or_default().push((selector, id));
                     }
                 }
                 Object::MeshConfig(config) => {
@@ -323,6 +332,10 @@ impl<'a> Index<'a> {
                 }
             }
         }
+        let services = services.into_iter();
+        index.services_of_namespace = services.map(|(namespace, all)| (namespace, Selectors::new(all))).collect();
+        let policies = policies.into_iter();
+        index.selecting_policies = policies.map(|(namespace, all)| (namespace, Selectors::new(all))).collect();
         index
     }
 
@@ -351,9 +364,8 @@ impl<'a> Index<'a> {
         let policies = namespaces
             .iter()
             .filter_map(|namespace| self.selecting_policies.get(namespace))
-            .flatten()
-            .filter(|(_, selector)| selects(selector, &pod.labels))
-            .map(|(policy_id, _)| format!("{}/{}", policy_id.namespace, policy_id.name))
+            .flat_map(|of_namespace| of_namespace.choosing(&pod.labels))
+            .map(|policy_id| format!("{}/{}", policy_id.namespace, policy_id.name))
             .collect();
         let services = match parameters.endpoints {
             EndpointSource::Selectors => self.selecting(id, pod),
@@ -382,10 +394,8 @@ impl<'a> Index<'a> {
     /// Services whose selectors choose the Pod.
     fn selecting(&self, id: &ObjectId, pod: &Pod) -> Services {
         let mut services = BTreeMap::new();
-        for (service_id, service) in self.services_of_namespace.get(id.namespace.as_str()).into_iter().flatten() {
-            if service.selector.is_empty() || !selects(&service.selector, &pod.labels) {
-                continue;
-            }
+        let of_namespace = self.services_of_namespace.get(id.namespace.as_str()).into_iter();
+        for (service_id, service) in of_namespace.flat_map(|of_namespace| of_namespace.choosing(&pod.labels)) {
             let ports: Vec<(u16, u16)> = service
                 .ports
                 .iter()
@@ -426,21 +436,31 @@ fn outside<'a>(id: &'a ObjectId, pod: &'a Pod, services: Services, parameters: &
     }
 }
 
-fn selects(selector: &Labels, labels: &Labels) -> bool {
-    selector.iter().all(|(key, value)| labels.get(key) == Some(value))
-}
-
-#[derive(Default)]
-struct Resources {
+struct Resources<'a> {
+    before: Option<&'a TypeSnapshot>,
     resources: BTreeMap<String, Arc<CompiledResource>>,
     aliases: BTreeMap<String, String>,
     endpoints: BTreeMap<String, Vec<String>>,
 }
 
-impl Resources {
+impl<'a> Resources<'a> {
+    fn after(before: &'a Snapshot, url: &str) -> Self {
+        Self {
+            before: before.types.get(url).map(AsRef::as_ref),
+            resources: BTreeMap::new(),
+            aliases: BTreeMap::new(),
+            endpoints: BTreeMap::new(),
+        }
+    }
+
     fn insert(&mut self, name: String, aliases: Vec<String>, value: Vec<u8>) {
         for alias in &aliases {
             self.aliases.insert(alias.clone(), name.clone());
+        }
+        let before = self.before.and_then(|before| before.resources.get(&name));
+        if let Some(same) = before.filter(|before| before.value == value && before.aliases == aliases) {
+            self.resources.insert(name, Arc::clone(same));
+            return;
         }
         let version = short_hash(&[&value]);
         self.resources.insert(

@@ -3,6 +3,7 @@ use prost::Message as _;
 
 use super::*;
 use crate::capture_states::Proof;
+use crate::objects::Labels;
 use crate::registry::{Registry, Scan};
 
 const CLUSTER: &str = r#"
@@ -465,4 +466,103 @@ fn a_large_mesh_compiles_to_everything_in_it() {
         (one.services.len(), one.authorization_policies.as_slice()),
         (1, ["n7/a57".to_owned()].as_slice())
     );
+}
+
+mod step_by_step {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn pod() -> impl Strategy<Value = Object> {
+        (any::<bool>(), 0..3_u8, 0..3_u8, any::<bool>(), any::<bool>()).prop_map(|(ready, app, address, finished, known)| {
+            Object::Pod(Box::new(Pod {
+                uid: if known { format!("uid-{app}") } else { String::new() },
+                labels: [("app".to_owned(), format!("a{app}"))].into(),
+                addresses: vec![[10, 1, 0, address].into()],
+                node: "node-a".into(),
+                service_account: "web".into(),
+                ready,
+                finished,
+                ..Pod::default()
+            }))
+        })
+    }
+
+    fn service() -> impl Strategy<Value = Object> {
+        (0..3_u8, 1..3_u16).prop_map(|(app, port)| {
+            Object::Service(Service {
+                addresses: vec![[10, 2, 0, app].into()],
+                ports: vec![crate::objects::ServicePort {
+                    name: String::new(),
+                    port,
+                    target: TargetPort::Number(8080),
+                }],
+                selector: [("app".to_owned(), format!("a{app}"))].into(),
+                ..Service::default()
+            })
+        })
+    }
+
+    fn namespace() -> impl Strategy<Value = Object> {
+        any::<bool>().prop_map(|enabled| Object::Namespace {
+            labels: [(MESH_LABEL.to_owned(), if enabled { "enabled" } else { "no" }.to_owned())].into(),
+            best_effort: false,
+        })
+    }
+
+    /// An object of few, or that it is gone.
+    fn change() -> impl Strategy<Value = (ObjectId, Option<Object>)> {
+        let id = |kind: Kind, namespace: &str, name: String| ObjectId {
+            kind,
+            namespace: namespace.to_owned(),
+            name,
+        };
+        prop_oneof![
+            (0..4_u8, proptest::option::weighted(0.8, pod()))
+                .prop_map(move |(n, pod)| (id(Kind::Pod, "shop", format!("p{n}")), pod)),
+            (0..3_u8, proptest::option::weighted(0.8, service()))
+                .prop_map(move |(n, service)| (id(Kind::Service, "shop", format!("s{n}")), service)),
+            proptest::option::weighted(0.8, namespace())
+                .prop_map(move |namespace| (id(Kind::Namespace, "", "shop".to_owned()), namespace)),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn is_the_same_as_at_once(changes in proptest::collection::vec(change(), 1..24)) {
+            let (mut world, captures) = (World::new(), CaptureStates::default());
+            let mut before = Snapshot::default();
+            for (id, object) in changes {
+                match object {
+                    Some(object) => drop(world.insert(id, Arc::new(object))),
+                    None => drop(world.remove(&id)),
+                }
+                let whole = compile(&world, &captures, &parameters());
+                let after = compile_after(&world, &captures, &parameters(), &before);
+                for (url, of_type) in &whole.types {
+                    let same = &after.types[url];
+                    prop_assert_eq!(&of_type.version, &same.version);
+                    prop_assert_eq!(&of_type.resources, &same.resources);
+                    prop_assert_eq!(&of_type.aliases, &same.aliases);
+                    prop_assert_eq!(&of_type.endpoints, &same.endpoints);
+                }
+                prop_assert_eq!(&whole.identities, &after.identities);
+                prop_assert_eq!(&whole.pods, &after.pods);
+                prop_assert_eq!(&whole.enrolment, &after.enrolment);
+                before = after;
+            }
+        }
+    }
+
+    #[test]
+    fn takes_over_what_is_the_same() {
+        let before = compile(&world(&[CLUSTER]), &CaptureStates::default(), &parameters());
+        let changed = world(&[&CLUSTER.replace("ports: [8080]", "ports: [8081]")]);
+        let after = compile_after(&changed, &CaptureStates::default(), &parameters(), &before);
+        let is_taken_over =
+            |url: &str, name: &str| Arc::ptr_eq(&before.types[url].resources[name], &after.types[url].resources[name]);
+        assert!(is_taken_over(AUTHORIZATION_TYPE_URL, "shop/all"));
+        assert!(!is_taken_over(AUTHORIZATION_TYPE_URL, "shop/web"));
+        assert!(is_taken_over(ADDRESS_TYPE_URL, "Kubernetes//Pod/shop/web-abc-1"));
+    }
 }

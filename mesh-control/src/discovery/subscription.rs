@@ -78,6 +78,8 @@ pub struct Subscription {
     /// Names just subscribed to, which need an answer even when there is nothing.
     unanswered: BTreeSet<String>,
     in_flight: Option<InFlight>,
+    /// The state of which nothing lacks, so that most changes need not be looked for: they are of other types.
+    told: Option<String>,
     started: bool,
     /// The client waits for a response even if it is empty.
     owes_response: bool,
@@ -112,6 +114,9 @@ impl Subscription {
         }
         let answer = self.settle(&request);
         let asks = !request.subscribe.is_empty();
+        if !self.started || asks || !request.unsubscribe.is_empty() {
+            self.told = None;
+        }
         if !self.started {
             self.started = true;
             self.owes_response = true;
@@ -181,6 +186,9 @@ impl Subscription {
         if !self.started || self.in_flight.is_some() {
             return None;
         }
+        if self.told.as_ref() == Some(&snapshot.version) && !self.owes_response {
+            return None;
+        }
         let mut wanted: BTreeMap<&str, &Arc<CompiledResource>> = BTreeMap::new();
         if self.wildcard {
             wanted.extend(snapshot.resources.iter().map(|(name, resource)| (name.as_str(), resource)));
@@ -233,6 +241,7 @@ impl Subscription {
             self.sent.insert(name.to_owned(), resource.version.clone());
             resources.push(Arc::clone(resource));
         }
+        self.told = (!partial).then(|| snapshot.version.clone());
         if resources.is_empty() && removed.is_empty() && !self.owes_response {
             return None;
         }

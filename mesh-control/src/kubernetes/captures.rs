@@ -1,14 +1,16 @@
 //! Writes what agents have proven on their Pods, for the other replicas and for the one that comes after this.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Patch, PatchParams};
 use kube::{Api, Client, Error};
+use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use super::watch::describe;
+use super::watch::{Backoff, describe, retry_after};
 use super::wishes::Write;
 use crate::control_plane::{ControlPlane, Shared};
 use crate::limits::{API_TIMEOUT, CAPTURE_WRITE_PACE, CAPTURE_WRITES_AT_ONCE};
@@ -17,6 +19,7 @@ use crate::registry::convert::CAPTURE_ANNOTATION;
 /// For ever. A few at a time, and not faster than [`CAPTURE_WRITE_PACE`].
 pub async fn write(client: Client, control: Arc<ControlPlane>, shared: Arc<Shared>) {
     let places = Arc::new(Semaphore::new(CAPTURE_WRITES_AT_ONCE));
+    let failing = Arc::new(Mutex::new(Backoff::default()));
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else {
             return;
@@ -34,17 +37,28 @@ pub async fn write(client: Client, control: Arc<ControlPlane>, shared: Arc<Share
             }
         };
         let (client, control, shared) = (client.clone(), Arc::clone(&control), Arc::clone(&shared));
+        let failing = Arc::clone(&failing);
         tokio::spawn(async move {
             let _place = place;
-            patch(&client, &control, &shared, next).await;
+            let failed = patch(&client, &control, &shared, next).await;
             let waiting = i64::try_from(shared.waiting()).unwrap_or(i64::MAX);
             control.metrics.capture_writes_waiting.set(waiting);
+            // Its place stays taken: what waits does not come in its stead to an API server that is in trouble.
+            let pause = match failed {
+                Ok(()) => {
+                    *failing.lock() = Backoff::default();
+                    return;
+                }
+                Err(asked) => failing.lock().after(asked),
+            };
+            sleep(pause).await;
         });
         sleep(CAPTURE_WRITE_PACE).await;
     }
 }
 
-async fn patch(client: &Client, control: &Arc<ControlPlane>, shared: &Arc<Shared>, write: Write) {
+/// `Err`: the API server could not take it, and asks for so long a pause.
+async fn patch(client: &Client, control: &Arc<ControlPlane>, shared: &Arc<Shared>, write: Write) -> Result<(), Duration> {
     let value = write.value.map(|state| state.as_str());
     // With the uid: another Pod of that name has proven nothing.
     let change = serde_json::json!({
@@ -76,10 +90,16 @@ async fn patch(client: &Client, control: &Arc<ControlPlane>, shared: &Arc<Shared
             };
             failed(reason, describe(&error));
             shared.failed(&write);
+            // What is refused of one Pod need not be of the next.
+            if reason != "refused" || matches!(&error, Error::Api(status) if status.code >= 500) {
+                return Err(retry_after(&error).unwrap_or_default());
+            }
         }
         Err(_) => {
             failed("timeout", format!("no answer within {API_TIMEOUT:?}"));
             shared.failed(&write);
+            return Err(Duration::ZERO);
         }
     }
+    Ok(())
 }

@@ -1,12 +1,17 @@
 //! The way to the API server.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, bail};
+use kube::client::ClientBuilder;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 use tokio::time::{sleep, timeout};
+use tower::util::MapResponseLayer;
 
+use super::answers;
 use super::watch::{Backoff, describe};
-use crate::limits::API_TIMEOUT;
+use crate::limits::{API_TIMEOUT, WATCH_GRACE, WATCH_SECONDS};
 
 /// The oldest minor version of Kubernetes 1 that serves: since it, service-account tokens name their node, by which agents are known, and
 /// CEL knows addresses and ranges, by which policies are checked at admission.
@@ -17,7 +22,7 @@ const OLDEST_MINOR: u32 = 32;
 /// # Errors
 /// There is no way to an API server, or it is too old.
 pub async fn connect() -> anyhow::Result<Client> {
-    let mut config = match std::env::var_os("KUBECONFIG") {
+    let config = match std::env::var_os("KUBECONFIG") {
         Some(path) if !path.is_empty() => {
             let options = KubeConfigOptions::default();
             let kubeconfig = Kubeconfig::from_env().context("KUBECONFIG")?.unwrap_or_default();
@@ -28,9 +33,7 @@ pub async fn connect() -> anyhow::Result<Client> {
         _ => Config::incluster()
             .context("--kubernetes: this is no Pod with a service account's token, and KUBECONFIG is not set")?,
     };
-    // What is tried again, and when, is decided where the answer is known.
-    config.default_retry = false;
-    let client = Client::try_from(config).context("a client of the API server")?;
+    let client = client(config)?;
     let mut backoff = Backoff::default();
     let version = loop {
         let problem = match timeout(API_TIMEOUT, client.apiserver_version()).await {
@@ -44,6 +47,17 @@ pub async fn connect() -> anyhow::Result<Client> {
     check_version(&version.major, &version.minor)?;
     tracing::info!(version = version.git_version, "the API server is the registry");
     Ok(client)
+}
+
+/// # Errors
+/// The configuration cannot be used.
+pub fn client(mut config: Config) -> anyhow::Result<Client> {
+    // What is tried again, and when, is decided where the answer is known.
+    config.default_retry = false;
+    // Whoever reads has a shorter patience of his own where it matters; nothing is waited for for ever.
+    config.read_timeout = Some(Duration::from_secs(WATCH_SECONDS.into()) + 2 * WATCH_GRACE);
+    let builder = ClientBuilder::try_from(config).context("a client of the API server")?;
+    Ok(builder.with_layer(&MapResponseLayer::new(answers::mend)).build())
 }
 
 fn check_version(major: &str, minor: &str) -> anyhow::Result<()> {

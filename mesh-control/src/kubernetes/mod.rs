@@ -5,10 +5,12 @@
 //! `reviews` asks whose a token is, `root_secret` follows the root of trust.
 
 mod accounts;
+mod answers;
 mod captures;
 pub mod client;
 mod feed;
 pub mod review_cache;
+mod review_lanes;
 pub mod reviews;
 pub mod root;
 pub mod root_secret;

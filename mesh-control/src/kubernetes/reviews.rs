@@ -3,6 +3,7 @@
 //! It verifies the token and that the Pod which it is bound to is still there. What is ours: that it was made for this mesh (its
 //! audience), for the agents (its service account), and which node it names.
 
+use std::net::IpAddr;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -15,11 +16,11 @@ use kube::{Api, Client};
 use parking_lot::Mutex;
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
-use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout};
 
 use crate::kubernetes::review_cache::{Accepted, ReviewCache, TokenHash};
-use crate::limits::{Bounds, MAX_REVIEWS, MAX_REVIEWS_WAITING, MAX_SERVICE_ACCOUNT_TOKEN_BYTES, REVIEW_RETRY, REVIEW_TIMEOUT};
+use crate::kubernetes::review_lanes::Lanes;
+use crate::limits::{Bounds, MAX_SERVICE_ACCOUNT_TOKEN_BYTES, REVIEW_RETRY, REVIEW_TIMEOUT};
 use crate::metrics::Metrics;
 use crate::registry::is_name;
 use crate::tokens::Refusal;
@@ -71,9 +72,7 @@ pub struct Reviewer {
     agents: ServiceAccount,
     metrics: Arc<Metrics>,
     cache: Mutex<ReviewCache>,
-    /// A review is made under the lock that its token falls to: so many at once, and the same token's callers share one.
-    turns: [tokio::sync::Mutex<()>; MAX_REVIEWS],
-    waiting: Semaphore,
+    lanes: Lanes,
     /// When the API server last failed to say; none since it last said something.
     failed_at: Mutex<Option<Instant>>,
 }
@@ -86,17 +85,16 @@ impl Reviewer {
             agents,
             metrics,
             cache: Mutex::new(ReviewCache::new(bounds)),
-            turns: std::array::from_fn(|_| tokio::sync::Mutex::default()),
-            waiting: Semaphore::new(MAX_REVIEWS_WAITING),
+            lanes: Lanes::default(),
             failed_at: Mutex::default(),
         }
     }
 
-    /// The node that a token names.
+    /// The node that a token names, which a caller on `host` brings.
     ///
     /// # Errors
     /// Why the caller is none of ours; or nobody can say at present.
-    pub async fn authenticate(&self, token: &str) -> Result<String, Refusal> {
+    pub async fn authenticate(&self, token: &str, host: IpAddr) -> Result<String, Refusal> {
         if !is_shaped_like_a_token(token) {
             return Err(Refusal::Unknown);
         }
@@ -104,9 +102,8 @@ impl Reviewer {
         if let Some(known) = self.known(&hash) {
             return known;
         }
-        let _waiting = self.waiting.try_acquire().map_err(|_| Refusal::Crowded)?;
-        let turn = &self.turns[usize::from(hash[0]) % MAX_REVIEWS];
-        let _turn = timeout(REVIEW_TIMEOUT, turn.lock()).await.map_err(|_| Refusal::Crowded)?;
+        let is_known = self.cache.lock().in_grace(&hash, Instant::now(), unix_seconds()).is_ok();
+        let _turn = self.lanes.enter(&hash, host, is_known).await?;
         // Another caller with this token may have asked meanwhile.
         if let Some(known) = self.known(&hash) {
             return known;
@@ -126,12 +123,12 @@ impl Reviewer {
     ///
     /// # Errors
     /// As [`Self::authenticate`]; but while nobody can say, a token that was good lately is for a while.
-    pub async fn recheck(&self, token: &str) -> Result<(), Refusal> {
+    pub async fn recheck(&self, token: &str, host: IpAddr) -> Result<(), Refusal> {
         // A stream does nothing else while it is rechecked: they do not all wait for an API server that is known to be away.
         let is_away = self.failed_at.lock().is_some_and(|at| at.elapsed() < REVIEW_RETRY);
         let checked = match self.known(&hash(token)) {
             None if is_away => Err(Refusal::Unreviewed),
-            None => self.authenticate(token).await,
+            None => self.authenticate(token, host).await,
             Some(known) => known,
         };
         match checked {
@@ -183,7 +180,13 @@ impl Reviewer {
         if self.failed_at.lock().take().is_some() {
             tracing::info!("the API server says again who calls");
         }
-        let verdict = self.verdict(&status).map(|node| Accepted {
+        let now = unix_seconds();
+        let named = |refusal| match refusal {
+            // The API server does not say which of its reasons it was.
+            Refusal::Unknown if expiry(token).is_some_and(|end| end <= now) => Refusal::Expired,
+            refusal => refusal,
+        };
+        let verdict = self.verdict(&status).map_err(named).map(|node| Accepted {
             node,
             expires_unix_seconds: expiry(token),
         });
@@ -230,7 +233,7 @@ fn is_shaped_like_a_token(token: &str) -> bool {
     token.len() <= MAX_SERVICE_ACCOUNT_TOKEN_BYTES && token.split('.').count() == 3 && token.split('.').all(is_base64)
 }
 
-/// When a token ends that the API server has verified.
+/// When a token ends. Of one that the API server has not verified it says no more than what is written there.
 fn expiry(token: &str) -> Option<u64> {
     #[derive(Deserialize)]
     struct Claims {

@@ -10,11 +10,12 @@ use kube::runtime::WatchStreamExt as _;
 use kube::runtime::watcher::{Config, Event, watcher};
 use kube::{Api, Client, ResourceExt as _};
 use time::OffsetDateTime;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_stream::StreamExt as _;
 
 use crate::control_plane::ControlPlane;
 use crate::kubernetes::root::{self, RootError};
+use crate::kubernetes::watch::{Backoff, retry_after};
 use crate::limits::{ROOT_CALL_TIMEOUT, ROOTS_PUBLISH_INTERVAL};
 use crate::roots::{InForce, Roots, Step};
 
@@ -51,6 +52,20 @@ pub enum RootSecretError {
     Conflict(String),
 }
 
+impl RootSecretError {
+    fn may_pass(&self) -> bool {
+        match self {
+            Self::Call { error, .. } => match error.as_ref() {
+                kube::Error::Api(status) => status.code == 429 || status.code >= 500,
+                kube::Error::Service(_) | kube::Error::HyperError(_) => true,
+                _ => false,
+            },
+            Self::Timeout(_) => true,
+            _ => false,
+        }
+    }
+}
+
 pub struct RootSecret {
     secrets: Api<Secret>,
     config_maps: Api<ConfigMap>,
@@ -79,6 +94,26 @@ impl RootSecret {
             None => self.create(now).await?,
         };
         self.read(&secret, now)
+    }
+
+    /// As [`Self::open`]; an API server that is away, or has too much to do, is waited for.
+    ///
+    /// # Errors
+    /// As [`Self::open`], but for what may pass.
+    pub async fn open_once_told(&self) -> Result<InForce, RootSecretError> {
+        let mut backoff = Backoff::default();
+        loop {
+            let error = match self.open(OffsetDateTime::now_utc()).await {
+                Err(error) if error.may_pass() => error,
+                opened => return opened,
+            };
+            let asked = match &error {
+                RootSecretError::Call { error, .. } => retry_after(error),
+                _ => None,
+            };
+            tracing::warn!("the root of trust is waited for: {error}");
+            sleep(backoff.after(asked.unwrap_or_default())).await;
+        }
     }
 
     async fn create(&self, now: OffsetDateTime) -> Result<Secret, RootSecretError> {

@@ -15,13 +15,13 @@ use mesh_api::{AuthorizationPolicy, MeshConfig};
 use rand::Rng as _;
 use serde::de::DeserializeOwned;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_stream::StreamExt as _;
 
 use super::feed::Feed;
 use super::world::Meta;
 use crate::limits::{
-    ABSENT_KIND_CHECK, API_TIMEOUT, LIST_PAGE, WATCH_GRACE, WATCH_REFUSALS, WATCH_RETRY, WATCH_RETRY_MOST, WATCH_SECONDS,
+    ABSENT_KIND_CHECK, LIST_PAGE, RETRY_AFTER_MOST, WATCH_FAILURES, WATCH_REFUSALS, WATCH_RETRY, WATCH_RETRY_MOST, WATCH_STANDS,
 };
 use crate::objects::{Kind, Object, ObjectId};
 use crate::registry::convert::{self, Convert};
@@ -120,6 +120,35 @@ enum ListEnd {
     Absent,
 }
 
+/// How a watch has ended.
+enum WatchEnd {
+    Over,
+    /// From that version on nothing can be told any longer.
+    Gone(String),
+    Failed(String, Duration),
+    /// As `Failed`; so often in a row, and the list is read again.
+    Refused(String, Duration, u32),
+}
+
+impl WatchEnd {
+    fn of(error: &Error) -> Self {
+        let (problem, after) = (format!("watch: {}", describe(error)), retry_after(error).unwrap_or_default());
+        match error {
+            Error::Api(status) if status.code == 410 => Self::Gone(problem),
+            // Who has too much to do is not helped by being asked for a list.
+            Error::Api(status) if status.code == 429 => Self::Failed(problem, after),
+            Error::Api(status) if status.code < 500 => Self::Refused(problem, after, WATCH_REFUSALS),
+            // Nor is who is in trouble; but it may be that version which troubles it.
+            Error::Api(_) | Error::SerdeError(_) => Self::Refused(problem, after, WATCH_FAILURES),
+            _ => Self::Failed(problem, after),
+        }
+    }
+}
+
+fn no_answer(timeout: Duration) -> String {
+    format!("no answer within {timeout:?}")
+}
+
 impl<K: Watched> Watch<K> {
     async fn run(self) {
         let mut backoff = Backoff::default();
@@ -141,7 +170,7 @@ impl<K: Watched> Watch<K> {
                 }
                 Err(ListEnd::Failed(problem, after)) => {
                     self.feed.failed(self.kind, format!("list: {problem}"));
-                    sleep(backoff.next().max(after.unwrap_or_default())).await;
+                    sleep(backoff.after(after.unwrap_or_default())).await;
                 }
             }
         }
@@ -151,13 +180,14 @@ impl<K: Watched> Watch<K> {
     async fn list(&self) -> Result<String, ListEnd> {
         self.feed.change(|world| world.begin_list(self.kind));
         let mut params = ListParams::default().limit(LIST_PAGE);
+        let patience = self.feed.control.bounds.api_timeout;
         loop {
-            let page = match timeout(API_TIMEOUT, self.api.list(&params)).await {
+            let page = match timeout(patience, self.api.list(&params)).await {
                 Ok(Ok(page)) => page,
                 Ok(Err(Error::Api(status))) if status.code == 404 && self.is_absent().await? => return Err(ListEnd::Absent),
                 // Also a page of a list that is too old to go on with (410): it begins anew.
                 Ok(Err(error)) => return Err(ListEnd::Failed(describe(&error), retry_after(&error))),
-                Err(_) => return Err(ListEnd::Failed(format!("no answer within {API_TIMEOUT:?}"), None)),
+                Err(_) => return Err(ListEnd::Failed(no_answer(patience), None)),
             };
             let (version, next) = (page.metadata.resource_version, page.metadata.continue_);
             self.feed.change(|world| {
@@ -180,10 +210,11 @@ impl<K: Watched> Watch<K> {
         let Some((definitions, name)) = &self.definition else {
             return Ok(false);
         };
-        match timeout(API_TIMEOUT, definitions.get_opt(name)).await {
+        let patience = self.feed.control.bounds.api_timeout;
+        match timeout(patience, definitions.get_opt(name)).await {
             Ok(Ok(found)) => Ok(found.is_none()),
             Ok(Err(error)) => Err(ListEnd::Failed(describe(&error), retry_after(&error))),
-            Err(_) => Err(ListEnd::Failed(format!("no answer within {API_TIMEOUT:?}"), None)),
+            Err(_) => Err(ListEnd::Failed(no_answer(patience), None)),
         }
     }
 
@@ -192,57 +223,35 @@ impl<K: Watched> Watch<K> {
         let mut backoff = Backoff::default();
         let mut refusals = 0;
         loop {
-            let seconds = rand::rng().random_range(WATCH_SECONDS);
-            let params = WatchParams::default().timeout(seconds);
-            let events = match timeout(API_TIMEOUT, self.api.watch(&params, &version)).await {
-                Ok(Ok(events)) => events,
-                Ok(Err(error)) => {
-                    self.feed.failed(self.kind, format!("watch: {}", describe(&error)));
-                    // Who has too much to do (429) is not helped by being asked for a list.
-                    if let Error::Api(status) = &error
-                        && status.code != 429
-                    {
-                        refusals += 1;
-                        if status.code == 410 || refusals >= WATCH_REFUSALS {
-                            return;
-                        }
-                    }
-                    sleep(backoff.next().max(retry_after(&error).unwrap_or_default())).await;
-                    continue;
+            let (began, before) = (Instant::now(), version.clone());
+            let after = match self.watch_once(&mut version).await {
+                WatchEnd::Over => {
+                    refusals = 0;
+                    Duration::ZERO
                 }
-                Err(_) => {
-                    self.feed
-                        .failed(self.kind, format!("watch: no answer within {API_TIMEOUT:?}"));
-                    sleep(backoff.next()).await;
-                    continue;
+                WatchEnd::Gone(problem) => {
+                    tracing::info!(
+                        kind = self.kind.as_str(),
+                        problem,
+                        "what was last read is too old to go on with; the list is read again"
+                    );
+                    return;
+                }
+                WatchEnd::Failed(problem, after) => {
+                    self.feed.failed(self.kind, problem);
+                    after
+                }
+                WatchEnd::Refused(problem, after, most) => {
+                    self.feed.failed(self.kind, problem);
+                    refusals += 1;
+                    if refusals >= most {
+                        return;
+                    }
+                    after
                 }
             };
-            refusals = 0;
-            self.feed.works(self.kind);
-            let began = Instant::now();
-            tokio::pin!(events);
-            let patience = Duration::from_secs(seconds.into()) + WATCH_GRACE;
-            loop {
-                match timeout(patience, events.next()).await {
-                    Ok(Some(Ok(event))) => match self.take(event, &mut version) {
-                        Ok(()) => {}
-                        Err(None) => return,
-                        Err(Some(problem)) => {
-                            self.feed.failed(self.kind, problem);
-                            break;
-                        }
-                    },
-                    Ok(Some(Err(error))) => {
-                        self.feed.failed(self.kind, format!("watch: {}", describe(&error)));
-                        break;
-                    }
-                    // Its time is up, or the connection is gone: the next one will tell.
-                    Ok(None) => break,
-                    Err(_) => {
-                        self.feed.failed(self.kind, "watch: nothing is heard of it".to_owned());
-                        break;
-                    }
-                }
+            if version != before {
+                refusals = 0;
             }
             if self.feed.left_out(self.kind) > 0 {
                 // There may be room by now, of which no event tells.
@@ -251,27 +260,67 @@ impl<K: Watched> Watch<K> {
             if began.elapsed() >= WATCH_RETRY_MOST {
                 backoff = Backoff::default();
             }
-            sleep(backoff.next()).await;
+            sleep(backoff.after(after)).await;
         }
     }
 
-    /// `Err(None)`: the list must be read again.
-    fn take(&self, event: WatchEvent<K>, version: &mut String) -> Result<(), Option<String>> {
+    /// One watch, from `version` on, which is carried along.
+    async fn watch_once(&self, version: &mut String) -> WatchEnd {
+        let bounds = &self.feed.control.bounds;
+        let seconds = rand::rng().random_range(bounds.watch_seconds / 2..=bounds.watch_seconds);
+        let params = WatchParams::default().timeout(seconds.max(1));
+        let events = match timeout(bounds.api_timeout, self.api.watch(&params, version)).await {
+            Ok(Ok(events)) => events,
+            Ok(Err(error)) => return WatchEnd::of(&error),
+            Err(_) => return WatchEnd::Failed(no_answer(bounds.api_timeout), Duration::ZERO),
+        };
+        tokio::pin!(events);
+        // By then the API server has ended it, or it is not there any longer.
+        let over = Instant::now() + Duration::from_secs(seconds.into()) + bounds.watch_grace;
+        // One that is refused after all is so at once.
+        let mut stands = false;
+        loop {
+            let until = if stands {
+                over
+            } else {
+                over.min(Instant::now() + WATCH_STANDS)
+            };
+            let event = match timeout_at(until, events.next()).await {
+                Ok(Some(Ok(event))) => event,
+                Ok(Some(Err(error))) => return WatchEnd::of(&error),
+                // Its time is up, or the connection is gone: the next one will tell.
+                Ok(None) if stands => return WatchEnd::Over,
+                Ok(None) => return WatchEnd::Failed("watch: it ended as it began".to_owned(), Duration::ZERO),
+                Err(_) if stands => {
+                    // Not even its end: that version may be one that the API server does not know yet, or again.
+                    return WatchEnd::Refused("watch: nothing is heard of it".to_owned(), Duration::ZERO, WATCH_REFUSALS);
+                }
+                Err(_) => {
+                    stands = true;
+                    self.feed.works(self.kind);
+                    continue;
+                }
+            };
+            if let WatchEvent::Error(status) = event {
+                return WatchEnd::of(&Error::Api(status));
+            }
+            self.take(event, version);
+            if !stands {
+                stands = true;
+                self.feed.works(self.kind);
+            }
+        }
+    }
+
+    fn take(&self, event: WatchEvent<K>, version: &mut String) {
         let (item, is_there) = match event {
             WatchEvent::Added(item) | WatchEvent::Modified(item) => (item, true),
             WatchEvent::Deleted(item) => (item, false),
             WatchEvent::Bookmark(bookmark) => {
                 *version = bookmark.metadata.resource_version;
-                return Ok(());
+                return;
             }
-            WatchEvent::Error(status) if status.code == 410 => {
-                tracing::info!(
-                    kind = self.kind.as_str(),
-                    "what was last read is too old to go on with; the list is read again"
-                );
-                return Err(None);
-            }
-            WatchEvent::Error(status) => return Err(Some(describe(&Error::Api(status)))),
+            WatchEvent::Error(_) => return,
         };
         let meta = meta(item.metadata());
         if let Some(newer) = &item.metadata().resource_version {
@@ -284,7 +333,6 @@ impl<K: Watched> Watch<K> {
                 world.delete(self.kind, meta);
             }
         });
-        Ok(())
     }
 }
 
@@ -299,10 +347,10 @@ fn meta(metadata: &ObjectMeta) -> Meta {
 }
 
 /// What the API server asks a client to wait, when it has too much to do.
-fn retry_after(error: &Error) -> Option<Duration> {
+pub(super) fn retry_after(error: &Error) -> Option<Duration> {
     let Error::Api(status) = error else { return None };
     let seconds = status.details.as_ref()?.retry_after_seconds;
-    (seconds > 0).then(|| Duration::from_secs(seconds.into()).min(WATCH_RETRY_MOST))
+    (seconds > 0).then(|| Duration::from_secs(seconds.into()).min(RETRY_AFTER_MOST))
 }
 
 /// With its causes; the client's own text has them twice, or not at all.
@@ -332,8 +380,13 @@ pub struct Backoff {
 impl Backoff {
     pub fn next(&mut self) -> Duration {
         let most = WATCH_RETRY.saturating_mul(1 << self.failures.min(16)).min(WATCH_RETRY_MOST);
-        self.failures += 1;
+        self.failures = self.failures.saturating_add(1);
         most.mul_f64(rand::rng().random_range(0.5..1.0))
+    }
+
+    /// Not before the API server has asked for, and then not all at once.
+    pub fn after(&mut self, asked: Duration) -> Duration {
+        self.next().max(asked.mul_f64(rand::rng().random_range(1.0..1.5)))
     }
 }
 
@@ -367,7 +420,7 @@ mod tests {
             Error::Api(status.boxed())
         };
         assert_eq!(retry_after(&busy(3)), Some(Duration::from_secs(3)));
-        assert_eq!(retry_after(&busy(3600)), Some(WATCH_RETRY_MOST));
+        assert_eq!(retry_after(&busy(3600)), Some(RETRY_AFTER_MOST));
         assert_eq!(retry_after(&busy(0)), None);
         assert_eq!(describe(&busy(3)), "429 TooManyRequests: busy");
     }

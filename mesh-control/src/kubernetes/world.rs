@@ -45,6 +45,8 @@ pub struct ClusterWorld {
     in_force: BTreeMap<ObjectId, InForce>,
     world: Arc<World>,
     rejections: Vec<Rejection>,
+    /// Something was told since the last decision: most of what a cluster says of its objects is nothing to the mesh.
+    is_undecided: bool,
     /// Objects from the API server have no text of their own to be kept.
     text: Arc<str>,
 }
@@ -66,6 +68,7 @@ impl Default for ClusterWorld {
             in_force: BTreeMap::new(),
             world: Arc::default(),
             rejections: Vec::new(),
+            is_undecided: true,
             text: Arc::from(""),
         }
     }
@@ -141,11 +144,12 @@ impl ClusterWorld {
         };
         match problem {
             Ok(object) => {
-                source.rejected = None;
+                self.is_undecided |= source.rejected.take().is_some();
                 let since = source.held.as_ref().map_or(meta.created, |held| held.since);
                 if source.held.as_ref().is_some_and(|held| *held.form.object == object) {
                     return;
                 }
+                self.is_undecided = true;
                 let form = Form {
                     object: Arc::new(object),
                     text,
@@ -154,7 +158,7 @@ impl ClusterWorld {
                 source.held = Some(Held { form, since });
             }
             Err((reason, message)) => {
-                source.rejected = Some(Rejection {
+                let rejected = Some(Rejection {
                     file: ORIGIN.to_owned(),
                     document: 0,
                     object: Some(given),
@@ -162,6 +166,8 @@ impl ClusterWorld {
                     message,
                     last_good_in_force: source.held.is_some(),
                 });
+                self.is_undecided |= source.rejected != rejected;
+                source.rejected = rejected;
             }
         }
     }
@@ -181,6 +187,7 @@ impl ClusterWorld {
     fn forget(&mut self, id: &ObjectId) {
         if self.sources.remove(id).is_some() {
             self.of(id.kind).count -= 1;
+            self.is_undecided = true;
         }
         // Not as its last good form either, should another one of its name not stand.
         self.in_force.remove(id);
@@ -239,6 +246,9 @@ impl ClusterWorld {
 
     /// Decides what is in force now. True when that, or what is rejected, has changed.
     pub fn decide(&mut self) -> bool {
+        if !self.is_undecided {
+            return false;
+        }
         let mut rejections: Vec<Rejection> = self.sources.values().filter_map(|source| source.rejected.clone()).collect();
         let held = self
             .sources
@@ -252,6 +262,8 @@ impl ClusterWorld {
             self.world = world;
         }
         self.rejections = rejections;
+        // What was in force before counts in a decision: the next one may differ until nothing does.
+        self.is_undecided = changed;
         changed
     }
 

@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: the same topology, direct and through the mesh, side by side in one run. Every round measures every system
 //! once, so that what the machine does meanwhile happens to all of them.
 
+pub mod control;
 mod measure;
 mod report;
 

@@ -27,6 +27,73 @@ struct Summary {
     n: usize,
 }
 
+/// What was measured of one system alone.
+#[derive(Debug)]
+pub struct Samples {
+    system: &'static str,
+    measures: Vec<(String, &'static str, Vec<f64>)>,
+}
+
+impl Samples {
+    pub fn new(system: &'static str) -> Self {
+        Self {
+            system,
+            measures: Vec::new(),
+        }
+    }
+
+    pub fn add(&mut self, measure: &str, unit: &'static str, value: f64) {
+        match self.measures.iter_mut().find(|(name, _, _)| name == measure) {
+            Some((_, _, values)) => values.push(value),
+            None => self.measures.push((measure.to_owned(), unit, vec![value])),
+        }
+    }
+
+    pub fn print(&self, format: Format, what: &str) -> Result<()> {
+        let mut out = std::io::stdout().lock();
+        if format == Format::Table {
+            writeln!(
+                out,
+                "\n{what}\n\n{:<26}{:<12}{:>12}{:>26}{:>6}",
+                "measure", "unit", "median", "[least–most]", "n"
+            )?;
+        }
+        for (measure, unit, values) in &self.measures {
+            let Some(summary) = Summary::of(values) else { continue };
+            match format {
+                Format::Json => writeln!(out, "{}", summary.json(measure, self.system, unit))?,
+                Format::Table => {
+                    let range = format!("[{:.3}–{:.3}]", summary.min, summary.max);
+                    writeln!(
+                        out,
+                        "{measure:<26}{unit:<12}{:>12.3}{range:>26}{:>6}",
+                        summary.median, summary.n
+                    )?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Summary {
+    fn of(values: &[f64]) -> Option<Self> {
+        let mut values = values.to_vec();
+        values.sort_by(f64::total_cmp);
+        Some(Self {
+            median: median(&values)?,
+            min: *values.first()?,
+            max: *values.last()?,
+            n: values.len(),
+        })
+    }
+
+    fn json(&self, measure: &str, system: &str, unit: &str) -> serde_json::Value {
+        let Self { median, min, max, n } = self;
+        json!({"measure": measure, "system": system, "unit": unit, "median": median, "min": min, "max": max, "n": n})
+    }
+}
+
 impl Results {
     pub fn add(&mut self, measure: &'static str, unit: &'static str, system: System, value: f64) {
         if !self.order.contains(&(measure, unit)) {
@@ -36,14 +103,7 @@ impl Results {
     }
 
     fn summary(&self, measure: &'static str, system: System) -> Option<Summary> {
-        let mut values = self.values.get(&(measure, system))?.clone();
-        values.sort_by(f64::total_cmp);
-        Some(Summary {
-            median: median(&values)?,
-            min: *values.first()?,
-            max: *values.last()?,
-            n: values.len(),
-        })
+        Summary::of(self.values.get(&(measure, system))?)
     }
 
     pub fn print(&self, format: Format) -> Result<()> {
@@ -65,13 +125,7 @@ impl Results {
             for system in System::ALL {
                 let summary = self.summary(measure, system);
                 match (&summary, format) {
-                    (Some(Summary { median, min, max, n }), Format::Json) => {
-                        let object = json!({
-                            "measure": measure, "system": system.as_str(), "unit": unit,
-                            "median": median, "min": min, "max": max, "n": n
-                        });
-                        writeln!(out, "{object}")?;
-                    }
+                    (Some(summary), Format::Json) => writeln!(out, "{}", summary.json(measure, system.as_str(), unit))?,
                     (Some(summary), Format::Table) => line.push_str(&format!("{:>34}", cell(summary, system, direct))),
                     (None, _) => line.push_str(&format!("{:>34}", "–")),
                 }

@@ -3,23 +3,31 @@
 use std::io::Write as _;
 use std::process::ExitCode;
 
-use mesh_tests::bench::{self, Amounts, Format};
+use clap::Parser;
+use mesh_tests::bench::{self, Amounts, Format, control};
 
-const USAGE: &str = "usage: mesh-bench ROUNDS [--json] [--brief]";
+#[derive(Parser)]
+struct Arguments {
+    /// How often everything is measured
+    #[arg(value_parser = clap::value_parser!(u8).range(1..=100))]
+    rounds: u8,
+    /// The control plane on a cluster with so many Pods, instead of the mesh
+    #[arg(long, value_name = "PODS", value_parser = clap::value_parser!(u32).range(100..=50_000))]
+    control: Option<u32>,
+    #[arg(long)]
+    json: bool,
+    #[arg(long)]
+    brief: bool,
+}
 
 fn main() -> ExitCode {
-    let mut rounds = None;
-    let (mut format, mut amounts, mut is_understood) = (Format::Table, Amounts::FULL, true);
-    for argument in std::env::args().skip(1) {
-        match argument.as_str() {
-            "--json" => format = Format::Json,
-            "--brief" => amounts = Amounts::BRIEF,
-            number => is_understood &= rounds.replace(number.parse()).is_none(),
-        }
-    }
-    let outcome = match rounds {
-        Some(Ok(rounds @ 1..=100)) if is_understood => bench::run(rounds, amounts, format),
-        _ => Err(anyhow::anyhow!(USAGE)),
+    let arguments = Arguments::parse();
+    let format = if arguments.json { Format::Json } else { Format::Table };
+    let amounts = if arguments.brief { Amounts::BRIEF } else { Amounts::FULL };
+    let rounds = usize::from(arguments.rounds);
+    let outcome = match arguments.control {
+        Some(pods) => control::run(rounds, control::Size { pods: pods as usize }, format),
+        None => bench::run(rounds, amounts, format),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -10,6 +10,7 @@
 mod api_server;
 mod certificates;
 mod cluster;
+pub mod faults;
 mod hierarchies;
 mod image;
 mod kubectl;

@@ -146,3 +146,24 @@ fn a_service_accounts_credentials_are_read_and_start_without_roots() {
     assert_eq!((credentials.node(), credentials.control()), ("node-a", "mesh-control:15012"));
     assert!(!format!("{credentials:?}").contains("s3cret"));
 }
+
+#[test]
+fn a_token_that_is_over_is_known_by_its_own_word() {
+    use base64::Engine as _;
+    use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+    let token = |claims: &str| format!("a.{}.c", URL_SAFE_NO_PAD.encode(claims));
+    assert_eq!(super::over_for(&token(r#"{"exp": 100, "aud": ["culvert"]}"#), 160), Some(60));
+    assert_eq!(super::over_for(&token(r#"{"exp": 100}"#), 100), Some(0));
+    assert_eq!(super::over_for(&token(r#"{"exp": 100}"#), 99), None);
+    for odd in [
+        "",
+        "a",
+        "a.b.c",
+        "a.!.c",
+        &token("{}"),
+        &token("nonsense"),
+        &token(r#"{"exp": "soon"}"#),
+    ] {
+        assert_eq!(super::over_for(odd, u64::MAX), None, "{odd}");
+    }
+}

@@ -3,8 +3,9 @@ use std::collections::BTreeMap;
 use k8s_openapi::api::authentication::v1::UserInfo;
 
 use super::*;
-use crate::limits::{REVIEW_GRACE, REVIEW_LIFE};
+use crate::limits::{MAX_REVIEWS_WAITING, REVIEW_GRACE, REVIEW_LIFE};
 
+const HOST: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
 const AGENTS: &str = "system:serviceaccount:culvert-system:mesh-agent";
 
 fn reviewer() -> Reviewer {
@@ -98,11 +99,11 @@ async fn what_is_no_token_is_refused_without_a_question() {
     let reviewer = reviewer();
     let long = format!("a.b.{}", "c".repeat(MAX_SERVICE_ACCOUNT_TOKEN_BYTES));
     for text in ["", "x", "a.b", "a.b.c.d", "a..c", "a.b/.c", "a.b c.d", long.as_str()] {
-        assert_eq!(reviewer.authenticate(text).await, Err(Refusal::Unknown), "{text:.20}");
+        assert_eq!(reviewer.authenticate(text, HOST).await, Err(Refusal::Unknown), "{text:.20}");
     }
     assert_eq!(reviewer.metrics.token_reviews.with_label_values(&["failed"]).get(), 0);
     // Nobody listens there.
-    assert_eq!(reviewer.authenticate("a.b.c").await, Err(Refusal::Unreviewed));
+    assert_eq!(reviewer.authenticate("a.b.c", HOST).await, Err(Refusal::Unreviewed));
     assert_eq!(reviewer.metrics.token_reviews.with_label_values(&["failed"]).get(), 1);
 }
 
@@ -110,12 +111,17 @@ async fn what_is_no_token_is_refused_without_a_question() {
 async fn a_crowd_is_refused_and_asked_to_come_back() {
     let reviewer = reviewer();
     let places = reviewer
+        .lanes
         .waiting
         .try_acquire_many(u32::try_from(MAX_REVIEWS_WAITING).expect("a count"));
-    assert_eq!(reviewer.authenticate("a.b.c").await, Err(Refusal::Crowded));
+    assert_eq!(reviewer.authenticate("a.b.c", HOST).await, Err(Refusal::Crowded));
     assert!(Refusal::Crowded.is_passing());
     drop(places);
-    assert_eq!(reviewer.authenticate("a.b.c").await, Err(Refusal::Unreviewed), "room again");
+    assert_eq!(
+        reviewer.authenticate("a.b.c", HOST).await,
+        Err(Refusal::Unreviewed),
+        "room again"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -127,15 +133,22 @@ async fn while_nobody_can_say_an_open_stream_goes_on_for_a_while_and_no_new_call
     };
     reviewer.cache.lock().keep(hash("a.b.c"), Ok(accepted), Instant::now());
     let spared = || reviewer.metrics.token_reviews_spared.get();
-    assert_eq!(reviewer.authenticate("a.b.c").await, Ok("node-a".to_owned()));
-    assert_eq!((reviewer.recheck("a.b.c").await, spared()), (Ok(()), 0));
+    assert_eq!(reviewer.authenticate("a.b.c", HOST).await, Ok("node-a".to_owned()));
+    assert_eq!((reviewer.recheck("a.b.c", HOST).await, spared()), (Ok(()), 0));
     tokio::time::advance(REVIEW_LIFE).await;
-    let refusal = reviewer.authenticate("a.b.c").await.expect_err("nobody can say");
+    let refusal = reviewer.authenticate("a.b.c", HOST).await.expect_err("nobody can say");
     assert!(refusal.is_passing(), "{refusal}");
-    assert_eq!((reviewer.recheck("a.b.c").await, spared()), (Ok(()), 1));
-    assert_eq!(reviewer.recheck("x.y.z").await, Err(Refusal::Unreviewed), "never accepted");
+    assert_eq!((reviewer.recheck("a.b.c", HOST).await, spared()), (Ok(()), 1));
+    assert_eq!(
+        reviewer.recheck("x.y.z", HOST).await,
+        Err(Refusal::Unreviewed),
+        "never accepted"
+    );
     tokio::time::advance(REVIEW_GRACE).await;
-    assert_eq!((reviewer.recheck("a.b.c").await, spared()), (Err(Refusal::Unreviewed), 1));
+    assert_eq!(
+        (reviewer.recheck("a.b.c", HOST).await, spared()),
+        (Err(Refusal::Unreviewed), 1)
+    );
 }
 
 #[test]
