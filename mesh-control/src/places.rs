@@ -60,6 +60,14 @@ impl Places {
     }
 }
 
+impl Place {
+    /// For whom it is: an address, or an IPv6 /64.
+    #[must_use]
+    pub fn host(&self) -> IpAddr {
+        self.address
+    }
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
         if let Some(gauge) = &self.places.gauge {

@@ -261,7 +261,7 @@ pub async fn accept(
                 Ok(Ok(stream)) => {
                     let connection = Connection {
                         stream,
-                        authenticated: Authenticated::by(place.address),
+                        authenticated: Authenticated::by(place.host()),
                         deadline: Some(Box::pin(sleep(bounds.authenticate))),
                         overdue: false,
                         _place: place,
