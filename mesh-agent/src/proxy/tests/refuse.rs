@@ -90,7 +90,8 @@ async fn whom_deny_names_does_not_come_in_without_its_tunnel() {
     .await;
     // A Pod of the same account that has opted out of the mesh.
     mesh.tell(vec![outside("client", outsider)]);
-    let mut stream = plaintext_to_echo(&mesh, outsider, &server).await;
+    let other = mesh.pod(&mesh.far, "other").await;
+    let mut stream = plaintext_to_echo(&mesh, outsider, &other).await;
     let exchange = async {
         stream.write_all(b"x").await?;
         stream.read(&mut [0]).await
