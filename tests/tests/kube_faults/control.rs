@@ -135,7 +135,7 @@ impl Control {
             let text = said();
             Ok(words.iter().all(|word| text.contains(word)))
         })
-        .with_context(|| said())?;
+        .with_context(said)?;
         ensure!(self.metrics.registry_stale.get() == 1, "it is not counted");
         Ok(())
     }
