@@ -92,8 +92,19 @@ impl Running {
     }
 
     pub fn end(mut self, mesh: &mut Mesh) -> Result<()> {
-        self.server.take();
+        let is_enrolled = mesh.listed(self.name)?.is_some();
+        let kept = || {
+            mesh.metric(NODE, "mesh_following_failures_total", &[("reason", "still_running")])
+                .unwrap_or(0.0)
+        };
+        let before = kept();
         mesh.registry.remove(&format!("pod-{}.yaml", self.name))?;
+        if is_enrolled {
+            // Its object is gone and its processes are not, as after a forced deletion: it stays captured.
+            poll::until_true("its processes are seen", SOON, || Ok(kept() > before))?;
+            ensure!(mesh.listed(self.name)?.is_some(), "a Pod that runs was let go");
+        }
+        self.server.take();
         poll::until_true("the Pod that is gone is released", SOON, || {
             Ok(mesh.listed(self.name)?.is_none())
         })?;
