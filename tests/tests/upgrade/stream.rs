@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 use mesh_tests::mesh::Mesh;
@@ -50,6 +51,9 @@ impl Stream {
     }
 }
 
+/// Between two words: some hundred a second tell whether one is lost.
+const PAUSE: Duration = Duration::from_millis(4);
+
 fn talk(mut chat: Conversation, marker: &str, ends: [&str; 2], stop: &AtomicBool, answered: &AtomicU64) -> Result<()> {
     let names = chat.ask(NAMES, SOON)?;
     let [own, peer] = ends;
@@ -66,6 +70,8 @@ fn talk(mut chat: Conversation, marker: &str, ends: [&str; 2], stop: &AtomicBool
         ensure!(now == names, "the socket's names were {names}, and are {now}");
         number += 1;
         answered.store(number, Ordering::Relaxed);
+        // The wire is recorded, within a bound.
+        std::thread::sleep(PAUSE);
     }
     Ok(())
 }
