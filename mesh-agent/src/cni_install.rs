@@ -41,7 +41,7 @@ pub fn install(places: &CniPlaces, run_dir: &Path, binary: Option<&Path>) -> any
         None => std::env::current_exe()?.with_file_name(PLUGIN),
     };
     let content = fs::read(&source).with_context(|| format!("the plugin's binary {}", source.display()))?;
-    let target = places.bin_dir.join(PLUGIN);
+    let target = plugin(places);
     if fs::read(&target).is_ok_and(|there| there == content) {
         fs::set_permissions(&target, fs::Permissions::from_mode(0o755))?;
     } else {
@@ -83,10 +83,16 @@ pub fn uninstall(places: &CniPlaces) -> anyhow::Result<Vec<PathBuf>> {
     }
     ensure!(failed.is_empty(), "{}", failed.join("; "));
     // Last: a runtime cannot start a Pod by an entry whose binary is gone.
-    match fs::remove_file(places.bin_dir.join(PLUGIN)) {
+    match fs::remove_file(plugin(places)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).context("--cni-bin-dir"),
         _ => Ok(changed),
     }
+}
+
+/// Where its binary is on the node.
+#[must_use]
+pub fn plugin(places: &CniPlaces) -> PathBuf {
+    places.bin_dir.join(PLUGIN)
 }
 
 fn mentions_plugin(path: &Path) -> bool {

@@ -21,4 +21,5 @@ pub mod proxy;
 pub mod state;
 pub mod telemetry;
 pub mod tls;
+pub mod uninstall;
 pub mod workload;

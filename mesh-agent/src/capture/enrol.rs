@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::net::TcpListener as StdListener;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use mesh_common::limits::{MAX_POD_ADDRESSES, MAX_PODS};
@@ -32,6 +33,8 @@ pub(super) struct Inner {
     pub(super) boot_id: String,
     /// One enrolment or release at a time. Taken before `pods`, and on blocking threads only.
     pub(super) change: Mutex<()>,
+    /// Another process has the capture in hand: nothing is put back.
+    pub(super) is_resting: AtomicBool,
     pub(super) pods: Mutex<HashMap<String, Enrolment>>,
     /// Of an agent before that lives on: uid → outbound, tunnel, plaintext.
     pub(super) adopted: Mutex<HashMap<String, [StdListener; 3]>>,

@@ -39,7 +39,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::future::{BoxFuture, FutureExt, try_join_all};
@@ -159,6 +159,7 @@ impl Capture {
                 node_cookie: netns::cookie_of_this_thread()?,
                 boot_id: boot_id()?,
                 change: Mutex::default(),
+                is_resting: AtomicBool::new(false),
                 pods: Mutex::new(pods),
                 adopted: Mutex::default(),
                 upstreams: Arc::new(Semaphore::new(MAX_UPSTREAMS)),
@@ -180,6 +181,11 @@ impl Capture {
     /// Another agent beats from now on; should it die, nothing of this one may hide that.
     pub fn fall_silent(&self) {
         self.heartbeat.lock().take();
+    }
+
+    /// While another process takes over, this one puts nothing back. Blocks.
+    pub fn rest(&self, is_resting: bool) {
+        self.inner.rest(is_resting);
     }
 
     /// Takes over the Pods that an earlier agent enrolled; to be called once, after start. A Pod whose namespace is gone for sure is
@@ -490,6 +496,14 @@ impl Capture {
             Ok(summary)
         })
         .await
+    }
+}
+
+/// Removes what probes have left at the cgroup root, and does nothing where there is none. For an uninstallation.
+pub fn sweep_probes(cgroup_root: Option<&Path>) {
+    let root = cgroup_root.map_or_else(cgroup_root::detect, |root| Ok(root.to_owned()));
+    if let Ok(root) = root {
+        probe_child::sweep_probe_cgroups(&root);
     }
 }
 

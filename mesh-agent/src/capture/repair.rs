@@ -23,8 +23,21 @@ pub struct Repairs {
 }
 
 impl Inner {
+    /// Whoever takes over puts back what is missing, or takes away what is there. A repair that is under way is waited for.
+    pub(super) fn rest(&self, is_resting: bool) {
+        self.is_resting.store(is_resting, Ordering::Relaxed);
+        drop(self.change.lock());
+    }
+
+    fn is_resting(&self) -> bool {
+        self.is_resting.load(Ordering::Relaxed)
+    }
+
     pub(super) fn repair(&self, uid: &str) -> Result<Repairs, CaptureError> {
         let _change = self.change.lock();
+        if self.is_resting() {
+            return Ok(Repairs::default());
+        }
         let (record, network, listeners) = {
             let pods = self.pods.lock();
             let served = pods
@@ -89,6 +102,9 @@ impl Inner {
     /// The kernel does not tell which socket an entry holds, only that there is none: it is written where nothing is.
     pub(super) fn restore_listeners(&self, uid: &str, listeners: &[Arc<TcpListener>; 2]) -> Result<bool, CaptureError> {
         let _change = self.change.lock();
+        if self.is_resting() {
+            return Ok(false);
+        }
         let slot = {
             let pods = self.pods.lock();
             pods.get(uid).filter(|e| e.active.is_some()).map(|e| e.record.slot)
@@ -108,6 +124,9 @@ impl Inner {
     /// As [`Inner::repair`], of what all Pods share.
     pub(super) fn repair_node(&self) -> Result<Vec<String>, CaptureError> {
         let _change = self.change.lock();
+        if self.is_resting() {
+            return Ok(Vec::new());
+        }
         let repaired = self.kernel.repair()?;
         if !repaired.is_empty() {
             self.events.repaired.fetch_add(repaired.len() as u64, Ordering::Relaxed);

@@ -323,12 +323,14 @@ impl Pods {
             }
             std::thread::sleep(FREEZE_POLL);
         }
+        self.capture.rest(true);
         true
     }
 
     /// Nobody took over.
     pub fn thaw(&self) {
         self.frozen.store(false, Ordering::Relaxed);
+        self.capture.rest(false);
     }
 
     /// Of every served Pod, by uid: outbound, tunnel, plaintext.
