@@ -7,8 +7,11 @@ pub mod own_readiness;
 
 use std::io;
 use std::net::TcpListener;
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
@@ -57,6 +60,9 @@ const MESH_DESTINATIONS_INTERVAL: Duration = Duration::from_secs(1);
 const WANTED_DESCRIPTORS: u64 = 1 << 20;
 /// With fewer no Pod may have a connection.
 const FEWEST_DESCRIPTORS: u64 = 2 * DESCRIPTORS_RESERVED as u64;
+/// A successor that was killed and is started again has as long before its predecessor takes its place.
+const ABANDONED_LOOK: Duration = Duration::from_millis(500);
+const ABANDONED_LOOKS: u32 = 6;
 /// Why the agent ends, beside signals.
 const HANDOVER: &str = "handover";
 
@@ -65,7 +71,7 @@ struct Agent {
     node: Arc<str>,
     control: String,
     capture: Arc<Capture>,
-    socket: Arc<LocalSocket>,
+    local_refused: Arc<AtomicU64>,
     state: Arc<SharedState>,
     store: Arc<CertificateStore>,
     certificates: Arc<Certificates>,
@@ -90,10 +96,17 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     let result = runtime.block_on(agent(args, credentials, limits));
     // Blocking tasks (a probe's child, say) end by themselves; the process need not wait for them.
     runtime.shutdown_timeout(TASKS_PATIENCE);
-    result
+    match result? {
+        End::Done => Ok(()),
+        // In place: whoever watches over this process would take its time to start another.
+        End::StartAgain => {
+            let error = Command::new(std::env::current_exe()?).args(std::env::args_os().skip(1)).exec();
+            Err(error).context("starting again")
+        }
+    }
 }
 
-async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyhow::Result<()> {
+async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyhow::Result<End> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let stop = CancellationToken::new();
     // What only one agent does: it ends when another takes over.
@@ -221,7 +234,7 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
         node: node.clone(),
         control: control.address().to_owned(),
         capture: capture.clone(),
-        socket: socket.clone(),
+        local_refused: socket.refused(),
         state,
         store,
         certificates,
@@ -316,6 +329,8 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
     }
     // Discovery goes on while connections drain. A second signal ends the drain.
     let mut is_told_to_end = !is_handed_over;
+    let mut end = End::Done;
+    let waits_to_end = is_handed_over && args.wait_for_sigterm;
     tokio::select! {
         () = pods.stop(Duration::from_secs(drain_seconds)) => {}
         _ = terminate.recv() => {
@@ -326,20 +341,42 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
             is_told_to_end = true;
             warn!("a second SIGINT ends the drain");
         }
+        () = abandoned(&args.run_dir), if waits_to_end => end = End::StartAgain,
     }
     stop.cancel();
     tasks.close();
-    if args.wait_for_sigterm && !is_told_to_end {
+    if waits_to_end && !is_told_to_end && end == End::Done {
         info!("nothing is left to do; SIGTERM is waited for");
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
+            () = abandoned(&args.run_dir) => end = End::StartAgain,
         }
+    }
+    if end == End::StartAgain {
+        error!("the agent that took over is gone, and none has come after it: this one starts again");
     }
     if tokio::time::timeout(TASKS_PATIENCE, tasks.wait()).await.is_err() {
         warn!("background tasks have not ended");
     }
-    result.map(|_| ())
+    result.map(|_| end)
+}
+
+/// What becomes of the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Done,
+    StartAgain,
+}
+
+/// Until nobody has had the run directory for a while, though it is there: a rollout whose new agent fails ends with this one, which
+/// has given everything up.
+async fn abandoned(run_dir: &Path) {
+    let mut looks = 0;
+    while looks < ABANDONED_LOOKS {
+        tokio::time::sleep(ABANDONED_LOOK).await;
+        looks = if local::is_abandoned(run_dir) { looks + 1 } else { 0 };
+    }
 }
 
 /// The run directory's lock and socket: free, or taken over from the agent that runs there.

@@ -118,17 +118,17 @@ async fn pass(args: &UninstallArgs) -> Removed {
         }
     }
     removed.note("the CNI plugin", remove_plugin(args));
-    let claim = claim.map(Claim::into_lock);
-    if claim.is_some() && removed.from_running {
+    // Held until the folder is gone.
+    let lock = claim.map(Claim::into_lock);
+    if removed.from_running {
         tokio::time::sleep(Duration::from_secs(args.drain_seconds)).await;
     }
-    if claim.is_some() || args.pin_path.exists() {
+    if lock.is_some() || args.pin_path.exists() {
         let released = release(args).await;
         removed.note("Pods", released);
     }
     capture::sweep_probes(args.cgroup_root.as_deref());
-    if claim.is_some() && removed.failed.is_empty() {
-        // With the lock's file: whoever waits for it finds another one, or none.
+    if lock.is_some() && removed.failed.is_empty() {
         removed.note("--run-dir", remove_folder(&args.run_dir));
     }
     removed
@@ -149,18 +149,12 @@ enum Claim {
     Running { inherited: Box<Inherited>, lock: OwnedFd },
 }
 
-/// Whatever holds the lock.
-enum Lock {
-    _Own(File),
-    _Inherited(OwnedFd),
-}
-
 impl Claim {
     /// Lets go of the Pods' listeners.
-    fn into_lock(self) -> Lock {
+    fn into_lock(self) -> OwnedFd {
         match self {
-            Self::Free(lock) => Lock::_Own(lock),
-            Self::Running { lock, .. } => Lock::_Inherited(lock),
+            Self::Free(lock) => lock.into(),
+            Self::Running { lock, .. } => lock,
         }
     }
 }

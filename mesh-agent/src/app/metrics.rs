@@ -196,7 +196,7 @@ impl AgentMetrics {
             self.pods_without_backstop.with_label_values(&[reason]).set(size(count));
         }
         self.show_following(agent, &pods);
-        take_over(&self.local_refused, agent.socket.refused());
+        take_over(&self.local_refused, agent.local_refused.load(Ordering::Relaxed));
         self.buffered_bytes.set(size(agent.buffers.held_bytes()));
         let settings = agent.state.read(|state| state.settings().clone());
         for (kind, count) in [

@@ -12,6 +12,7 @@ pub mod review_cache;
 pub mod reviews;
 pub mod root;
 pub mod root_secret;
+pub mod uninstall;
 mod watch;
 pub mod wishes;
 pub mod world;
