@@ -5,32 +5,24 @@
     reason = "a test: a panic is its failure, and standard output its report"
 )]
 
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
-use mesh_tests::binaries;
-use mesh_tests::kube::{APP_IMAGE, Cluster, Image};
-use mesh_tests::poll;
-use mesh_tests::readme;
-use mesh_tests::suite;
-use mesh_tests::wire::Recorder;
-use serde_json::Value;
+use anyhow::{Context as _, Result, ensure};
+use mesh_tests::kube::Cluster;
+use mesh_tests::kube::culvert::{
+    self, Load, MESH, PATIENCE, SHOP, capture, deploy, get, install, lines_of, pod, run_readme, until_proven, with_logs,
+};
+use mesh_tests::{poll, suite};
 
-const MESH: &str = "culvert-system";
-const SHOP: &str = "shop";
-/// Images are started, certificates signed, captures proven, and written to the API server.
-const PATIENCE: Duration = Duration::from_secs(120);
-/// What a node of cgroup version 1 and 2 has beside the folders of version 1.
-const UNIFIED: &str = "/sys/fs/cgroup/unified";
+#[path = "kube_mesh/remove.rs"]
+mod remove;
 
 fn main() -> ExitCode {
     suite::run(
         "kube_mesh",
         || {
             let cluster = Cluster::start(2)?;
-            match install(&cluster).and_then(|()| deploy(&cluster)) {
+            match deploy(&cluster).and_then(|()| install(&cluster)) {
                 Ok(()) => Ok(cluster),
                 Err(error) => Err(with_logs(&cluster, error)),
             }
@@ -44,200 +36,19 @@ fn main() -> ExitCode {
             ("a_rollout_of_the_agents_fails_no_connection", rollout),
             ("control_planes_restart_and_forget_nothing", restart),
             ("pods_leave_when_the_label_is_removed", leave),
+            ("nodes_are_as_they_were_when_the_mesh_is_removed", remove::all),
         ],
     )
 }
 
-fn with_logs(cluster: &Cluster, error: anyhow::Error) -> anyhow::Error {
-    for workload in ["daemonset/mesh-agent", "deployment/mesh-control"] {
-        let arguments = [
-            "-n",
-            MESH,
-            "logs",
-            workload,
-            "--all-pods=true",
-            "--all-containers",
-            "--prefix",
-            "--tail=25",
-        ];
-        match cluster.kubectl().run(&arguments) {
-            Ok(text) => println!("--- the end of {workload}:\n{text}"),
-            Err(error) => println!("--- no logs of {workload}: {error:#}"),
-        }
-    }
-    for what in [
-        &["-n", MESH, "get", "pods", "-o", "wide"][..],
-        &["-n", SHOP, "describe", "pods"],
-    ] {
-        println!("{}", cluster.kubectl().run(what).unwrap_or_default());
-    }
-    cluster.with_logs(error)
-}
-
-fn checkout() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
-}
-
-/// As docs/DEPLOY.md says, with the images that were just built.
-fn install(cluster: &Cluster) -> Result<()> {
-    let agent = Image::new("culvert.test/mesh-agent:1")
-        .program(&binaries::path("mesh-agent")?, "/mesh-agent")?
-        .program(&binaries::path("mesh-cni")?, "/mesh-cni")?
-        .entrypoint(&["/mesh-agent"]);
-    let control = Image::new("culvert.test/mesh-control:1")
-        .program(&binaries::path("mesh-control")?, "/mesh-control")?
-        .entrypoint(&["/mesh-control"])
-        .user(65532);
-    cluster.load_image(&agent)?;
-    cluster.load_image(&control)?;
-    let shipped = checkout().join("deploy");
-    let here = folder(cluster).join("deploy");
-    std::fs::create_dir_all(here.join("crds"))?;
-    for file in std::fs::read_dir(shipped.join("crds"))? {
-        let file = file?;
-        std::fs::copy(file.path(), here.join("crds").join(file.file_name()))?;
-    }
-    let mut manifests = std::fs::read_to_string(shipped.join("culvert.yaml"))?;
-    for name in ["mesh-agent", "mesh-control"] {
-        let shipped = format!("image: {name}:{}", env!("CARGO_PKG_VERSION"));
-        ensure!(manifests.contains(&shipped), "deploy/culvert.yaml has no {shipped}");
-        manifests = manifests.replace(&shipped, &format!("image: culvert.test/{name}:1"));
-    }
-    if cluster.node(1).run(&["test", "-d", UNIFIED], poll::SOON)?.status.success() {
-        manifests = manifests.replace("path: /sys/fs/cgroup\n", &format!("path: {UNIFIED}\n"));
-    }
-    if !has_sys_resource()? {
-        // A runtime gives nobody what it does not have itself. Without it the agent has the descriptors that its hard limit allows.
-        println!("this machine has no CAP_SYS_RESOURCE to give: the agents are deployed without it");
-        manifests = manifests.replace("                - SYS_RESOURCE\n", "");
-    }
-    std::fs::write(here.join("culvert.yaml"), manifests)?;
-    let said = readme(cluster, "rollout status daemonset")?;
-    ensure!(said.contains("successfully rolled out"), "{said}");
-    Ok(())
-}
-
-/// Where the README's commands are run.
-fn folder(cluster: &Cluster) -> PathBuf {
-    cluster.folder().join("checkout")
-}
-
-/// Runs the block of the README that has this in it, and answers what it printed.
 fn readme(cluster: &Cluster, with: &str) -> Result<String> {
-    let blocks = readme::run_by("kube_mesh")?;
-    let mut chosen = blocks.iter().filter(|block| block.text.contains(with));
-    let (Some(block), None) = (chosen.next(), chosen.next()) else {
-        bail!("not one block of the README that kube_mesh runs has {with:?}");
-    };
-    if block.language == "yaml" {
-        std::fs::write(folder(cluster).join("deny.yaml"), &block.text)?;
-        return Ok(String::new());
-    }
-    cluster.kubectl().shell(&folder(cluster), &block.text)?.ok(&block.text)
-}
-
-fn has_sys_resource() -> Result<bool> {
-    const CAP_SYS_RESOURCE: u32 = 24;
-    let status = std::fs::read_to_string("/proc/self/status")?;
-    let bounding = status
-        .lines()
-        .find_map(|line| line.strip_prefix("CapBnd:"))
-        .context("CapBnd")?;
-    Ok(u64::from_str_radix(bounding.trim(), 16)? & (1 << CAP_SYS_RESOURCE) != 0)
-}
-
-fn pod(name: &str, node: u8, command: &str) -> String {
-    format!(
-        r#"
-apiVersion: v1
-kind: ServiceAccount
-metadata: {{name: {name}, namespace: {SHOP}}}
----
-apiVersion: v1
-kind: Pod
-metadata: {{name: {name}, namespace: {SHOP}, labels: {{app: {name}}}}}
-spec:
-  serviceAccountName: {name}
-  nodeSelector: {{kubernetes.io/hostname: node-{node}}}
-  terminationGracePeriodSeconds: 1
-  containers:
-    - name: app
-      image: {APP_IMAGE}
-      command: {command}
-      resources: {{requests: {{cpu: 10m, memory: 8Mi}}, limits: {{memory: 64Mi}}}}
----
-"#
-    )
-}
-
-fn server(name: &str, node: u8) -> String {
-    let command = format!(r#"[mesh-test-app, serve, {name}, "8080", "9000"]"#);
-    pod(name, node, &command)
-        + &format!(
-            r#"
-apiVersion: v1
-kind: Service
-metadata: {{name: {name}, namespace: {SHOP}}}
-spec:
-  selector: {{app: {name}}}
-  ipFamilyPolicy: RequireDualStack
-  ports: [{{name: http, port: 80, targetPort: 8080}}]
----
-"#
-        )
-}
-
-/// Before anybody asks for the mesh.
-fn deploy(cluster: &Cluster) -> Result<()> {
-    let namespace = format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: {SHOP}}}\n---\n");
-    let manifests = namespace + &pod("client", 1, "[sleep, inf]") + &server("near", 1) + &server("server", 2);
-    cluster.kubectl().apply(&manifests)?;
-    let pods = ["pod/client", "pod/near", "pod/server"];
-    cluster.kubectl().wait_for(SHOP, "Ready", &pods)
-}
-
-fn capture(cluster: &Cluster, pod: &str) -> Result<Value> {
-    let pod = cluster.kubectl().get(&["-n", SHOP, "pod", pod])?;
-    Ok(pod["metadata"]["annotations"]["culvert.dev/capture"].clone())
-}
-
-fn until_proven(cluster: &Cluster, pods: &[&str]) -> Result<()> {
-    for pod in pods {
-        poll::until_true(&format!("{pod} is proven to be in the mesh"), PATIENCE, || {
-            Ok(capture(cluster, pod)? == "proven")
-        })?;
-    }
-    Ok(())
-}
-
-/// What the client is answered.
-fn get(cluster: &Cluster, url: &str) -> Result<String> {
-    let output = cluster.kubectl().exec(SHOP, "client", &["mesh-test-app", "get", url])?;
-    output.ok(&format!("GET {url} by the client's Pod"))
-}
-
-/// The access-log lines of both agents, of a connection to this Pod.
-fn lines_of(cluster: &Cluster, pod: &str) -> Result<Vec<Value>> {
-    let arguments = [
-        "-n",
-        MESH,
-        "logs",
-        "daemonset/mesh-agent",
-        "--all-pods=true",
-        "--container=mesh-agent",
-        "--since=5m",
-    ];
-    let text = cluster.kubectl().run(&arguments)?;
-    let lines = text
-        .lines()
-        .filter_map(|line| serde_json::from_str::<Value>(&line[line.find('{')?..]).ok());
-    Ok(lines.filter(|line| line["destination_workload"] == pod).collect())
+    run_readme(cluster, "kube_mesh", with)
 }
 
 fn join(cluster: &mut Cluster) -> Result<()> {
     // The negative control: without the label nothing is carried, and the wire between the nodes shows it all.
     ensure!(
-        is_on_the_wire(cluster, "before")?,
+        is_on_the_wire(cluster)?,
         "the recorder does not see what goes in clear"
     );
     ensure!(capture(cluster, "server")?.is_null(), "a Pod of no mesh is called captured");
@@ -250,7 +61,7 @@ fn join(cluster: &mut Cluster) -> Result<()> {
         ensure!(capture(cluster, pod)? == "proven", "{pod} was waited for and is not proven");
     }
     ensure!(
-        !is_on_the_wire(cluster, "after")?,
+        !is_on_the_wire(cluster)?,
         "what the client says can be read between the nodes"
     );
     let said = readme(cluster, "mutual_tls")?;
@@ -258,15 +69,10 @@ fn join(cluster: &mut Cluster) -> Result<()> {
     Ok(())
 }
 
-/// Whether what the client asks the server on the other node for can be read on the wire between them.
-fn is_on_the_wire(cluster: &Cluster, word: &str) -> Result<bool> {
-    let marker = format!("marker-{word}-{:016x}", rand::random::<u64>());
-    let recorder = Recorder::start(cluster.node(1).netns(), "eth0")?;
-    let answer = get(cluster, &format!("http://server/{marker}"));
-    let recording = recorder.finish()?;
+fn is_on_the_wire(cluster: &Cluster) -> Result<bool> {
+    let (is_seen, answer) = culvert::is_on_the_wire(cluster, "server")?;
     ensure!(answer?.starts_with("server=server "), "another server answered");
-    ensure!(recording.frames > 0, "nothing was recorded");
-    Ok(recording.contains(marker.as_bytes()))
+    Ok(is_seen)
 }
 
 fn services(cluster: &mut Cluster) -> Result<()> {
@@ -360,26 +166,15 @@ fn policy(cluster: &mut Cluster) -> Result<()> {
 
 /// New connections, one after another, while every agent is replaced.
 fn rollout(cluster: &mut Cluster) -> Result<()> {
-    let load = "n=0; f=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); mesh-test-app get http://server/ >/dev/null 2>>/tmp/errors || f=$((f+1)); done; echo \"$n $f\" > /tmp/done";
-    let begin = format!("rm -f /tmp/stop /tmp/done /tmp/errors; ({load}) >/dev/null 2>&1 &");
-    let shell = |script: &str| cluster.kubectl().exec(SHOP, "client", &["sh", "-c", script]);
-    shell(&begin)?.ok("the load")?;
+    let load = Load::begin(cluster, "client", "http://server/")?;
     let restarted = cluster
         .kubectl()
         .run(&["-n", MESH, "rollout", "restart", "daemonset/mesh-agent"])
         .and_then(|_| cluster.kubectl().rolled_out(MESH, "daemonset/mesh-agent"));
-    shell("touch /tmp/stop")?.ok("its end")?;
+    let counted = load.end(cluster)?;
     restarted?;
-    let done = poll::until("the load's count", PATIENCE, || {
-        let output = shell("cat /tmp/done 2>/dev/null; true")?;
-        let text = output.ok("the count")?;
-        Ok((!text.trim().is_empty()).then_some(text))
-    })?;
-    let (made, failed) = done.trim().split_once(' ').context("two numbers")?;
-    println!("{made} connections during the rollout, {failed} failed");
-    let errors = shell("head -c 2000 /tmp/errors 2>/dev/null; true")?.ok("errors")?;
-    ensure!(made.parse::<u32>()? > 20, "only {made} connections");
-    ensure!(failed == "0", "{failed} of {made} failed: {errors}");
+    println!("{} connections during the rollout, {} failed", counted.made, counted.failed);
+    counted.none_failed("the rollout")?;
     until_proven(cluster, &["client", "near", "server"])
 }
 

@@ -11,12 +11,14 @@ mod api_server;
 mod archive;
 mod certificates;
 mod cluster;
+pub mod culvert;
 mod hierarchies;
 mod image;
 mod kubectl;
 mod node;
 mod node_config;
 pub mod node_init;
+pub mod remains;
 mod tools;
 
 pub use api_server::{ApiServer, client};
