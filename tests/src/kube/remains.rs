@@ -14,6 +14,10 @@ use crate::{bpf, poll, snapshot};
 const RUN_DIR: &str = "run/culvert";
 const BPF: &str = "sys/fs/bpf";
 const NETWORKS: &str = "etc/cni/net.d";
+/// Version 2 alone, and beside 1.
+const CGROUP_ROOTS: [&str; 2] = ["sys/fs/cgroup", "sys/fs/cgroup/unified"];
+/// How an agent names those of its probes.
+const PROBE_CGROUP: &str = "culvert-probe-";
 const PLUGINS: &str = "opt/cni/bin";
 
 /// Of a node's file systems, which go with it should it end.
@@ -98,8 +102,8 @@ fn files(node: &Node) -> Result<Files> {
     let networks = networks.collect::<Result<_>>()?;
     let rules = [["ip", "rule"].as_slice(), &["ip", "-6", "rule"]].map(|command| node.run(command, poll::SOON)?.ok("ip rule"));
     let mut cgroups = Vec::new();
-    for folder in node.cgroups()? {
-        cgroups.extend(names(&folder).unwrap_or_default().into_iter().filter(|name| name.contains("culvert-")));
+    for folder in CGROUP_ROOTS.map(|folder| root.join(folder)).iter().filter(|folder| folder.exists()) {
+        cgroups.extend(names(folder)?.into_iter().filter(|name| name.starts_with(PROBE_CGROUP)));
     }
     Ok(Files {
         pins,
