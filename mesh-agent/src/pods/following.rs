@@ -24,6 +24,9 @@ const LONGEST_RETRY: Duration = Duration::from_secs(10);
 const PACE: Duration = Duration::from_millis(50);
 /// Without any change, before everything is compared again.
 const IDLE: Duration = Duration::from_secs(5);
+/// From the list's word that a Pod has left until it is released: all agents are told of it at the same time, but not at the same moment,
+/// and one that still sends by its tunnel would be refused.
+const LEAVING: Duration = Duration::from_secs(1);
 /// Enrolments and releases at a time.
 const CONCURRENT: usize = 8;
 
@@ -49,6 +52,16 @@ struct Attempt {
     backoff: Backoff,
     due: Instant,
     why: String,
+}
+
+impl Attempt {
+    fn first() -> Self {
+        Self {
+            backoff: Backoff::new(FIRST_RETRY, LONGEST_RETRY),
+            due: Instant::now(),
+            why: String::new(),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -111,6 +124,13 @@ impl Following {
             .retain(|uid, _| plan.find.contains(uid) || plan.release.contains(uid));
         self.show(list, &plan);
         let now = Instant::now();
+        // One that lives on outside of the mesh: served until its peers know as well. One that is gone has no peers.
+        for uid in plan.release.iter().filter(|uid| list.pods.contains_key(*uid)) {
+            self.attempts.entry(uid.clone()).or_insert_with(|| Attempt {
+                due: now + LEAVING,
+                ..Attempt::first()
+            });
+        }
         let is_due = |uid: &&Arc<str>| self.attempts.get(*uid).is_none_or(|attempt| attempt.due <= now);
         let release: Vec<Arc<str>> = plan.release.iter().filter(is_due).cloned().collect();
         let find: Vec<Arc<str>> = plan.find.iter().filter(is_due).cloned().collect();
@@ -185,11 +205,7 @@ impl Following {
     }
 
     fn note(&mut self, list: &NodeList, uid: Arc<str>, outcome: Result<(), Failure>) {
-        let attempt = self.attempts.entry(uid.clone()).or_insert_with(|| Attempt {
-            backoff: Backoff::new(FIRST_RETRY, LONGEST_RETRY),
-            due: Instant::now(),
-            why: String::new(),
-        });
+        let attempt = self.attempts.entry(uid.clone()).or_insert_with(Attempt::first);
         // Also after a success: one that stays unproven is looked for again, with pauses.
         attempt.due = Instant::now() + attempt.backoff.after_failure();
         match outcome {

@@ -109,7 +109,7 @@ pub fn install(cluster: &Cluster) -> Result<()> {
     }
     for (file, images) in [
         ("culvert.yaml", &["mesh-agent", "mesh-control"][..]),
-        ("uninstall.yaml", &["mesh-agent"]),
+        ("uninstall.yaml", &["mesh-agent"][..]),
     ] {
         let mut manifests = std::fs::read_to_string(shipped.join(file))?;
         for name in images {
@@ -313,6 +313,15 @@ pub fn until_proven(cluster: &Cluster, pods: &[&str]) -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// Of a Service: by it a connection needs no DNS, whose Pods may be on the node that something happens to.
+///
+/// # Errors
+/// There is none.
+pub fn service_address(cluster: &Cluster, service: &str) -> Result<String> {
+    let service = cluster.kubectl().get(&["-n", SHOP, "service", service])?;
+    Ok(service["spec"]["clusterIP"].as_str().context("a cluster address")?.to_owned())
 }
 
 /// What the client is answered.

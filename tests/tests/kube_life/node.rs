@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use mesh_tests::kube::Cluster;
-use mesh_tests::kube::culvert::{Load, MESH, PATIENCE, SHOP, get, is_on_the_wire, lines_of, until_proven};
+use mesh_tests::kube::culvert::{Load, MESH, PATIENCE, SHOP, get, is_on_the_wire, lines_of, service_address, until_proven};
 use mesh_tests::kube::remains::KernelHalf;
 use mesh_tests::poll;
 
@@ -23,15 +23,17 @@ pub fn killed(cluster: &mut Cluster) -> Result<()> {
     let before = half.users()?;
     ensure!(before.0 > 0 && before.1 > 0, "expected programs and links, saw {before:?}");
     let first = sandbox(cluster)?;
-    let near = Load::begin(cluster, "client", "http://near/")?;
-    let far = Load::begin(cluster, "client", "http://server/")?;
+    let (server, near) = (service_address(cluster, "server")?, service_address(cluster, "near")?);
+    let url = format!("http://{server}/");
+    let near = Load::begin(cluster, "client", &format!("http://{near}/"))?;
+    let far = Load::begin(cluster, "client", &url)?;
     cluster.node_mut(2).kill()?;
     // As its network would have it, too.
     link(cluster, "down")?;
     half.expect_none()?;
     let mut told = Vec::new();
     for _ in 0..ATTEMPTS {
-        let (is_seen, answer) = is_on_the_wire(cluster, "server")?;
+        let (is_seen, answer) = is_on_the_wire(cluster, &server)?;
         ensure!(!is_seen, "in clear to a node that is away");
         let error = answer.err().context("a node that is away answers")?.to_string();
         // Its own patience, and so the mesh had none.
@@ -46,7 +48,7 @@ pub fn killed(cluster: &mut Cluster) -> Result<()> {
     poll::until_true("the server's Pod runs again", PATIENCE, || {
         Ok(sandbox(cluster)? != first && cluster.pods(SHOP, "app=server")?.iter().all(is_ready))
     })?;
-    poll::until_true("the client is answered again", PATIENCE, || Ok(get(cluster, "http://server/").is_ok()))?;
+    poll::until_true("the client is answered again", PATIENCE, || Ok(get(cluster, &url).is_ok()))?;
     let (near, far) = (near.end(cluster)?, far.end(cluster)?);
     report("a node killed and back, within the other node", &near);
     report("a node killed and back, to it", &far);
