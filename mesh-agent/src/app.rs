@@ -100,7 +100,9 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         End::Done => Ok(()),
         // In place: whoever watches over this process would take its time to start another.
         End::StartAgain => {
-            let error = Command::new(std::env::current_exe()?).args(std::env::args_os().skip(1)).exec();
+            let error = Command::new(std::env::current_exe()?)
+                .args(std::env::args_os().skip(1))
+                .exec();
             Err(error).context("starting again")
         }
     }

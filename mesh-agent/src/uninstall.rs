@@ -64,7 +64,10 @@ pub async fn run(args: UninstallArgs, say: impl Fn(&str) -> anyhow::Result<()>) 
         if *shown.lock() {
             Page::text(StatusCode::OK, "nothing of the mesh is on this node\n".to_owned())
         } else {
-            Page::text(StatusCode::SERVICE_UNAVAILABLE, "missing: the node is not clean yet\n".to_owned())
+            Page::text(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "missing: the node is not clean yet\n".to_owned(),
+            )
         }
     }));
     loop {
@@ -96,7 +99,9 @@ async fn pass(args: &UninstallArgs) -> Removed {
     let mut removed = Removed::default();
     let claim = {
         let args = args.clone();
-        tokio::task::spawn_blocking(move || claim(&args)).await.map_err(anyhow::Error::from)
+        tokio::task::spawn_blocking(move || claim(&args))
+            .await
+            .map_err(anyhow::Error::from)
     };
     let claim = match claim.and_then(|claimed| claimed) {
         Ok(claim) => claim,
@@ -185,7 +190,9 @@ fn claim(args: &UninstallArgs) -> anyhow::Result<Option<Claim>> {
         }
         sleep(CLAIM_RETRY);
     }
-    Err(anyhow!("an agent runs on this node and is not to be taken over from ({why}): end it, and this goes on"))
+    Err(anyhow!(
+        "an agent runs on this node and is not to be taken over from ({why}): end it, and this goes on"
+    ))
 }
 
 fn detach(pin_path: &Path) -> anyhow::Result<Vec<String>> {
@@ -209,7 +216,11 @@ async fn release(args: &UninstallArgs) -> anyhow::Result<Vec<String>> {
     }
     let summary = Capture::cleanup(&args.run_dir, &args.pin_path).await?;
     if !summary.released.is_empty() {
-        lines.push(format!("{} Pods released: {}", summary.released.len(), summary.released.join(", ")));
+        lines.push(format!(
+            "{} Pods released: {}",
+            summary.released.len(),
+            summary.released.join(", ")
+        ));
     }
     if summary.failed.is_empty() {
         return Ok(lines);

@@ -21,9 +21,7 @@ use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
 use mesh_tests::kube::Cluster;
-use mesh_tests::kube::culvert::{
-    Counted, SHOP, capture, deploy, install_with_helm, is_on_the_wire, until_proven, with_logs,
-};
+use mesh_tests::kube::culvert::{Counted, SHOP, capture, deploy, install_with_helm, is_on_the_wire, until_proven, with_logs};
 use mesh_tests::suite;
 
 const LABEL: &str = "culvert.dev/mesh=enabled";
@@ -44,12 +42,21 @@ fn main() -> ExitCode {
         with_logs,
         &[
             ("an_api_server_that_is_away_fails_no_connection", api_server::away),
-            ("a_rollout_that_fails_half_way_fails_no_connection", rollouts::fail_before_they_serve),
-            ("who_was_taken_over_from_serves_again_when_its_successor_fails", rollouts::fail_once_they_serve),
+            (
+                "a_rollout_that_fails_half_way_fails_no_connection",
+                rollouts::fail_before_they_serve,
+            ),
+            (
+                "who_was_taken_over_from_serves_again_when_its_successor_fails",
+                rollouts::fail_once_they_serve,
+            ),
             ("an_address_that_changes_hands_is_never_taken_for_who_had_it", reuse::address),
             ("a_node_that_lost_its_power_comes_back", node::killed),
             ("pods_leave_and_join_under_traffic", removal::leave_and_join),
-            ("helm_uninstall_leaves_nodes_and_running_pods_as_they_were", removal::uninstall),
+            (
+                "helm_uninstall_leaves_nodes_and_running_pods_as_they_were",
+                removal::uninstall,
+            ),
         ],
     )
 }
@@ -72,6 +79,9 @@ fn expect_mesh(cluster: &Cluster) -> Result<()> {
 fn report(what: &str, counted: &Counted) {
     println!("{what}: {} connections, {} failed", counted.made, counted.failed);
     if counted.failed > 0 {
-        println!("  of the errors: {}", counted.errors.lines().take(3).collect::<Vec<_>>().join(" | "));
+        println!(
+            "  of the errors: {}",
+            counted.errors.lines().take(3).collect::<Vec<_>>().join(" | ")
+        );
     }
 }

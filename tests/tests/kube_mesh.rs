@@ -47,10 +47,7 @@ fn readme(cluster: &Cluster, with: &str) -> Result<String> {
 
 fn join(cluster: &mut Cluster) -> Result<()> {
     // The negative control: without the label nothing is carried, and the wire between the nodes shows it all.
-    ensure!(
-        is_on_the_wire(cluster)?,
-        "the recorder does not see what goes in clear"
-    );
+    ensure!(is_on_the_wire(cluster)?, "the recorder does not see what goes in clear");
     ensure!(capture(cluster, "server")?.is_null(), "a Pod of no mesh is called captured");
     ensure!(
         lines_of(cluster, "server")?.is_empty(),

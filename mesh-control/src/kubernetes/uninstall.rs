@@ -75,12 +75,19 @@ fn missing(set: Option<&DaemonSet>, pods: &[Pod]) -> Option<String> {
 
 fn is_ready(pod: &Pod) -> bool {
     let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_deref());
-    let mut ready = conditions.unwrap_or_default().iter().filter(|condition| condition.type_ == "Ready");
+    let mut ready = conditions
+        .unwrap_or_default()
+        .iter()
+        .filter(|condition| condition.type_ == "Ready");
     ready.any(|condition| condition.status == "True")
 }
 
 fn what_it_says(pod: &Pod) -> String {
-    let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()).unwrap_or("(no node)");
+    let node = pod
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.node_name.as_deref())
+        .unwrap_or("(no node)");
     let containers = pod.status.as_ref().and_then(|status| status.container_statuses.as_deref());
     let mut said = containers.unwrap_or_default().iter().flat_map(|container| {
         let waiting = container.state.as_ref().and_then(|state| state.waiting.as_ref());

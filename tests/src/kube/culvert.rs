@@ -155,7 +155,10 @@ pub fn install_with_helm(cluster: &Cluster) -> Result<()> {
     if !has_sys_resource()? {
         let file = chart.join("templates/agent.yaml");
         let text = std::fs::read_to_string(&file)?;
-        ensure!(text.contains(AGENT_CAPABILITIES), "the chart's capabilities have another form");
+        ensure!(
+            text.contains(AGENT_CAPABILITIES),
+            "the chart's capabilities have another form"
+        );
         std::fs::write(&file, text.replace(" \"SYS_RESOURCE\"", ""))?;
     }
     let crds = checkout().join("deploy/crds");
@@ -200,8 +203,11 @@ pub fn upgrade_with_helm(cluster: &Cluster, values: &[&str]) -> Result<String> {
 /// # Errors
 /// As Helm says.
 pub fn helm(cluster: &Cluster, arguments: &str) -> Result<String> {
-    let program = std::env::var_os(HELM_VARIABLE)
-        .ok_or_else(|| suite::skip(&format!("{HELM_VARIABLE} is not set (`cargo xtask test kube` sets it, where there is a Helm)")))?;
+    let program = std::env::var_os(HELM_VARIABLE).ok_or_else(|| {
+        suite::skip(&format!(
+            "{HELM_VARIABLE} is not set (`cargo xtask test kube` sets it, where there is a Helm)"
+        ))
+    })?;
     let command = format!(
         "HELM_NO_PLUGINS=1 HELM_CACHE_HOME=./helm HELM_CONFIG_HOME=./helm HELM_DATA_HOME=./helm '{}' {arguments}",
         program.display()
@@ -383,10 +389,15 @@ pub fn inside(cluster: &Cluster, pod: &str) -> Result<Inside> {
     let name = object["spec"]["nodeName"].as_str().context("a node")?;
     let at = cluster.nodes().iter().position(|node| node.name() == name);
     let node = at.context("a node's name")? + 1;
-    let id = object["status"]["containerStatuses"][0]["containerID"].as_str().context("a container")?;
+    let id = object["status"]["containerStatuses"][0]["containerID"]
+        .as_str()
+        .context("a container")?;
     let id = id.rsplit('/').next().context("a container's id")?;
     let find = format!("grep -ls {id} /proc/[0-9]*/cgroup | head -n 1 | cut -d/ -f3");
-    let pid = cluster.node(node).run(&["sh", "-c", &find], poll::SOON)?.ok("its first process")?;
+    let pid = cluster
+        .node(node)
+        .run(&["sh", "-c", &find], poll::SOON)?
+        .ok("its first process")?;
     ensure!(!pid.trim().is_empty(), "{pod}: no process of {id} on {name}");
     let pid = pid.trim().to_owned();
     Ok(Inside { node, pid })
@@ -405,7 +416,9 @@ impl Inside {
     /// # Errors
     /// It cannot start, or does not end.
     pub fn shell(&self, cluster: &Cluster, script: &str) -> Result<Output> {
-        let command = ["nsenter", "-t", &self.pid, "-m", "-n", "-u", "-i", "-p", "/bin/sh", "-c", script];
+        let command = [
+            "nsenter", "-t", &self.pid, "-m", "-n", "-u", "-i", "-p", "/bin/sh", "-c", script,
+        ];
         cluster.node(self.node).run(&command, PATIENCE)
     }
 }
@@ -473,7 +486,13 @@ impl Counted {
     /// One failed, or there were too few for that to say anything.
     pub fn none_failed(&self, during: &str) -> Result<()> {
         ensure!(self.made > 20, "only {} connections during {during}", self.made);
-        ensure!(self.failed == 0, "{} of {} failed during {during}: {}", self.failed, self.made, self.errors);
+        ensure!(
+            self.failed == 0,
+            "{} of {} failed during {during}: {}",
+            self.failed,
+            self.made,
+            self.errors
+        );
         Ok(())
     }
 }

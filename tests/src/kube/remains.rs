@@ -76,7 +76,10 @@ impl Remains {
         for (pod, before) in &self.pods {
             let after = now.pods.get(pod).map(String::as_str).unwrap_or_default();
             let one = |a: &str, b: &str| -> Vec<String> {
-                a.lines().filter(|line| !b.lines().any(|other| other == *line)).map(str::to_owned).collect()
+                a.lines()
+                    .filter(|line| !b.lines().any(|other| other == *line))
+                    .map(str::to_owned)
+                    .collect()
             };
             let (gone, new) = (one(before, after), one(after, before));
             if !gone.is_empty() || !new.is_empty() {
@@ -102,7 +105,11 @@ fn files(node: &Node) -> Result<Files> {
     let networks = networks.collect::<Result<_>>()?;
     let rules = [["ip", "rule"].as_slice(), &["ip", "-6", "rule"]].map(|command| node.run(command, poll::SOON)?.ok("ip rule"));
     let mut cgroups = Vec::new();
-    for folder in CGROUP_ROOTS.map(|folder| root.join(folder)).iter().filter(|folder| folder.exists()) {
+    for folder in CGROUP_ROOTS
+        .map(|folder| root.join(folder))
+        .iter()
+        .filter(|folder| folder.exists())
+    {
         cgroups.extend(names(folder)?.into_iter().filter(|name| name.starts_with(PROBE_CGROUP)));
     }
     Ok(Files {
@@ -117,7 +124,10 @@ fn files(node: &Node) -> Result<Files> {
 
 fn names(folder: &Path) -> Result<Vec<String>> {
     let entries = std::fs::read_dir(folder).with_context(|| folder.display().to_string())?;
-    let mut names: Vec<String> = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    let mut names: Vec<String> = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect();
     names.sort();
     Ok(names)
 }
@@ -169,7 +179,9 @@ impl KernelHalf {
     /// # Errors
     /// Some are left.
     pub fn expect_none(&self) -> Result<()> {
-        poll::until_true("programs and links of the mesh are gone", PATIENCE, || Ok(self.users()? == (0, 0)))
-            .with_context(|| format!("programs and links, as maps have them: {:?}", self.users()))
+        poll::until_true("programs and links of the mesh are gone", PATIENCE, || {
+            Ok(self.users()? == (0, 0))
+        })
+        .with_context(|| format!("programs and links, as maps have them: {:?}", self.users()))
     }
 }

@@ -37,9 +37,13 @@ pub fn away(cluster: &mut Cluster) -> Result<()> {
     cluster.server_mut().resume()?;
     during?;
     cluster.kubectl().apply(DENY)?;
-    poll::until_true("the client is denied", PATIENCE, || Ok(get(cluster, "http://server/").is_err()))?;
+    poll::until_true("the client is denied", PATIENCE, || {
+        Ok(get(cluster, "http://server/").is_err())
+    })?;
     cluster.kubectl().delete(DENY)?;
-    poll::until_true("the client is let in again", PATIENCE, || Ok(get(cluster, "http://server/").is_ok()))?;
+    poll::until_true("the client is let in again", PATIENCE, || {
+        Ok(get(cluster, "http://server/").is_ok())
+    })?;
     until_proven(cluster, &["client", "near", "server"])?;
     expect_mesh(cluster)
 }
@@ -54,7 +58,13 @@ fn during(cluster: &Cluster, client: &Inside, controls: &[Ipv4Addr]) -> Result<(
     std::thread::sleep(OUTAGE);
     for node in cluster.nodes() {
         let page = page(node, Ipv4Addr::LOCALHOST, AGENT_READY)?;
-        ensure!(page.status == 200, "{}: its agent: {} {}", node.name(), page.status, page.body);
+        ensure!(
+            page.status == 200,
+            "{}: its agent: {} {}",
+            node.name(),
+            page.status,
+            page.body
+        );
     }
     for address in controls {
         let page = page(cluster.node(1), *address, CONTROL_PAGES)?;
@@ -68,7 +78,8 @@ fn during(cluster: &Cluster, client: &Inside, controls: &[Ipv4Addr]) -> Result<(
     // An agent that is killed now is started again by the kubelet, and has nobody to ask either.
     let load = Load::begin_in(cluster, client.clone(), "http://server/")?;
     let node = cluster.node(2);
-    node.run(&["sh", "-c", "kill -9 $(pgrep -x mesh-agent)"], SOON)?.ok("killing the agent")?;
+    node.run(&["sh", "-c", "kill -9 $(pgrep -x mesh-agent)"], SOON)?
+        .ok("killing the agent")?;
     poll::until_true("the agent is there again", PATIENCE, || {
         Ok(page(node, Ipv4Addr::LOCALHOST, AGENT_READY).is_ok_and(|page| page.status == 200))
     })?;
@@ -83,5 +94,6 @@ fn during(cluster: &Cluster, client: &Inside, controls: &[Ipv4Addr]) -> Result<(
 }
 
 fn page(node: &Node, address: Ipv4Addr, port: u16) -> Result<Response> {
-    node.netns().run(|| http::request(SocketAddr::from((address, port)), "/healthz/ready"))
+    node.netns()
+        .run(|| http::request(SocketAddr::from((address, port)), "/healthz/ready"))
 }

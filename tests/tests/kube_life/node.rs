@@ -40,7 +40,10 @@ pub fn killed(cluster: &mut Cluster) -> Result<()> {
         ensure!(!error.contains("timed out"), "the client hung: {error}");
         told.push(error);
     }
-    println!("while the node is away: {}", told.last().context("an attempt")?.lines().last().unwrap_or_default());
+    println!(
+        "while the node is away: {}",
+        told.last().context("an attempt")?.lines().last().unwrap_or_default()
+    );
     link(cluster, "up")?;
     cluster.node_mut(2).boot()?;
     cluster.wait_until_ready("node-2")?;
@@ -75,12 +78,17 @@ pub fn killed(cluster: &mut Cluster) -> Result<()> {
 /// The server's container: another one, in another namespace, after a reboot.
 fn sandbox(cluster: &Cluster) -> Result<String> {
     let pod = cluster.kubectl().get(&["-n", SHOP, "pod", "server"])?;
-    Ok(pod["status"]["containerStatuses"][0]["containerID"].as_str().unwrap_or_default().to_owned())
+    Ok(pod["status"]["containerStatuses"][0]["containerID"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned())
 }
 
 fn is_ready(pod: &serde_json::Value) -> bool {
     let conditions = pod["status"]["conditions"].as_array().map(Vec::as_slice).unwrap_or_default();
-    conditions.iter().any(|condition| condition["type"] == "Ready" && condition["status"] == "True")
+    conditions
+        .iter()
+        .any(|condition| condition["type"] == "Ready" && condition["status"] == "True")
 }
 
 /// The other end of the node's cable.

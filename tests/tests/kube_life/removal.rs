@@ -17,13 +17,18 @@ pub fn leave_and_join(cluster: &mut Cluster) -> Result<()> {
     let (far, near) = loads(cluster)?;
     cluster.kubectl().run(&["label", "namespace", SHOP, "culvert.dev/mesh-"])?;
     for pod in ["client", "near", "server"] {
-        poll::until_true(&format!("{pod} is out of the mesh"), PATIENCE, || Ok(capture(cluster, pod)?.is_null()))?;
+        poll::until_true(&format!("{pod} is out of the mesh"), PATIENCE, || {
+            Ok(capture(cluster, pod)?.is_null())
+        })?;
     }
     std::thread::sleep(SETTLE);
     let (far, near) = (far.end(cluster)?, near.end(cluster)?);
     report("the label removed, to the other node", &far);
     report("the label removed, within the node", &near);
-    ensure!(get(cluster, "http://server/")?.starts_with("server=server "), "it does not work without the mesh");
+    ensure!(
+        get(cluster, "http://server/")?.starts_with("server=server "),
+        "it does not work without the mesh"
+    );
     let (far, near) = loads(cluster)?;
     join(cluster)?;
     std::thread::sleep(SETTLE);
@@ -44,10 +49,16 @@ pub fn uninstall(cluster: &mut Cluster) -> Result<()> {
     let halves: Vec<KernelHalf> = cluster.nodes().iter().map(KernelHalf::of).collect::<Result<_>>()?;
     for half in &halves {
         let (programs, links) = half.users()?;
-        ensure!(programs > 0 && links > 0, "expected programs and links, saw {programs} and {links}");
+        ensure!(
+            programs > 0 && links > 0,
+            "expected programs and links, saw {programs} and {links}"
+        );
     }
     let (far, near) = loads(cluster)?;
-    let done = helm(cluster, &format!("uninstall culvert --namespace {MESH} --wait --timeout 140s"));
+    let done = helm(
+        cluster,
+        &format!("uninstall culvert --namespace {MESH} --wait --timeout 140s"),
+    );
     std::thread::sleep(SETTLE);
     let (far, near) = (far.end(cluster)?, near.end(cluster)?);
     report("the mesh uninstalled under Pods of it, to the other node", &far);
@@ -65,8 +76,19 @@ pub fn uninstall(cluster: &mut Cluster) -> Result<()> {
     // Pods start without the plugin, and what it has made ends without it.
     cluster.kubectl().apply(&pod("late", 2, "[sleep, inf]"))?;
     cluster.kubectl().wait_for(SHOP, "Ready", &["pod/late"])?;
-    cluster.kubectl().run(&["-n", SHOP, "delete", "pod", "two", "--ignore-not-found", "--wait=true", "--timeout=60s"])?;
-    let left = cluster.kubectl().run(&["-n", MESH, "get", "all,role,rolebinding,serviceaccount", "-o", "name"])?;
+    cluster.kubectl().run(&[
+        "-n",
+        SHOP,
+        "delete",
+        "pod",
+        "two",
+        "--ignore-not-found",
+        "--wait=true",
+        "--timeout=60s",
+    ])?;
+    let left = cluster
+        .kubectl()
+        .run(&["-n", MESH, "get", "all,role,rolebinding,serviceaccount", "-o", "name"])?;
     ensure!(!left.contains("mesh-"), "left in {MESH}:\n{left}");
     Ok(())
 }

@@ -49,10 +49,15 @@ fn changes_hands(cluster: &Cluster) -> Result<bool> {
     let address: Ipv4Addr = cluster.pod_address(SHOP, "one")?.parse()?;
     // The control: the first one is let in.
     poll::until_true("the first Pod may ask", PATIENCE, || {
-        Ok(kubectl.exec(SHOP, "one", &["mesh-test-app", "get", "http://near/"])?.status.success())
+        Ok(kubectl
+            .exec(SHOP, "one", &["mesh-test-app", "get", "http://near/"])?
+            .status
+            .success())
     })?;
     let load = Load::begin(cluster, "client", &format!("http://{address}:8080/"))?;
-    poll::until_true("the first Pod is asked", PATIENCE, || Ok(!lines_of(cluster, "one")?.is_empty()))?;
+    poll::until_true("the first Pod is asked", PATIENCE, || {
+        Ok(!lines_of(cluster, "one")?.is_empty())
+    })?;
     kubectl.run(&["-n", SHOP, "delete", "pod", "one", "--wait=true"])?;
     let before = Ipv4Addr::from(u32::from(address) - 1);
     let node = cluster.node(2);
@@ -76,7 +81,9 @@ fn changes_hands(cluster: &Cluster) -> Result<bool> {
     );
     poll::until_true("the second Pod is asked", PATIENCE, || {
         let second = lines_of(cluster, "two")?;
-        Ok(second.iter().any(|line| line["source_workload"] == "client" && line["result"] == "ok"))
+        Ok(second
+            .iter()
+            .any(|line| line["source_workload"] == "client" && line["result"] == "ok"))
     })?;
     let counted = load.end(cluster)?;
     report("an address that changes hands", &counted);

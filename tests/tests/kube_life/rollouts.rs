@@ -34,7 +34,11 @@ fn roll_and_back(cluster: &Cluster, value: &str, sign: &str) -> Result<()> {
         Ok(cluster.pods(MESH, AGENTS)?.iter().any(|pod| waits_for(pod, sign)))
     })?;
     let set = cluster.kubectl().get(&["-n", MESH, "daemonset", "mesh-agent"])?;
-    ensure!(set["status"]["numberAvailable"] == 2, "agents of before are gone: {}", set["status"]);
+    ensure!(
+        set["status"]["numberAvailable"] == 2,
+        "agents of before are gone: {}",
+        set["status"]
+    );
     helm(cluster, &format!("rollback culvert --namespace {MESH}"))?;
     cluster.kubectl().rolled_out(MESH, AGENT)?;
     cluster.kubectl().rolled_out(MESH, "deployment/mesh-control")
@@ -69,7 +73,9 @@ pub fn fail_once_they_serve(cluster: &mut Cluster) -> Result<()> {
     let counted = load.end(cluster)?;
     report("a rollout whose agents take over and are killed, and back", &counted);
     tried?;
-    poll::until_true("the client is answered again", PATIENCE, || Ok(get(cluster, "http://server/").is_ok()))?;
+    poll::until_true("the client is answered again", PATIENCE, || {
+        Ok(get(cluster, "http://server/").is_ok())
+    })?;
     let after = Load::begin(cluster, "client", "http://server/")?;
     std::thread::sleep(std::time::Duration::from_secs(3));
     let after = after.end(cluster)?;
