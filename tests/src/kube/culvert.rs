@@ -416,9 +416,11 @@ impl Inside {
     /// # Errors
     /// It cannot start, or does not end.
     pub fn shell(&self, cluster: &Cluster, script: &str) -> Result<Output> {
-        let command = [
-            "nsenter", "-t", &self.pid, "-m", "-n", "-u", "-i", "-p", "/bin/sh", "-c", script,
-        ];
+        // Programs of the mesh are attached to cgroups: it is the container's that counts, not that of this test.
+        let enter = "for root in /sys/fs/cgroup/unified /sys/fs/cgroup; do [ ! -f $root/cgroup.controllers ] || break; done; \
+                     echo 0 > $root$(sed -n s/^0:://p /proc/$0/cgroup)/cgroup.procs && \
+                     exec nsenter -t $0 -m -n -u -i -p /bin/sh -c \"$1\"";
+        let command = ["sh", "-c", enter, &self.pid, script];
         cluster.node(self.node).run(&command, PATIENCE)
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use mesh_tests::http::{self, Response};
-use mesh_tests::kube::culvert::{Inside, Load, MESH, PATIENCE, SHOP, get, inside, until_proven};
+use mesh_tests::kube::culvert::{Inside, Load, MESH, PATIENCE, get, inside, until_proven};
 use mesh_tests::kube::{Cluster, Node};
 use mesh_tests::poll::{self, SOON};
 
