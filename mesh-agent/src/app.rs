@@ -4,12 +4,12 @@
 mod enrolment;
 mod metrics;
 pub mod own_readiness;
+mod succession;
+pub mod uninstall;
 
 use std::io;
 use std::net::TcpListener;
-use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, SystemTime};
@@ -45,6 +45,7 @@ use crate::proxy::{Buffers, Limits, Proxy};
 use crate::state::{Settings, SharedState, State, service_name};
 use crate::telemetry::{AccessLog, Metrics};
 use metrics::AgentMetrics;
+use succession::{End, abandoned};
 
 /// How long background tasks may take to end after the drain.
 const TASKS_PATIENCE: Duration = Duration::from_secs(2);
@@ -60,9 +61,6 @@ const MESH_DESTINATIONS_INTERVAL: Duration = Duration::from_secs(1);
 const WANTED_DESCRIPTORS: u64 = 1 << 20;
 /// With fewer no Pod may have a connection.
 const FEWEST_DESCRIPTORS: u64 = 2 * DESCRIPTORS_RESERVED as u64;
-/// A successor that was killed and is started again has as long before its predecessor takes its place.
-const ABANDONED_LOOK: Duration = Duration::from_millis(500);
-const ABANDONED_LOOKS: u32 = 6;
 /// Why the agent ends, beside signals.
 const HANDOVER: &str = "handover";
 
@@ -98,13 +96,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     runtime.shutdown_timeout(TASKS_PATIENCE);
     match result? {
         End::Done => Ok(()),
-        // In place: whoever watches over this process would take its time to start another.
-        End::StartAgain => {
-            let error = Command::new(std::env::current_exe()?)
-                .args(std::env::args_os().skip(1))
-                .exec();
-            Err(error).context("starting again")
-        }
+        End::StartAgain => succession::start_again(),
     }
 }
 
@@ -362,23 +354,6 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
         warn!("background tasks have not ended");
     }
     result.map(|_| end)
-}
-
-/// What becomes of the process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum End {
-    Done,
-    StartAgain,
-}
-
-/// Until nobody has had the run directory for a while, though it is there: a rollout whose new agent fails ends with this one, which
-/// has given everything up.
-async fn abandoned(run_dir: &Path) {
-    let mut looks = 0;
-    while looks < ABANDONED_LOOKS {
-        tokio::time::sleep(ABANDONED_LOOK).await;
-        looks = if local::is_abandoned(run_dir) { looks + 1 } else { 0 };
-    }
 }
 
 /// The run directory's lock and socket: free, or taken over from the agent that runs there.

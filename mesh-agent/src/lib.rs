@@ -21,5 +21,4 @@ pub mod proxy;
 pub mod state;
 pub mod telemetry;
 pub mod tls;
-pub mod uninstall;
 pub mod workload;

@@ -5,7 +5,7 @@ use anyhow::Context as _;
 use clap::Parser as _;
 use mesh_agent::capture::{Capture, probe};
 use mesh_agent::config::{CleanupArgs, Cli, Command};
-use mesh_agent::{app, cni_install, local, memory, uninstall};
+use mesh_agent::{app, cni_install, local, memory};
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
@@ -43,7 +43,7 @@ fn main() -> ExitCode {
             ))
         }),
         Command::Cleanup(args) => blocking(cleanup(args)),
-        Command::Uninstall(args) => blocking(uninstall::run(args, say)),
+        Command::Uninstall(args) => blocking(app::uninstall::run(args, say)),
         Command::Ready(args) => blocking(async { say(&app::own_readiness::ask(&args.ready_socket, args.alive).await?) }),
     };
     match result {

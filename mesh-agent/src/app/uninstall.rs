@@ -16,8 +16,8 @@ use http::StatusCode;
 use parking_lot::Mutex;
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::own_readiness;
 use crate::admin::Page;
-use crate::app::own_readiness;
 use crate::capture::kernel::Kernel;
 use crate::capture::{self, Capture};
 use crate::cni_install;
