@@ -13,10 +13,13 @@ use crate::capture_states::{CaptureState, CaptureStates, PodKey, pod_key};
 use crate::objects::{Kind, Labels, Node, Object, ObjectId, Pod, Service, TargetPort, World};
 use crate::proto;
 use endpoints::{Listed, Services};
+use forms::Form;
 use membership::{Enrolment, Membership, membership};
 
 mod endpoints;
+pub mod forms;
 pub mod membership;
+pub mod selection;
 mod workload_names;
 
 #[cfg(test)]
@@ -64,6 +67,8 @@ pub struct Snapshot {
     pub pod_ranges: BTreeSet<IpNet>,
     /// What nodes are to enrol.
     pub enrolment: Enrolment,
+    /// Of policies and MeshConfigs.
+    pub forms: BTreeMap<ObjectId, Form>,
 }
 
 /// Where a Pod is: for checking what agents say of it.
@@ -224,6 +229,7 @@ pub fn compile(world: &World, captures: &CaptureStates, parameters: &Parameters)
     }
 
     let mut authorizations = Resources::default();
+    let mut forms = BTreeMap::new();
     for (id, policy) in &index.policies {
         let scope = match (&policy.selector, id.namespace.as_str()) {
             (Some(_), _) => proto::Scope::WorkloadSelector,
@@ -231,7 +237,14 @@ pub fn compile(world: &World, captures: &CaptureStates, parameters: &Parameters)
             (None, _) => proto::Scope::Namespace,
         };
         let name = format!("{}/{}", id.namespace, id.name);
-        authorizations.insert(name, Vec::new(), proto::encode_authorization(id, policy, scope));
+        let encoded = proto::encode_authorization(id, policy, scope);
+        forms.insert((*id).clone(), forms::of_policy(&encoded));
+        authorizations.insert(name, Vec::new(), encoded);
+    }
+    for (id, object) in world {
+        if let Object::MeshConfig(config) = object.as_ref() {
+            forms.insert(id.clone(), forms::of_mesh_config(id, config));
+        }
     }
 
     let ranges: BTreeSet<IpNet> = index
@@ -269,6 +282,7 @@ pub fn compile(world: &World, captures: &CaptureStates, parameters: &Parameters)
         pods,
         pod_ranges: ranges,
         enrolment: membership::enrolment(&index.namespaces, &index.pods),
+        forms,
     }
 }
 
