@@ -159,7 +159,7 @@ impl Enforcement {
         }
         let groups = alike.into_values().map(|nodes| {
             let words = nodes.first().map(|node| &node.words).into_iter().flatten();
-            let (mut enforced, mut rejected) = (BTreeSet::new(), BTreeSet::new());
+            let (mut enforced, mut rejected): (BTreeSet<Form>, BTreeSet<Form>) = Default::default();
             for (type_url, word) in words {
                 if !word.is_vague {
                     let newest = self.forms(type_url, &word.version).unwrap_or(&word.forms);
