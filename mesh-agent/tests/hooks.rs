@@ -48,6 +48,8 @@ mod disguises;
 mod memory;
 #[path = "hooks/ports.rs"]
 mod ports;
+#[path = "hooks/probes.rs"]
+mod probes;
 #[path = "hooks/upstreams.rs"]
 mod upstreams;
 

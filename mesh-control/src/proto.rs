@@ -363,6 +363,7 @@ pub fn node_pods(of_node: &NodePods, namespaces: &Namespaces) -> node::NodePodsS
         addresses: pod.addresses.iter().map(ToString::to_string).collect(),
         is_member: pod.is_member,
         refused: pod.refused.map(|refusal| refusal.to_string()).unwrap_or_default(),
+        probe_ports: pod.probe_ports.iter().copied().map(u32::from).collect(),
     };
     let namespace = |(name, best_effort): (&String, &bool)| node::MeshNamespace {
         name: name.clone(),

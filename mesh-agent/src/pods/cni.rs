@@ -200,6 +200,7 @@ mod tests {
                 addresses: vec![],
                 is_member,
                 refused: String::new(),
+                probe_ports: vec![],
             };
             (Arc::from("u-1"), listed)
         });

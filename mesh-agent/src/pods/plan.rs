@@ -70,6 +70,7 @@ mod tests {
                 },
                 is_member: *is_member,
                 refused: String::new(),
+                probe_ports: vec![],
             };
             (Arc::from(*uid), pod)
         };

@@ -65,7 +65,13 @@ fn loader(directory: &Path) -> EbpfLoader<'_> {
     let mut loader = EbpfLoader::new();
     loader.default_map_pin_directory(directory);
     // A map that is declared in BTF cannot ask for its pin by itself.
-    for name in ["AGENT_SOCKETS", "ORIGINAL_DESTINATIONS", "ORIGINAL_DESTINATIONS_OF_SOCKETS"] {
+    for name in [
+        "AGENT_SOCKETS",
+        "KUBELET_SOCKETS",
+        "ORIGINAL_DESTINATIONS",
+        "ORIGINAL_DESTINATIONS_OF_SOCKETS",
+        "PROBE_VOUCHES",
+    ] {
         loader.map_pin_path(name, directory.join(name));
     }
     loader
