@@ -70,12 +70,8 @@ pub static PROBE_PORTS: HashMap<ProbePortKey, u32> = HashMap::pinned(limits::MAX
 #[btf_map]
 pub static PROBE_VOUCHES: HashOfMaps<u32, VouchesOfPod, { limits::MAX_PODS as usize }> = HashOfMaps::new();
 
-pub type VouchesOfPod = btf_maps::HashMap<
-    UpstreamConnectionKey,
-    u64,
-    { limits::MAX_PROBE_VOUCHES_PER_POD as usize },
-    { BPF_F_NO_PREALLOC as usize },
->;
+pub type VouchesOfPod =
+    btf_maps::HashMap<UpstreamConnectionKey, u64, { limits::MAX_PROBE_VOUCHES_PER_POD as usize }, { BPF_F_NO_PREALLOC as usize }>;
 
 /// The agent's listeners. Written by the agent; read by sk_lookup. A socket that closes leaves the map by itself.
 #[map]

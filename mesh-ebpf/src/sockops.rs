@@ -24,7 +24,8 @@ use mesh_common::{
 
 use crate::address::{AF_INET, AF_INET6, Address, address_field, field};
 use crate::maps::{
-    AGENT_SOCKETS, KUBELET_SOCKETS, ORIGINAL_DESTINATIONS_OF_SOCKETS, UPSTREAM_CONNECTIONS, count, destinations_of, now_ns, pod_of,
+    AGENT_SOCKETS, KUBELET_SOCKETS, ORIGINAL_DESTINATIONS_OF_SOCKETS, UPSTREAM_CONNECTIONS, count, destinations_of, now_ns,
+    pod_of,
 };
 use crate::probes;
 

@@ -108,12 +108,19 @@ spec:
     let kubectl = bed.cluster.kubectl();
     kubectl.apply(&rules)?;
     kubectl.apply(&pods)?;
-    kubectl.wait_for(SHOP, "Ready", &PROBED.map(|(name, _)| format!("pod/{name}")).each_ref().map(String::as_str))?;
+    kubectl.wait_for(
+        SHOP,
+        "Ready",
+        &PROBED.map(|(name, _)| format!("pod/{name}")).each_ref().map(String::as_str),
+    )?;
     kubectl.wait_for(OUTSIDE, "Ready", &["pod/host"])?;
     bed.cluster.until_proven(&bed.culvert, SHOP, &PROBED.map(|(name, _)| name))?;
     let state = bed.culvert.metrics(&bed.cluster, 1)?;
     ensure!(
-        state.lines().filter(|line| line.starts_with("mesh_kubelet_unknown{")).all(|line| line.ends_with(" 0")),
+        state
+            .lines()
+            .filter(|line| line.starts_with("mesh_kubelet_unknown{"))
+            .all(|line| line.ends_with(" 0")),
         "the agent does not know the kubelet: {state}"
     );
     Ok(())
@@ -122,7 +129,10 @@ spec:
 fn passed(bed: &Bed) -> Result<u64> {
     let metrics = bed.culvert.metrics(&bed.cluster, 1)?;
     let line = metrics.lines().find(|line| line.contains(r#"event="passed_probe""#));
-    Ok(line.and_then(|line| line.rsplit(' ').next()).context("no passed_probe")?.parse()?)
+    Ok(line
+        .and_then(|line| line.rsplit(' ').next())
+        .context("no passed_probe")?
+        .parse()?)
 }
 
 /// Dozens of probes later.
@@ -133,16 +143,24 @@ fn stay_ready(bed: &mut Bed) -> Result<()> {
             .map(|(name, _)| {
                 let pod = bed.cluster.kubectl().get(&["-n", SHOP, "pod", name])?;
                 let status = &pod["status"];
-                ensure!(status["containerStatuses"][0]["restartCount"] == 0, "{name} was restarted: {status}");
+                ensure!(
+                    status["containerStatuses"][0]["restartCount"] == 0,
+                    "{name} was restarted: {status}"
+                );
                 let conditions = status["conditions"].as_array().context("conditions")?;
-                let ready = conditions.iter().find(|condition| condition["type"] == "Ready").context("Ready")?;
+                let ready = conditions
+                    .iter()
+                    .find(|condition| condition["type"] == "Ready")
+                    .context("Ready")?;
                 ensure!(ready["status"] == "True", "{name} is not ready: {ready}");
                 Ok(ready["lastTransitionTime"].clone())
             })
             .collect()
     };
     let (ready_since, first) = (since(bed)?, passed(bed)?);
-    poll::until_true("the kubelet has asked sixty times more", PATIENCE, || Ok(passed(bed)? >= first + 60))?;
+    poll::until_true("the kubelet has asked sixty times more", PATIENCE, || {
+        Ok(passed(bed)? >= first + 60)
+    })?;
     ensure!(since(bed)? == ready_since, "a Pod was not ready in between");
     Ok(())
 }
@@ -178,14 +196,23 @@ fn imitation(bed: &mut Bed) -> Result<()> {
     };
     // In the kubelet's own cgroup all is let in: it is the cgroup that counts, and this client sees what it is let in to.
     let by_kubelet = in_cgroup(KUBELET_CGROUP)?;
-    ensure!(by_kubelet == ["by-http", "by-tcp"], "in the kubelet's cgroup only {by_kubelet:?} is reached");
+    ensure!(
+        by_kubelet == ["by-http", "by-tcp"],
+        "in the kubelet's cgroup only {by_kubelet:?} is reached"
+    );
     let by_root = in_cgroup("elsewhere")?;
-    ensure!(by_root.is_empty(), "a process of root's on the node imitates the kubelet, and is let in: {by_root:?}");
+    ensure!(
+        by_root.is_empty(),
+        "a process of root's on the node imitates the kubelet, and is let in: {by_root:?}"
+    );
     let by_pod = reached(bed, |command| {
         let command: Vec<&str> = ["mesh-test-app"].into_iter().chain(command.iter().copied()).collect();
         bed.cluster.kubectl().exec(OUTSIDE, "host", &command)
     })?;
-    ensure!(by_pod.is_empty(), "a Pod on the host's network imitates the kubelet, and is let in: {by_pod:?}");
+    ensure!(
+        by_pod.is_empty(),
+        "a Pod on the host's network imitates the kubelet, and is let in: {by_pod:?}"
+    );
     Ok(())
 }
 
@@ -204,5 +231,7 @@ fn kubelet_again(bed: &mut Bed) -> Result<()> {
     let before = passed(bed)?;
     poll::until_true("it asks, and is let in", PATIENCE, || Ok(passed(bed)? >= before + 10))?;
     let pods = PROBED.map(|(name, _)| format!("pod/{name}"));
-    bed.cluster.kubectl().wait_for(SHOP, "Ready", &pods.each_ref().map(String::as_str))
+    bed.cluster
+        .kubectl()
+        .wait_for(SHOP, "Ready", &pods.each_ref().map(String::as_str))
 }

@@ -35,7 +35,8 @@ fn main() -> ExitCode {
             mesh.launch_agent_with(NODE, &["--follow-pods"])?;
             mesh.wait_until_ready(NODE)?;
             // Nobody is let in, by two rules.
-            mesh.registry.write("strict.yaml", &mesh_config(ROOT_NAMESPACE, "{ mtls: Strict }"))?;
+            mesh.registry
+                .write("strict.yaml", &mesh_config(ROOT_NAMESPACE, "{ mtls: Strict }"))?;
             mesh.registry.write("deny.yaml", &policy("all", "server", "Deny", "[{}]"))?;
             declare(&mesh, "readinessProbe: { httpGet: { port: 8080 } }")?;
             Ok(mesh)
@@ -60,7 +61,8 @@ fn declare(mesh: &Mesh, probes: &str) -> Result<()> {
     let manifest = std::fs::read_to_string(mesh.registry.folder().join(file))?;
     let port = "ports: [{ containerPort: 8080 }]";
     ensure!(manifest.contains(port), "the manifest has no {port}: {manifest}");
-    mesh.registry.write(file, &manifest.replace(port, &format!("{port}, {probes}")))
+    mesh.registry
+        .write(file, &manifest.replace(port, &format!("{port}, {probes}")))
 }
 
 /// A kubelet as far as the agent can see: a process of that name in a cgroup of its own, and what else runs there.
@@ -117,7 +119,10 @@ fn passes(mesh: &Mesh, place: &Place) -> Result<()> {
     for address in mesh.pod("server").forms() {
         // The ports are told a moment after the manifest was written.
         poll::until_true(&format!("a probe of {address} is answered"), SOON, || {
-            Ok(mesh.app.get(place, address, "/probe").is_ok_and(|answer| answer.starts_with("server=server ")))
+            Ok(mesh
+                .app
+                .get(place, address, "/probe")
+                .is_ok_and(|answer| answer.starts_with("server=server ")))
         })?;
     }
     Ok(())
@@ -143,7 +148,9 @@ fn declared(mesh: &mut Mesh) -> Result<()> {
     passes(mesh, &kubelet.place)?;
     ensure!(passed(mesh)? >= 3.0, "probes passed, and were not counted");
     for address in mesh.pod("server").forms() {
-        mesh.app.connect(&kubelet.place, address, ECHO_PORT)?.expect_refused(QUICKLY)?;
+        mesh.app
+            .connect(&kubelet.place, address, ECHO_PORT)?
+            .expect_refused(QUICKLY)?;
     }
     // The application sees the node, not the agent.
     let (v4, _) = NODE.addresses();
@@ -161,7 +168,11 @@ fn imitation(mesh: &mut Mesh) -> Result<()> {
     let elsewhere = mesh.topology.node(NODE).cgroup.child("elsewhere")?;
     is_refused(mesh, &place_in(mesh, elsewhere.path()), "a process in another cgroup")?;
     let below = kubelet.cgroup.child("below")?;
-    is_refused(mesh, &place_in(mesh, below.path()), "a process in a cgroup below the kubelet's")?;
+    is_refused(
+        mesh,
+        &place_in(mesh, below.path()),
+        "a process in a cgroup below the kubelet's",
+    )?;
     // In the kubelet's cgroup, from other network namespaces: the other node's, and the world's.
     for (netns, who) in [
         (mesh.topology.node(NodeName::One).netns.path(), "a process of the other node"),
@@ -186,7 +197,11 @@ fn without_agent(mesh: &mut Mesh) -> Result<()> {
     mesh.kill_agent(NODE);
     passes(mesh, &kubelet.place)?;
     let elsewhere = mesh.topology.node(NODE).cgroup.child("elsewhere")?;
-    is_refused(mesh, &place_in(mesh, elsewhere.path()), "a process in another cgroup, while no agent lives,")?;
+    is_refused(
+        mesh,
+        &place_in(mesh, elsewhere.path()),
+        "a process in another cgroup, while no agent lives,",
+    )?;
     mesh.launch_agent_with(NODE, &["--follow-pods"])?;
     mesh.wait_until_ready(NODE)?;
     Kubelet::is_known(mesh)?;
@@ -203,7 +218,10 @@ fn restarted(mesh: &mut Mesh) -> Result<()> {
     is_unknown(mesh, "no_process")?;
     let again = Kubelet::start(mesh)?;
     Kubelet::is_known(mesh)?;
-    ensure!(id(mesh)? != first, "the cgroup of the same name is another one, and the agent has the old one");
+    ensure!(
+        id(mesh)? != first,
+        "the cgroup of the same name is another one, and the agent has the old one"
+    );
     passes(mesh, &again.place)
 }
 

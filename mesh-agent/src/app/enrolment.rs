@@ -14,8 +14,8 @@ use crate::config::RunArgs;
 use crate::discovery::node_pods;
 use crate::discovery::transport::ControlPlane;
 use crate::local::{self, LocalSocket};
-use crate::pods::{Pods, probe_ports};
 use crate::pods::following::{Followed, Following};
+use crate::pods::{Pods, probe_ports};
 
 pub(super) struct Parts {
     pub control: ControlPlane,

@@ -53,13 +53,19 @@ pub enum Unknown {
          processes, as with hostPID?); where another process is the kubelet name its cgroup with --kubelet-cgroup"
     )]
     NoProcess,
-    #[error("it is in no cgroup below the agent's --cgroup-root, or in that one itself, where anybody could be; give it one of its own")]
+    #[error(
+        "it is in no cgroup below the agent's --cgroup-root, or in that one itself, where anybody could be; give it one of its own"
+    )]
     NoCgroup,
     #[error("processes called kubelet are in {0} cgroups; name the kubelet's with --kubelet-cgroup")]
     Ambiguous(usize),
-    #[error("its cgroup {cgroup} has process {pid}, which is not root's, and could pass for it; give the kubelet a cgroup of its own")]
+    #[error(
+        "its cgroup {cgroup} has process {pid}, which is not root's, and could pass for it; give the kubelet a cgroup of its own"
+    )]
     Shared { cgroup: String, pid: u32 },
-    #[error("--kubelet-cgroup {0}: there is no such cgroup below the agent's --cgroup-root; give a path below it, as /system.slice/k3s.service")]
+    #[error(
+        "--kubelet-cgroup {0}: there is no such cgroup below the agent's --cgroup-root; give a path below it, as /system.slice/k3s.service"
+    )]
     NoSuchCgroup(String),
 }
 
@@ -156,7 +162,9 @@ fn say(kubelet: &Kubelet) {
         Kubelet::Known { cgroup, id } => {
             tracing::info!(cgroup = %cgroup.display(), id, "the kubelet's probes of Pods are known by its cgroup");
         }
-        Kubelet::Unknown(why @ Unknown::NoProcess) => tracing::info!("the kubelet's probes are taken for anybody's plaintext: {why}"),
+        Kubelet::Unknown(why @ Unknown::NoProcess) => {
+            tracing::info!("the kubelet's probes are taken for anybody's plaintext: {why}")
+        }
         Kubelet::Unknown(why) => tracing::error!(
             reason = why.reason(),
             "the kubelet's probes are taken for anybody's plaintext, and refused where that is: {why}"
@@ -192,7 +200,9 @@ fn of_process(root: &Path) -> Result<Kubelet, Unknown> {
     let Ok(of_node) = fs::metadata("/proc/self/ns/net") else {
         return Err(Unknown::NoProcess);
     };
-    let pids: Vec<u32> = processes().filter_map(|process| pid_of_kubelet(&process, of_node.ino())).collect();
+    let pids: Vec<u32> = processes()
+        .filter_map(|process| pid_of_kubelet(&process, of_node.ino()))
+        .collect();
     if pids.is_empty() {
         return Err(Unknown::NoProcess);
     }

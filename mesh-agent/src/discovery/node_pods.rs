@@ -134,7 +134,11 @@ fn listed(pod: NodePod) -> (Arc<str>, ListedPod) {
     let port = |number: &u32| {
         let port = u16::try_from(*number).ok().filter(|port| *port != 0);
         if port.is_none() {
-            warn!(uid = pod.uid, port = number, "a probe's port in the list of Pods is none, and is left out");
+            warn!(
+                uid = pod.uid,
+                port = number,
+                "a probe's port in the list of Pods is none, and is left out"
+            );
         }
         port
     };

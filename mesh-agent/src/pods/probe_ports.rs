@@ -14,7 +14,8 @@ pub async fn follow(pods: Arc<Pods>, mut lists: NodeLists) {
         let list = lists.borrow_and_update().clone();
         let told = match list {
             Some(list) => {
-                let of_pod = |(uid, pod): (&Arc<str>, &crate::discovery::node_pods::ListedPod)| (uid.clone(), pod.probe_ports.clone());
+                let of_pod =
+                    |(uid, pod): (&Arc<str>, &crate::discovery::node_pods::ListedPod)| (uid.clone(), pod.probe_ports.clone());
                 pods.capture.set_probe_ports(list.pods.iter().map(of_pod).collect()).await
             }
             None => Ok(()),

@@ -186,7 +186,14 @@ s.connect(('{address}', {DECLARED})); ends(s); told()",
 }
 
 /// Somebody else from that address and port, with what the application or the agent has of it.
-fn imitate(testbed: &Testbed, application: &TcpListener, agent: &TcpListener, family: &str, from: (&str, u16), to: &str) -> &'static str {
+fn imitate(
+    testbed: &Testbed,
+    application: &TcpListener,
+    agent: &TcpListener,
+    family: &str,
+    from: (&str, u16),
+    to: &str,
+) -> &'static str {
     let imitator = connects(testbed, &leave(testbed), family, from, (to, DECLARED));
     assert!(imitator.said().contains("from"), "{}", imitator.said());
     let (who, port) = reached(application, agent);

@@ -209,7 +209,9 @@ pub(super) fn enrolment(namespaces: &BTreeMap<&str, Namespace<'_>>, pods: &[(&Ob
             Membership::Member | Membership::Outside => None,
         };
         if membership == Membership::Member && pod.probe_ports.len() > MAX_PROBE_PORTS_TOLD {
-            enrolment.probes_cut.insert(format!("{}/{}", id.namespace, id.name), pod.probe_ports.len());
+            enrolment
+                .probes_cut
+                .insert(format!("{}/{}", id.namespace, id.name), pod.probe_ports.len());
         }
         if let Some(refusal) = refused {
             enrolment.refused.insert(format!("{}/{}", id.namespace, id.name), refusal);

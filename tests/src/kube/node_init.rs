@@ -269,7 +269,9 @@ fn serve(spec: &Spec) -> Result<()> {
 fn start(spec: &Spec, service: &Service) -> Result<Pid> {
     let log = spec.folder.join(format!("{}.log", service.name));
     let log = OpenOptions::new().create(true).append(true).open(log)?;
-    let procs = OpenOptions::new().write(true).open(cgroup_of(&service.name)?.join("cgroup.procs"))?;
+    let procs = OpenOptions::new()
+        .write(true)
+        .open(cgroup_of(&service.name)?.join("cgroup.procs"))?;
     let mut command = Command::new(&service.program);
     command
         .args(&service.arguments)

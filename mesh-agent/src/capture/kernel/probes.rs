@@ -3,9 +3,7 @@
 
 use aya::Ebpf;
 use aya::maps::{Array, HashMap, HashOfMaps, Map, MapData};
-use mesh_common::{
-    AddressBytes, KubeletValue, PROBE_VOUCH_NS, ProbePortKey, UpstreamConnectionKey, is_agent_port, limits,
-};
+use mesh_common::{AddressBytes, KubeletValue, PROBE_VOUCH_NS, ProbePortKey, UpstreamConnectionKey, is_agent_port, limits};
 use parking_lot::Mutex;
 
 use super::super::CaptureError;
@@ -59,8 +57,9 @@ impl ProbeMaps {
         };
         for slot in slots {
             if let Ok(Some(mut of_pod)) = vouches_of(&map, slot) {
-                let is_old = |_: &_, vouched_at_ns: &u64| now_ns.saturating_sub(*vouched_at_ns) > PROBE_VOUCH_NS;
-                remove_if(&mut of_pod, limits::MAX_PROBE_VOUCHES_PER_POD, is_old);
+                remove_if(&mut of_pod, limits::MAX_PROBE_VOUCHES_PER_POD, |_, vouched_at_ns| {
+                    now_ns.saturating_sub(*vouched_at_ns) > PROBE_VOUCH_NS
+                });
             }
         }
     }
@@ -103,12 +102,22 @@ impl Kernel {
             port: *port,
             _pad: 0,
         };
-        let ports = ports.iter().take(limits::MAX_PROBE_PORTS_PER_POD).filter(|port| !is_agent_port(**port));
+        let ports = ports
+            .iter()
+            .take(limits::MAX_PROBE_PORTS_PER_POD)
+            .filter(|port| !is_agent_port(**port));
         let wanted: Vec<ProbePortKey> = ports
-            .flat_map(|port| addresses.iter().take(limits::MAX_POD_ADDRESSES).map(move |address| key(address, port)))
+            .flat_map(|port| {
+                addresses
+                    .iter()
+                    .take(limits::MAX_POD_ADDRESSES)
+                    .map(move |address| key(address, port))
+            })
             .collect();
         let mut map = self.probes.ports.lock();
-        remove_if(&mut map, limits::MAX_PROBE_PORTS, |key, of| *of == slot && !wanted.contains(key));
+        remove_if(&mut map, limits::MAX_PROBE_PORTS, |key, of| {
+            *of == slot && !wanted.contains(key)
+        });
         for key in wanted {
             // The same again is no change; one of a Pod that had the address before is this one's now.
             if map.get(&key, 0).ok() != Some(slot) {

@@ -35,7 +35,10 @@ async fn a_node_hears_of_its_own_pods_alone_at_each_change() {
         (first.pods[0].service_account.as_str(), first.pods[0].addresses.as_slice()),
         ("web", ["10.0.0.1".to_owned()].as_slice())
     );
-    assert_eq!((first.namespaces.len(), first.pods[0].probe_ports.as_slice()), (1, [8080].as_slice()));
+    assert_eq!(
+        (first.namespaces.len(), first.pods[0].probe_ports.as_slice()),
+        (1, [8080].as_slice())
+    );
     assert_eq!(
         members(&next(&mut of_b).await.expect("state").expect("state")),
         [("uid-db", true)]
