@@ -23,7 +23,8 @@ pub const MAX_UPSTREAM_CONNECTIONS: u32 = 65_536;
 /// Ports at which a Pod says that the kubelet asks it. Of more, mesh-control tells the first ones, and says so.
 pub const MAX_PROBE_PORTS_PER_POD: usize = 16;
 
-/// Entries of `PROBE_PORTS`: more there cannot be. 65,536 × (20 + 4 + 72) B = 6 MiB at most; allocated as used.
+/// Entries of `PROBE_PORTS`: more there cannot be. 65,536 × (24 + 8 + 72) B = 6.5 MiB at most (the kernel rounds key
+/// and value up to eight bytes); allocated as used.
 pub const MAX_PROBE_PORTS: u32 = MAX_PODS * (MAX_POD_ADDRESSES * MAX_PROBE_PORTS_PER_POD) as u32;
 
 /// Connects of the kubelet to *one Pod's* probe ports on their way (its map in `PROBE_VOUCHES`): it makes one for each probe at a
@@ -64,8 +65,8 @@ pub const MAP_MEMORY: [MapMemory; 15] = [
     hash("UPSTREAM_CONNECTIONS", MAX_UPSTREAM_CONNECTIONS, 40 + 8),
     array("KUBELET", 16, 0),
     array("KUBELET_SOCKETS", 0, 32),
-    hash("PROBE_PORTS", MAX_PROBE_PORTS, 20 + 4),
-    hash("PROBE_VOUCHES", MAX_PODS, 4 + 8),
+    hash("PROBE_PORTS", MAX_PROBE_PORTS, 24 + 8),
+    hash("PROBE_VOUCHES", MAX_PODS, 8 + 8),
     hash("VOUCHES_OF_POD", MAX_PROBE_VOUCHES_PER_POD, 40 + 8),
     array("LISTENERS", MAX_LISTENERS as u64 * 8, 0),
     array("MESH_DESTINATIONS", MAX_MESH_DESTINATIONS as u64 * 128, 0),
