@@ -22,10 +22,9 @@ const UNDECLARED: u16 = 8081;
 const FORMS: [(&str, &str); 3] = [("4", POD_V4), ("6", POD_V6), ("6", "::ffff:10.99.0.2")];
 const FAMILIES: [(&str, &str, &str); 2] = [("4", OUTSIDER_V4, POD_V4), ("6", OUTSIDER_V6, POD_V6)];
 
-/// Leaves the kubelet's cgroup for the one beside it.
-fn leave(testbed: &Testbed) -> String {
-    let procs = testbed.elsewhere.join("cgroup.procs");
-    format!("import os; open('{}', 'w').write(str(os.getpid()))", procs.display())
+/// Out of the kubelet's cgroup into the one beside it. From outside: inside a namespace of `ip netns` no cgroups are mounted.
+fn leave(testbed: &Testbed, client: &Client) {
+    fs::write(testbed.elsewhere.join("cgroup.procs"), client.pid().to_string()).unwrap();
 }
 
 fn id(cgroup: &Path) -> u64 {
@@ -67,17 +66,32 @@ fn reached(application: &TcpListener, agent: &TcpListener) -> (&'static str, u16
     found.unwrap()
 }
 
-/// A connect from the node by root, from a port of choice: what is done before is the first argument.
-fn connects(testbed: &Testbed, before: &str, family: &str, from: (&str, u16), to: (&str, u16)) -> Client {
+/// Who connects.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum By {
+    Kubelet,
+    /// Root of the node's, with all capabilities, in another cgroup.
+    Imitator,
+}
+
+/// A connect from the node, from a port of choice.
+fn connects(testbed: &Testbed, by: By, family: &str, from: (&str, u16), to: (&str, u16)) -> Client {
     let ((own, own_port), (address, port)) = (from, to);
-    testbed.script_as_root(
+    let mut client = testbed.script_as_root(
         &testbed.outsider(),
         &format!(
-            "{before}\ns = stream('{family}'); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); s.bind(('{own}', {own_port}))
+            "s = stream('{family}'); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); s.bind(('{own}', {own_port}))
 s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
-s.connect(('{address}', {port})); ends(s); told()"
+say('ready'); told(); s.connect(('{address}', {port})); ends(s); told()"
         ),
-    )
+    );
+    assert_eq!(client.said(), "ready");
+    if by == By::Imitator {
+        leave(testbed, &client);
+    }
+    client.tell();
+    client.lines = vec![client.hear()];
+    client
 }
 
 type Vouches = HashMap<MapData, UpstreamConnectionKey, u64>;
@@ -133,14 +147,13 @@ hook_test! {
         let (kernel, agent) = probed(&testbed);
         let application = listen(&testbed.pod(), DECLARED);
         for (port, (family, own, address)) in (21_000..).zip(FAMILIES) {
-            // Root of the node's, with all capabilities, in another cgroup.
-            let imitator = connects(&testbed, &leave(&testbed), family, (own, port), (address, DECLARED));
+            let imitator = connects(&testbed, By::Imitator, family, (own, port), (address, DECLARED));
             assert!(imitator.said().contains("from"), "{}", imitator.said());
             assert_eq!(reached(&application, &agent), ("agent", port), "another cgroup to {address}: past the agent");
         }
         // While the kubelet is not known nobody is taken for it.
         kernel.set_kubelet(node_cookie(&testbed), None).unwrap();
-        let unknown = connects(&testbed, "", "4", (OUTSIDER_V4, 21_101), (POD_V4, DECLARED));
+        let unknown = connects(&testbed, By::Kubelet, "4", (OUTSIDER_V4, 21_101), (POD_V4, DECLARED));
         assert!(unknown.said().contains("from"), "{}", unknown.said());
         assert_eq!(reached(&application, &agent), ("agent", 21_101), "a kubelet that is not known: past the agent");
         assert_eq!(counter(&kernel, "passed_probe"), 0);
@@ -154,7 +167,7 @@ hook_test! {
         // In the kubelet's cgroup, and in another network namespace than the node's.
         kernel.set_kubelet(node_cookie(&testbed) + 1, Some(id(&testbed.cgroup))).unwrap();
         for (port, (family, own, address)) in (21_200..).zip(FAMILIES) {
-            let foreign = connects(&testbed, "", family, (own, port), (address, DECLARED));
+            let foreign = connects(&testbed, By::Kubelet, family, (own, port), (address, DECLARED));
             assert!(foreign.said().contains("from"), "{}", foreign.said());
             assert_eq!(reached(&application, &agent), ("agent", port), "another namespace to {address}: past the agent");
         }
@@ -171,12 +184,11 @@ hook_test! {
                 "s = stream('{family}'); s.connect(('{address}', {DECLARED})); ends(s); told()
 libc = ctypes.CDLL(None, use_errno=True)
 assert libc.connect(s.fileno(), struct.pack('H14x', socket.AF_UNSPEC), 16) == 0
-{}
-s.connect(('{address}', {DECLARED})); ends(s); told()",
-                leave(&testbed)
+s.connect(('{address}', {DECLARED})); ends(s); told()"
             ));
             assert!(inherited.said().contains("from"), "{}", inherited.said());
             assert_eq!(reached(&application, &agent).0, "application", "its first connect");
+            leave(&testbed, &inherited);
             inherited.tell();
             let said = inherited.hear();
             assert!(said.contains("from"), "{said}");
@@ -194,7 +206,7 @@ fn imitate(
     from: (&str, u16),
     to: &str,
 ) -> &'static str {
-    let imitator = connects(testbed, &leave(testbed), family, from, (to, DECLARED));
+    let imitator = connects(testbed, By::Imitator, family, from, (to, DECLARED));
     assert!(imitator.said().contains("from"), "{}", imitator.said());
     let (who, port) = reached(application, agent);
     assert_eq!(port, from.1);
@@ -207,12 +219,12 @@ hook_test! {
         for (i, (family, own, address)) in (0..).zip(FAMILIES) {
             let port = 22_000 + 10 * i;
             // Refused: nobody listens.
-            assert_eq!(connects(&testbed, "", family, (own, port), (address, DECLARED)).said(), "ECONNREFUSED");
+            assert_eq!(connects(&testbed, By::Kubelet, family, (own, port), (address, DECLARED)).said(), "ECONNREFUSED");
             let application = listen(&testbed.pod(), DECLARED);
             let next = imitate(&testbed, &application, &agent, family, (own, port), address);
             assert_eq!(next, "agent", "the tuple of a refused probe of {address}: past the agent");
             // Closed by the kubelet.
-            let probe = connects(&testbed, "", family, (own, port + 1), (address, DECLARED));
+            let probe = connects(&testbed, By::Kubelet, family, (own, port + 1), (address, DECLARED));
             assert_eq!(reached(&application, &agent), ("application", port + 1), "{}", probe.said());
             probe.end();
             let next = imitate(&testbed, &application, &agent, family, (own, port + 1), address);
@@ -236,8 +248,9 @@ hook_test! {
             assert_eq!(next, "agent", "an old vouch for {address}: past the agent");
         }
         assert_eq!(counter(&kernel, "probe_expired"), 2);
-        // What is too old is swept by the beat, in time.
-        assert_eq!(vouches(&testbed).iter().count(), 2);
+        // What is too old, and nobody uses, is swept by the beat, in time.
+        let mut map = vouches(&testbed);
+        map.insert(vouch((OUTSIDER_V4, 22_200), POD_V4), now_ns() - PROBE_VOUCH_NS, 0).unwrap();
         for _ in 0..120 {
             kernel.beat().unwrap();
         }
@@ -254,14 +267,14 @@ hook_test! {
             map.insert(vouch(("10.99.0.77", port as u16), POD_V4), now_ns(), 0).unwrap();
         }
         for (full, (family, own, address)) in (1..).zip(FAMILIES) {
-            let probe = connects(&testbed, "", family, (own, 23_000), (address, DECLARED));
+            let probe = connects(&testbed, By::Kubelet, family, (own, 23_000), (address, DECLARED));
             assert!(probe.said().contains("from"), "{}", probe.said());
             assert_eq!(reached(&application, &agent), ("agent", 23_000));
             assert_eq!(counter(&kernel, "probes_full"), full);
         }
         assert_eq!(counter(&kernel, "passed_probe"), 0);
         map.remove(&vouch(("10.99.0.77", 0), POD_V4)).unwrap();
-        let probe = connects(&testbed, "", "4", (OUTSIDER_V4, 23_001), (POD_V4, DECLARED));
+        let probe = connects(&testbed, By::Kubelet, "4", (OUTSIDER_V4, 23_001), (POD_V4, DECLARED));
         assert_eq!(reached(&application, &agent), ("application", 23_001), "{}", probe.said());
     }
 }
@@ -283,8 +296,10 @@ hook_test! {
             accepted.read_exact(&mut said).unwrap();
             accepted.write_all(&said).unwrap();
             // Everybody else is dropped: the client sees a reset.
-            let script = format!("{}\ns = stream('{family}'); s.connect(('{address}', {DECLARED})); ends(s)", leave(&testbed));
-            assert_eq!(testbed.script_as_root(&testbed.outsider(), &script).said(), "ECONNREFUSED");
+            let port = 24_000;
+            let own = if family == "4" { OUTSIDER_V4 } else { OUTSIDER_V6 };
+            let imitator = connects(&testbed, By::Imitator, family, (own, port), (address, DECLARED));
+            assert_eq!(imitator.said(), "ECONNREFUSED");
         }
         // Each handshake was looked up twice.
         assert_eq!(counter(&kernel, "passed_probe"), 4);
