@@ -19,11 +19,14 @@ use mesh_tests::poll::{self, SOON};
 use mesh_tests::process::{Place, Process};
 use mesh_tests::suite;
 use mesh_tests::topology::NodeName;
+use serde_json::Value;
 
 const PODS: [PodSpec; 1] = [PodSpec::new("server", NODE, 20, true)];
 const NODE: NodeName = NodeName::Two;
 /// Of the kubelet that these tests play; nothing else of the node has it.
 const KUBELET_CGROUP: &str = "kubelet.service";
+/// Of the agent.
+const ADMIN_PORT: u16 = 15000;
 const QUICKLY: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
@@ -89,15 +92,19 @@ impl Kubelet {
     }
 
     fn is_known(mesh: &Mesh) -> Result<()> {
-        poll::until_true("the agent knows the kubelet", SOON, || {
-            Ok(mesh.agent_state(NODE)?["kubelet"]["cgroup_id"].is_u64())
-        })?;
+        poll::until_true("the agent knows the kubelet", SOON, || Ok(known_id(mesh)?.is_u64()))?;
         ensure!(
             mesh.metric(NODE, "mesh_kubelet_unknown", &[])? == 0.0,
             "the kubelet is known, and the metric says otherwise"
         );
         Ok(())
     }
+}
+
+/// The cgroup's, of the agent's dump; `null` while it knows none.
+fn known_id(mesh: &Mesh) -> Result<Value> {
+    let dump: Value = serde_json::from_str(&mesh.agent_page(NODE, ADMIN_PORT, "/config_dump")?.body)?;
+    Ok(dump["kubelet"]["cgroup_id"].clone())
 }
 
 /// A process of root's on the node.
@@ -212,14 +219,13 @@ fn without_agent(mesh: &mut Mesh) -> Result<()> {
 fn restarted(mesh: &mut Mesh) -> Result<()> {
     let kubelet = Kubelet::start(mesh)?;
     Kubelet::is_known(mesh)?;
-    let id = |mesh: &Mesh| Ok::<_, anyhow::Error>(mesh.agent_state(NODE)?["kubelet"]["cgroup_id"].clone());
-    let first = id(mesh)?;
+    let first = known_id(mesh)?;
     drop(kubelet);
     is_unknown(mesh, "no_process")?;
     let again = Kubelet::start(mesh)?;
     Kubelet::is_known(mesh)?;
     ensure!(
-        id(mesh)? != first,
+        known_id(mesh)? != first,
         "the cgroup of the same name is another one, and the agent has the old one"
     );
     passes(mesh, &again.place)

@@ -20,10 +20,20 @@ pub(super) fn add(ports: &mut BTreeSet<u16>, path: &str, container: &core::Conta
         let Some(probe) = probe else { continue };
         let path = format!("{path}.{name}");
         if let Some(http) = &probe.http_get {
-            ports.extend(of_pod(&format!("{path}.httpGet"), http.host.as_deref(), &http.port, container)?);
+            ports.extend(of_pod(
+                &format!("{path}.httpGet"),
+                http.host.as_deref(),
+                &http.port,
+                container,
+            )?);
         }
         if let Some(tcp) = &probe.tcp_socket {
-            ports.extend(of_pod(&format!("{path}.tcpSocket"), tcp.host.as_deref(), &tcp.port, container)?);
+            ports.extend(of_pod(
+                &format!("{path}.tcpSocket"),
+                tcp.host.as_deref(),
+                &tcp.port,
+                container,
+            )?);
         }
         if let Some(grpc) = &probe.grpc {
             ports.insert(port(&format!("{path}.grpc.port"), grpc.port)?);
