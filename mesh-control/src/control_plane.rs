@@ -24,11 +24,13 @@ use crate::state_dir::{StateDir, StateError};
 const CAPTURE_STATES: &str = "capture-states.json";
 const ACCOUNTS: &str = "service-accounts.json";
 
+pub mod notices;
 mod shared;
 mod status;
 #[cfg(test)]
 mod tests;
 
+pub use notices::Notice;
 pub use shared::Shared;
 
 const NO_POD_RANGES: &str = "no address ranges of Pods are known: Pods that discovery has not told yet are reached IN CLEAR; \
@@ -275,6 +277,11 @@ impl ControlPlane {
         if ignored > 0 {
             tracing::debug!(node, ignored, "reported Pods that are not of this node's mesh");
         }
+        if let Some(shared) = &self.shared {
+            shared.notices.hear(&inner, &snapshot, node, &words, &self.metrics);
+        }
+        // They are told once.
+        words.iter_mut().for_each(|word| word.repaired.clear());
         let changed = self.take_words(&mut inner, &snapshot, node, &words);
         inner.reports.insert(node.to_owned(), words);
         if changed || inner.unsaved {
@@ -343,6 +350,7 @@ impl ControlPlane {
         self.save_captures(inner);
         if let Some(shared) = &self.shared {
             shared.mend(inner, &inner.world, &snapshot, &self.metrics);
+            shared.notices.look(inner, &snapshot, &self.snapshot(), &self.metrics);
         }
         let count = |wanted: Option<CaptureState>| {
             snapshot

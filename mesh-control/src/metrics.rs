@@ -3,6 +3,7 @@
 use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
 
 use crate::compile::membership::{Enrolment, Refusal};
+use crate::kubernetes::event_queue::Dropped;
 use crate::objects::Kind;
 use crate::registry::{Reason, Rejection};
 use crate::tokens::Refusal as TokenRefusal;
@@ -73,6 +74,11 @@ pub struct Metrics {
     pub capture_writes: IntCounter,
     pub capture_writes_failed: IntCounterVec,
     pub capture_writes_waiting: IntGauge,
+    pub events_written: IntCounter,
+    events_dropped: IntCounterVec,
+    pub problems_failed: IntCounter,
+    pub pods_in_trouble: IntGauge,
+    pub pods_in_trouble_left_out: IntGauge,
     pub watches: IntGaugeVec,
     pub watch_failures: IntCounterVec,
     pub lists: IntCounterVec,
@@ -221,6 +227,24 @@ impl Metrics {
                 "mesh_control_capture_writes_waiting",
                 "Capture states that wait to be written on Pods",
             )?,
+            events_written: counter("mesh_control_events_total", "Kubernetes Events written or counted up")?,
+            events_dropped: counters(
+                "mesh_control_events_dropped_total",
+                "Kubernetes Events that were not written",
+                "reason",
+            )?,
+            problems_failed: counter(
+                "mesh_control_problem_writes_failed_total",
+                "Annotations that tell why a Pod is not protected that were not written; the next report brings them again",
+            )?,
+            pods_in_trouble: gauge(
+                "mesh_control_pods_in_trouble",
+                "Pods that ask for the mesh and are not protected, as their owners are told",
+            )?,
+            pods_in_trouble_left_out: gauge(
+                "mesh_control_pods_in_trouble_left_out",
+                "Times that there was no room to remember such a Pod, so that its owner is not told",
+            )?,
             watches: gauges(
                 "mesh_control_watches",
                 "1 while objects of the kind are followed in the API server",
@@ -283,6 +307,9 @@ impl Metrics {
                 counters.with_label_values(&[value]);
             }
         }
+        for why in Dropped::ALL {
+            metrics.events_dropped.with_label_values(&[why.as_str()]);
+        }
         for kind in Kind::ALL {
             metrics.lists.with_label_values(&[kind.as_str()]);
             metrics.watch_failures.with_label_values(&[kind.as_str()]);
@@ -293,6 +320,10 @@ impl Metrics {
         }
         metrics.set_known_tokens((0, 0));
         Ok(metrics)
+    }
+
+    pub fn event_dropped(&self, why: Dropped) {
+        self.events_dropped.with_label_values(&[why.as_str()]).inc();
     }
 
     /// Accepted, refused.
@@ -368,6 +399,6 @@ mod tests {
             counters += 1;
         }
         // A family without a series is not in the text at all.
-        assert_eq!(counters, 23, "{text}");
+        assert_eq!(counters, 26, "{text}");
     }
 }

@@ -155,6 +155,10 @@ pub struct Pod {
     pub captured_elsewhere: bool,
     /// What its annotation says of its capture; it counts only where the API server is the registry.
     pub annotated: Option<CaptureState>,
+    /// It has that annotation in a form that says nothing: of another Pod's uid, or no state's name.
+    pub is_annotation_foreign: bool,
+    /// What its annotation tells people of why it is not protected.
+    pub problem: Option<String>,
     /// What shows that it brings the proxy of another mesh along.
     pub sidecar: Option<&'static str>,
     /// Empty: the runtime's default.

@@ -272,6 +272,7 @@ fn parameters(endpoints: EndpointSource) -> Parameters {
         trust_bundle: vec![],
         revoked: std::collections::BTreeSet::new(),
         endpoints,
+        mesh_namespace: NAMESPACE.into(),
     }
 }
 

@@ -41,6 +41,8 @@ pub struct Parameters {
     /// SPIFFE ids that are nobody's any longer.
     pub revoked: BTreeSet<String>,
     pub endpoints: EndpointSource,
+    /// Where the mesh itself runs.
+    pub mesh_namespace: String,
 }
 
 /// What says which Pods are a Service's endpoints.
@@ -161,7 +163,7 @@ fn network_alias(ip: IpAddr) -> String {
 
 #[must_use]
 pub fn compile(world: &World, captures: &CaptureStates, parameters: &Parameters) -> Snapshot {
-    let index = Index::new(world);
+    let index = Index::new(world, parameters);
     let listed = match parameters.endpoints {
         EndpointSource::Selectors => Listed::default(),
         EndpointSource::Slices => Listed::new(world),
@@ -287,15 +289,17 @@ struct Index<'a> {
 }
 
 impl<'a> Index<'a> {
-    fn new(world: &'a World) -> Self {
+    fn new(world: &'a World, parameters: &Parameters) -> Self {
         let mut index = Self::default();
         for (id, object) in world {
             match object.as_ref() {
                 Object::Namespace { labels, best_effort } => {
-                    let best_effort = *best_effort;
-                    index
-                        .namespaces
-                        .insert(&id.name, membership::Namespace { labels, best_effort });
+                    let namespace = membership::Namespace {
+                        labels,
+                        best_effort: *best_effort,
+                        kept_out: membership::is_kept_out(&id.name, &parameters.mesh_namespace),
+                    };
+                    index.namespaces.insert(&id.name, namespace);
                 }
                 Object::Node(node) => {
                     index.nodes.insert(&id.name, node);
@@ -327,7 +331,7 @@ impl<'a> Index<'a> {
     }
 
     fn is_member(&self, id: &ObjectId, pod: &Pod) -> bool {
-        match membership(self.namespaces.get(id.namespace.as_str()), &id.namespace, pod) {
+        match membership(self.namespaces.get(id.namespace.as_str()), pod) {
             Membership::Member => true,
             // Its peers are sent tunnels, which the other mesh takes.
             Membership::Refused(_) => pod.captured_elsewhere,

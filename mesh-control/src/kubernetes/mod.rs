@@ -1,13 +1,16 @@
 //! The registry over the API server: it follows Kubernetes objects, and compiles them as those of a folder are.
 //!
 //! `watch` (lists and watches) → `world` (pure: last good forms, what is complete) → `registry::decision` → `control_plane`; and
-//! back: `captures` writes what agents have proven on their Pods, `accounts` keeps deleted service accounts. Beside it, whom to believe:
+//! back: `captures` writes what agents have proven on their Pods, `events` what people are told (decided in `pod_notices` and `event_queue`), `accounts` keeps deleted service accounts. Beside it, whom to believe:
 //! `reviews` asks whose a token is, `root_secret` follows the root of trust.
 
 mod accounts;
 mod captures;
 pub mod client;
+pub mod event_queue;
+pub mod events;
 mod feed;
+pub mod pod_notices;
 pub mod review_cache;
 pub mod reviews;
 pub mod root;
@@ -39,6 +42,7 @@ impl Following {
         watch::all(client, &feed, &mut tasks);
         tasks.spawn(feed::publish(feed));
         tasks.spawn(captures::write(client.clone(), Arc::clone(control), Arc::clone(shared)));
+        tasks.spawn(events::write(client.clone(), Arc::clone(control), Arc::clone(shared)));
         tasks.spawn(accounts::keep(
             client.clone(),
             namespace.to_owned(),

@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use super::enrolment::{asks_best_effort, sidecar};
 use crate::capture_states::CaptureState;
+use crate::limits::MAX_PROBLEM_BYTES;
 use crate::objects::{Endpoint, EndpointSlice, Kind, Node, Object, ObjectId, Pod, Service, ServicePort, TargetPort};
 
 /// What ambient node agents of other makers write on a Pod that they capture.
@@ -23,6 +24,13 @@ const REDIRECTION_ANNOTATION: &str = "ambient.istio.io/redirection";
 /// What an agent has proven of a Pod, as every replica of the control plane reads it from the API server. In a folder it says nothing:
 /// whoever wrote the file is no agent.
 pub const CAPTURE_ANNOTATION: &str = "culvert.dev/capture";
+
+/// The uid of the Pod that [`CAPTURE_ANNOTATION`] is of. With another one it says nothing: it was copied along with the manifest of another
+/// Pod, and this one has proven nothing.
+pub const CAPTURE_UID_ANNOTATION: &str = "culvert.dev/capture-uid";
+
+/// Why a Pod that asks for the mesh is not protected, for people; nothing is decided by it.
+pub const PROBLEM_ANNOTATION: &str = "culvert.dev/problem";
 
 /// Of an EndpointSlice: the Service whose endpoints it lists.
 const SERVICE_LABEL: &str = "kubernetes.io/service-name";
@@ -364,6 +372,10 @@ fn pod(pod: core::Pod) -> Result<Pod, String> {
             }
         }
     }
+    let annotated = annotations
+        .get(CAPTURE_ANNOTATION)
+        .and_then(|text| CaptureState::of(text))
+        .filter(|_| annotations.get(CAPTURE_UID_ANNOTATION) == uid.as_ref());
     let owner = owner_references
         .unwrap_or_default()
         .into_iter()
@@ -375,7 +387,10 @@ fn pod(pod: core::Pod) -> Result<Pod, String> {
         node,
         service_account,
         host_network: spec.host_network.unwrap_or(false),
-        annotated: annotations.get(CAPTURE_ANNOTATION).and_then(|text| CaptureState::of(text)),
+        annotated,
+        is_annotation_foreign: annotated.is_none()
+            && (annotations.contains_key(CAPTURE_ANNOTATION) || annotations.contains_key(CAPTURE_UID_ANNOTATION)),
+        problem: annotations.get(PROBLEM_ANNOTATION).map(|text| problem_text(text)),
         captured_elsewhere: annotations
             .get(REDIRECTION_ANNOTATION)
             .is_some_and(|value| value == "enabled"),
@@ -396,6 +411,12 @@ fn pod(pod: core::Pod) -> Result<Pod, String> {
         owner: owner.map(|owner| (owner.kind, owner.name)),
         named_ports,
     })
+}
+
+/// As it is kept: what somebody else wrote there may be of any length.
+#[must_use]
+pub fn problem_text(text: &str) -> String {
+    text[..text.floor_char_boundary(MAX_PROBLEM_BYTES)].to_owned()
 }
 
 fn endpoint_slice(slice: slices::EndpointSlice) -> Result<EndpointSlice, String> {

@@ -23,7 +23,7 @@ impl Bench {
             pod_ranges: vec![],
             trust_bundle: vec![],
             revoked: std::collections::BTreeSet::new(),
-            endpoints: EndpointSource::Slices,
+            endpoints: EndpointSource::Slices, mesh_namespace: "culvert-system".into(),
         };
         let bounds = Bounds {
             publish_interval: Duration::ZERO,
@@ -45,7 +45,7 @@ impl Bench {
     /// The watch tells what stands there.
     fn read(&self) {
         let annotations = self.annotation.map_or_else(String::new, |state| {
-            format!(", annotations: {{culvert.dev/capture: {}}}", state.as_str())
+            format!(", annotations: {{culvert.dev/capture: {}, culvert.dev/capture-uid: u}}", state.as_str())
         });
         let label = if self.enabled { "enabled" } else { "disabled" };
         let text = format!(
@@ -66,6 +66,8 @@ impl Bench {
             namespace: "shop".into(),
             name: "web".into(),
             proof,
+            reason: "why".into(),
+            repaired: vec![],
         };
         self.control.set_report("n", vec![word]);
     }
