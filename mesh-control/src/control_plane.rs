@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::accounts::Accounts;
 use crate::capture_states::{CaptureState, CaptureStates, PodKey, Proof, pod_key};
+use crate::compile::network_policies::Findings;
 use crate::compile::{Parameters, Snapshot, compile, spiffe_id};
 use crate::kubernetes::wishes::PodRef;
 use crate::limits::{Bounds, MAX_NODES, MAX_REPORTED_PODS, PUBLISH_SHARE};
@@ -24,6 +25,7 @@ use crate::state_dir::{StateDir, StateError};
 const CAPTURE_STATES: &str = "capture-states.json";
 const ACCOUNTS: &str = "service-accounts.json";
 
+mod advice;
 pub mod notices;
 mod shared;
 mod status;
@@ -53,6 +55,8 @@ pub struct ControlPlane {
     /// Set once the folder was read: before, every resource would seem to be gone.
     ready: AtomicBool,
     nodes: Mutex<BTreeMap<String, NodeStatus>>,
+    /// NetworkPolicies in the mesh's way, when they were last looked at.
+    findings: Mutex<Findings>,
     closing: watch::Sender<bool>,
 }
 
@@ -148,6 +152,7 @@ impl ControlPlane {
             snapshot: watch::Sender::new(Arc::default()),
             ready: AtomicBool::new(false),
             nodes: Mutex::default(),
+            findings: Mutex::default(),
             closing: watch::Sender::new(false),
         }
     }

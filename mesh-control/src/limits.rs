@@ -223,6 +223,16 @@ pub const EVENT_RETRY: Duration = Duration::from_millis(500);
 /// Pieces of a capture that a report names as put back, of a Pod and of the node.
 pub const MAX_REPAIRED_NAMED: usize = 32;
 
+/// NetworkPolicies in the mesh's way that are named in `/status` and told by Events; the metric counts those, too.
+pub const MAX_NETWORK_POLICIES_NAMED: usize = 256;
+/// Pods of such a policy that are told of it.
+pub const MAX_PODS_OF_NETWORK_POLICY_NAMED: usize = 8;
+/// NetworkPolicies × members that no policy can tell apart (about 100 ns each, so half a second). Beyond, they are not looked at, and
+/// that is said.
+pub const MAX_POLICY_COMPARISONS: usize = 5_000_000;
+/// NetworkPolicies are looked at this long after a change, so that a rollout is looked at once.
+pub const NETWORK_POLICY_PACE: Duration = Duration::from_secs(2);
+
 /// Admin connections at once.
 pub const MAX_ADMIN_CONNECTIONS: usize = 64;
 pub const ADMIN_TIMEOUT: Duration = Duration::from_secs(10);

@@ -74,6 +74,7 @@ pub struct Metrics {
     pub capture_writes: IntCounter,
     pub capture_writes_failed: IntCounterVec,
     pub capture_writes_waiting: IntGauge,
+    network_policies_in_the_way: IntGaugeVec,
     pub events_written: IntCounter,
     events_dropped: IntCounterVec,
     pub problems_failed: IntCounter,
@@ -227,6 +228,11 @@ impl Metrics {
                 "mesh_control_capture_writes_waiting",
                 "Capture states that wait to be written on Pods",
             )?,
+            network_policies_in_the_way: gauges(
+                "mesh_control_network_policies_in_the_way",
+                "NetworkPolicies that let ports of the mesh's Pods through and not the mesh's own",
+                "direction",
+            )?,
             events_written: counter("mesh_control_events_total", "Kubernetes Events written or counted up")?,
             events_dropped: counters(
                 "mesh_control_events_dropped_total",
@@ -307,6 +313,9 @@ impl Metrics {
                 counters.with_label_values(&[value]);
             }
         }
+        for direction in ["ingress", "egress", "not_named", "not_looked_at"] {
+            metrics.network_policies(direction, 0);
+        }
         for why in Dropped::ALL {
             metrics.events_dropped.with_label_values(&[why.as_str()]);
         }
@@ -320,6 +329,12 @@ impl Metrics {
         }
         metrics.set_known_tokens((0, 0));
         Ok(metrics)
+    }
+
+    pub fn network_policies(&self, direction: &str, count: usize) {
+        self.network_policies_in_the_way
+            .with_label_values(&[direction])
+            .set(i64::try_from(count).unwrap_or(i64::MAX));
     }
 
     pub fn event_dropped(&self, why: Dropped) {

@@ -17,6 +17,7 @@ use membership::{Enrolment, Membership, membership};
 
 mod endpoints;
 pub mod membership;
+pub mod network_policies;
 mod workload_names;
 
 #[cfg(test)]
@@ -305,7 +306,7 @@ impl<'a> Index<'a> {
                     index.nodes.insert(&id.name, node);
                 }
                 Object::Pod(pod) if !pod.finished => index.pods.push((id, pod)),
-                Object::Pod(_) | Object::ServiceAccount | Object::EndpointSlice(_) => {}
+                Object::Pod(_) | Object::ServiceAccount | Object::EndpointSlice(_) | Object::NetworkPolicy(_) => {}
                 Object::Service(service) if service.is_external_name => {}
                 Object::Service(service) => {
                     index.services.push((id, service));

@@ -42,6 +42,7 @@ impl Following {
         watch::all(client, &feed, &mut tasks);
         tasks.spawn(feed::publish(feed));
         tasks.spawn(captures::write(client.clone(), Arc::clone(control), Arc::clone(shared)));
+        tasks.spawn(Arc::clone(control).look_at_network_policies());
         tasks.spawn(events::write(client.clone(), Arc::clone(control), Arc::clone(shared)));
         tasks.spawn(accounts::keep(
             client.clone(),

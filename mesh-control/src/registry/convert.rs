@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as slices;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use mesh_api::{AuthorizationPolicy, MeshConfig, MeshConfigScope};
@@ -16,6 +17,7 @@ use serde_json::Value;
 use super::enrolment::{asks_best_effort, sidecar};
 use crate::capture_states::CaptureState;
 use crate::limits::MAX_PROBLEM_BYTES;
+use crate::network_policy;
 use crate::objects::{Endpoint, EndpointSlice, Kind, Node, Object, ObjectId, Pod, Service, ServicePort, TargetPort};
 
 /// What ambient node agents of other makers write on a Pod that they capture.
@@ -167,6 +169,14 @@ impl Convert for slices::EndpointSlice {
     }
 }
 
+impl Convert for NetworkPolicy {
+    const KIND: Kind = Kind::NetworkPolicy;
+
+    fn convert(self) -> Result<Object, String> {
+        network_policy::convert(self).map(|policy| Object::NetworkPolicy(Box::new(policy)))
+    }
+}
+
 /// What makes it the object that it is.
 ///
 /// # Errors
@@ -210,6 +220,7 @@ pub(crate) fn parse(id: &ObjectId, value: &Value) -> Result<Object, String> {
         Kind::Service => typed::<core::Service>(value)?.convert()?,
         Kind::EndpointSlice => typed::<slices::EndpointSlice>(value)?.convert()?,
         Kind::Pod => typed::<core::Pod>(value)?.convert()?,
+        Kind::NetworkPolicy => typed::<NetworkPolicy>(value)?.convert()?,
         Kind::AuthorizationPolicy => {
             let policy: AuthorizationPolicy = typed(value)?;
             Object::AuthorizationPolicy(Box::new(policy.spec.validate().map_err(|error| error.to_string())?))
