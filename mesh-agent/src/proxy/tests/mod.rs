@@ -347,6 +347,7 @@ pub(super) fn workload(name: &str, ip: IpAddr) -> Workload {
         region: "".into(),
         zone: "".into(),
         membership: Membership::Proven,
+        pod_uid: format!("uid-{name}").into(),
         policies: vec![],
         services: vec![],
         healthy: true,
