@@ -286,7 +286,10 @@ impl ControlPlane {
             shared.notices.hear(&inner, &snapshot, node, &words, &self.metrics);
         }
         // They are told once.
-        words.iter_mut().for_each(|word| word.repaired.clear());
+        for word in words.iter_mut().filter(|word| !word.repaired.is_empty()) {
+            let (pod, repaired) = (format!("{}/{}", word.namespace, word.name), std::mem::take(&mut word.repaired));
+            tracing::warn!(node, pod, ?repaired, "the agent put back pieces of the Pod's capture");
+        }
         let changed = self.take_words(&mut inner, &snapshot, node, &words);
         inner.reports.insert(node.to_owned(), words);
         if changed || inner.unsaved {

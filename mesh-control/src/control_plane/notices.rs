@@ -159,6 +159,7 @@ impl Notices {
 impl ControlPlane {
     /// Pieces of a node's own capture were missing, as its agent says.
     pub fn node_repaired(&self, node: &str, pieces: &[String]) {
+        tracing::warn!(node, repaired = ?pieces, "the agent put back pieces of its node's capture");
         let Some(shared) = &self.shared else { return };
         let note = format!("pieces of the node's capture were missing and are put back: {}", pieces.join(", "));
         let subject = Subject {
