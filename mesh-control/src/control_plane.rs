@@ -287,7 +287,10 @@ impl ControlPlane {
         }
         // They are told once.
         for word in words.iter_mut().filter(|word| !word.repaired.is_empty()) {
-            let (pod, repaired) = (format!("{}/{}", word.namespace, word.name), std::mem::take(&mut word.repaired));
+            let (pod, repaired) = (
+                format!("{}/{}", word.namespace, word.name),
+                std::mem::take(&mut word.repaired),
+            );
             tracing::warn!(node, pod, ?repaired, "the agent put back pieces of the Pod's capture");
         }
         let changed = self.take_words(&mut inner, &snapshot, node, &words);

@@ -135,7 +135,9 @@ fn rule(
     let peers = peers.unwrap_or_default().into_iter().map(|given| match given.ip_block {
         Some(block) => {
             let range = block.cidr.parse::<IpNet>();
-            range.map(Peer::Block).map_err(|_| format!("{path}: {:?} is no address range", block.cidr))
+            range
+                .map(Peer::Block)
+                .map_err(|_| format!("{path}: {:?} is no address range", block.cidr))
         }
         None => Ok(Peer::Pods {
             namespaces: given.namespace_selector.map(selector).transpose()?,

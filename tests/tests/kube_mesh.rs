@@ -343,9 +343,19 @@ fn repaired(cluster: &mut Cluster) -> Result<()> {
     let pod = cluster.kubectl().get(&["-n", SHOP, "pod", "server"])?;
     let uid = pod["metadata"]["uid"].as_str().context("a uid")?;
     let pin = format!("/sys/fs/bpf/culvert/v{}/pods/{uid}", mesh_common::ABI_VERSION);
-    cluster.node(2).run(&["rm", &pin], poll::SOON)?.ok("removing the pin of its sk_lookup")?;
+    cluster
+        .node(2)
+        .run(&["rm", &pin], poll::SOON)?
+        .ok("removing the pin of its sk_lookup")?;
     poll::until_true("its owner is told", PATIENCE, || {
-        let list = ["-n", SHOP, "get", "events", "--field-selector", "involvedObject.name=server,reason=MeshProtectionRepaired"];
+        let list = [
+            "-n",
+            SHOP,
+            "get",
+            "events",
+            "--field-selector",
+            "involvedObject.name=server,reason=MeshProtectionRepaired",
+        ];
         Ok(cluster.kubectl().run(&list)?.contains("sk_lookup"))
     })?;
     ensure!(

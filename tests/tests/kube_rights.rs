@@ -37,7 +37,10 @@ fn main() -> ExitCode {
             ("what_is_granted_is_used_and_what_is_used_is_granted", used),
             ("a_right_too_many_and_a_right_too_few_are_found", too_many_and_too_few),
             ("agents_have_no_rights", agents),
-            ("nobody_else_says_what_an_agent_has_proven", scenario::annotations_are_mesh_controls),
+            (
+                "nobody_else_says_what_an_agent_has_proven",
+                scenario::annotations_are_mesh_controls,
+            ),
         ],
     )
 }
@@ -61,12 +64,16 @@ impl Bench {
         let server = ApiServer::start_audited(USER)?;
         let kubeconfig = server.kubeconfig_of(USER, &["system:serviceaccounts"])?;
         let text = std::fs::read_to_string(checkout("deploy/culvert.yaml"))?;
-        let shipped = text.split("\n---\n").map(|document| serde_norway::from_str(document).context("deploy/culvert.yaml"));
+        let documents = text.split("\n---\n").filter(|document| document.contains("\nkind: "));
+        let shipped = documents.map(|document| serde_norway::from_str(document).context("deploy/culvert.yaml"));
         let shipped: Vec<Value> = shipped.collect::<Result<_>>()?;
         let bench = Self {
             server,
             kubeconfig,
-            runtime: tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?,
+            runtime: tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()?,
             shipped,
         };
         let kinds = [
@@ -82,7 +89,9 @@ impl Bench {
         let wanted = |document: &&Value| kinds.iter().any(|kind| document["kind"] == *kind);
         // The definitions first: admission's rules are compiled against them.
         bench.definitions()?;
-        let manifests: String = (bench.shipped.iter().filter(wanted)).map(|document| format!("---\n{document}\n")).collect();
+        let manifests: String = (bench.shipped.iter().filter(wanted))
+            .map(|document| format!("---\n{document}\n"))
+            .collect();
         bench.server.kubectl().apply(&manifests)?;
         let by_control = bench.server.kubectl().by(bench.kubeconfig.clone());
         // The API server learns of rights a moment later.
@@ -123,7 +132,10 @@ fn used(bench: &mut Bench) -> Result<()> {
         Ok(unused(&rights, &bench.server.audit()?).is_empty())
     });
     drop(running);
-    let unused: Vec<String> = unused(&rights, &bench.server.audit()?).iter().map(ToString::to_string).collect();
+    let unused: Vec<String> = unused(&rights, &bench.server.audit()?)
+        .iter()
+        .map(ToString::to_string)
+        .collect();
     ensure!(
         unused.is_empty(),
         "{TEMPLATE} grants what the control plane has not used; take it away there, or, where the control plane does need it, have \

@@ -39,7 +39,11 @@ const RENDERED: [(&str, &str, &str); 10] = [
         "kind: ValidatingAdmissionPolicy",
     ),
     ("podMonitor.enabled=true", "name: mesh-control", "kind: PrometheusRule"),
-    ("prometheusRule.enabled=true", "alert: MeshPodUnprotected", "grafana_dashboard"),
+    (
+        "prometheusRule.enabled=true",
+        "alert: MeshPodUnprotected",
+        "grafana_dashboard",
+    ),
     ("dashboards.enabled=true", "grafana_dashboard: \"1\"", "kind: PrometheusRule"),
     (
         "image.prefix=example.test/mesh/",
@@ -92,7 +96,11 @@ fn dashboards(workspace: &Workspace, helm: &Helm) -> Result<()> {
 
 /// The text is there, each line moved in by so much.
 fn arrives(rendered: &str, text: &str, indent: usize) -> Result<()> {
-    let moved: Vec<String> = text.trim_end().lines().map(|line| format!("{}{line}", " ".repeat(indent))).collect();
+    let moved: Vec<String> = text
+        .trim_end()
+        .lines()
+        .map(|line| format!("{}{line}", " ".repeat(indent)))
+        .collect();
     if rendered.contains(&moved.join("\n")) {
         Ok(())
     } else {

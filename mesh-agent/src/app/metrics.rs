@@ -292,7 +292,9 @@ fn protection(enrolled: &[PodView], failing: &[PodStatus], most: usize) -> (BTre
         .map(|pod| ((pod.namespace.to_string(), pod.name.to_string()), false));
     let mut all = BTreeMap::new();
     for (pod, is_protected) in enrolled.chain(failing) {
-        all.entry(pod).and_modify(|before| *before &= is_protected).or_insert(is_protected);
+        all.entry(pod)
+            .and_modify(|before| *before &= is_protected)
+            .or_insert(is_protected);
     }
     let left_out = all.len().saturating_sub(most);
     let mut worst_first: Vec<_> = all.into_iter().collect();
@@ -356,7 +358,10 @@ mod tests {
         let named = |list: &[(&str, bool)]| list.iter().map(|(name, is)| ((*name).to_owned(), *is)).collect::<Vec<_>>();
         let all = named(&[("a", true), ("anew", false), ("b", false), ("c", false), ("z", false)]);
         assert_eq!(shown(10), (all, 0));
-        assert_eq!(shown(4), (named(&[("anew", false), ("b", false), ("c", false), ("z", false)]), 1));
+        assert_eq!(
+            shown(4),
+            (named(&[("anew", false), ("b", false), ("c", false), ("z", false)]), 1)
+        );
     }
 
     #[test]

@@ -255,10 +255,7 @@ impl Capture {
             if let Ok(repaired) = &repaired {
                 tell(repaired);
             }
-            let now = repaired
-                .err()
-                .map(|error| error.to_string())
-                .unwrap_or_default();
+            let now = repaired.err().map(|error| error.to_string()).unwrap_or_default();
             if !now.is_empty() && now != last {
                 tracing::error!(error = now, "what is missing of the node's capture cannot be put back");
             }

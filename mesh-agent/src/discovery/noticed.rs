@@ -172,12 +172,18 @@ mod tests {
         noticed.pod_repaired(&uid, &["sk_lookup"]);
         noticed.node_repaired(&["connect4".to_owned()]);
         let (node, pods) = noticed.pieces(1);
-        assert_eq!((node, &pods[&uid]), (vec!["connect4".to_owned()], &vec!["sk_lookup".to_owned()]));
+        assert_eq!(
+            (node, &pods[&uid]),
+            (vec!["connect4".to_owned()], &vec!["sk_lookup".to_owned()])
+        );
         // Something more, before the receipt of the first.
         noticed.pod_repaired(&uid, &["pods_entry"]);
         noticed.received(1);
         let (node, pods) = noticed.pieces(2);
-        assert_eq!((node.len(), &pods[&uid][..]), (0, &["pods_entry".to_owned(), "sk_lookup".to_owned()][..]));
+        assert_eq!(
+            (node.len(), &pods[&uid][..]),
+            (0, &["pods_entry".to_owned(), "sk_lookup".to_owned()][..])
+        );
         // The stream broke: the next one counts from 1.
         noticed.start();
         assert_eq!(noticed.pieces(1).1.len(), 1);

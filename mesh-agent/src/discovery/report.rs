@@ -304,7 +304,8 @@ mod tests {
         let all = |state: &mut Told| {
             let report = state.report(1, &DiscoveryStatus::default(), &noticed);
             let pods = report.pods.iter();
-            pods.map(|pod| (pod.uid.clone(), pod.proof(), pod.reason.clone())).collect::<Vec<_>>()
+            pods.map(|pod| (pod.uid.clone(), pod.proof(), pod.reason.clone()))
+                .collect::<Vec<_>>()
         };
         let a = ("a".to_owned(), WireProof::Pending, "no room".to_owned());
         assert_eq!(all(&mut state), [("b".to_owned(), WireProof::Proven, String::new()), a]);

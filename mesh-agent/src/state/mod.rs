@@ -288,7 +288,10 @@ impl State {
 
     fn insert_workload(&mut self, mut workload: Workload) {
         // A Pod that was proven once is never sent cleartext again, whatever the control plane has forgotten, or was made to forget.
-        let before = self.workloads.get(&workload.uid).filter(|before| before.pod_uid == workload.pod_uid);
+        let before = self
+            .workloads
+            .get(&workload.uid)
+            .filter(|before| before.pod_uid == workload.pod_uid);
         let was_proven = before.is_some_and(|before| matches!(before.membership, Membership::Proven | Membership::Lost));
         if was_proven && !workload.pod_uid.is_empty() && workload.membership == Membership::Pending {
             workload.membership = Membership::Lost;

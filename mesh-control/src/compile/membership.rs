@@ -125,7 +125,10 @@ pub fn kept_out_because() -> String {
 impl Enrolment {
     /// What operators should hear of, one line each.
     pub fn warnings(&self) -> impl Iterator<Item = String> {
-        let kept_out = self.kept_out.iter().map(|name| format!("namespace {name}: {}", kept_out_because()));
+        let kept_out = self
+            .kept_out
+            .iter()
+            .map(|name| format!("namespace {name}: {}", kept_out_because()));
         let refused = self
             .refused
             .iter()

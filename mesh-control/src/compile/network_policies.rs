@@ -150,9 +150,9 @@ fn in_the_way_of<'a>(group: &Group<'_>, rules: &[OfRule<'a>]) -> BTreeSet<&'a Ob
             .iter()
             .any(|other| allows(other.rule, TUNNEL_PORT, group.named_ports) && covers(other.rule, rule))
     };
-    let in_the_way = selecting.iter().filter(|of| {
-        of.is_of_members && lacks_tunnel(of.rule, group.named_ports) && !is_allowed_elsewhere(of.rule)
-    });
+    let in_the_way = selecting
+        .iter()
+        .filter(|of| of.is_of_members && lacks_tunnel(of.rule, group.named_ports) && !is_allowed_elsewhere(of.rule));
     in_the_way.map(|of| of.id).collect()
 }
 

@@ -33,7 +33,11 @@ impl ControlPlane {
 
     pub(super) fn advise(&self, findings: Findings) {
         for direction in Direction::ALL {
-            let count = findings.policies.iter().filter(|finding| finding.direction == direction).count();
+            let count = findings
+                .policies
+                .iter()
+                .filter(|finding| finding.direction == direction)
+                .count();
             self.metrics.network_policies(direction.as_str(), count);
         }
         self.metrics.network_policies("not_named", findings.more);

@@ -94,7 +94,10 @@ impl Notices {
                 uid,
             };
             if !word.repaired.is_empty() {
-                let note = format!("pieces of its capture were missing and are put back: {}", word.repaired.join(", "));
+                let note = format!(
+                    "pieces of its capture were missing and are put back: {}",
+                    word.repaired.join(", ")
+                );
                 say(events, (pod.clone(), Reason::Repaired, note), now, at, metrics);
             }
             if let Some(said) = pods.hear(&pod, word.proof, &word.reason, stands, now) {
@@ -125,13 +128,25 @@ impl Notices {
                     }
                 }
                 None if !place.is_member => pods.outside(&of(), stands, now),
+                None if pods.is_known(&pod.uid) => {
+                    let words = inner.reports.get(&place.node);
+                    let is_heard = words.is_some_and(|words| words.iter().any(|word| word.uid == pod.uid));
+                    pods.see(&pod.uid, stands, is_heard, now);
+                }
                 None => {}
             }
         }
         let new = |name: &&String| !before.enrolment.kept_out.contains(name);
         for name in snapshot.enrolment.kept_out.iter().filter(new) {
             let subject = cluster_wide("Namespace", name);
-            tell(events, &subject, Reason::LabelIgnored, &kept_out_because(), (now, at), metrics);
+            tell(
+                events,
+                &subject,
+                Reason::LabelIgnored,
+                &kept_out_because(),
+                (now, at),
+                metrics,
+            );
         }
         self.shown(pods, metrics);
     }
@@ -139,7 +154,9 @@ impl Notices {
     fn shown(&self, pods: &PodNotices, metrics: &Metrics) {
         let size = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
         metrics.pods_in_trouble.set(size(pods.in_trouble_count()));
-        metrics.pods_in_trouble_left_out.set(i64::try_from(pods.left_out()).unwrap_or(i64::MAX));
+        metrics
+            .pods_in_trouble_left_out
+            .set(i64::try_from(pods.left_out()).unwrap_or(i64::MAX));
         self.more.notify_one();
     }
 
@@ -161,7 +178,10 @@ impl ControlPlane {
     pub fn node_repaired(&self, node: &str, pieces: &[String]) {
         tracing::warn!(node, repaired = ?pieces, "the agent put back pieces of its node's capture");
         let Some(shared) = &self.shared else { return };
-        let note = format!("pieces of the node's capture were missing and are put back: {}", pieces.join(", "));
+        let note = format!(
+            "pieces of the node's capture were missing and are put back: {}",
+            pieces.join(", ")
+        );
         let subject = Subject {
             // As the kubelet writes it, by which `kubectl describe node` finds it.
             uid: node.to_owned(),

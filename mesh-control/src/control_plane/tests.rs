@@ -37,7 +37,8 @@ fn control_within(bounds: Bounds) -> (tempfile::TempDir, Arc<ControlPlane>) {
         pod_ranges: vec![],
         trust_bundle: vec![],
         revoked: std::collections::BTreeSet::new(),
-        endpoints: crate::compile::EndpointSource::Selectors, mesh_namespace: "culvert-system".into(),
+        endpoints: crate::compile::EndpointSource::Selectors,
+        mesh_namespace: "culvert-system".into(),
     };
     let metrics = Arc::new(Metrics::new().expect("metrics"));
     let control = ControlPlane::new(parameters, state, metrics, bounds).expect("control plane");

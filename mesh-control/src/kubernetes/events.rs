@@ -126,6 +126,7 @@ async fn create(api: &Api<Event>, event: &EventWrite, namespace: &str, instance:
         action: some("Protect"),
         reporting_controller: some(CONTROLLER),
         reporting_instance: some(instance),
+        series: (event.count > 1).then(|| series(event)),
         ..Event::default()
     };
     in_time(api.create(&PostParams::default(), &object)).await
@@ -133,13 +134,16 @@ async fn create(api: &Api<Event>, event: &EventWrite, namespace: &str, instance:
 
 /// Everything but the series of an Event stands as it was written.
 async fn count_up(api: &Api<Event>, event: &EventWrite) -> Result<(), Error> {
-    let series = EventSeries {
+    let change = Patch::Merge(serde_json::json!({"series": series(event)}));
+    in_time(api.patch(&event.name, &PatchParams::default(), &change)).await
+}
+
+fn series(event: &EventWrite) -> EventSeries {
+    EventSeries {
         // Kubernetes takes no series of one.
         count: event.count.max(2),
         last_observed_time: micro_time(event.at).unwrap_or(MicroTime(Timestamp::UNIX_EPOCH)),
-    };
-    let change = Patch::Merge(serde_json::json!({"series": series}));
-    in_time(api.patch(&event.name, &PatchParams::default(), &change)).await
+    }
 }
 
 fn micro_time(at: SystemTime) -> Option<MicroTime> {
@@ -172,7 +176,9 @@ fn outcome_of(done: Result<(), Error>) -> Outcome {
     match done {
         Ok(()) => Outcome::Done,
         // Also in a namespace that ends.
-        Err(Error::Api(status)) if matches!(status.code, 404 | 409) || status.message.contains("being terminated") => Outcome::Gone,
+        Err(Error::Api(status)) if matches!(status.code, 404 | 409) || status.message.contains("being terminated") => {
+            Outcome::Gone
+        }
         Err(error) => Outcome::Failed(describe(&error)),
     }
 }

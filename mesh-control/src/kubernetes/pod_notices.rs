@@ -26,7 +26,10 @@ enum Trouble {
     /// With nothing wrong any longer, until that can be read.
     None,
     /// May be nothing: it has just begun.
-    Maybe { since: Instant, why: String },
+    Maybe {
+        since: Instant,
+        why: String,
+    },
     NotEnrolled(String),
     Refused(String),
     Lost(String),
@@ -124,6 +127,22 @@ impl PodNotices {
         }
     }
 
+    #[must_use]
+    pub fn is_known(&self, uid: &str) -> bool {
+        self.pods.contains_key(uid)
+    }
+
+    /// A member as the API server has it by now. `is_heard`: the last word of its agent was said to this replica.
+    pub fn see(&mut self, uid: &str, known: Known<'_>, is_heard: bool, now: Instant) {
+        let Some(of) = self.pods.get(uid) else { return };
+        if !is_heard {
+            // Whoever hears its agent now tells what becomes of it.
+            self.forget(uid);
+        } else if of.trouble == Trouble::None && known.problem.is_some() {
+            self.write_problem(&uid.to_owned(), Some(known), now);
+        }
+    }
+
     /// Those that are gone.
     pub fn retain(&mut self, is_there: impl Fn(&str) -> bool) {
         self.pods.retain(|uid, _| is_there(uid));
@@ -137,7 +156,11 @@ impl PodNotices {
         while self.due.first().is_some_and(|(due, _)| *due <= now) {
             let Some((_, uid)) = self.due.pop_first() else { break };
             let Some(of) = self.pods.get_mut(&uid) else { continue };
-            let Trouble::Maybe { why, .. } = &of.trouble else { continue };
+            let Trouble::Maybe { why, since } = &of.trouble else { continue };
+            // It was well in between.
+            if *since + NOT_ENROLLED_AFTER > now {
+                continue;
+            }
             let (reason, note) = not_enrolled(why);
             of.trouble = Trouble::NotEnrolled(why.clone());
             said.push((of.pod.clone(), reason, note));

@@ -10,11 +10,10 @@ use crate::{Bench, Replica};
 impl Bench {
     /// Events of this reason about the thing.
     fn events(&self, namespace: &str, name: &str, reason: &str) -> Result<Vec<Value>> {
-        let selector = format!("reason={reason}");
-        let list = ["-n", namespace, "events.events.k8s.io", "--field-selector", &selector];
-        let list = self.server.kubectl().get(&list)?;
+        let list = self.server.kubectl().get(&["-n", namespace, "events.events.k8s.io"])?;
         let items = list["items"].as_array().cloned().unwrap_or_default();
-        Ok(items.into_iter().filter(|event| event["regarding"]["name"] == name).collect())
+        let is_it = |event: &Value| event["regarding"]["name"] == name && event["reason"] == reason;
+        Ok(items.into_iter().filter(is_it).collect())
     }
 
     fn until_told(&self, namespace: &str, name: &str, reason: &str) -> Result<Value> {
@@ -25,7 +24,9 @@ impl Bench {
 
     fn problem(&self, namespace: &str, pod: &str) -> Result<Option<String>> {
         let pod = self.server.kubectl().get(&["-n", namespace, "pod", pod])?;
-        Ok(pod["metadata"]["annotations"]["culvert.dev/problem"].as_str().map(str::to_owned))
+        Ok(pod["metadata"]["annotations"]["culvert.dev/problem"]
+            .as_str()
+            .map(str::to_owned))
     }
 
     fn until_problem(&self, namespace: &str, pod: &str, text: Option<&str>) -> Result<()> {
@@ -57,14 +58,28 @@ pub fn told(bench: &mut Bench) -> Result<()> {
     let lost = bench.until_told("told", "a", "MeshProtectionLost")?;
     let pod = bench.server.kubectl().get(&["-n", "told", "pod", "a"])?;
     ensure!(lost["regarding"]["uid"] == pod["metadata"]["uid"], "{lost}");
-    ensure!(lost["type"] == "Warning" && lost["reportingController"] == "culvert.dev/mesh-control", "{lost}");
-    ensure!(lost["note"].as_str().is_some_and(|note| note.contains("somebody else answers")), "{lost}");
+    ensure!(
+        lost["type"] == "Warning" && lost["reportingController"] == "culvert.dev/mesh-control",
+        "{lost}"
+    );
+    ensure!(
+        lost["note"]
+            .as_str()
+            .is_some_and(|note| note.contains("somebody else answers")),
+        "{lost}"
+    );
     let repaired = bench.until_told("told", "a", "MeshProtectionRepaired")?;
-    ensure!(repaired["note"].as_str().is_some_and(|note| note.contains("sk_lookup")), "{repaired}");
+    ensure!(
+        repaired["note"].as_str().is_some_and(|note| note.contains("sk_lookup")),
+        "{repaired}"
+    );
     bench.until_problem("told", "a", Some("lost: somebody else answers"))?;
     // As people look for it.
     let described = bench.run(&["-n", "told", "describe", "pod", "a"])?;
-    ensure!(described.contains("MeshProtectionLost") && described.contains("culvert.dev/problem"), "{described}");
+    ensure!(
+        described.contains("MeshProtectionLost") && described.contains("culvert.dev/problem"),
+        "{described}"
+    );
 
     // The agent has gone to the other replica, which tells the end of what it has not told.
     other.until("told/a", "lost")?;
@@ -74,7 +89,12 @@ pub fn told(bench: &mut Bench) -> Result<()> {
 
     bench.say(&replica, ("told", "waits"), Proof::Pending, "no room on the node", &[])?;
     let waits = bench.until_told("told", "waits", "MeshNotEnrolled")?;
-    ensure!(waits["note"].as_str().is_some_and(|note| note.contains("no room on the node")), "{waits}");
+    ensure!(
+        waits["note"]
+            .as_str()
+            .is_some_and(|note| note.contains("no room on the node")),
+        "{waits}"
+    );
     bench.until_problem("told", "waits", Some("pending: no room on the node"))?;
     ensure!(replica.control.status()["unprotected"]["told/waits"] == "pending: no room on the node");
     // It leaves the mesh.
@@ -95,7 +115,9 @@ pub fn refused(bench: &mut Bench) -> Result<()> {
     let event = bench.until_told("refused", "a", "MeshNotEnrolled")?;
     ensure!(event["note"].as_str().is_some_and(|note| note.contains("sidecar")), "{event}");
     poll::until_true("its annotation says it", SOON, || {
-        Ok(bench.problem("refused", "a")?.is_some_and(|text| text.starts_with("refused: it has another mesh's sidecar")))
+        Ok(bench
+            .problem("refused", "a")?
+            .is_some_and(|text| text.starts_with("refused: it has another mesh's sidecar")))
     })?;
     ensure!(bench.events("refused", "a", "MeshNotEnrolled")?.len() == 1);
     drop(replicas);
@@ -118,13 +140,23 @@ pub fn copied(bench: &mut Bench) -> Result<()> {
     pod["status"] = serde_json::json!({});
     bench.apply(&pod.to_string())?;
     bench.set_ready("copied", "b", &["10.244.7.6"], true)?;
-    replica.until("copied/b", "pending").context("a copy of what was proven counts as proven")?;
+    replica
+        .until("copied/b", "pending")
+        .context("a copy of what was proven counts as proven")?;
     poll::until_true("nothing of it stays", SOON, || Ok(bench.annotation("copied", "b")?.is_none()))?;
     // And one that starts reads it no other way.
     let fresh = bench.replica()?;
     ensure!(fresh.state("copied/b") == "pending" && fresh.state("copied/a") == "proven");
     // No state's name: what is known stays, and is written again.
-    bench.run(&["-n", "copied", "annotate", "--overwrite", "pod", "a", "culvert.dev/capture=protected"])?;
+    bench.run(&[
+        "-n",
+        "copied",
+        "annotate",
+        "--overwrite",
+        "pod",
+        "a",
+        "culvert.dev/capture=protected",
+    ])?;
     poll::until_true("it is put right", SOON, || {
         Ok(bench.annotation("copied", "a")?.as_deref() == Some("proven"))
     })?;
@@ -147,13 +179,30 @@ pub fn forged(bench: &mut Bench) -> Result<()> {
     let other = other["metadata"]["uid"].as_str().context("a uid")?.to_owned();
     // In another Pod's name.
     let uid = format!("culvert.dev/capture-uid={other}");
-    bench.run(&["-n", "forged", "annotate", "--overwrite", "pod", "mine", "culvert.dev/capture=lost", &uid])?;
+    bench.run(&[
+        "-n",
+        "forged",
+        "annotate",
+        "--overwrite",
+        "pod",
+        "mine",
+        "culvert.dev/capture=lost",
+        &uid,
+    ])?;
     poll::until_true("it is put right", SOON, || {
         Ok(bench.annotation("forged", "mine")?.as_deref() == Some("proven"))
     })?;
     ensure!(replica.state("forged/other") == "proven" && replica.state("forged/mine") == "proven");
     // In his own.
-    bench.run(&["-n", "forged", "annotate", "--overwrite", "pod", "mine", "culvert.dev/capture=lost"])?;
+    bench.run(&[
+        "-n",
+        "forged",
+        "annotate",
+        "--overwrite",
+        "pod",
+        "mine",
+        "culvert.dev/capture=lost",
+    ])?;
     replica.until("forged/mine", "lost")?;
     ensure!(replica.state("forged/other") == "proven");
     bench.say(&replica, ("forged", "mine"), Proof::Proven, "", &[])?;
@@ -166,7 +215,10 @@ pub fn kept_out(bench: &mut Bench) -> Result<()> {
     let event = bench.until_told("default", "kube-system", "MeshLabelIgnored")?;
     ensure!(event["regarding"]["kind"] == "Namespace", "{event}");
     let warnings = replica.control.status()["warnings"].to_string();
-    ensure!(warnings.contains("namespace kube-system") && warnings.contains("is ignored"), "{warnings}");
+    ensure!(
+        warnings.contains("namespace kube-system") && warnings.contains("is ignored"),
+        "{warnings}"
+    );
     bench.run(&["label", "namespace", "kube-system", "culvert.dev/mesh-"])?;
     Ok(())
 }

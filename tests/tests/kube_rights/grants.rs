@@ -96,9 +96,9 @@ pub fn unused<'a>(rights: &'a [Right], audit: &[Value]) -> Vec<&'a Right> {
 
 /// What was asked for without a right to it.
 pub fn denied(audit: &[Value]) -> Vec<String> {
-    let refused = audit.iter().filter(|event| {
-        code(event) == 403 && event["annotations"]["authorization.k8s.io/decision"] == "forbid"
-    });
+    let refused = audit
+        .iter()
+        .filter(|event| code(event) == 403 && event["annotations"]["authorization.k8s.io/decision"] == "forbid");
     let refused: BTreeSet<String> = refused.filter_map(asked).map(|right| right.to_string()).collect();
     refused.into_iter().collect()
 }

@@ -74,7 +74,15 @@ impl Life {
     }
 
     fn start(bench: &Bench) -> Result<Self> {
-        let flags = ["--kubernetes", "--namespace", NAMESPACE, "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"];
+        let flags = [
+            "--kubernetes",
+            "--namespace",
+            NAMESPACE,
+            "--listen",
+            "127.0.0.1:0",
+            "--admin",
+            "127.0.0.1:0",
+        ];
         let args = std::iter::once("mesh-control").chain(flags);
         let args = mesh_control::config::Cli::try_parse_from(args)?.serve;
         let running = bench.runtime.block_on(async {
@@ -89,7 +97,9 @@ impl Life {
             runtime: bench.runtime.handle().clone(),
             folder: tempfile::tempdir()?,
         };
-        poll::until_true("the control plane is ready", PATIENCE, || Ok(life.running().control.is_ready()))?;
+        poll::until_true("the control plane is ready", PATIENCE, || {
+            Ok(life.running().control.is_ready())
+        })?;
         Ok(life)
     }
 
@@ -112,7 +122,16 @@ impl Life {
         let (token, roots) = (self.folder.path().join("token"), self.folder.path().join("roots.pem"));
         std::fs::write(&token, bench.server.token(NAMESPACE, "mesh-agent", "culvert", Some("agent"))?)?;
         let published = poll::until("the roots are published", PATIENCE, || {
-            let map = ["-n", NAMESPACE, "get", "configmap", "culvert-roots", "--ignore-not-found", "-o", "json"];
+            let map = [
+                "-n",
+                NAMESPACE,
+                "get",
+                "configmap",
+                "culvert-roots",
+                "--ignore-not-found",
+                "-o",
+                "json",
+            ];
             let text = bench.server.kubectl().run(&map)?;
             let map: Value = serde_json::from_str(&text).unwrap_or_default();
             Ok(map["data"]["roots.pem"].as_str().map(str::to_owned))
@@ -138,10 +157,9 @@ impl Life {
 }
 
 fn events(bench: &Bench, reason: &str) -> Result<Vec<Value>> {
-    let selector = format!("reason={reason}");
-    let found = ["-n", "shop", "events.events.k8s.io", "--field-selector", &selector];
-    let found = bench.server.kubectl().get(&found)?;
-    Ok(found["items"].as_array().cloned().unwrap_or_default())
+    let found = bench.server.kubectl().get(&["-n", "shop", "events.events.k8s.io"])?;
+    let found = found["items"].as_array().cloned().unwrap_or_default();
+    Ok(found.into_iter().filter(|event| event["reason"] == reason).collect())
 }
 
 fn capture(bench: &Bench) -> Result<Value> {
@@ -158,7 +176,17 @@ pub fn run(bench: &Bench) -> Result<Life> {
     kubectl.apply(WORLD)?;
     let status = serde_json::json!({"status": {"phase": "Running", "podIP": "10.244.9.1", "podIPs": [{"ip": "10.244.9.1"}]}});
     let status = status.to_string();
-    kubectl.run(&["-n", "shop", "patch", "pod", "web", "--subresource=status", "--type=merge", "-p", &status])?;
+    kubectl.run(&[
+        "-n",
+        "shop",
+        "patch",
+        "pod",
+        "web",
+        "--subresource=status",
+        "--type=merge",
+        "-p",
+        &status,
+    ])?;
     poll::until_true("the Pod is a member", PATIENCE, || {
         Ok(life.running().control.status()["pods"]["shop/web"] == "pending")
     })?;
@@ -203,16 +231,24 @@ pub fn run(bench: &Bench) -> Result<Life> {
 pub fn annotations_are_mesh_controls(bench: &mut Bench) -> Result<()> {
     let rights = r#"
 apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata: {name: owner, namespace: shop}
+rules: [{apiGroups: [""], resources: [pods], verbs: [get, list, patch, update]}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
 metadata: {name: owner, namespace: shop}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: admin}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: owner}
 subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: owner}]
 "#;
     let kubectl = bench.server.kubectl();
     kubectl.apply(rights)?;
     let owner = kubectl.by(bench.server.kubeconfig_of("owner", &[])?);
     poll::until_true("the owner may patch", PATIENCE, || {
-        Ok(owner.output(&["-n", "shop", "auth", "can-i", "patch", "pods"])?.status.success())
+        Ok(owner
+            .output(&["-n", "shop", "auth", "can-i", "patch", "pods"])?
+            .status
+            .success())
     })?;
     ensure!(capture(bench)? == "proven", "{}", capture(bench)?);
     owner.run(&["-n", "shop", "annotate", "pod", "web", "mine=yes", "culvert.dev/problem=none"])?;
@@ -241,7 +277,17 @@ subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: owner}]
     )?;
     let patch = r#"{"metadata": {"annotations": {"culvert.dev/capture": "lost"}}}"#;
     poll::until_true("the status is no way around it", PATIENCE, || {
-        let by_status = ["-n", "shop", "patch", "pod", "web", "--subresource=status", "--type=merge", "-p", patch];
+        let by_status = [
+            "-n",
+            "shop",
+            "patch",
+            "pod",
+            "web",
+            "--subresource=status",
+            "--type=merge",
+            "-p",
+            patch,
+        ];
         let output = owner.output(&by_status)?;
         ensure!(!output.status.success(), "the owner's patch of the status is let through");
         Ok(output.stderr.contains("mesh-control's alone"))

@@ -97,7 +97,10 @@ async fn who_cannot_be_enrolled_is_told_why_and_who_leaves_is_told_no_longer() {
         expected(&[("Pod", "vm", "MeshNotEnrolled"), ("problem", "vm", text)])
     );
     assert_eq!(control.status()["unprotected"]["shop/vm"], text);
-    let written = WORLD.replace("uid: vm}", &format!("uid: vm, annotations: {{culvert.dev/problem: '{text}'}}}}"));
+    let written = WORLD.replace(
+        "uid: vm}",
+        &format!("uid: vm, annotations: {{culvert.dev/problem: '{text}'}}}}"),
+    );
     set(&control, &written);
     assert_eq!(told(&control, &shared, now), []);
     set(&control, &written.replace("culvert.dev/mesh: enabled", "a: b"));
@@ -123,7 +126,10 @@ async fn only_the_pods_own_agent_is_heard_and_only_of_that_uid() {
     ];
     assert_eq!(told(&control, &shared, now), expected(&both));
     // What is compiled meanwhile does not tell it again.
-    set(&control, &format!("{WORLD}---\nkind: Node\napiVersion: v1\nmetadata: {{name: n}}\n"));
+    set(
+        &control,
+        &format!("{WORLD}---\nkind: Node\napiVersion: v1\nmetadata: {{name: n}}\n"),
+    );
     assert_eq!(told(&control, &shared, now), []);
     control.set_report("n", vec![word("u", Proof::Proven)]);
     assert_eq!(told(&control, &shared, now), expected(&[("Pod", "web", "MeshProtected")]));
@@ -157,5 +163,8 @@ async fn a_label_that_is_ignored_and_what_was_repaired_on_a_node_are_told_once()
     let told_later = told(&control, &shared, now);
     assert!(told_later.iter().all(|(kind, ..)| kind != "Namespace"), "{told_later:?}");
     control.node_repaired("n", &["connect4".into()]);
-    assert_eq!(told(&control, &shared, now), expected(&[("Node", "n", "MeshProtectionRepaired")]));
+    assert_eq!(
+        told(&control, &shared, now),
+        expected(&[("Node", "n", "MeshProtectionRepaired")])
+    );
 }

@@ -25,7 +25,8 @@ impl Bench {
             pod_ranges: vec![],
             trust_bundle: vec![],
             revoked: std::collections::BTreeSet::new(),
-            endpoints: EndpointSource::Slices, mesh_namespace: "culvert-system".into(),
+            endpoints: EndpointSource::Slices,
+            mesh_namespace: "culvert-system".into(),
         };
         let bounds = Bounds {
             publish_interval: Duration::ZERO,

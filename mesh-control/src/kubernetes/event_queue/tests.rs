@@ -81,7 +81,8 @@ fn subjects_are_remembered_within_a_bound() {
     let mut queue = EventQueue::new(now);
     for n in 0..MAX_EVENT_SUBJECTS {
         // Most find no allowance; they are remembered all the same.
-        drop(say(&mut queue, &pod(&n.to_string()), "why", now));
+        let said = say(&mut queue, &pod(&n.to_string()), "why", now);
+        assert_ne!(said, Err(Dropped::NoRoom));
     }
     while queue.take(now).is_some() {}
     now += EVENTS_INTERVAL * EVENTS_BURST;

@@ -57,7 +57,10 @@ fn one_that_stays_unproven_is_told_once_with_the_last_reason_and_when_it_is_well
     };
     // The same again and again.
     assert_eq!(notices.hear(&pod(), Proof::Pending, "no route", known, due), None);
-    assert_eq!((problem(&mut notices), notices.take_due(due + NOT_ENROLLED_AFTER)), (None, vec![]));
+    assert_eq!(
+        (problem(&mut notices), notices.take_due(due + NOT_ENROLLED_AFTER)),
+        (None, vec![])
+    );
     let said = reason(notices.hear(&pod(), Proof::Pending, "another", known, due));
     assert!(said.is_some_and(|(reason, note)| reason == Reason::NotEnrolled && note.contains("another")));
     let said = reason(notices.hear(&pod(), Proof::Proven, "", known, due));
@@ -67,6 +70,18 @@ fn one_that_stays_unproven_is_told_once_with_the_last_reason_and_when_it_is_well
     assert_eq!(notices.hear(&pod(), Proof::Proven, "", known, due), None);
     assert_eq!(notices.hear(&pod(), Proof::Proven, "", PROVEN, due), None);
     assert_eq!((notices.pods.len(), problem(&mut notices)), (0, None));
+}
+
+#[test]
+fn what_was_well_in_between_has_begun_anew() {
+    let mut notices = PodNotices::default();
+    let now = Instant::now();
+    notices.hear(&pod(), Proof::Pending, "first", UNKNOWN, now);
+    notices.hear(&pod(), Proof::Proven, "", UNKNOWN, now);
+    let later = now + NOT_ENROLLED_AFTER / 2;
+    notices.hear(&pod(), Proof::Pending, "second", UNKNOWN, later);
+    assert_eq!(notices.take_due(now + NOT_ENROLLED_AFTER), []);
+    assert_eq!(notices.take_due(later + NOT_ENROLLED_AFTER).len(), 1);
 }
 
 #[test]
@@ -99,6 +114,29 @@ fn what_another_replica_has_told_is_not_told_again() {
     let said = reason(fresh.hear(&pod(), Proof::Proven, "", lost, now));
     assert_eq!(said.map(|(reason, _)| reason), Some(Reason::Protected));
     assert_eq!(problem(&mut fresh), Some(None));
+}
+
+#[test]
+fn what_is_read_late_is_mended_and_what_another_replica_hears_is_no_longer_this_ones() {
+    let mut notices = PodNotices::default();
+    let now = Instant::now();
+    let lost = Known {
+        capture: Some(CaptureState::Lost),
+        problem: None,
+    };
+    assert!(notices.hear(&pod(), Proof::Proven, "", lost, now).is_some());
+    assert_eq!(problem(&mut notices), None);
+    let late = Known {
+        problem: Some("lost: why"),
+        ..PROVEN
+    };
+    notices.see("u", late, true, now);
+    assert_eq!(problem(&mut notices), Some(None));
+    notices.hear(&pod(), Proof::Lost, "why", PROVEN, now);
+    notices.see("u", late, true, now);
+    assert_eq!(notices.in_trouble_count(), 1);
+    notices.see("u", PROVEN, false, now);
+    assert_eq!(notices.in_trouble_count(), 0);
 }
 
 #[test]
