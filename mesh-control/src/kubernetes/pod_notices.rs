@@ -156,7 +156,9 @@ impl PodNotices {
         while self.due.first().is_some_and(|(due, _)| *due <= now) {
             let Some((_, uid)) = self.due.pop_first() else { break };
             let Some(of) = self.pods.get_mut(&uid) else { continue };
-            let Trouble::Maybe { why, since } = &of.trouble else { continue };
+            let Trouble::Maybe { why, since } = &of.trouble else {
+                continue;
+            };
             // It was well in between.
             if *since + NOT_ENROLLED_AFTER > now {
                 continue;

@@ -66,7 +66,11 @@ fn word(uid: &str, proof: Proof) -> PodWord {
 }
 
 /// Kind and name of what it is about, reason; and `problem`, Pod, text.
-fn told(control: &ControlPlane, shared: &Shared, now: Instant) -> Vec<(String, String, String)> {
+fn told(control: &ControlPlane, shared: &Shared) -> Vec<(String, String, String)> {
+    told_at(control, shared, Instant::now())
+}
+
+fn told_at(control: &ControlPlane, shared: &Shared, now: Instant) -> Vec<(String, String, String)> {
     let mut told = Vec::new();
     while let Ok(notice) = shared.take_notice(now, SystemTime::now(), &control.metrics) {
         told.push(match notice {
@@ -91,9 +95,8 @@ fn expected(list: &[(&str, &str, &str)]) -> Vec<(String, String, String)> {
 async fn who_cannot_be_enrolled_is_told_why_and_who_leaves_is_told_no_longer() {
     let (control, shared) = control(WORLD);
     let text = "refused: its runtime class runs it in a machine of its own, whose sockets the node does not see";
-    let now = Instant::now();
     assert_eq!(
-        told(&control, &shared, now),
+        told(&control, &shared),
         expected(&[("Pod", "vm", "MeshNotEnrolled"), ("problem", "vm", text)])
     );
     assert_eq!(control.status()["unprotected"]["shop/vm"], text);
@@ -102,69 +105,63 @@ async fn who_cannot_be_enrolled_is_told_why_and_who_leaves_is_told_no_longer() {
         &format!("uid: vm, annotations: {{culvert.dev/problem: '{text}'}}}}"),
     );
     set(&control, &written);
-    assert_eq!(told(&control, &shared, now), []);
+    assert_eq!(told(&control, &shared), []);
     set(&control, &written.replace("culvert.dev/mesh: enabled", "a: b"));
-    assert_eq!(told(&control, &shared, now), expected(&[("problem", "vm", "")]));
+    assert_eq!(told(&control, &shared), expected(&[("problem", "vm", "")]));
     assert_eq!(control.status()["unprotected"], serde_json::json!({}));
 }
 
 #[tokio::test]
 async fn only_the_pods_own_agent_is_heard_and_only_of_that_uid() {
     let (control, shared) = control(WORLD);
-    let now = Instant::now();
-    told(&control, &shared, now);
+    told(&control, &shared);
     let mut lost = word("u", Proof::Lost);
     lost.repaired = vec!["sk_lookup".into()];
     control.set_report("another", vec![lost.clone()]);
     control.set_report("n", vec![word("another", Proof::Lost)]);
-    assert_eq!(told(&control, &shared, now), []);
+    assert_eq!(told(&control, &shared), []);
     control.set_report("n", vec![lost.clone()]);
     let both = [
         ("Pod", "web", "MeshProtectionLost"),
         ("Pod", "web", "MeshProtectionRepaired"),
         ("problem", "web", "lost: somebody else answers"),
     ];
-    assert_eq!(told(&control, &shared, now), expected(&both));
+    assert_eq!(told(&control, &shared), expected(&both));
     // What is compiled meanwhile does not tell it again.
     set(
         &control,
         &format!("{WORLD}---\nkind: Node\napiVersion: v1\nmetadata: {{name: n}}\n"),
     );
-    assert_eq!(told(&control, &shared, now), []);
+    assert_eq!(told(&control, &shared), []);
     control.set_report("n", vec![word("u", Proof::Proven)]);
-    assert_eq!(told(&control, &shared, now), expected(&[("Pod", "web", "MeshProtected")]));
+    assert_eq!(told(&control, &shared), expected(&[("Pod", "web", "MeshProtected")]));
 }
 
 #[tokio::test]
 async fn one_that_stays_pending_is_told_after_a_while() {
     let (control, shared) = control(WORLD);
-    let now = Instant::now();
-    told(&control, &shared, now);
+    told(&control, &shared);
     control.set_report("n", vec![word("u", Proof::Pending)]);
-    assert_eq!(told(&control, &shared, now), []);
-    let later = now + NOT_ENROLLED_AFTER * 2;
+    assert_eq!(told(&control, &shared), []);
+    let later = Instant::now() + NOT_ENROLLED_AFTER * 2;
     let both = [
         ("Pod", "web", "MeshNotEnrolled"),
         ("problem", "web", "pending: somebody else answers"),
     ];
-    assert_eq!(told(&control, &shared, later), expected(&both));
+    assert_eq!(told_at(&control, &shared, later), expected(&both));
 }
 
 #[tokio::test]
 async fn a_label_that_is_ignored_and_what_was_repaired_on_a_node_are_told_once() {
     let labelled = "apiVersion: v1\nkind: Namespace\nmetadata: {name: mesh, labels: {culvert.dev/mesh: enabled}}\n";
     let (control, shared) = control(labelled);
-    let now = Instant::now();
     assert_eq!(
-        told(&control, &shared, now),
+        told(&control, &shared),
         expected(&[("Namespace", "mesh", "MeshLabelIgnored")])
     );
     set(&control, &format!("{labelled}---\n{WORLD}"));
-    let told_later = told(&control, &shared, now);
+    let told_later = told(&control, &shared);
     assert!(told_later.iter().all(|(kind, ..)| kind != "Namespace"), "{told_later:?}");
     control.node_repaired("n", &["connect4".into()]);
-    assert_eq!(
-        told(&control, &shared, now),
-        expected(&[("Node", "n", "MeshProtectionRepaired")])
-    );
+    assert_eq!(told(&control, &shared), expected(&[("Node", "n", "MeshProtectionRepaired")]));
 }
