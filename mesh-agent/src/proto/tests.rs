@@ -3,7 +3,7 @@ use mesh_proto::mesh::{Cidr, NamespaceMtls};
 use mesh_proto::security::{
     Action as WireAction, Address as Block, Authorization, Clause, Match, Rule, ServiceAccountMatch, StringMatch, string_match,
 };
-use mesh_proto::workload::{Extension, NetworkAddress, Port};
+use mesh_proto::workload::{Extension, LoadBalancing, NetworkAddress, Port};
 use mesh_proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, SETTINGS_TYPE_URL};
 use mesh_proto::{MAX_REVOKED, MAX_TRUSTED_ROOTS};
 use prost_types::Any;
@@ -216,6 +216,54 @@ fn a_service_has_its_virtual_addresses_only() {
         Service::try_from(broken),
         Err(ProtoError::Field { field: "ports", .. })
     ));
+}
+
+#[test]
+fn a_service_tells_which_endpoints_a_client_gets() {
+    let service = |balancing: Option<LoadBalancing>, affinity: Option<(&str, u32)>| {
+        let extension = affinity.map(|(type_url, timeout_seconds)| Extension {
+            name: AFFINITY_EXTENSION.to_owned(),
+            config: Some(Any {
+                type_url: type_url.to_owned(),
+                value: SessionAffinity { timeout_seconds }.encode_to_vec(),
+            }),
+        });
+        Service::try_from(WireService {
+            namespace: "shop".to_owned(),
+            hostname: "web.shop.svc.cluster.local".to_owned(),
+            load_balancing: balancing,
+            extensions: extension.into_iter().collect(),
+            ..WireService::default()
+        })
+    };
+    let prefers = |mode: Mode, scopes: &[RoutingScope]| {
+        Some(LoadBalancing {
+            mode: mode.into(),
+            routing_preference: scopes.iter().map(|scope| i32::from(*scope)).collect(),
+            ..LoadBalancing::default()
+        })
+    };
+    let plain = service(None, None).unwrap();
+    assert!(plain.only_healthy && !plain.node_local && plain.affinity.is_none());
+    for (mode, scopes, local) in [
+        (Mode::Strict, &[RoutingScope::Node][..], true),
+        (Mode::Strict, &[RoutingScope::Zone], false),
+        (Mode::Failover, &[RoutingScope::Zone, RoutingScope::Node], false),
+        (Mode::UnspecifiedMode, &[], false),
+    ] {
+        let service = service(prefers(mode, scopes), None).unwrap();
+        assert_eq!(
+            (service.node_local, service.only_healthy),
+            (local, true),
+            "{mode:?} {scopes:?}"
+        );
+    }
+    let keeps = service(None, Some((AFFINITY_TYPE_URL, 7))).unwrap();
+    assert_eq!(keeps.affinity, Some(std::time::Duration::from_secs(7)));
+    for wrong in [("type.example/other", 7), (AFFINITY_TYPE_URL, 0), (AFFINITY_TYPE_URL, 86_401)] {
+        let error = service(None, Some(wrong)).unwrap_err();
+        assert!(matches!(error, ProtoError::Field { field: "extensions", .. }), "{error}");
+    }
 }
 
 #[test]

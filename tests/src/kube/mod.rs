@@ -11,6 +11,7 @@ mod api_server;
 mod archive;
 mod certificates;
 mod cluster;
+mod culvert;
 mod hierarchies;
 mod image;
 mod kubectl;
@@ -21,6 +22,7 @@ mod tools;
 
 pub use api_server::{ApiServer, client};
 pub use cluster::{APP_IMAGE, Cluster};
+pub use culvert::{Culvert, NAMESPACE as MESH_NAMESPACE};
 pub use image::Image;
 pub use kubectl::Kubectl;
 pub use node::Node;
