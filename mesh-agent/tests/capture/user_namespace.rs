@@ -39,7 +39,10 @@ async fn a_pod_with_a_user_namespace_is_captured_and_left_as_it_was() {
     capture.prove("uid-1").await.unwrap();
     assert_ne!(state(), before);
     let application = bed.application_at(&pod.netns_path, "[::]:8080");
-    let mut client = timeout(A_WHILE, TcpStream::connect((SECOND_V4, 8080))).await.unwrap().unwrap();
+    let mut client = timeout(A_WHILE, TcpStream::connect((SECOND_V4, 8080)))
+        .await
+        .unwrap()
+        .unwrap();
     let (mut served, peer) = timeout(A_WHILE, application.accept()).await.unwrap().unwrap();
     assert_eq!(peer.ip().to_canonical().to_string(), NODE_OF_SECOND_V4);
     client.write_all(b"x").await.unwrap();

@@ -67,7 +67,7 @@ pub fn terminating(world: &mut World) -> Result<()> {
       lifecycle: {{preStop: {{exec: {{command: [sh, -c, "until [ -e /tmp/go ]; do mesh-test-app get http://far-any/last-words; sleep 0.3; done"]}}}}}}"#
         )
     };
-    let patient = "  terminationGracePeriodSeconds: 100";
+    let patient = "  terminationGracePeriodSeconds: 300";
     let manifests = [("leaving", 2), ("staying", 1)]
         .map(|(name, node)| pod(name, node, "app: leaves", &command(name), patient))
         .map(|text| text.replacen("  terminationGracePeriodSeconds: 1\n", "", 1));

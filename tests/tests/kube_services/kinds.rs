@@ -55,7 +55,13 @@ pub fn every_kind(world: &mut World) -> Result<()> {
             .iter()
             .all(|kind| kind.servers.contains(&answers[&kind.url][0].as_str())))
     })?;
-    let before = world.lines_from("client")?.len();
+    let before = world.lines_from("client")?;
+    let begin = before
+        .iter()
+        .filter_map(|line| line["time"].as_str())
+        .max()
+        .unwrap_or_default()
+        .to_owned();
     let answers = world.ask("client", &urls, 3)?;
     for kind in &kinds {
         let servers = set(&answers[&kind.url]);
@@ -67,15 +73,19 @@ pub fn every_kind(world: &mut World) -> Result<()> {
         );
     }
     // Two lines each, but for the one that left the mesh.
-    let expected = before + 2 * 3 * kinds.len() - 3;
+    let expected = before.len() + 2 * 3 * kinds.len() - 3;
     let lines = poll::until("their lines in the access log", PATIENCE, || {
         let lines = world.lines_from("client")?;
         Ok((lines.len() >= expected).then_some(lines))
     })?;
+    let lines: Vec<Value> = lines
+        .into_iter()
+        .filter(|line| line["time"].as_str() > Some(&begin))
+        .collect();
     for kind in &kinds {
         let hostname = format!("{}.{SHOP}.svc.cluster.local", kind.service);
         let is_of_kind = |line: &&Value| {
-            let named = if kind.service.is_empty() { "" } else { &hostname };
+            let named = if kind.service.is_empty() { "" } else { hostname.as_str() };
             let workload = line["destination_workload"].as_str().unwrap_or_default();
             let by_owner = |server: &&str| *server == workload || server.starts_with(&format!("{workload}-"));
             line["direction"] == "outbound" && line["destination_service"] == named && kind.servers.iter().any(|s| by_owner(&s))

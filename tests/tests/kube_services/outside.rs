@@ -103,14 +103,8 @@ pub fn permissive(world: &mut World) -> Result<()> {
     }
     // So is a Pod on the node's own network, through a Service and by the Pod's address.
     let far = world.cluster.pod_address(SHOP, "far")?;
-    for url in [
-        format!("http://far-local.{SHOP}/"),
-        format!("http://{far}:8080/"),
-        "http://open.shop/".to_owned(),
-    ] {
-        // The policy of the node's Services is kube-proxy's here.
-        let expected = if url.contains("far-local") { "refused" } else { "far" };
-        ensure!(world.ask_one("host", &url, 1)? == [expected], "{url} by the host's network");
+    for url in [format!("http://{far}:8080/"), format!("http://open.{SHOP}/")] {
+        ensure!(world.ask_one("host", &url, 1)? == ["far"], "{url} by the host's network");
     }
     poll::until_true("each has arrived in clear, without a principal", PATIENCE, || {
         let lines = arrivals(world)?;
