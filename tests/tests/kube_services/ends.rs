@@ -41,7 +41,9 @@ spec:
     let (pod, phase) = (&pods[0]["metadata"]["name"], &pods[0]["status"]["phase"]);
     ensure!(phase == "Succeeded", "{phase}");
     let line = world.until_logged("the job's connection", |line| {
-        line["source_workload"] == "once" && line["direction"] == "outbound"
+        // Its Pod's name, where it was there before discovery knew whose it is.
+        let source = line["source_workload"].as_str().unwrap_or_default();
+        source.starts_with("once") && line["direction"] == "outbound"
     })?;
     ensure!(
         line["connection_security_policy"] == "mutual_tls" && line["result"] == "ok",
@@ -120,10 +122,13 @@ pub fn terminating(world: &mut World) -> Result<()> {
             "of what it called while it terminated: {line}"
         );
     }
+    let complaints = || world.metric(2, "mesh_following_failures_total", &["reason=\"no_process\""]);
+    let before = complaints()?;
     world.sh("leaving", "touch /tmp/go")?;
     world
         .kubectl()
         .run(&["-n", SHOP, "wait", "--for=delete", "pod/leaving", "--timeout=60s"])?;
+    ensure!(complaints()? == before, "the agent misses a Pod whose end it was told of");
     let ended = poll::until("the stream's end", PATIENCE, || {
         let said = world.sh("client", "cat /tmp/chat")?;
         Ok((said.contains("\"ok\"") || said.contains("error")).then_some(said))

@@ -88,7 +88,7 @@ pub fn every_kind(world: &mut World) -> Result<()> {
             let named = if kind.service.is_empty() { "" } else { hostname.as_str() };
             let workload = line["destination_workload"].as_str().unwrap_or_default();
             let by_owner = |server: &&str| *server == workload || server.starts_with(&format!("{workload}-"));
-            line["direction"] == "outbound" && line["destination_service"] == named && kind.servers.iter().any(|s| by_owner(&s))
+            line["direction"] == "outbound" && line["destination_service"] == named && kind.servers.iter().any(by_owner)
         };
         let of_kind: Vec<&Value> = lines.iter().filter(is_of_kind).collect();
         if kind.service == "by-hand-outside" {
