@@ -57,6 +57,9 @@ struct Word {
     is_vague: bool,
 }
 
+/// Of a word: its type, the version, what is rejected, and whether there is more of that.
+type Said<'a> = (&'a str, &'a str, &'a BTreeSet<Form>, bool);
+
 impl Enforcement {
     /// A state is published. Before any agent hears of it.
     pub fn published(&mut self, snapshot: &Snapshot) {
@@ -151,7 +154,7 @@ impl Enforcement {
         self.expire(now);
         let forms: BTreeSet<Form> = current.values().copied().collect();
         // Few: nodes that enforce the same versions and reject the same are in one.
-        let mut alike: BTreeMap<Vec<(&str, &str, &BTreeSet<Form>, bool)>, Vec<&Node>> = BTreeMap::new();
+        let mut alike: BTreeMap<Vec<Said<'_>>, Vec<&Node>> = BTreeMap::new();
         for node in self.nodes.values() {
             let words = node.words.iter();
             let said = words.map(|(type_url, word)| (*type_url, word.version.as_str(), &word.rejected, word.is_vague));
