@@ -67,7 +67,7 @@ pub fn killed(bench: &mut Bench) -> Result<()> {
     bench.agents[place] = agent;
     poll::until_true("the other one writes", PATIENCE, || {
         seen.look(bench)?;
-        Ok(bench.control(other)?.is_writer()?)
+        bench.control(other)?.is_writer()
     })?;
     poll::until_true("what was made meanwhile has its status", PATIENCE, || {
         seen.look(bench)?;
