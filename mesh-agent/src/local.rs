@@ -103,7 +103,7 @@ fn finished<T>(result: Result<Result<T, PodError>, tokio::task::JoinError>) -> R
             let code = match error {
                 PodError::Invalid { .. } => Code::InvalidArgument,
                 PodError::Busy => Code::Aborted,
-                PodError::Capture(_) => Code::FailedPrecondition,
+                PodError::Capture(_) | PodError::AnotherNamespace => Code::FailedPrecondition,
                 PodError::Pending(_) => Code::Unavailable,
             };
             Err(Status::new(code, error.to_string()))

@@ -169,8 +169,8 @@ pub const MAX_OBJECTS: usize = MAX_RESOURCES;
 pub const LIST_PAGE: u32 = 500;
 /// A request that is not answered within this has failed.
 pub const API_TIMEOUT: Duration = Duration::from_secs(30);
-/// Bytes of an answer, and of an event of a watch: 64 KiB for each object of a page, where a large Pod has 10 KiB: 32 MiB. More is not
-/// read, counted as a failure and said.
+/// Bytes of an answer, and of an event of a watch: 64 KiB for each object of a page, where a large Pod has 10 KiB: 32 MiB. A larger page is
+/// asked for again in halves; any other answer is a failure, counted and said. One object has 3 MiB at most, by etcd's bound.
 pub const MAX_ANSWER_BYTES: usize = LIST_PAGE as usize * (64 << 10);
 /// The API server is asked to end a watch after a number of seconds between half of this and all, drawn at random so that replicas and
 /// kinds do not all come back at one time. It is then resumed. A peer that is silently gone is found out by it, so it is not longer.

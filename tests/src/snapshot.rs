@@ -1,6 +1,7 @@
 //! All that enrolling a Pod could leave behind in its network namespace, as text to be compared.
 
 use std::fmt::Write as _;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
@@ -63,4 +64,20 @@ fn sysctls(folder: &str, text: &mut String) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Files and folders below a folder.
+///
+/// # Errors
+/// It cannot be read.
+pub fn count_below(folder: &Path) -> Result<usize> {
+    let mut count = 0;
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        count += 1;
+        if entry.file_type()?.is_dir() {
+            count += count_below(&entry.path())?;
+        }
+    }
+    Ok(count)
 }

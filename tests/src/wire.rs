@@ -12,8 +12,8 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::netns::Netns;
 
-/// A recording ends here; the demo's whole traffic is far less, that of an upgrade under load some 60 MiB.
-const MAX_RECORDING_BYTES: usize = 256 << 20;
+/// A recording ends here; the demo's whole traffic is far less.
+const MAX_RECORDING_BYTES: usize = 64 << 20;
 /// Large enough for a frame that segmentation offload has not cut yet.
 const MAX_FRAME_BYTES: usize = 1 << 17;
 

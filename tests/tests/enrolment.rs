@@ -36,6 +36,7 @@ fn main() -> ExitCode {
                 live::joins_and_leaves,
             ),
             ("a_process_of_a_pod_in_anothers_namespace_enrols_nothing", live::wrong_pairing),
+            ("a_namespace_that_a_pod_makes_with_its_address_is_no_pods", live::decoy),
             ("what_cannot_be_enrolled_is_said", live::refused),
             ("the_plugin_answers_once_the_pod_is_in_the_mesh", cni::add_check_del),
             ("without_an_agent_only_pods_of_the_mesh_do_not_start", cni::without_agent),

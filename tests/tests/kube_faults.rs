@@ -10,6 +10,8 @@
 mod callers;
 #[path = "kube_faults/control.rs"]
 mod control;
+#[path = "kube_faults/large.rs"]
+mod large;
 #[path = "kube_faults/watches.rs"]
 mod watches;
 
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
             ("an_event_without_an_end_takes_bounded_memory", watches::endless),
             ("a_slow_api_server_is_waited_for", watches::slow),
             ("a_start_waits_for_an_api_server_in_trouble", watches::start),
+            ("large_objects_keep_no_list_from_being_read", large::objects),
             ("reviews_that_fail_or_hang_cut_no_stream", callers::reviews),
             ("a_token_that_is_over_is_refused_until_its_file_is_new", callers::expired),
         ],

@@ -18,11 +18,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Parser as _;
-use mesh_agent::config::{Command, Credentials};
-use mesh_agent::discovery::transport::ControlPlane;
-use mesh_agent::identity::Identity;
-use mesh_agent::identity::certificate::{CertificateError, KeyAndRequest};
-use mesh_agent::identity::renewal::Authority as _;
 use mesh_agent::identity::store::CertifiedKeyPair;
 use mesh_control::app::{self, Running, Source};
 use mesh_control::config::ServeArgs;
@@ -30,6 +25,7 @@ use mesh_control::limits::Bounds;
 use mesh_control::metrics::Metrics;
 use mesh_control::state_dir::StateDir;
 use mesh_control::trust::Trust;
+use mesh_tests::kube::agent_client::{AgentClient, Answer};
 use mesh_tests::kube::{ApiServer, client};
 use mesh_tests::poll::{self, SOON};
 use mesh_tests::suite;
@@ -243,42 +239,19 @@ impl Control {
     }
 
     /// An agent's client whose token is in `file`.
-    fn agent(&self, file: &Path) -> Result<Agent> {
-        let listen = self.running().listen.to_string();
-        let roots = self.roots_file();
-        let (token, roots) = (file.to_str().context("a path")?, roots.to_str().context("a path")?);
-        let args = [
-            "mesh-agent",
-            "run",
-            "--service-account-token",
-            token,
-            "--control-roots",
-            roots,
-            "--control",
-            &listen,
-            "--node",
-            "node-a",
-        ];
-        let Command::Run(args) = mesh_agent::config::Cli::try_parse_from(args)?.command else {
-            bail!("not run");
-        };
-        // Its channel is of the runtime that it is made in.
-        let _runtime = self.runtime.enter();
-        Ok(Agent {
-            control: ControlPlane::new(&Credentials::read(&args)?)?,
-            runtime: self.runtime.clone(),
-        })
+    fn agent(&self, file: &Path) -> Result<AgentClient> {
+        AgentClient::new(file, &self.roots_file(), &self.running().listen.to_string(), &self.runtime)
     }
 
     /// An agent's client with this token.
-    fn agent_with(&self, token: &str) -> Result<Agent> {
+    fn agent_with(&self, token: &str) -> Result<AgentClient> {
         let file = self.folder.path().join("token");
         std::fs::write(&file, token)?;
         self.agent(&file)
     }
 
     /// The same beside another agent, whose token stays where it is.
-    fn agent_with_other_file(&self, token: &str) -> Result<Agent> {
+    fn agent_with_other_file(&self, token: &str) -> Result<AgentClient> {
         let file = self.folder.path().join("other-token");
         std::fs::write(&file, token)?;
         self.agent(&file)
@@ -305,31 +278,6 @@ fn serve_args(folder: &Path, registry: &Path) -> Result<ServeArgs> {
         .into_iter()
         .chain(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]);
     Ok(mesh_control::config::Cli::try_parse_from(args)?.serve)
-}
-
-struct Agent {
-    control: ControlPlane,
-    runtime: tokio::runtime::Handle,
-}
-
-/// A certificate, or how and why not.
-type Answer = std::result::Result<CertifiedKeyPair, tonic::Status>;
-
-impl Agent {
-    /// A certificate for a service account of `shop`, asked for and checked as the agent does it.
-    fn ask(&self, account: &str) -> Result<Answer> {
-        let identity = Identity::new("cluster.local", "shop", account);
-        let request = KeyAndRequest::new(&identity)?;
-        let signed = self.runtime.block_on(async {
-            let answer = self.control.sign(&identity, request.csr_pem.clone());
-            tokio::time::timeout(SOON, answer).await
-        })?;
-        match signed {
-            Ok(answer) => Ok(Ok(request.certify(&identity, &answer, std::time::SystemTime::now())?)),
-            Err(CertificateError::Refused(status)) => Ok(Err(*status)),
-            Err(error) => Err(error.into()),
-        }
-    }
 }
 
 /// Fails with the attack's success, or where it was refused as something else.

@@ -21,6 +21,7 @@ use mesh_tests::demo::PODS;
 use mesh_tests::mesh::Mesh;
 use mesh_tests::poll::{self, SOON};
 use mesh_tests::process::Process;
+use mesh_tests::snapshot::count_below;
 use mesh_tests::suite;
 use mesh_tests::topology::NodeName;
 use mesh_tests::wire::Recorder;
@@ -153,18 +154,6 @@ fn traces(mesh: &Mesh, node: NodeName, build: Build) -> Result<Vec<(&'static str
         ("programs that read PODS", of_pods),
         ("links with these", links_of_pods),
     ])
-}
-
-fn count_below(folder: &Path) -> Result<usize> {
-    let mut count = 0;
-    for entry in std::fs::read_dir(folder)? {
-        let entry = entry?;
-        count += 1;
-        if entry.file_type()?.is_dir() {
-            count += count_below(&entry.path())?;
-        }
-    }
-    Ok(count)
 }
 
 fn expect_traces(mesh: &Mesh, node: NodeName, build: Build, before: &[(&'static str, usize)]) -> Result<()> {

@@ -300,14 +300,8 @@ impl Pods {
             Some(known) if known.netns_cookie == found.netns.cookie() || known.netns_cookie == 0 => return Ok(()),
             // Its sandbox was made anew, and nobody has said so.
             Some(_) => {
-                let still = self
-                    .capture
-                    .inhabited(std::slice::from_ref(&uid))
-                    .await
-                    .map_err(PodError::from)?;
-                // Processes of a Pod can make namespaces with its address: the one that is captured is not let go for such a one.
-                if still.contains(&uid) {
-                    return Ok(());
+                if !self.capture.inhabited(std::slice::from_ref(&uid)).await?.is_empty() {
+                    return Err(PodError::AnotherNamespace);
                 }
                 info!(%uid, "the Pod has another network namespace by now: the old one is released");
                 self.clone().release(&uid).await?;

@@ -53,6 +53,11 @@ pub enum PodError {
     /// The Pod is enrolled and closed to what cannot be protected; the agent goes on trying.
     #[error("enrolled, but not in the mesh yet: {0}")]
     Pending(String),
+    /// Processes of a Pod can make namespaces with its address: the one that is captured is not let go for such a one.
+    #[error(
+        "another network namespace has its address, while processes run in the one that is enrolled: that one stays captured"
+    )]
+    AnotherNamespace,
 }
 
 impl PodError {
@@ -63,6 +68,7 @@ impl PodError {
             Self::Busy => "busy",
             Self::Capture(error) => error.reason(),
             Self::Pending(_) => "pending",
+            Self::AnotherNamespace => "another_namespace",
         }
     }
 }

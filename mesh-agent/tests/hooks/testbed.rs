@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
@@ -82,6 +83,42 @@ pub fn run(command: &str) {
     );
 }
 
+/// Of everything that a testbed makes; then the process that made it, and `x`.
+const PREFIX: &str = "cvh";
+
+/// Removes what runs that were killed left behind: namespaces, cgroups, and bpffs with what is pinned there.
+fn sweep() {
+    for folder in [Path::new("/run/netns"), &cgroup_root(), &env::temp_dir()] {
+        for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if !is_left_behind(&name) {
+                continue;
+            }
+            let path = entry.path();
+            let path = path.display();
+            // Beside another run that sweeps as well, somebody is first.
+            let _ = Command::new("sh")
+                .args([
+                    "-c",
+                    &format!(
+                        "case {path} in
+                         /run/netns/*) ip netns del {name};;
+                         {temporary}/*) rm -rf {path}/culvert; umount {path}; rmdir {path};;
+                         *) rmdir {path};;
+                         esac 2> /dev/null",
+                        temporary = env::temp_dir().display()
+                    ),
+                ])
+                .status();
+        }
+    }
+}
+
+fn is_left_behind(name: &str) -> bool {
+    let pid = name.strip_prefix(PREFIX).and_then(|rest| rest.split_once('x'));
+    pid.is_some_and(|(pid, _)| pid.parse::<u32>().is_ok() && !Path::new("/proc").join(pid).exists())
+}
+
 pub struct Testbed {
     name: String,
     pub pin_path: PathBuf,
@@ -95,7 +132,9 @@ pub struct Testbed {
 impl Testbed {
     pub fn new() -> Testbed {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("cvh{}x{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        static SWEPT: Once = Once::new();
+        SWEPT.call_once(sweep);
+        let name = format!("{PREFIX}{}x{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let bpffs = env::temp_dir().join(&name);
         let cgroup = cgroup_root().join(&name);
         let testbed = Testbed {

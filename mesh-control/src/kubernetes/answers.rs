@@ -15,6 +15,23 @@ use crate::limits::MAX_ANSWER_BYTES;
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
+#[derive(Debug, thiserror::Error)]
+#[error("an answer of the API server, or an event, has more than {MAX_ANSWER_BYTES} bytes")]
+struct TooLarge;
+
+/// Whether a request failed for the size of its answer.
+#[must_use]
+pub fn is_too_large(error: &kube::Error) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if error.is::<TooLarge>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
 pub fn mend(answer: Response<Box<DynBody>>) -> Response<Box<DynBody>> {
     let (mut parts, body) = answer.into_parts();
     let Some(seconds) = patience(parts.status, &parts.headers) else {
@@ -76,10 +93,7 @@ impl hyper::body::Body for Bounded {
         if let Some(data) = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref()) {
             match line_after(self.of_line, data) {
                 Some(of_line) => self.of_line = of_line,
-                None => {
-                    let text = format!("an answer of the API server, or an event, has more than {MAX_ANSWER_BYTES} bytes");
-                    return Poll::Ready(Some(Err(text.into())));
-                }
+                None => return Poll::Ready(Some(Err(TooLarge.into()))),
             }
         }
         Poll::Ready(frame)

@@ -18,6 +18,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_stream::StreamExt as _;
 
+use super::answers::is_too_large;
 use super::feed::Feed;
 use super::world::Meta;
 use crate::limits::{
@@ -176,15 +177,27 @@ impl<K: Watched> Watch<K> {
         }
     }
 
-    /// Reads everything, page by page, and says from which version to go on.
+    /// Reads everything, page by page, and says from which version to go on. A page that is too large to read is asked for again with
+    /// half as many objects, down to one, which is never too large: nobody who may make objects can keep a list from being read.
     async fn list(&self) -> Result<String, ListEnd> {
         self.feed.change(|world| world.begin_list(self.kind));
-        let mut params = ListParams::default().limit(LIST_PAGE);
+        let mut limit = LIST_PAGE;
+        let mut params = ListParams::default().limit(limit);
         let patience = self.feed.control.bounds.api_timeout;
         loop {
             let page = match timeout(patience, self.api.list(&params)).await {
                 Ok(Ok(page)) => page,
                 Ok(Err(Error::Api(status))) if status.code == 404 && self.is_absent().await? => return Err(ListEnd::Absent),
+                Ok(Err(error)) if limit > 1 && is_too_large(&error) => {
+                    limit /= 2;
+                    params = params.limit(limit);
+                    tracing::info!(
+                        kind = self.kind.as_str(),
+                        limit,
+                        "a page of large objects is read in smaller ones"
+                    );
+                    continue;
+                }
                 // Also a page of a list that is too old to go on with (410): it begins anew.
                 Ok(Err(error)) => return Err(ListEnd::Failed(describe(&error), retry_after(&error))),
                 Err(_) => return Err(ListEnd::Failed(no_answer(patience), None)),

@@ -4,8 +4,6 @@
 //! A change counts as told when the state that has it was compiled and published to the streams.
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,9 +17,9 @@ use tokio::task::JoinSet;
 
 use super::report::{Format, Samples, progress};
 use crate::exposition::{self, Family};
-use crate::kube::ApiServer;
-use crate::process::{Place, Process, tail};
-use crate::{binaries, http};
+use crate::http;
+use crate::kube::{ApiServer, ControlProgram};
+use crate::process::tail;
 
 const NAMESPACES: usize = 10;
 const NODES: usize = 100;
@@ -84,11 +82,7 @@ struct Bench<'a> {
 }
 
 /// A running mesh-control.
-struct Control {
-    process: Process,
-    admin: SocketAddr,
-    log: PathBuf,
-}
+struct Control(ControlProgram);
 
 impl<'a> Bench<'a> {
     fn set_up(server: &'a ApiServer, runtime: &'a Runtime, size: Size) -> Result<Self> {
@@ -227,25 +221,14 @@ impl<'a> Bench<'a> {
     }
 
     fn start(&self, name: &str) -> Result<Control> {
-        let place = Place {
-            netns: PathBuf::from("/proc/self/ns/net"),
-            cgroup: None,
-            unprivileged: false,
-        };
-        let [a, b, c] = rand::random::<[u8; 3]>();
-        let admin = SocketAddr::new(Ipv4Addr::new(127, a.max(1), b, c.clamp(1, 254)).into(), 15014);
-        let flags = ["--kubernetes", "--listen", "127.0.0.1:0", "--admin", &admin.to_string()];
-        let mut command = place.command(&binaries::path("mesh-control")?, &flags)?;
-        command.env("KUBECONFIG", self.server.kubeconfig());
         let log = self.server.folder().join(format!("{name}.log"));
-        let process = Process::start("mesh-control", command, log.clone())?;
-        Ok(Control { process, admin, log })
+        ControlProgram::start(self.server.kubeconfig(), log).map(Control)
     }
 }
 
 impl Control {
     fn until_ready(&self) -> Result<()> {
-        self.wait(|| Ok(http::request(self.admin, "/healthz/ready").is_ok_and(|response| response.status == 200)))
+        self.wait(|| Ok(http::request(self.0.admin, "/healthz/ready").is_ok_and(|response| response.status == 200)))
     }
 
     fn until(&self, is: impl Fn(&Exposed) -> Result<bool>) -> Result<()> {
@@ -258,7 +241,7 @@ impl Control {
             ensure!(
                 began.elapsed() < DEADLINE,
                 "mesh-control took too long\n{}",
-                tail(&self.log, 20)
+                tail(&self.0.log, 20)
             );
             std::thread::sleep(POLL);
         }
@@ -266,12 +249,12 @@ impl Control {
     }
 
     fn metrics(&self) -> Result<Exposed> {
-        exposition::parse(&http::request(self.admin, "/metrics")?.body).map_err(anyhow::Error::msg)
+        exposition::parse(&http::request(self.0.admin, "/metrics")?.body).map_err(anyhow::Error::msg)
     }
 
     /// Seconds so far, of all its threads.
     fn cpu(&self) -> Result<f64> {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.process.id()))?;
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.0.process.id()))?;
         // After the name, which may hold anything, in parentheses.
         let (_, fields) = stat.rsplit_once(')').context("/proc/PID/stat")?;
         let fields: Vec<&str> = fields.split_whitespace().collect();
@@ -286,7 +269,7 @@ impl Control {
 
     /// MiB of a line in a file of /proc/PID.
     fn memory(&self, line: &str, file: &str) -> Result<f64> {
-        let text = std::fs::read_to_string(format!("/proc/{}/{file}", self.process.id()))?;
+        let text = std::fs::read_to_string(format!("/proc/{}/{file}", self.0.process.id()))?;
         let found = text
             .lines()
             .find_map(|text| text.strip_prefix(line))

@@ -7,9 +7,11 @@
 //! Nothing is installed or started on the machine, two copies run side by side, and what belongs to a copy ends with its
 //! owner: by Drop, by the death of the test's process, or, should that be killed, by the next copy's sweep.
 
+pub mod agent_client;
 mod api_server;
 mod certificates;
 mod cluster;
+mod control_program;
 pub mod faults;
 mod hierarchies;
 mod image;
@@ -21,6 +23,7 @@ mod tools;
 
 pub use api_server::{ApiServer, client};
 pub use cluster::{APP_IMAGE, Cluster};
+pub use control_program::ControlProgram;
 pub use image::Image;
 pub use kubectl::Kubectl;
 pub use node::Node;

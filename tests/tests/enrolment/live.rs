@@ -1,11 +1,13 @@
 //! Pods that ran before their namespace was labelled.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use mesh_tests::app::ECHO_PORT;
 use mesh_tests::cgroup::Cgroup;
 use mesh_tests::mesh::Mesh;
+use mesh_tests::netns::Netns;
 use mesh_tests::poll::{self, SOON};
 use mesh_tests::process::{Place, Process};
 use mesh_tests::snapshot;
@@ -13,6 +15,8 @@ use mesh_tests::topology::NodeName;
 use serde_json::Value;
 
 pub const NODE: NodeName = NodeName::Two;
+/// A proof is made again every 5 s, and one that fails is tried for some; then the Pod is looked for, with pauses of up to 10 s.
+const PATIENTLY: Duration = Duration::from_secs(60);
 
 /// A Pod of node-2 that runs as the kubelet makes it run: in a cgroup that is named after it.
 pub struct Running {
@@ -101,8 +105,9 @@ impl Running {
         mesh.registry.remove(&format!("pod-{}.yaml", self.name))?;
         if is_enrolled {
             // Its object is gone and its processes are not, as after a forced deletion: it stays captured.
-            poll::until_true("its processes are seen", SOON, || Ok(kept() > before))?;
-            ensure!(mesh.listed(self.name)?.is_some(), "a Pod that runs was let go");
+            let is_listed = || Ok::<_, anyhow::Error>(mesh.listed(self.name)?.is_some());
+            poll::until_true("its processes are seen", SOON, || Ok(kept() > before || !is_listed()?))?;
+            ensure!(is_listed()?, "a Pod that runs was let go");
         }
         self.server.take();
         poll::until_true("the Pod that is gone is released", SOON, || {
@@ -239,6 +244,44 @@ pub fn wrong_pairing(mesh: &mut Mesh) -> Result<()> {
     drop(impostor);
     claimant.end(mesh)?;
     bystander.end(mesh)
+}
+
+/// Whoever runs in a Pod can make another network namespace and give it the Pod's address.
+pub fn decoy(mesh: &mut Mesh) -> Result<()> {
+    let deceiver = Running::start(mesh, "deceiver", "decoy", 46)?;
+    let [v4, v6] = mesh.pod("deceiver").addresses();
+    let elsewhere = Netns::create(format!("{}d", mesh.pod("deceiver").netns.name()))?;
+    elsewhere.batch(&[format!("addr add {v4}/32 dev lo"), format!("addr add {v6}/128 dev lo nodad")])?;
+    let place = Place {
+        netns: elsewhere.path(),
+        ..deceiver.place(mesh)
+    };
+    let log = mesh.topology.folder().join("decoy.log");
+    let in_decoy = mesh.app.serve("decoy", &place, log)?;
+    // Both have its address: the one with the way out counts.
+    label(mesh, "decoy", "enabled")?;
+    let enrolled = wait_until_proven(mesh, "deceiver")?;
+    mesh.wait_for_tunnel("client", "deceiver")?;
+
+    // Now it is the decoy's alone, and the Pod cannot be proven any longer.
+    let of_pod = &mesh.pod("deceiver").netns;
+    of_pod.batch(&[format!("addr del {v4}/32 dev eth0"), format!("addr del {v6}/128 dev eth0")])?;
+    let is_the_same = || {
+        let listed = mesh.listed("deceiver")?;
+        Ok::<_, anyhow::Error>(listed.is_some_and(|listed| listed["netns_cookie"] == enrolled["netns_cookie"]))
+    };
+    poll::until_true("the agent has found the decoy", PATIENTLY, || {
+        let said = said(mesh, "failing", "decoy/deceiver")?;
+        Ok(said.is_some_and(|why| why.contains("another network namespace")) || !is_the_same()?)
+    })?;
+    ensure!(is_the_same()?, "the Pod's own namespace was let go for a decoy");
+    ensure!(!snapshot::of(&elsewhere)?.contains(":15001"), "the decoy was captured");
+    ensure!(
+        snapshot::of(of_pod)?.contains(":15001"),
+        "the Pod's own namespace is captured no longer"
+    );
+    drop(in_decoy);
+    deceiver.end(mesh)
 }
 
 pub fn refused(mesh: &mut Mesh) -> Result<()> {

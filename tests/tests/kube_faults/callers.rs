@@ -3,12 +3,13 @@
 use anyhow::{Context as _, Result, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use mesh_tests::kube::agent_client::Followed;
 use mesh_tests::kube::faults::{Fault, Target};
 use mesh_tests::poll::{self, SOON};
 use tonic::Code;
 
 use crate::Bench;
-use crate::control::{Control, Followed, PATIENCE};
+use crate::control::{Control, PATIENCE};
 
 pub fn reviews(bench: &mut Bench) -> Result<()> {
     let control = Control::start(bench)?;
@@ -22,7 +23,7 @@ pub fn reviews(bench: &mut Bench) -> Result<()> {
         poll::until_true("reviews fail, and the open stream is spared", PATIENCE, || {
             Ok(failed() > failed_before && spared() >= spared_before + 5)
         })?;
-        let answer = other.ask()?;
+        let answer = other.ask("web")?;
         let refused = answer
             .err()
             .with_context(|| format!("{fault:?}: nobody can tell, and a certificate was signed"))?;
@@ -32,7 +33,7 @@ pub fn reviews(bench: &mut Bench) -> Result<()> {
         );
         followed.ensure_uncut()?;
         control.proxy.heal();
-        poll::until_true("the other agent is let in", SOON, || Ok(other.ask()?.is_ok()))?;
+        poll::until_true("the other agent is let in", SOON, || Ok(other.ask("web")?.is_ok()))?;
     }
     followed.ensure_uncut()
 }
@@ -50,7 +51,7 @@ pub fn expired(bench: &mut Bench) -> Result<()> {
     claims["exp"] = 1_700_000_000.into();
     let over = format!("{header}.{}.{signature}", URL_SAFE_NO_PAD.encode(claims.to_string()));
     let agent = control.agent_with("expired", &over)?;
-    let answer = agent.ask()?;
+    let answer = agent.ask("web")?;
     let refused = answer.err().context("a token that is over was taken")?;
     ensure!(refused.code() == Code::Unauthenticated, "{refused:?}");
     let counted = control.metrics.authentication_failed.with_label_values(&["expired"]).get();

@@ -4,26 +4,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use clap::Parser as _;
-use mesh_agent::config::{Command, Credentials};
-use mesh_agent::discovery::transport::ControlPlane as AgentsControl;
-use mesh_agent::discovery::{self, DiscoveryStatus, NodeName};
-use mesh_agent::identity::Identity;
-use mesh_agent::identity::certificate::{CertificateError, KeyAndRequest};
-use mesh_agent::identity::renewal::Authority as _;
-use mesh_agent::state::SharedState;
 use mesh_control::app::{self, Running, Source};
 use mesh_control::config::Cli;
 use mesh_control::control_plane::ControlPlane;
 use mesh_control::limits::Bounds;
 use mesh_control::metrics::Metrics;
 use mesh_control::trust::Trust;
+use mesh_tests::kube::agent_client::{AgentClient, Followed};
 use mesh_tests::kube::faults::FaultyApiServer;
 use mesh_tests::poll::{self, SOON};
 use tokio::runtime::Handle;
-use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
 
 use crate::{Bench, NAMESPACE};
 
@@ -151,34 +143,12 @@ impl Control {
         self.metrics.lists.with_label_values(&[kind]).get()
     }
 
-    pub fn agent(&self, token_file: &Path) -> Result<Agent> {
+    pub fn agent(&self, token_file: &Path) -> Result<AgentClient> {
         let listen = self.running.as_ref().unwrap().listen.to_string();
-        let roots = self.roots_file();
-        let (token, roots) = (token_file.to_str().context("a path")?, roots.to_str().context("a path")?);
-        let args = [
-            "mesh-agent",
-            "run",
-            "--service-account-token",
-            token,
-            "--control-roots",
-            roots,
-            "--control",
-            &listen,
-            "--node",
-            "node-a",
-        ];
-        let Command::Run(args) = mesh_agent::config::Cli::try_parse_from(args)?.command else {
-            bail!("not run");
-        };
-        // Its channel is of the runtime that it is made in.
-        let _runtime = self.runtime.enter();
-        Ok(Agent {
-            control: AgentsControl::new(&Credentials::read(&args)?)?,
-            runtime: self.runtime.clone(),
-        })
+        AgentClient::new(token_file, &self.roots_file(), &listen, &self.runtime)
     }
 
-    pub fn agent_with(&self, name: &str, token: &str) -> Result<Agent> {
+    pub fn agent_with(&self, name: &str, token: &str) -> Result<AgentClient> {
         let file = self.token_file(name);
         std::fs::write(&file, token)?;
         self.agent(&file)
@@ -189,62 +159,6 @@ impl Control {
         let followed = Followed::start(&self.agent_with(name, &bench.token(name)?)?);
         poll::until_true("the stream opens", SOON, || Ok(followed.status.borrow().connected))?;
         Ok(followed)
-    }
-}
-
-pub struct Agent {
-    control: AgentsControl,
-    runtime: Handle,
-}
-
-impl Agent {
-    /// Whether the control plane signs for the Pod on node-a, or why not.
-    pub fn ask(&self) -> Result<std::result::Result<(), tonic::Status>> {
-        let identity = Identity::new("cluster.local", "shop", "web");
-        let request = KeyAndRequest::new(&identity)?;
-        let signed = self.runtime.block_on(async {
-            let answer = self.control.sign(&identity, request.csr_pem.clone());
-            tokio::time::timeout(SOON, answer).await
-        })?;
-        match signed {
-            Ok(_) => Ok(Ok(())),
-            Err(CertificateError::Refused(status)) => Ok(Err(*status)),
-            Err(error) => Err(error.into()),
-        }
-    }
-}
-
-/// Discovery as the agent follows it; it ends with this.
-pub struct Followed {
-    pub status: watch::Receiver<DiscoveryStatus>,
-    stop: CancellationToken,
-}
-
-impl Followed {
-    pub fn start(agent: &Agent) -> Self {
-        let (sender, status) = watch::channel(DiscoveryStatus::default());
-        let stop = CancellationToken::new();
-        agent.runtime.spawn(discovery::run(
-            agent.control.clone(),
-            NodeName("node-a".into()),
-            Arc::default(),
-            SharedState::new(),
-            sender,
-            stop.clone(),
-        ));
-        Self { status, stop }
-    }
-
-    pub fn ensure_uncut(&self) -> Result<()> {
-        let status = self.status.borrow();
-        ensure!(status.connected && status.connections == 1, "an agent's stream was cut");
-        Ok(())
-    }
-}
-
-impl Drop for Followed {
-    fn drop(&mut self) {
-        self.stop.cancel();
     }
 }
 

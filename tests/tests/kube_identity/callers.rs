@@ -3,15 +3,12 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use mesh_agent::discovery::{self, DiscoveryStatus, NodeName};
-use mesh_agent::state::SharedState;
 use mesh_control::limits::Bounds;
+use mesh_tests::kube::agent_client::{AgentClient, Followed};
 use mesh_tests::poll::{self, SOON};
-use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
-use crate::{Agent, Bench, Control, NAMESPACE, refused, short_reviews, taken};
+use crate::{Bench, Control, NAMESPACE, refused, short_reviews, taken};
 
 const AUDIENCE: &str = "culvert";
 /// The API server repeats for ten seconds what it has said of a token.
@@ -184,7 +181,7 @@ pub fn away(bench: &mut Bench) -> Result<()> {
     Ok(())
 }
 
-fn without_api_server(control: &Control, followed: &Followed, other: &Agent) -> Result<()> {
+fn without_api_server(control: &Control, followed: &Followed, other: &AgentClient) -> Result<()> {
     // Several times as long as what was said is repeated.
     let spared = || control.metrics.token_reviews_spared.get();
     poll::until_true("the open stream is spared", SOON, || Ok(spared() >= 5))?;
@@ -197,36 +194,4 @@ fn without_api_server(control: &Control, followed: &Followed, other: &Agent) -> 
         .is_some_and(|status| status.message().contains("API server"));
     ensure!(says_why, "{:?}", answer.err());
     Ok(())
-}
-
-/// Discovery as the agent follows it; it ends with this.
-struct Followed {
-    status: watch::Receiver<DiscoveryStatus>,
-    stop: CancellationToken,
-}
-
-impl Followed {
-    fn start(agent: &Agent) -> Self {
-        let (sender, status) = watch::channel(DiscoveryStatus::default());
-        let stop = CancellationToken::new();
-        agent.runtime.spawn(discovery::run(
-            agent.control.clone(),
-            NodeName("node-a".into()),
-            std::sync::Arc::default(),
-            SharedState::new(),
-            sender,
-            stop.clone(),
-        ));
-        Self { status, stop }
-    }
-
-    fn until(&self, what: &str, is: impl Fn(&DiscoveryStatus) -> bool) -> Result<()> {
-        poll::until_true(what, SOON, || Ok(is(&self.status.borrow())))
-    }
-}
-
-impl Drop for Followed {
-    fn drop(&mut self) {
-        self.stop.cancel();
-    }
 }

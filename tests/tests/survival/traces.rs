@@ -1,12 +1,10 @@
 //! What agents leave on a node.
 
-use std::path::Path;
-
 use anyhow::{Context as _, Result, ensure};
 use mesh_tests::bpf;
 use mesh_tests::mesh::Mesh;
 use mesh_tests::poll;
-use mesh_tests::snapshot;
+use mesh_tests::snapshot::{self, count_below};
 use mesh_tests::suite;
 use mesh_tests::topology::NodeName;
 
@@ -37,18 +35,6 @@ pub fn traces(mesh: &Mesh, node: NodeName) -> Result<Vec<(String, usize)>> {
         }
     }
     Ok(traces)
-}
-
-fn count_below(folder: &Path) -> Result<usize> {
-    let mut count = 0;
-    for entry in std::fs::read_dir(folder)? {
-        let entry = entry?;
-        count += 1;
-        if entry.file_type()?.is_dir() {
-            count += count_below(&entry.path())?;
-        }
-    }
-    Ok(count)
 }
 
 /// Idle connections of before, in TIME_WAIT or in a pool, go away by themselves.

@@ -55,7 +55,7 @@ fn exists(suite: Suite, test: &str) -> bool {
     let mut path: Vec<&str> = test.split("::").collect();
     let name = path.pop().unwrap();
     let (files, text) = match suite {
-        Suite::Attacks => (vec!["tests/tests/attacks.rs".to_owned()], format!("(\"{name}\", ")),
+        Suite::Attacks | Suite::Enrolment => (vec![format!("tests/tests/{}.rs", suite.name())], format!("\"{name}\",")),
         Suite::Hooks if path.is_empty() => (vec!["mesh-agent/tests/hooks.rs".to_owned()], format!("fn {name}(")),
         Suite::Hooks => (
             vec![format!("mesh-agent/tests/hooks/{}.rs", path.join("/"))],

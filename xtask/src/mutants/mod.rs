@@ -178,7 +178,7 @@ fn package(tree: &Path, suite: Suite) -> PathBuf {
     tree.join(match suite {
         Suite::Agent | Suite::Hooks => "mesh-agent",
         Suite::Control => "mesh-control",
-        Suite::Attacks => "tests",
+        Suite::Attacks | Suite::Enrolment => "tests",
     })
 }
 

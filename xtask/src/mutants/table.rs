@@ -46,10 +46,11 @@ pub enum Suite {
     Hooks,
     /// tests/tests.
     Attacks,
+    Enrolment,
 }
 
 impl Suite {
-    const ALL: [Self; 4] = [Self::Agent, Self::Control, Self::Hooks, Self::Attacks];
+    const ALL: [Self; 5] = [Self::Agent, Self::Control, Self::Hooks, Self::Attacks, Self::Enrolment];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -57,6 +58,7 @@ impl Suite {
             Self::Control => "mesh_control",
             Self::Hooks => "hooks",
             Self::Attacks => "attacks",
+            Self::Enrolment => "enrolment",
         }
     }
 
@@ -68,12 +70,12 @@ impl Suite {
     pub fn cargo_target(self) -> Vec<&'static str> {
         match self {
             Self::Agent | Self::Control => vec!["--lib"],
-            Self::Hooks | Self::Attacks => vec!["--test", self.name()],
+            Self::Hooks | Self::Attacks | Self::Enrolment => vec!["--test", self.name()],
         }
     }
 
     /// tests/src/suite.rs: one set-up for all checks, and so one process. Others run a process for each test.
     pub fn has_own_runner(self) -> bool {
-        matches!(self, Self::Attacks)
+        matches!(self, Self::Attacks | Self::Enrolment)
     }
 }

@@ -334,9 +334,11 @@ async fn both_ends_of_a_tunnel_tell_how_tcp_fares_on_it() {
             let line = metrics.lines().find_map(|line| line.strip_prefix(&prefix));
             line.map(|value| value.parse::<u64>().unwrap())
         };
-        assert!(value("mesh_tcp_sent_segments_total") > Some(0), "{metrics}");
-        // None is lost on loopback; a busy machine sends one again all the same.
-        assert!(value("mesh_tcp_retransmitted_segments_total").is_some(), "{metrics}");
+        let sent = value("mesh_tcp_sent_segments_total").expect("told");
+        assert!(sent > 0, "{metrics}");
+        // None is lost on loopback; a busy machine may send one again all the same, and never most of them.
+        let again = value("mesh_tcp_retransmitted_segments_total").expect("told");
+        assert!(again * 2 < sent, "{again} of {sent} were sent again: {metrics}");
         assert!(value("mesh_tcp_smoothed_rtt_seconds_count") > Some(0), "{metrics}");
     }
 }

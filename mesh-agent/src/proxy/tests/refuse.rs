@@ -54,6 +54,14 @@ pub(super) async fn plaintext_to_echo(mesh: &Mesh, from: IpAddr, pod: &Pod) -> T
     client
 }
 
+/// A Pod that is not in the mesh, as discovery tells it.
+fn outsider(account: &str, ip: IpAddr) -> Change {
+    let mut workload = workload(account, ip);
+    workload.membership = Membership::Outside;
+    workload.uid = "outsider".into();
+    Change::Workload(workload)
+}
+
 #[tokio::test]
 async fn whom_deny_names_does_not_come_in_without_its_tunnel() {
     let mesh = Mesh::new();
@@ -75,29 +83,34 @@ async fn whom_deny_names_does_not_come_in_without_its_tunnel() {
     );
     assert_eq!(line["source_principal"], "", "nothing is proven");
 
-    let outsider = fresh_address();
-    let outside = |account: &str, ip| {
-        let mut workload = workload(account, ip);
-        workload.membership = Membership::Outside;
-        workload.uid = "outsider".into();
-        Change::Workload(workload)
-    };
-    mesh.tell(vec![outside("stranger", outsider)]);
+    let outside = fresh_address();
+    mesh.tell(vec![outsider("stranger", outside)]);
     assert_echo(
-        &mut plaintext_to_echo(&mesh, outsider, &server).await,
+        &mut plaintext_to_echo(&mesh, outside, &server).await,
         "whom DENY does not name",
     )
     .await;
-    // A Pod of the same account that has opted out of the mesh.
-    mesh.tell(vec![outside("client", outsider)]);
-    let other = mesh.pod(&mesh.far, "other").await;
-    let mut stream = plaintext_to_echo(&mesh, outsider, &other).await;
+}
+
+#[tokio::test]
+async fn whom_deny_names_does_not_come_in_by_opting_out() {
+    let mesh = Mesh::new();
+    let server = mesh.pod(&mesh.far, "server").await;
+    mesh.tell(vec![policy("not-client", Action::Deny, principal("client"))]);
+    // A Pod of that account, whose label takes it out of the mesh.
+    let outside = fresh_address();
+    mesh.tell(vec![outsider("client", outside)]);
+    let mut stream = plaintext_to_echo(&mesh, outside, &server).await;
     let exchange = async {
         stream.write_all(b"x").await?;
         stream.read(&mut [0]).await
     };
     let answered = timeout(PATIENCE, exchange).await.expect("neither refused nor served");
-    assert!(answered.is_err(), "the application answered whom DENY names");
+    assert!(
+        answered.is_err(),
+        "the application answered whom DENY names, since he left the mesh"
+    );
+    mesh.far.logs_reason("denied_by_policy").await;
 }
 
 #[tokio::test]

@@ -121,13 +121,7 @@ fn who_cannot_be_a_member_is_refused_with_the_reason_and_is_outside_for_its_peer
         ),
         pod("shop", "native", "n", "", ", initContainers: [{name: linkerd-proxy}]"),
         pod("shop", "annotated", "n", ", annotations: {sidecar.istio.io/status: '{}'}", ""),
-        pod(
-            "shop",
-            "static",
-            "other",
-            ", annotations: {kubernetes.io/config.mirror: '1', ambient.istio.io/redirection: enabled}",
-            "",
-        ),
+        pod("shop", "static", "n", ", annotations: {kubernetes.io/config.mirror: '1'}", ""),
         pod("shop", "vm", "n", "", ", runtimeClassName: kata-qemu"),
         pod("shop", "crun", "n", "", ", runtimeClassName: crun"),
         // Who does not ask is not refused.
@@ -154,10 +148,26 @@ fn who_cannot_be_a_member_is_refused_with_the_reason_and_is_outside_for_its_peer
     let of_peers: Vec<&str> = (snapshot.pods.values().filter(|place| place.is_member))
         .map(|place| place.name.as_str())
         .collect();
-    // Of a static Pod its node has no identity, whatever the Pod says of itself.
-    assert_eq!(snapshot.identities.keys().collect::<Vec<_>>(), ["n"]);
     // The one of another ambient mesh takes tunnels.
     assert_eq!(of_peers, ["ambient", "crun"]);
+}
+
+/// A kubelet may show static Pods of its node in any namespace, and they have no account but the default one.
+#[test]
+fn a_static_pod_gives_its_node_no_identity() {
+    let snapshot = snapshot(&[
+        pod("shop", "shown", "n", ", annotations: {kubernetes.io/config.mirror: '1'}", ""),
+        pod(
+            "shop",
+            "claims",
+            "n",
+            ", annotations: {kubernetes.io/config.mirror: '1', ambient.istio.io/redirection: enabled}",
+            "",
+        ),
+        pod("shop", "web", "other", "", ""),
+    ]);
+    let nodes: Vec<&str> = snapshot.identities.keys().map(String::as_str).collect();
+    assert_eq!(nodes, ["other"], "a node was given the identity of Pods that it alone shows");
 }
 
 #[test]

@@ -221,6 +221,71 @@ async fn carry(",
             )],
         },
         Mutant {
+            name: "opting-out",
+            attacks: &["a Pod that leaves the mesh"],
+            without: "asking DENY about Pods outside of the mesh as well",
+            edits: &[Edit {
+                file: "mesh-agent/src/proxy/authorize.rs",
+                from: "(state.by_address(source_ip), state.settings().clone())",
+                to: "(
+                state
+                    .by_address(source_ip)
+                    .filter(|workload| workload.membership != crate::workload::Membership::Outside),
+                state.settings().clone(),
+            )",
+            }],
+            noticed_by: &[Noticed {
+                suite: Suite::Agent,
+                test: "proxy::tests::refuse::whom_deny_names_does_not_come_in_by_opting_out",
+                says: "the application answered whom DENY names, since he left the mesh",
+            }],
+        },
+        Mutant {
+            name: "static-pod",
+            attacks: &["a node that shows Pods of its own making"],
+            without: "the refusal of static Pods",
+            edits: &[Edit {
+                file: "mesh-control/src/compile/membership.rs",
+                from: "    if pod.is_static {",
+                to: "    if pod.is_static && pod.host_network {",
+            }],
+            noticed_by: &[Noticed {
+                suite: Suite::Control,
+                test: "compile::membership::tests::a_static_pod_gives_its_node_no_identity",
+                says: "a node was given the identity of Pods that it alone shows",
+            }],
+        },
+        Mutant {
+            name: "unlisted-pod",
+            attacks: &["a Pod that outlives its object"],
+            without: "the look whether processes of a Pod run that is not listed any longer",
+            edits: &[Edit {
+                file: "mesh-agent/src/pods/plan.rs",
+                from: "None if !list.is_cut => plan.vanished.push(uid.clone()),",
+                to: "None if !list.is_cut => plan.release.push(uid.clone()),",
+            }],
+            noticed_by: &[Noticed {
+                suite: Suite::Enrolment,
+                test: "a_process_of_a_pod_in_anothers_namespace_enrols_nothing",
+                says: "a Pod that runs was let go",
+            }],
+        },
+        Mutant {
+            name: "decoy-namespace",
+            attacks: &["a network namespace of a Pod's own making"],
+            without: "the look whether processes run in the namespace that is enrolled",
+            edits: &[Edit {
+                file: "mesh-agent/src/pods/following.rs",
+                from: ".inhabited(std::slice::from_ref(&uid)).await?.is_empty() {",
+                to: ".inhabited(&[]).await?.is_empty() {",
+            }],
+            noticed_by: &[Noticed {
+                suite: Suite::Enrolment,
+                test: "a_namespace_that_a_pod_makes_with_its_address_is_no_pods",
+                says: "the Pod's own namespace was let go for a decoy",
+            }],
+        },
+        Mutant {
             name: "plaintext-agent-port",
             attacks: &["a direct connection to an agent port"],
             without: "the destination's refusal of plaintext to an agent's port (the look at its own upstreams then ends the loop)",
@@ -275,5 +340,13 @@ async fn carry(",
             )],
         },
     ],
-    controls: &[(Suite::Attacks, "a_good_peer_is_served")],
+    controls: &[
+        (Suite::Attacks, "a_good_peer_is_served"),
+        (Suite::Enrolment, "what_cannot_be_enrolled_is_said"),
+        (Suite::Agent, "proxy::tests::refuse::policy_decides_at_the_tunnel"),
+        (
+            Suite::Control,
+            "authority::tests::the_root_is_kept_private_and_never_replaced",
+        ),
+    ],
 };

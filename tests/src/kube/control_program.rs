@@ -1,0 +1,36 @@
+//! mesh-control itself, with a cluster as its registry, on loopback.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use crate::binaries;
+use crate::process::{Place, Process};
+
+/// It ends with this.
+pub struct ControlProgram {
+    pub process: Process,
+    /// Its pages, at an address of its own.
+    pub admin: SocketAddr,
+    pub log: PathBuf,
+}
+
+impl ControlProgram {
+    /// # Errors
+    /// It cannot be started.
+    pub fn start(kubeconfig: &Path, log: PathBuf) -> Result<Self> {
+        let place = Place {
+            netns: PathBuf::from("/proc/self/ns/net"),
+            cgroup: None,
+            unprivileged: false,
+        };
+        let [a, b, c] = rand::random::<[u8; 3]>();
+        let admin = SocketAddr::new(Ipv4Addr::new(127, a.max(1), b, c.clamp(1, 254)).into(), 15014);
+        let flags = ["--kubernetes", "--listen", "127.0.0.1:0", "--admin", &admin.to_string()];
+        let mut command = place.command(&binaries::path("mesh-control")?, &flags)?;
+        command.env("KUBECONFIG", kubeconfig);
+        let process = Process::start("mesh-control", command, log.clone())?;
+        Ok(Self { process, admin, log })
+    }
+}
