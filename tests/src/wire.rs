@@ -46,7 +46,7 @@ impl Recorder {
     /// # Errors
     /// The recording failed, or is not complete.
     pub fn finish(self) -> Result<Recording> {
-        // Frames that were sent before this call are in the socket's queue, which is read to its end.
+        // Frames that were sent before this call are in the socket's queue, and are read.
         self.stop.store(true, Ordering::Relaxed);
         match self.thread.join() {
             Ok(recording) => Ok(recording?),
@@ -70,8 +70,22 @@ impl Recording {
 fn record(mut socket: File, stop: &AtomicBool) -> io::Result<Recording> {
     let mut recording = Recording::default();
     let mut frame = vec![0; MAX_FRAME_BYTES];
+    // How many frames there were when it was told to stop, and how many of those were lost. A wire need not fall silent then.
+    let mut wanted = None;
     loop {
-        let stopping = stop.load(Ordering::Relaxed);
+        if wanted.is_none() && stop.load(Ordering::Relaxed) {
+            wanted = Some(statistics(&socket)?);
+        }
+        if let Some((frames, dropped)) = wanted {
+            if dropped > 0 {
+                return Err(io::Error::other(format!(
+                    "{dropped} frames were lost: the recording proves nothing"
+                )));
+            }
+            if recording.frames >= usize::try_from(frames).map_err(io::Error::other)? {
+                return Ok(recording);
+            }
+        }
         match socket.read(&mut frame) {
             Ok(length) => {
                 recording.frames += 1;
@@ -80,22 +94,11 @@ fn record(mut socket: File, stop: &AtomicBool) -> io::Result<Recording> {
                     return Err(io::Error::other("the recording grew too long"));
                 }
             }
-            // The read's time limit passed with the queue empty.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                if stopping {
-                    break;
-                }
-            }
+            // The read's time limit passed with the queue empty: time to look whether it is to stop.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
         }
     }
-    let dropped = dropped_frames(&socket)?;
-    if dropped > 0 {
-        return Err(io::Error::other(format!(
-            "{dropped} frames were lost: the recording proves nothing"
-        )));
-    }
-    Ok(recording)
 }
 
 #[allow(unsafe_code, reason = "packet sockets have no safe wrapper with a device")]
@@ -144,8 +147,9 @@ fn set_option<T>(socket: &OwnedFd, level: i32, name: i32, value: &T) -> io::Resu
     }
 }
 
+/// Frames since the last call of this, and how many of them were lost.
 #[allow(unsafe_code, reason = "a socket option without a safe wrapper")]
-fn dropped_frames(socket: &File) -> io::Result<u32> {
+fn statistics(socket: &File) -> io::Result<(u32, u32)> {
     // struct tpacket_stats (linux/if_packet.h): packets, drops.
     let mut statistics = [0_u32; 2];
     let mut length = std::mem::size_of_val(&statistics) as libc::socklen_t;
@@ -160,7 +164,7 @@ fn dropped_frames(socket: &File) -> io::Result<u32> {
         )
     };
     if result == 0 {
-        Ok(statistics[1])
+        Ok((statistics[0], statistics[1]))
     } else {
         Err(io::Error::last_os_error())
     }
