@@ -69,7 +69,7 @@ pub fn put_entry(conf_dir: &Path, run_dir: &Path, namespace_list: Option<&Path>)
     Ok(if changed { Entry::Put(path) } else { Entry::WasThere(path) })
 }
 
-/// Removes every entry and the binary. Tells which configurations were changed.
+/// Removes every entry, the binary, and the list of namespaces where it has a place of its own. Tells which configurations were changed.
 ///
 /// # Errors
 /// Something cannot be removed; what can be is.
@@ -86,9 +86,17 @@ pub fn uninstall(places: &CniPlaces) -> anyhow::Result<Vec<PathBuf>> {
     }
     ensure!(failed.is_empty(), "{}", failed.join("; "));
     // Last: a runtime cannot start a Pod by an entry whose binary is gone.
-    match fs::remove_file(places.bin_dir.join(PLUGIN)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).context("--cni-bin-dir"),
-        _ => Ok(changed),
+    remove_file(&places.bin_dir.join(PLUGIN)).context("--cni-bin-dir")?;
+    if let Some(list) = &places.namespace_list {
+        remove_file(list).context("--cni-namespace-list")?;
+    }
+    Ok(changed)
+}
+
+fn remove_file(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
     }
 }
 
@@ -253,7 +261,7 @@ mod tests {
         let places = CniPlaces {
             conf_dir: folder.path().join("net.d"),
             bin_dir: folder.path().join("bin"),
-            namespace_list: None,
+            namespace_list: Some(folder.path().join("net.d/culvert-namespaces")),
         };
         fs::create_dir(&places.conf_dir).unwrap();
         fs::create_dir(&places.bin_dir).unwrap();
@@ -298,7 +306,12 @@ mod tests {
             "a temporary file stayed"
         );
 
+        // As a running agent keeps it; it is no configuration.
+        let list = bench.places.namespace_list.clone().unwrap();
+        fs::write(&list, "{}").unwrap();
+        assert_eq!(bench.install().unwrap(), Entry::WasThere(first.clone()));
         assert_eq!(uninstall(&bench.places).unwrap(), std::slice::from_ref(&first));
+        assert!(!list.exists());
         assert_eq!(fs::read_to_string(&first).unwrap(), CONFLIST);
         assert!(!plugin.exists());
         assert_eq!(uninstall(&bench.places).unwrap(), [""; 0].map(PathBuf::from));

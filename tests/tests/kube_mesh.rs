@@ -324,6 +324,10 @@ fn new_pod(cluster: &mut Cluster) -> Result<()> {
         restarts["status"]["containerStatuses"][0]["restartCount"] == 0,
         "its first attempts failed: {restarts}"
     );
+    // What the plugin decides by while no agent runs, where it outlives the node's reboot.
+    let list = ["cat", "/etc/cni/net.d/culvert-namespaces"];
+    let list = cluster.node(2).run(&list, poll::SOON)?.ok("the namespace list")?;
+    ensure!(list.contains(SHOP), "the plugin's list of namespaces: {list}");
     for server in ["near", "server"] {
         poll::until_true(&format!("what it sent to {server} was by mutual TLS"), PATIENCE, || {
             let of_early = lines_of(cluster, server)?;

@@ -77,6 +77,15 @@ const KNOWS: [Knows; 6] = [
     },
 ];
 
+const FUZZ_METADATA: [&str; 6] = [
+    "metadata",
+    "--locked",
+    "--format-version",
+    "1",
+    "--manifest-path",
+    "fuzz/Cargo.toml",
+];
+
 /// Modules of mesh-agent that decide, and so do no I/O.
 const PURE: [&str; 5] = [
     "mesh-agent/src/policy",
@@ -103,6 +112,12 @@ pub fn run(workspace: &Workspace) -> Result<ExitCode> {
         if file.ends_with(".md") {
             check_links(&workspace.root, file, &text, &mut faults);
         }
+    }
+    // The fuzz targets are a workspace of their own, which an ordinary build does not look at.
+    if let Err(error) = tools::output(&mut workspace.cargo(&FUZZ_METADATA)) {
+        faults.push(format!(
+            "fuzz/Cargo.lock: {error:#}; `cargo update --workspace` in fuzz/ mends it"
+        ));
     }
     for fault in &faults {
         tools::say(fault);

@@ -18,3 +18,9 @@ imagePullSecrets:
 {{- end }}
 {{- end }}
 {{- end }}
+
+{{/* By it the CNI plugin decides while no agent answers. Where it outlives a reboot: Pods of the mesh that are started before their
+agent would be let through in clear by a plugin that knows nothing. Runtimes read no file there that ends like this. */}}
+{{- define "culvert.namespaceList" -}}
+{{ .Values.cni.confDir }}/culvert-namespaces
+{{- end }}
