@@ -25,7 +25,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::admin::{self, Page, Pages};
 use crate::capture::kernel::KernelConfig;
-use crate::capture::{self, Capture, CaptureConfig, boot_id, heap};
+use crate::capture::{self, Capture, CaptureConfig, Kubelet, boot_id, heap};
 use crate::config::{Credentials, LogFormat, RunArgs};
 use crate::discovery::transport::ControlPlane;
 use crate::discovery::{self, DiscoveryStatus, NodeName, Subscriptions, report};
@@ -141,6 +141,8 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
 
     // Another agent that takes over keeps it whole from then on.
     tasks.spawn(until(alone.clone(), capture.clone().keep_whole()));
+    let kubelet = capture.clone().follow_kubelet(args.kubelet_cgroup.clone());
+    tasks.spawn(until(alone.clone(), kubelet));
 
     let state = SharedState::new();
     let store = CertificateStore::new();
@@ -545,6 +547,10 @@ impl Agent {
             "state": known,
             "pods": self.pods.list(),
             "following": *self.followed.lock(),
+            "kubelet": match self.capture.kubelet() {
+                Kubelet::Known { cgroup, id } => json!({ "cgroup": cgroup, "cgroup_id": id }),
+                Kubelet::Unknown(why) => json!({ "unknown": why.to_string() }),
+            },
             "connections": self.pods.connections(),
             "certificates": certificates,
             "certificate_failures": failures.iter().map(|(identity, why)| (identity.to_string(), why)).collect::<std::collections::BTreeMap<_, _>>(),

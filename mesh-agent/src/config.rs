@@ -109,6 +109,10 @@ pub struct RunArgs {
     /// Root of the cgroup-v2 hierarchy to attach to [default: where cgroup2 is mounted].
     #[arg(long, env = "CULVERT_CGROUP_ROOT", value_name = "DIR")]
     pub cgroup_root: Option<PathBuf>,
+    /// The kubelet's cgroup, as a path below the cgroup root, where the kubelet is no process of that name, as /system.slice/k3s.service
+    /// [default: that of the process `kubelet`]. Who is in it reaches the probe ports of Pods whatever policies say.
+    #[arg(long, env = "CULVERT_KUBELET_CGROUP", value_name = "PATH")]
+    pub kubelet_cgroup: Option<PathBuf>,
     /// Where to serve /metrics (Prometheus text).
     #[arg(long, env = "CULVERT_METRICS", value_name = "IP:PORT", default_value = "0.0.0.0:15020")]
     pub metrics: SocketAddr,

@@ -215,7 +215,10 @@ async fn a_later_agent_takes_over_and_releases() {
     };
     let before = bed.snapshot();
     let capture = bed.start();
-    drop(serve(&capture, capture.enroll(bed.pod("uid-1")).await.unwrap()));
+    // Until they are closed: its listeners would take the connection.
+    serve(&capture, capture.enroll(bed.pod("uid-1")).await.unwrap())
+        .shutdown()
+        .await;
     drop(capture);
     // In between: closed, not open.
     let _application = bed.application("[::]:8080");

@@ -48,6 +48,8 @@ mod disguises;
 mod memory;
 #[path = "hooks/ports.rs"]
 mod ports;
+#[path = "hooks/probes.rs"]
+mod probes;
 #[path = "hooks/upstreams.rs"]
 mod upstreams;
 #[path = "hooks/versions.rs"]
@@ -318,7 +320,7 @@ hook_test! {
         let error = Kernel::load(&testbed.config()).unwrap_err().to_string();
         assert!(error.contains("v999") && error.contains("mesh-agent cleanup"), "{error}");
         let report = Kernel::cleanup(&testbed.pin_path).unwrap();
-        assert_eq!((report.links_detached, report.maps_removed), (12, 9));
+        assert_eq!((report.links_detached, report.maps_removed), (12, 13));
         assert!(!testbed.pin_path.exists());
         assert_eq!(Kernel::cleanup(&testbed.pin_path).unwrap(), CleanupReport::default());
         // The Pod is as it was: its connects go where they are sent.

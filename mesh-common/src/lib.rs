@@ -15,7 +15,7 @@ pub const STORAGE_VERSION: u32 = 4;
 /// Version of the maps in [`MAPS_OF_ABI`]. Raise it with any change of them. Each version has its own, beside the other's, filled
 /// from them before its programs are attached. For that to work, either way: keys stay, values only grow at the end, an index keeps
 /// its meaning, and zeros in place of what another version does not know are right until the agent has written them.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// The maps that each ABI version has for itself, in the folder `abi<ABI_VERSION>` of the pins.
 pub const MAPS_OF_ABI: [&str; 3] = ["PODS", "MESH_DESTINATIONS", "COUNTERS"];
@@ -90,7 +90,7 @@ pub struct OriginalDestinationValue {
 }
 
 /// Key of map `UPSTREAM_CONNECTIONS`: a connect of the agent to the application of a Pod, which the Pod's sk_lookup passes
-/// until the application's end is established.
+/// until the application's end is established. Also of a Pod's map in `PROBE_VOUCHES`, for a connect of the kubelet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct UpstreamConnectionKey {
@@ -101,6 +101,40 @@ pub struct UpstreamConnectionKey {
     pub client_address: AddressBytes,
     pub application_address: AddressBytes,
 }
+
+/// Value of map `KUBELET`: whose connects from the node are probes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct KubeletValue {
+    /// The node's own network namespace.
+    pub netns_cookie: u64,
+    /// Of the kubelet's processes alone; 0, which no cgroup has: nobody's are.
+    pub cgroup_id: u64,
+}
+
+/// Key of map `PROBE_PORTS`: where a Pod says that the kubelet asks it. The value is the Pod's slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(C)]
+pub struct ProbePortKey {
+    pub address: AddressBytes,
+    pub port: u16,
+    pub _pad: u16,
+}
+
+/// Value of the socket storage `KUBELET_SOCKETS`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct KubeletSocketValue {
+    /// 1: its last connect was the kubelet's.
+    pub is_kubelets: u32,
+    /// 1: there is a vouch for it in the map of the Pod with this slot.
+    pub is_vouched: u32,
+    pub slot: u32,
+}
+
+/// A vouch that is older counts no longer, ns, should its socket's end have been missed: longer than a kernel waits for the answer to
+/// a SYN that it has sent five times.
+pub const PROBE_VOUCH_NS: u64 = 60_000_000_000;
 
 /// Why a socket is the agent's: value of the socket storage `AGENT_SOCKETS`, set by file descriptor. 0 is no mark.
 pub mod socket_kind {
@@ -170,10 +204,17 @@ pub enum Counter {
     /// Packets that left a Pod and could be TCP whose header cannot be seen, dropped: truncated, in overlapping fragments, behind
     /// too many extension headers, or behind a second VLAN tag.
     DroppedHiddenHeader = 18,
+    /// SYNs of the kubelet to a declared probe port, passed to the application.
+    PassedProbe = 19,
+    /// Connects of the kubelet to a declared probe port that could not be vouched for: their Pod's map is full, or there is no memory
+    /// for the socket's storage. They are taken for anybody's plaintext.
+    ProbesFull = 20,
+    /// SYNs whose vouch was too old, steered like anybody's.
+    ProbeExpired = 21,
 }
 
 impl Counter {
-    pub const ALL: [(Counter, &'static str); 19] = [
+    pub const ALL: [(Counter, &'static str); 22] = [
         (Counter::Redirected, "redirected"),
         (Counter::RefusedAgentSilent, "refused_agent_silent"),
         (Counter::RefusedAgentPort, "refused_agent_port"),
@@ -193,6 +234,9 @@ impl Counter {
         (Counter::DroppedForeignSource, "dropped_foreign_source"),
         (Counter::DroppedForeignSyn, "dropped_foreign_syn"),
         (Counter::DroppedHiddenHeader, "dropped_hidden_header"),
+        (Counter::PassedProbe, "passed_probe"),
+        (Counter::ProbesFull, "probes_full"),
+        (Counter::ProbeExpired, "probe_expired"),
     ];
     pub const COUNT: u32 = Self::ALL.len() as u32;
 }
@@ -216,6 +260,10 @@ const _: () = {
     assert!(offset_of!(UpstreamConnectionKey, client_address) == 8);
     assert!(offset_of!(UpstreamConnectionKey, application_address) == 24);
     assert!(size_of::<AgentSocketValue>() == 8);
+    assert!(size_of::<KubeletValue>() == 16);
+    assert!(size_of::<ProbePortKey>() == 20);
+    assert!(offset_of!(ProbePortKey, port) == 16);
+    assert!(size_of::<KubeletSocketValue>() == 12);
     // The counters' indices and their names go together.
     let mut i = 0;
     while i < Counter::ALL.len() {
@@ -242,4 +290,8 @@ mod pod {
     unsafe impl aya::Pod for super::UpstreamConnectionKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::AgentSocketValue {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::KubeletValue {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::ProbePortKey {}
 }

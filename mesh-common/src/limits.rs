@@ -20,6 +20,18 @@ pub const MAX_ORIGINAL_DESTINATIONS_PER_POD: u32 = 8_192;
 /// one of the client that it shows: it does not reach the application, and passes no policy that this client would not.
 pub const MAX_UPSTREAM_CONNECTIONS: u32 = 65_536;
 
+/// Ports at which a Pod says that the kubelet asks it. Of more, mesh-control tells the first ones, and says so.
+pub const MAX_PROBE_PORTS_PER_POD: usize = 16;
+
+/// Entries of `PROBE_PORTS`: more there cannot be. 65,536 × (24 + 8 + 72) B = 6.5 MiB at most (the kernel rounds key
+/// and value up to eight bytes); allocated as used.
+pub const MAX_PROBE_PORTS: u32 = MAX_PODS * (MAX_POD_ADDRESSES * MAX_PROBE_PORTS_PER_POD) as u32;
+
+/// Connects of the kubelet to *one Pod's* probe ports on their way (its map in `PROBE_VOUCHES`): it makes one for each probe at a
+/// time. A Pod that does not answer keeps its entries until the kubelet gives up, so each has a map of its own. 64 × (40 + 8 + 72) B =
+/// 7.5 KiB a Pod at most; allocated as used. Full: the probe is not vouched for, counted, and taken for anybody's plaintext.
+pub const MAX_PROBE_VOUCHES_PER_POD: u32 = 64;
+
 /// Entries of `LISTENERS`: 1,024 × 2 × 8 B = 16 KiB.
 pub const MAX_LISTENERS: u32 = MAX_PODS * super::LISTENERS_PER_POD;
 
@@ -35,7 +47,7 @@ pub const MAX_EXTENSION_HEADERS: u32 = 8;
 /// What the kernel holds for a map at most, all entries used, on a machine with so many CPUs.
 #[derive(Clone, Copy, Debug)]
 pub struct MapMemory {
-    /// Of its pin; `POD` is each Pod's own in `ORIGINAL_DESTINATIONS`.
+    /// Of its pin; `POD` is each Pod's own in `ORIGINAL_DESTINATIONS`, `VOUCHES_OF_POD` in `PROBE_VOUCHES`.
     pub name: &'static str,
     pub bytes: u64,
     pub bytes_per_cpu: u64,
@@ -43,7 +55,7 @@ pub struct MapMemory {
 
 /// `mesh-agent/tests/hooks/memory.rs` fills the maps and compares with what the kernel says. The storage of sockets is not in it:
 /// it is memory of the sockets themselves, of which each may have `net.core.optmem_max`.
-pub const MAP_MEMORY: [MapMemory; 10] = [
+pub const MAP_MEMORY: [MapMemory; 15] = [
     hash("PODS", MAX_PODS, 8 + 72),
     array("HEARTBEAT", 8, 0),
     array("AGENT_SOCKETS", 0, 32),
@@ -51,6 +63,11 @@ pub const MAP_MEMORY: [MapMemory; 10] = [
     hash("ORIGINAL_DESTINATIONS", MAX_PODS, 8 + 8),
     hash("POD", MAX_ORIGINAL_DESTINATIONS_PER_POD, 48 + 32),
     hash("UPSTREAM_CONNECTIONS", MAX_UPSTREAM_CONNECTIONS, 40 + 8),
+    array("KUBELET", 16, 0),
+    array("KUBELET_SOCKETS", 0, 32),
+    hash("PROBE_PORTS", MAX_PROBE_PORTS, 24 + 8),
+    hash("PROBE_VOUCHES", MAX_PODS, 8 + 8),
+    hash("VOUCHES_OF_POD", MAX_PROBE_VOUCHES_PER_POD, 40 + 8),
     array("LISTENERS", MAX_LISTENERS as u64 * 8, 0),
     array("MESH_DESTINATIONS", MAX_MESH_DESTINATIONS as u64 * 128, 0),
     array("COUNTERS", super::Counter::COUNT as u64 * 8, super::Counter::COUNT as u64 * 8),

@@ -147,8 +147,10 @@ pub const MAX_REPORTED_PODS: usize = 1024;
 pub const MAX_NODE_PODS: usize = MAX_REPORTED_PODS;
 /// Addresses of a Pod that its node is told of.
 pub const MAX_ADDRESSES_TOLD: usize = 16;
+/// Probe ports of a Pod that its node is told of (mesh-common's limit), the lowest ones. Beyond: said in the log and on `/status`.
+pub const MAX_PROBE_PORTS_TOLD: usize = 16;
 /// Namespaces in the mesh that nodes are told of; beyond, those that sort last are left out, and told as a number. A whole list is
-/// at worst 1,024 × (128 B of uid + 3 × 253 B of names + 16 × 45 B of addresses + 100 B) + 4,096 × 257 B = 2.8 MiB, below the 4 MiB
+/// at worst 1,024 × (128 B of uid + 3 × 253 B of names + 16 × 45 B of addresses + 48 B of ports + 100 B) + 4,096 × 257 B = 2.8 MiB, below the 4 MiB
 /// of a gRPC message.
 pub const MAX_MESH_NAMESPACES: usize = 4096;
 /// Refused Pods that are named in `/status` and the log; the metric counts all.

@@ -170,6 +170,8 @@ pub struct Pod {
     pub owner: Option<(String, String)>,
     /// TCP ports of its containers by name.
     pub named_ports: BTreeMap<String, u16>,
+    /// At which the kubelet asks it, sorted.
+    pub probe_ports: Vec<u16>,
 }
 
 impl Pod {

@@ -364,6 +364,7 @@ pub fn node_pods(of_node: &NodePods, namespaces: &Namespaces) -> node::NodePodsS
         is_member: pod.is_member,
         refused: pod.refused.map(|refusal| refusal.to_string()).unwrap_or_default(),
         is_static: pod.refused == Some(Refusal::Static),
+        probe_ports: pod.probe_ports.iter().copied().map(u32::from).collect(),
     };
     let namespace = |(name, best_effort): (&String, &bool)| node::MeshNamespace {
         name: name.clone(),

@@ -14,6 +14,7 @@ use mesh_common::{Counter, OUTBOUND_PORT, PodValue, SocketDestinationValue, is_a
 
 use crate::address::{Address, IPPROTO_TCP, address_field, field, set_address_field, set_field};
 use crate::maps::{AGENT_SOCKETS, ORIGINAL_DESTINATIONS_OF_SOCKETS, PASS, agent_is_alive, count, is_own, pod_of, refuse};
+use crate::probes;
 
 const ECONNREFUSED: i32 = 111;
 
@@ -89,10 +90,11 @@ fn decide(ctx: &SockAddrContext, destination: Address) -> Decision {
     }
     // SAFETY: the context is this program's.
     let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    let socket: *mut c_void = field!(addr, __bindgen_anon_1.sk).cast();
     let Some(pod) = pod_of(netns_cookie) else {
+        probes::note_caller(socket, netns_cookie);
         return Decision::LeaveAlone;
     };
-    let socket: *mut c_void = field!(addr, __bindgen_anon_1.sk).cast();
     if AGENT_SOCKETS.of(socket).is_some_and(|mark| mark.kind != 0) {
         return Decision::LeaveAlone;
     }

@@ -10,8 +10,8 @@ use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, SockMap};
 use mesh_common::{
-    AddressBytes, AgentSocketValue, Counter, HEARTBEAT_LEASE_NS, OriginalDestinationValue, PodValue, RedirectedConnectionKey,
-    SocketDestinationValue, UpstreamConnectionKey, limits,
+    AddressBytes, AgentSocketValue, Counter, HEARTBEAT_LEASE_NS, KubeletSocketValue, KubeletValue, OriginalDestinationValue,
+    PodValue, ProbePortKey, RedirectedConnectionKey, SocketDestinationValue, UpstreamConnectionKey, limits,
 };
 
 use crate::address::Address;
@@ -52,6 +52,26 @@ type DestinationsOfPod = btf_maps::HashMap<
 #[map]
 pub static UPSTREAM_CONNECTIONS: HashMap<UpstreamConnectionKey, u64> =
     HashMap::pinned(limits::MAX_UPSTREAM_CONNECTIONS, BPF_F_NO_PREALLOC);
+
+/// Whose connects from the node are probes. Written by the agent; read by connect.
+#[map]
+pub static KUBELET: Array<KubeletValue> = Array::pinned(1, 0);
+
+/// The kubelet's sockets. Written by connect, at each connect from the node's network namespace; read by sockops.
+#[btf_map]
+pub static KUBELET_SOCKETS: SocketStorage<KubeletSocketValue, { BPF_F_NO_PREALLOC as usize }> = SocketStorage::new();
+
+/// Where Pods say that the kubelet asks them. Written by the agent; read by sockops.
+#[map]
+pub static PROBE_PORTS: HashMap<ProbePortKey, u32> = HashMap::pinned(limits::MAX_PROBE_PORTS, BPF_F_NO_PREALLOC);
+
+/// The kubelet's connects to those ports on their way: a map for each Pod, by slot, with the time of the connect, ns. Made by the
+/// agent at enrolment; entries are written by sockops and read by sk_lookup.
+#[btf_map]
+pub static PROBE_VOUCHES: HashOfMaps<u32, VouchesOfPod, { limits::MAX_PODS as usize }> = HashOfMaps::new();
+
+pub type VouchesOfPod =
+    btf_maps::HashMap<UpstreamConnectionKey, u64, { limits::MAX_PROBE_VOUCHES_PER_POD as usize }, { BPF_F_NO_PREALLOC as usize }>;
 
 /// The agent's listeners. Written by the agent; read by sk_lookup. A socket that closes leaves the map by itself.
 #[map]
@@ -169,6 +189,13 @@ pub fn is_in_mesh(destination: Address) -> bool {
 pub fn destinations_of<'a>(netns_cookie: u64) -> Option<&'a DestinationsOfPod> {
     // SAFETY: the map of a Pod that is released meanwhile lives until this program ends.
     unsafe { ORIGINAL_DESTINATIONS.get(&netns_cookie) }
+}
+
+/// The kubelet's connects to a Pod. `None`: nobody is enrolled in that slot.
+#[inline(always)]
+pub fn vouches_of<'a>(slot: u32) -> Option<&'a VouchesOfPod> {
+    // SAFETY: the map of a Pod that is released meanwhile lives until this program ends.
+    unsafe { PROBE_VOUCHES.get(&slot) }
 }
 
 /// Whether the kernel has `bpf_set_retval` (5.18): set when the program is loaded. Without it a refusal is EPERM.

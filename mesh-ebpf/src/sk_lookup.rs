@@ -10,6 +10,7 @@ use mesh_common::{Counter, LISTENERS_PER_POD, PLAINTEXT_LISTENER, TUNNEL_LISTENE
 
 use crate::address::{AF_INET, Address, IPPROTO_TCP, address_field, field};
 use crate::maps::{LISTENERS, UPSTREAM_CONNECTIONS, agent_is_alive, count};
+use crate::probes;
 
 /// The Pod's slot: each Pod has an instance of this program, loaded with its own. Never derived from a packet: a Pod may put
 /// another Pod's address on an interface of its own.
@@ -49,6 +50,11 @@ pub fn steer(ctx: SkLookupContext) -> u32 {
     };
     if UPSTREAM_CONNECTIONS.get_ptr(&upstream).is_some() {
         count(Counter::PassedUpstream);
+        return SK_PASS;
+    }
+    // Also while no agent lives: a Pod whose probes failed then would be restarted.
+    if probes::is_vouched(&upstream) {
+        count(Counter::PassedProbe);
         return SK_PASS;
     }
     if !agent_is_alive() {

@@ -1,6 +1,8 @@
 //! sockops at a connect (the local port is known, the SYN has not left) and at its end: what the agent's accept and the Pods'
 //! sk_lookup find a connection by.
 //!
+//! (`probes.rs` has the kubelet's part.)
+//!
 //! A connect of the agent to an application passes sk_lookup by its tuple, and only until the application's end is established:
 //! from then on the kernel finds that end by itself (also after a SYN cookie, where the handshake's last segment is looked up
 //! anew). Were the entry to stay, and the application to close first, the true client could use the same tuple past policy.
@@ -16,13 +18,16 @@ use aya_ebpf::helpers::generated::bpf_get_netns_cookie;
 use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
 use mesh_common::{
-    Counter, OriginalDestinationValue, RedirectedConnectionKey, SocketDestinationValue, UpstreamConnectionKey, socket_kind,
+    Counter, KubeletSocketValue, OriginalDestinationValue, RedirectedConnectionKey, SocketDestinationValue,
+    UpstreamConnectionKey, socket_kind,
 };
 
 use crate::address::{AF_INET, AF_INET6, Address, address_field, field};
 use crate::maps::{
-    AGENT_SOCKETS, ORIGINAL_DESTINATIONS_OF_SOCKETS, UPSTREAM_CONNECTIONS, count, destinations_of, now_ns, pod_of,
+    AGENT_SOCKETS, KUBELET_SOCKETS, ORIGINAL_DESTINATIONS_OF_SOCKETS, UPSTREAM_CONNECTIONS, count, destinations_of, now_ns,
+    pod_of,
 };
+use crate::probes;
 
 /// What the kernel expects from callbacks without a reply.
 const DONE: u32 = 1;
@@ -52,6 +57,8 @@ enum Connection<'a> {
     Redirected(&'a SocketDestinationValue),
     /// Of the agent to the application of the Pod with this slot.
     Upstream(u32),
+    /// Of the kubelet, to anywhere.
+    Kubelet(&'a mut KubeletSocketValue),
 }
 
 #[inline(always)]
@@ -84,14 +91,32 @@ fn connecting(ctx: &SockOpsContext, ops: *mut bpf_sock_ops) {
                 return;
             }
         }
+        Some(Connection::Kubelet(mark)) => {
+            mark.is_vouched = 0;
+            let Some(slot) = probes::declared(ends.remote, ends.remote_port) else {
+                return;
+            };
+            probes::vouch(mark, &ends.upstream_key(slot));
+            // Without word of its end nobody is vouched for.
+            if set_state_callback(ctx, ops).is_err() {
+                probes::forget(&ends.upstream_key(slot));
+                count(Counter::ProbesFull);
+            }
+            return;
+        }
         None => return,
     }
-    // Other programs may have asked for callbacks of their own. Where this fails the entry stays until it is taken, or until
-    // the agent sweeps it.
-    let _ = ctx.set_cb_flags((field!(ops, bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
+    // Where this fails the entry stays until it is taken, or until the agent sweeps it.
+    let _ = set_state_callback(ctx, ops);
 }
 
-/// A Pod's socket has accepted a connection: if it was the agent's, nothing needs to pass by its tuple any more.
+/// Other programs may have asked for callbacks of their own.
+#[inline(always)]
+fn set_state_callback(ctx: &SockOpsContext, ops: *mut bpf_sock_ops) -> Result<(), i32> {
+    ctx.set_cb_flags((field!(ops, bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG) as i32)
+}
+
+/// A Pod's socket has accepted a connection: if it was the agent's, or a probe, nothing needs to pass by its tuple any more.
 #[inline(always)]
 fn established(ctx: &SockOpsContext, ops: *mut bpf_sock_ops) {
     // SAFETY: the context is this program's.
@@ -99,16 +124,24 @@ fn established(ctx: &SockOpsContext, ops: *mut bpf_sock_ops) {
         return;
     };
     let Some(ends) = Ends::of(ops) else { return };
-    let _ = UPSTREAM_CONNECTIONS.remove(ends.reversed().upstream_key(pod.slot));
+    let key = ends.reversed().upstream_key(pod.slot);
+    let _ = UPSTREAM_CONNECTIONS.remove(key);
+    probes::forget(&key);
 }
 
-/// The agent's end has closed, or learnt that the application has: a connect that failed, or one whose accept was not seen.
+/// The agent's end, or the kubelet's, has closed, or learnt that the application has: a connect that failed, or one whose accept was not seen.
 #[inline(always)]
 fn upstream_ended(ops: *mut bpf_sock_ops) {
-    if let Some(Connection::Upstream(slot)) = connection(ops)
-        && let Some(ends) = Ends::of(ops)
-    {
-        let _ = UPSTREAM_CONNECTIONS.remove(ends.upstream_key(slot));
+    let Some(ends) = Ends::of(ops) else { return };
+    match connection(ops) {
+        Some(Connection::Upstream(slot)) => {
+            let _ = UPSTREAM_CONNECTIONS.remove(ends.upstream_key(slot));
+        }
+        Some(Connection::Kubelet(mark)) if mark.is_vouched != 0 => {
+            mark.is_vouched = 0;
+            probes::forget(&ends.upstream_key(mark.slot));
+        }
+        _ => {}
     }
 }
 
@@ -143,12 +176,11 @@ fn connection<'a>(ops: *mut bpf_sock_ops) -> Option<Connection<'a>> {
             None
         };
     }
-    let asked = ORIGINAL_DESTINATIONS_OF_SOCKETS.of(socket)?;
-    if asked.recorded == 0 {
-        None
-    } else {
-        Some(Connection::Redirected(asked))
+    if let Some(asked) = ORIGINAL_DESTINATIONS_OF_SOCKETS.of(socket) {
+        return (asked.recorded != 0).then_some(Connection::Redirected(asked));
     }
+    let mark = KUBELET_SOCKETS.of(socket)?;
+    (mark.is_kubelets != 0).then_some(Connection::Kubelet(mark))
 }
 
 /// Both ends of a connection.

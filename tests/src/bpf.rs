@@ -186,7 +186,7 @@ fn info(object: &OwnedFd, mut asked: [u64; INFO_WORDS]) -> Result<[u64; INFO_WOR
     Ok(asked)
 }
 
-/// All of a kind that are there while it asks; what goes away meanwhile is left out.
+/// All of a kind that are there while it asks; what goes away meanwhile is left out, and a link that is just being made (EAGAIN).
 fn objects(next: libc::c_long, open: libc::c_long) -> Result<Vec<OwnedFd>> {
     let gone = |error: &io::Error| error.raw_os_error() == Some(libc::ENOENT);
     let mut found = Vec::new();
@@ -201,7 +201,7 @@ fn objects(next: libc::c_long, open: libc::c_long) -> Result<Vec<OwnedFd>> {
         id = u32::try_from(attributes[0] >> 32)?;
         attributes[0] = pair(id, 0);
         match bpf(open, &mut attributes) {
-            Err(error) if gone(&error) => {}
+            Err(error) if gone(&error) || error.kind() == io::ErrorKind::WouldBlock => {}
             result => found.push(owned(result.context("opening an object")?)),
         }
     }

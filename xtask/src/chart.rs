@@ -8,11 +8,12 @@ use crate::helm::Helm;
 use crate::workspace::Workspace;
 
 /// Values that no installation can mean, and what the refusal names.
-const REFUSED: [(&str, &str); 8] = [
+const REFUSED: [(&str, &str); 9] = [
     ("agent.metric=0.0.0.0:1", "metric"),
     ("agent.metrics=15020", "/agent/metrics"),
     ("agent.drainSeconds=5s", "/agent/drainSeconds"),
     ("agent.cgroupRoot=cgroup", "/agent/cgroupRoot"),
+    ("agent.kubeletCgroup=/", "/agent/kubeletCgroup"),
     ("control.replicas=0", "/control/replicas"),
     ("mesh.trustDomain=Cluster.Local", "/mesh/trustDomain"),
     ("image.prefix=example.org", "/image/prefix"),
@@ -20,7 +21,13 @@ const REFUSED: [(&str, &str); 8] = [
 ];
 
 /// Values, what is rendered with them, and what is not.
-const RENDERED: [(&str, &str, &str); 7] = [
+const RENDERED: [(&str, &str, &str); 9] = [
+    (
+        "agent.kubeletCgroup=/system.slice/k3s.service",
+        "- --kubelet-cgroup=/system.slice/k3s.service",
+        "kind: Namespace",
+    ),
+    ("agent.kubeletCgroup=", "kind: DaemonSet", "--kubelet-cgroup"),
     ("cni.enabled=true", "name: install-cni", "name: no-such-thing"),
     ("cni.enabled=false", "name: mesh-agent", "cni"),
     ("namespace.create=false", "kind: DaemonSet", "kind: Namespace"),

@@ -27,8 +27,8 @@ const NEXT: Mutant = Mutant {
         // The maps: a longer value, one more counter.
         Edit {
             file: "mesh-common/src/lib.rs",
-            from: "pub const ABI_VERSION: u32 = 4;",
-            to: "pub const ABI_VERSION: u32 = 5;",
+            from: "pub const ABI_VERSION: u32 = 5;",
+            to: "pub const ABI_VERSION: u32 = 6;",
         },
         Edit {
             file: "mesh-common/src/lib.rs",
@@ -42,18 +42,18 @@ const NEXT: Mutant = Mutant {
         },
         Edit {
             file: "mesh-common/src/lib.rs",
-            from: "    DroppedHiddenHeader = 18,\n",
-            to: "    DroppedHiddenHeader = 18,\n    RedirectedByTheOther = 19,\n",
+            from: "    ProbeExpired = 21,\n",
+            to: "    ProbeExpired = 21,\n    RedirectedByTheOther = 22,\n",
         },
         Edit {
             file: "mesh-common/src/lib.rs",
-            from: "[(Counter, &'static str); 19]",
-            to: "[(Counter, &'static str); 20]",
+            from: "[(Counter, &'static str); 22]",
+            to: "[(Counter, &'static str); 23]",
         },
         Edit {
             file: "mesh-common/src/lib.rs",
-            from: "        (Counter::DroppedHiddenHeader, \"dropped_hidden_header\"),\n",
-            to: "        (Counter::DroppedHiddenHeader, \"dropped_hidden_header\"),\n        (Counter::RedirectedByTheOther, \"redirected_by_the_other\"),\n",
+            from: "        (Counter::ProbeExpired, \"probe_expired\"),\n",
+            to: "        (Counter::ProbeExpired, \"probe_expired\"),\n        (Counter::RedirectedByTheOther, \"redirected_by_the_other\"),\n",
         },
         Edit {
             file: "mesh-ebpf/src/connect.rs",

@@ -14,8 +14,8 @@ use crate::config::RunArgs;
 use crate::discovery::node_pods;
 use crate::discovery::transport::ControlPlane;
 use crate::local::{self, LocalSocket};
-use crate::pods::Pods;
 use crate::pods::following::{Followed, Following};
+use crate::pods::{Pods, probe_ports};
 
 pub(super) struct Parts {
     pub control: ControlPlane,
@@ -47,6 +47,7 @@ pub(super) fn follow(args: &RunArgs, parts: Parts, tasks: &TaskTracker, alone: &
         alone.clone(),
         local::cni::serve(plugins, parts.socket, parts.pods.clone(), of_node.clone()),
     ));
+    tasks.spawn(until(alone.clone(), probe_ports::follow(parts.pods.clone(), of_node.clone())));
     tasks.spawn(until(alone.clone(), Following::new(parts.pods, of_node, parts.shown).run()));
     Ok(())
 }

@@ -9,6 +9,7 @@ use prometheus::{Gauge, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, 
 use tokio::time::Instant;
 
 use super::Agent;
+use crate::capture::{Kubelet, Unknown};
 use crate::pods::PodView;
 use crate::telemetry::{MetricsPrefix, take_over};
 
@@ -41,6 +42,7 @@ pub struct AgentMetrics {
     pods: IntGaugeVec,
     pods_without_backstop: IntGaugeVec,
     unprotected: IntGaugeVec,
+    kubelet_unknown: IntGaugeVec,
     following: IntGaugeVec,
     following_failures: IntCounterVec,
     local_refused: IntCounter,
@@ -122,6 +124,11 @@ impl AgentMetrics {
                 "Connections of a Pod that were open before it was enrolled, and still are.",
                 &["namespace", "pod"],
             )?,
+            kubelet_unknown: gauges(
+                "mesh_kubelet_unknown",
+                "1 while the kubelet's probes are taken for anybody's plaintext, by the reason.",
+                &["reason"],
+            )?,
             following: gauges(
                 "mesh_following_pods",
                 "Pods of this node in the control plane's list, by what stands in the way of their enrolment.",
@@ -196,6 +203,11 @@ impl AgentMetrics {
             self.pods_without_backstop.with_label_values(&[reason]).set(size(count));
         }
         self.show_following(agent, &pods);
+        let kubelet = agent.capture.kubelet();
+        for reason in Unknown::REASONS {
+            let is_so = matches!(&kubelet, Kubelet::Unknown(why) if why.reason() == reason);
+            self.kubelet_unknown.with_label_values(&[reason]).set(i64::from(is_so));
+        }
         take_over(&self.local_refused, agent.socket.refused());
         self.buffered_bytes.set(size(agent.buffers.held_bytes()));
         let settings = agent.state.read(|state| state.settings().clone());

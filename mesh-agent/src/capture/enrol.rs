@@ -17,6 +17,7 @@ use super::backstop::Backstop;
 use super::enrolments::{EnrolmentRecord, Enrolments, PodToEnroll};
 use super::events::Events;
 use super::kernel::Kernel;
+use super::kubelet::ProbePorts;
 use super::namespace::PodNamespace;
 use super::netns::NetNamespace;
 use super::network::{CaptureError, IoContext, PodListeners};
@@ -41,6 +42,7 @@ pub(super) struct Inner {
     /// The node's bound of connections to applications.
     pub(super) upstreams: Arc<Semaphore>,
     pub(super) events: Events,
+    pub(super) probe_ports: Mutex<ProbePorts>,
 }
 
 pub(super) struct Enrolment {
@@ -159,6 +161,7 @@ impl Inner {
             .set_listener(record.slot, PLAINTEXT_LISTENER, listeners.plaintext.as_fd())?;
         self.kernel.attach_lookup(record.slot, &record.pod.uid, netns.as_fd())?;
         self.kernel.add_pod(record.netns_cookie, &pod_value(&record))?;
+        self.tell_probe_ports(&record)?;
         self.set_up_backstop(&record, &netns, true);
         let network = Arc::new(PodNamespace::new(
             Arc::clone(&self.kernel),
@@ -223,7 +226,7 @@ impl Inner {
         self.kernel.detach_backstops(&record.pod.uid)?;
         self.kernel.detach_lookup(&record.pod.uid)?;
         self.kernel.clear_listeners(record.slot);
-        Ok(())
+        self.kernel.forget_probes(record.slot)
     }
 }
 

@@ -21,7 +21,7 @@ use super::network::IoContext as _;
 use super::pod_cgroup::{self, PodCgroup};
 
 /// A line for each controller, each with a path; what is longer is no Pod's.
-const MAX_CGROUP_FILE: u64 = 64 * 1024;
+pub(super) const MAX_CGROUP_FILE: u64 = 64 * 1024;
 /// Namespaces of a Pod that are looked into: one, and what its own containers make.
 const MAX_NAMESPACES_OF_POD: usize = 16;
 
@@ -181,7 +181,7 @@ pub(super) fn other_pod_in(netns: &NetNamespace, uid: &str) -> Result<Option<Str
         .find(|found| Some(found) != of_pod.as_ref()))
 }
 
-fn processes() -> impl Iterator<Item = PathBuf> {
+pub(super) fn processes() -> impl Iterator<Item = PathBuf> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     entries
         .filter(|entry| entry.file_name().as_encoded_bytes().iter().all(u8::is_ascii_digit))

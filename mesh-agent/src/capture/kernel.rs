@@ -26,6 +26,7 @@ use self::destinations::{Destinations, remove_if};
 use self::mesh_destinations::MeshDestinations;
 use self::pin_names::{pin_name, pod_uid};
 use self::pins::{NewLinks, attach, detach, names_in, open_cgroup_root, prepare_pins};
+use self::probes::ProbeMaps;
 use self::programs::{LOOKUP_PROGRAM, NODE_PROGRAMS, attaching, load_lookup_program, load_node_programs, take_map, typed};
 use self::upkeep::Kept;
 use self::versions::Pins;
@@ -70,6 +71,7 @@ pub struct Kernel {
     upstreams: Mutex<HashMap<MapData, UpstreamConnectionKey, u64>>,
     listeners: Mutex<SockMap<MapData>>,
     mesh_destinations: Mutex<MeshDestinations>,
+    probes: ProbeMaps,
     counters: PerCpuArray<MapData, u64>,
     beats: AtomicU32,
     /// Beats that somebody erased or falsified before the next one.
@@ -160,6 +162,7 @@ impl Kernel {
             upstreams: Mutex::new(typed(take_map(&mut programs, "UPSTREAM_CONNECTIONS")?)?),
             listeners: Mutex::new(typed(take_map(&mut programs, "LISTENERS")?)?),
             mesh_destinations: Mutex::new(MeshDestinations::open(typed(take_map(&mut programs, "MESH_DESTINATIONS")?)?)?),
+            probes: ProbeMaps::take(&mut programs)?,
             counters: typed(take_map(&mut programs, "COUNTERS")?)?,
             beats: AtomicU32::new(0),
             erased_beats: AtomicU32::new(0),
@@ -184,6 +187,7 @@ impl Kernel {
         check_slot(value.slot)?;
         // First: a connect that is redirected needs it.
         self.destinations.add_pod(netns_cookie)?;
+        self.probes.add_pod(value.slot)?;
         self.pods
             .lock()
             .insert(netns_cookie, value, 0)
@@ -368,6 +372,7 @@ impl Kernel {
         self.destinations.sweep(turn, SWEEP_EVERY_BEATS, now, DESTINATION_AGE_NS);
         if turn == SWEEP_EVERY_BEATS - 1 {
             self.sweep_upstreams(now);
+            self.probes.sweep(now);
         }
         Ok(())
     }
@@ -435,6 +440,7 @@ pub mod inspect;
 mod mesh_destinations;
 mod pin_names;
 mod pins;
+mod probes;
 mod programs;
 #[cfg(test)]
 mod tests;

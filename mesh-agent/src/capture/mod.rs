@@ -18,6 +18,7 @@ pub mod fuzz;
 pub mod heap;
 mod heartbeat;
 pub mod kernel;
+mod kubelet;
 mod namespace;
 mod netlink;
 pub mod netns;
@@ -63,6 +64,7 @@ use self::upstreams::MAX_UPSTREAMS;
 pub use self::backstop::Backstop;
 pub use self::enrolments::{Origin, PodToEnroll, boot_id};
 pub use self::find::{FindError, Found, Wanted};
+pub use self::kubelet::{Kubelet, Unknown};
 pub use self::namespace::PodNamespace;
 pub use self::network::{CaptureError, PodListeners, PodNetwork, Upstream};
 pub use self::probe::{Probes, ProofError, is_probe};
@@ -110,6 +112,7 @@ pub struct Capture {
     probes: Arc<Probes>,
     cgroup_root: PathBuf,
     probe_program: PathBuf,
+    kubelet: Mutex<Kubelet>,
     heartbeat: Mutex<Option<Heartbeat>>,
 }
 
@@ -164,7 +167,9 @@ impl Capture {
                 adopted: Mutex::default(),
                 upstreams: Arc::new(Semaphore::new(MAX_UPSTREAMS)),
                 events: Events::default(),
+                probe_ports: Mutex::default(),
             }),
+            kubelet: Mutex::default(),
             probes: Arc::default(),
             cgroup_root,
             probe_program: config.probe_program,

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_common::limits::MAX_PODS;
+use mesh_common::limits::{MAX_PODS, MAX_PROBE_PORTS_PER_POD};
 use mesh_proto::node::{NodePod, NodePodsRequest, NodePodsState};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -37,6 +37,8 @@ pub struct ListedPod {
     pub refused: String,
     /// The runtime knows it by another uid.
     pub is_static: bool,
+    /// Where the kubelet asks it.
+    pub probe_ports: Vec<u16>,
 }
 
 /// Everything that the control plane says of this node's enrolments.
@@ -131,7 +133,21 @@ fn listed(pod: NodePod) -> (Arc<str>, ListedPod) {
         }
         address.ok()
     };
+    let port = |number: &u32| {
+        let port = u16::try_from(*number).ok().filter(|port| *port != 0);
+        if port.is_none() {
+            warn!(
+                uid = pod.uid,
+                port = number,
+                "a probe's port in the list of Pods is none, and is left out"
+            );
+        }
+        port
+    };
     let listed = ListedPod {
+        probe_ports: (pod.probe_ports.iter().take(MAX_PROBE_PORTS_PER_POD))
+            .filter_map(port)
+            .collect(),
         addresses: pod.addresses.iter().take(MAX_ADDRESSES).filter_map(address).collect(),
         namespace: pod.namespace,
         name: pod.name,
@@ -153,6 +169,7 @@ mod tests {
             addresses: addresses.iter().map(ToString::to_string).collect(),
             is_member: true,
             refused: refused.to_owned(),
+            probe_ports: vec![0, 8080, 65_536],
             ..NodePod::default()
         }
     }
@@ -171,6 +188,7 @@ mod tests {
             ["10.0.0.1".parse::<IpAddr>().unwrap(), "fd00::1".parse().unwrap()]
         );
         assert!(list.pods["a"].is_member && !list.pods["b"].is_member);
+        assert_eq!(list.pods["a"].probe_ports, [8080]);
         assert!(!list.is_cut);
     }
 

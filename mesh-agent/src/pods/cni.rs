@@ -207,6 +207,7 @@ mod tests {
                 is_member,
                 refused: String::new(),
                 is_static: false,
+                probe_ports: vec![],
             };
             (Arc::from("u-1"), listed)
         });

@@ -3,6 +3,7 @@
 pub mod cni;
 pub mod following;
 mod plan;
+pub mod probe_ports;
 mod proving;
 mod standing;
 mod trust_domain;

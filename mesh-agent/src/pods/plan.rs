@@ -76,6 +76,7 @@ mod tests {
                 is_member: *is_member,
                 refused: String::new(),
                 is_static: false,
+                probe_ports: vec![],
             };
             (Arc::from(*uid), pod)
         };

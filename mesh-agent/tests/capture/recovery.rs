@@ -126,9 +126,11 @@ async fn a_living_namespace_that_is_not_found_stays_closed() {
     // Whoever enters it makes it visible.
     let inhabitant = Inhabitant::of(&path_of(&held));
     let pod = capture.take_over("uid-1").await.unwrap().unwrap();
-    let tasks = serve(&capture, pod);
+    let mut tasks = serve(&capture, pod);
     capture.prove("uid-1").await.unwrap();
-    drop((tasks, capture, held, inhabitant));
+    // Until they are closed: a socket keeps its namespace.
+    tasks.shutdown().await;
+    drop((capture, held, inhabitant));
     // Now it is gone, and the kernel says so.
     let capture = bed.start();
     assert!(capture.recover().await.is_empty());

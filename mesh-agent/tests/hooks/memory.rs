@@ -4,9 +4,10 @@ use std::fs;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd};
 
-use aya::maps::{HashOfMaps, LpmTrie, Map, MapData, lpm_trie};
+use aya::maps::{HashMap, HashOfMaps, LpmTrie, Map, MapData, lpm_trie};
 use mesh_common::{
-    ABI_VERSION, AddressBytes, OUTBOUND_PORT, OriginalDestinationValue, RedirectedConnectionKey, UpstreamConnectionKey, limits,
+    ABI_VERSION, AddressBytes, OUTBOUND_PORT, OriginalDestinationValue, ProbePortKey, RedirectedConnectionKey,
+    UpstreamConnectionKey, limits,
 };
 
 use super::FAMILIES;
@@ -60,9 +61,31 @@ hook_test! {
             let value = OriginalDestinationValue { connected_at_ns: u64::MAX, address: [3; 16], port: 4, _pad: [0; 3] };
             of_pod.insert(key, value, 0).unwrap();
         }
+        let ports = MapData::from_pin(testbed.pins().join("PROBE_PORTS")).unwrap();
+        let mut ports: HashMap<MapData, ProbePortKey, u32> = Map::HashMap(ports).try_into().unwrap();
+        for i in 0..limits::MAX_PROBE_PORTS {
+            let key = ProbePortKey { address: u128::from(i).to_be_bytes(), port: 1, _pad: 0 };
+            ports.insert(key, 0, 0).unwrap();
+        }
+        let outer = MapData::from_pin(testbed.pins().join("PROBE_VOUCHES")).unwrap();
+        let outer: HashOfMaps<_, u32, MapData> = Map::HashOfMaps(outer).try_into().unwrap();
+        let of_pod = MapData::from_pin(testbed.pins().join("PROBE_VOUCHES")).unwrap();
+        let of_pod: HashOfMaps<_, u32, HashMap<MapData, UpstreamConnectionKey, u64>> = Map::HashOfMaps(of_pod).try_into().unwrap();
+        let mut vouches = of_pod.get(&SLOT, 0).unwrap();
+        for port in 0..limits::MAX_PROBE_VOUCHES_PER_POD {
+            let key = UpstreamConnectionKey {
+                slot: SLOT,
+                client_port: port as u16,
+                application_port: 2,
+                client_address: [1; 16],
+                application_address: [2; 16],
+            };
+            vouches.insert(key, u64::MAX, 0).unwrap();
+        }
+        let of_vouches = fault("VOUCHES_OF_POD", &outer.get(&SLOT, 0).unwrap());
         let outer = MapData::from_pin(testbed.pins().join("ORIGINAL_DESTINATIONS")).unwrap();
         let outer: HashOfMaps<_, u64, MapData> = Map::HashOfMaps(outer).try_into().unwrap();
-        let mut faults = vec![fault("POD", &outer.get(&cookie, 0).unwrap())];
+        let mut faults = vec![of_vouches, fault("POD", &outer.get(&cookie, 0).unwrap())];
         for entry in fs::read_dir(testbed.pins()).unwrap().chain(fs::read_dir(testbed.pins_of_abi(ABI_VERSION)).unwrap()) {
             let path = entry.unwrap().path();
             if path.is_dir() {
@@ -79,7 +102,7 @@ hook_test! {
             }
             faults.push(fault(&name, &MapData::from_pin(&path).unwrap()));
         }
-        assert!(faults.len() >= 9, "{faults:?}");
+        assert!(faults.len() >= 14, "{faults:?}");
         let faults: Vec<String> = faults.into_iter().flatten().collect();
         assert!(faults.is_empty(), "{}", faults.join("\n"));
     }

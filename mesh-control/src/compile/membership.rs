@@ -7,7 +7,7 @@ use std::sync::Arc;
 use mesh_proto::ROOT_NAMESPACE;
 
 use super::MESH_LABEL;
-use crate::limits::{MAX_ADDRESSES_TOLD, MAX_MESH_NAMESPACES, MAX_NODE_PODS, MAX_REFUSED_SHOWN};
+use crate::limits::{MAX_ADDRESSES_TOLD, MAX_MESH_NAMESPACES, MAX_NODE_PODS, MAX_PROBE_PORTS_TOLD, MAX_REFUSED_SHOWN};
 use crate::objects::{Labels, ObjectId, Pod};
 
 #[cfg(test)]
@@ -89,6 +89,8 @@ pub struct Enrolment {
     pub kept_out: Vec<String>,
     /// `namespace/name` of Pods that ask to be members and cannot be.
     pub refused: BTreeMap<String, Refusal>,
+    /// `namespace/name` of members that the kubelet asks at more ports than are told → how many they have.
+    pub probes_cut: BTreeMap<String, usize>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -114,6 +116,8 @@ pub struct NodePod {
     pub addresses: Vec<std::net::IpAddr>,
     pub is_member: bool,
     pub refused: Option<Refusal>,
+    /// At most [`MAX_PROBE_PORTS_TOLD`].
+    pub probe_ports: Vec<u16>,
 }
 
 impl Enrolment {
@@ -140,8 +144,15 @@ impl Enrolment {
                 "{count} namespaces beyond the {MAX_MESH_NAMESPACES} that nodes are told of: their Pods start without waiting"
             )
         });
+        let probes_cut = self.probes_cut.iter().map(|(pod, ports)| {
+            format!(
+                "Pod {pod} has probes at {ports} ports: at those beyond the {MAX_PROBE_PORTS_TOLD} lowest the kubelet is taken for \
+                 anybody's plaintext"
+            )
+        });
         kept_out
             .chain(refused.take(MAX_REFUSED_SHOWN))
+            .chain(probes_cut.take(MAX_REFUSED_SHOWN))
             .chain(omitted)
             .chain(namespaces)
     }
@@ -206,6 +217,11 @@ pub(super) fn enrolment(namespaces: &BTreeMap<&str, Namespace<'_>>, pods: &[(&Ob
             Membership::Refused(refusal) => Some(refusal),
             Membership::Member | Membership::Outside => None,
         };
+        if membership == Membership::Member && pod.probe_ports.len() > MAX_PROBE_PORTS_TOLD {
+            enrolment
+                .probes_cut
+                .insert(format!("{}/{}", id.namespace, id.name), pod.probe_ports.len());
+        }
         if let Some(refusal) = refused {
             enrolment.refused.insert(format!("{}/{}", id.namespace, id.name), refusal);
         }
@@ -226,6 +242,7 @@ pub(super) fn enrolment(namespaces: &BTreeMap<&str, Namespace<'_>>, pods: &[(&Ob
             },
             is_member: membership == Membership::Member,
             refused,
+            probe_ports: pod.probe_ports.iter().copied().take(MAX_PROBE_PORTS_TOLD).collect(),
         });
     }
     enrolment.nodes = nodes

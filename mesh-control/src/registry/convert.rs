@@ -1,6 +1,6 @@
 //! Kubernetes objects → the mesh's, whether they were read as text or from the API server. Pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::enrolment::{asks_best_effort, sidecar};
+use super::probe_ports;
 use crate::capture_states::CaptureState;
 use crate::objects::{Endpoint, EndpointSlice, Kind, Node, Object, ObjectId, Pod, Service, ServicePort, TargetPort};
 
@@ -259,7 +260,7 @@ fn address(path: &str, text: &str) -> Result<IpAddr, String> {
     }
 }
 
-fn port(path: &str, number: i32) -> Result<u16, String> {
+pub(super) fn port(path: &str, number: i32) -> Result<u16, String> {
     u16::try_from(number)
         .ok()
         .filter(|p| *p != 0)
@@ -365,6 +366,17 @@ fn pod(pod: core::Pod) -> Result<Pod, String> {
     if !node.is_empty() && !is_name(&node) {
         return Err(format!("spec.nodeName: {node:?} is no name"));
     }
+    let mut probe_ports = BTreeSet::new();
+    let of_kind = [
+        ("initContainers", spec.init_containers.as_deref().unwrap_or_default()),
+        ("containers", &spec.containers),
+    ];
+    for (list, containers) in of_kind {
+        for (c, container) in containers.iter().enumerate() {
+            // Init containers that end are not asked; a probe of theirs is refused by the API server.
+            probe_ports::add(&mut probe_ports, &format!("spec.{list}[{c}]"), container)?;
+        }
+    }
     let mut named_ports = BTreeMap::new();
     for (c, container) in spec.containers.into_iter().enumerate() {
         for (p, given) in container.ports.unwrap_or_default().into_iter().enumerate() {
@@ -409,6 +421,7 @@ fn pod(pod: core::Pod) -> Result<Pod, String> {
             .is_none_or(|condition| condition.status == "True"),
         owner: owner.map(|owner| (owner.kind, owner.name)),
         named_ports,
+        probe_ports: probe_ports.into_iter().collect(),
     })
 }
 

@@ -8,6 +8,7 @@ mod folder;
 mod follow;
 mod last_good;
 mod manifest;
+mod probe_ports;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

@@ -13,7 +13,7 @@ use crate::poll;
 use crate::run_id::RunId;
 
 /// On most machines; here a node has its controllers.
-const VERSION_2_BESIDE_1: &str = "unified";
+pub(super) const VERSION_2_BESIDE_1: &str = "unified";
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Hierarchy {

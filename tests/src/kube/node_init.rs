@@ -2,6 +2,7 @@
 //! its services and keeps them running. The binary `mesh-kube-node` is this and no more.
 
 use std::fs::OpenOptions;
+use std::io::Write as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -14,7 +15,7 @@ use nix::sys::wait::{WaitStatus, wait, waitpid};
 use nix::unistd::{ForkResult, Pid, fork};
 use serde::{Deserialize, Serialize};
 
-use super::hierarchies::{self, Hierarchy};
+use super::hierarchies::{self, Hierarchy, VERSION_2_BESIDE_1};
 use crate::run_id::RunId;
 
 const CGROUPS: &str = "/sys/fs/cgroup";
@@ -227,6 +228,17 @@ fn bind(from: &Path, at: &Path) -> Result<()> {
         .with_context(|| format!("mounting {} at {}", from.display(), at.display()))
 }
 
+/// A cgroup of version 2 of its own, another one at each start, as systemd makes it. (Of version 1 it stays in the node's.)
+fn cgroup_of(service: &str) -> Result<PathBuf> {
+    let beside_1 = Path::new(CGROUPS).join(VERSION_2_BESIDE_1);
+    let root = if beside_1.is_dir() { beside_1 } else { PathBuf::from(CGROUPS) };
+    let own = root.join("system.slice").join(format!("{service}.service"));
+    // Of the start before; what still lives in it keeps it.
+    let _ = std::fs::remove_dir(&own);
+    std::fs::create_dir_all(&own).with_context(|| format!("making the cgroup {}", own.display()))?;
+    Ok(own)
+}
+
 /// As the first process of the node: services that end are started again, and orphans are waited for.
 fn serve(spec: &Spec) -> Result<()> {
     let mut running = Vec::new();
@@ -257,6 +269,9 @@ fn serve(spec: &Spec) -> Result<()> {
 fn start(spec: &Spec, service: &Service) -> Result<Pid> {
     let log = spec.folder.join(format!("{}.log", service.name));
     let log = OpenOptions::new().create(true).append(true).open(log)?;
+    let procs = OpenOptions::new()
+        .write(true)
+        .open(cgroup_of(&service.name)?.join("cgroup.procs"))?;
     let mut command = Command::new(&service.program);
     command
         .args(&service.arguments)
@@ -266,6 +281,11 @@ fn start(spec: &Spec, service: &Service) -> Result<Pid> {
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log);
+    // SAFETY: one system call on a descriptor that the closure owns, as is required between fork and exec.
+    #[allow(unsafe_code, reason = "the child enters its cgroup before it executes")]
+    unsafe {
+        command.pre_exec(move || (&procs).write_all(b"0"));
+    }
     let child = command.spawn().with_context(|| format!("starting {}", service.name))?;
     Ok(Pid::from_raw(i32::try_from(child.id())?))
 }

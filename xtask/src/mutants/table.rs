@@ -35,7 +35,7 @@ pub struct Group {
     pub controls: &'static [(Suite, &'static str)],
 }
 
-pub const GROUPS: [Group; 3] = [kernel::CAPTURE, kernel::REDIRECT, tunnel::TUNNEL];
+pub const GROUPS: [Group; 4] = [kernel::CAPTURE, kernel::REDIRECT, kernel::KUBELET, tunnel::TUNNEL];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Suite {

@@ -95,6 +95,7 @@ impl Kernel {
                 self.mesh_destinations.lock().len(),
                 limits::MAX_MESH_DESTINATIONS,
             ),
+            fill("probe_ports", self.probe_ports_fill(), limits::MAX_PROBE_PORTS),
         ]
     }
 

@@ -65,7 +65,13 @@ fn loader(pins: &Pins) -> EbpfLoader<'_> {
     let mut loader = EbpfLoader::new();
     loader.default_map_pin_directory(&pins.shared);
     // A map that is declared in BTF cannot ask for its pin by itself.
-    let in_btf = ["AGENT_SOCKETS", "ORIGINAL_DESTINATIONS", "ORIGINAL_DESTINATIONS_OF_SOCKETS"];
+    let in_btf = [
+        "AGENT_SOCKETS",
+        "KUBELET_SOCKETS",
+        "ORIGINAL_DESTINATIONS",
+        "ORIGINAL_DESTINATIONS_OF_SOCKETS",
+        "PROBE_VOUCHES",
+    ];
     for name in in_btf.into_iter().chain(MAPS_OF_ABI) {
         loader.map_pin_path(name, pins.map(name));
     }

@@ -165,9 +165,10 @@ async fn slow_readers_stop_their_writers_and_nobody_else() {
         written.push(total);
     }
 
-    // A window each, of 2 MiB, at the far side, whose application does not read: as the agent itself counts it.
+    // At most a window each, of 2 MiB, at the far side, whose application does not read: as the agent itself counts it. A writer that
+    // this machine has stopped for a while has filled less of it.
     let held = mesh.far.proxy.registry.buffers().held_bytes();
-    assert!((8 * 1024 * 1024..20 * 1024 * 1024).contains(&held), "{held}");
+    assert!((4 * 1024 * 1024..20 * 1024 * 1024).contains(&held), "{held}");
 
     // Another stream of the same tunnel.
     let mut moving = client.connect(server.application()).await;

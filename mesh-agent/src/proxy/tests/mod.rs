@@ -48,11 +48,10 @@ pub(super) const APPLICATION_PORT: u16 = 8080;
 pub(super) fn fresh_address() -> IpAddr {
     static NEXT: AtomicU32 = AtomicU32::new(1);
     let next = NEXT.fetch_add(1, Ordering::Relaxed);
-    // The process's id keeps two runs at the same time apart.
-    let net = u8::try_from(std::process::id() % 200).unwrap() + 20;
-    IpAddr::V4(Ipv4Addr::from(
-        [127, net, 0, 0].map(u32::from).iter().fold(0, |a, b| a << 8 | b) + next,
-    ))
+    assert!(next < 2_048, "too many addresses");
+    // The process's id keeps runs at the same time apart. The first nets are left to others.
+    let net = std::process::id() % 8_000 + 100;
+    IpAddr::V4(Ipv4Addr::from(127 << 24 | net << 11 | next))
 }
 
 /// A certificate authority.

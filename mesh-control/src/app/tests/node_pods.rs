@@ -22,7 +22,9 @@ fn members(state: &NodePodsState) -> Vec<(&str, bool)> {
 
 #[tokio::test]
 async fn a_node_hears_of_its_own_pods_alone_at_each_change() {
-    let pods = pod("web", "10.0.0.1", "node-a") + &pod("db", "10.0.0.2", "node-b");
+    let probed = "containers: [{ name: app, readinessProbe: { httpGet: { port: 8080 } } }]";
+    let web = pod("web", "10.0.0.1", "node-a").replacen("spec: {", &format!("spec: {{ {probed},"), 1);
+    let pods = web + &pod("db", "10.0.0.2", "node-b");
     let bench = Bench::start(&pods).await;
     let (a, b) = (bench.token("node-a"), bench.token("node-b"));
     let mut of_a = watch(&bench, &a.secret).await.expect("stream");
@@ -33,7 +35,10 @@ async fn a_node_hears_of_its_own_pods_alone_at_each_change() {
         (first.pods[0].service_account.as_str(), first.pods[0].addresses.as_slice()),
         ("web", ["10.0.0.1".to_owned()].as_slice())
     );
-    assert_eq!(first.namespaces.len(), 1);
+    assert_eq!(
+        (first.namespaces.len(), first.pods[0].probe_ports.as_slice()),
+        (1, [8080].as_slice())
+    );
     assert_eq!(
         members(&next(&mut of_b).await.expect("state").expect("state")),
         [("uid-db", true)]

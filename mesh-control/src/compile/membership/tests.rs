@@ -182,10 +182,39 @@ fn beyond_the_bound_members_are_told_and_the_rest_is_counted() {
             addresses: vec![],
             is_member: i == MAX_NODE_PODS,
             refused: None,
+            probe_ports: vec![],
         });
     }
     let node = node.bounded();
     assert_eq!((node.pods.len(), node.omitted), (MAX_NODE_PODS, 1));
     assert!(node.pods.iter().any(|pod| pod.is_member), "the member was left out");
     assert!(node.pods.is_sorted_by(|a, b| a.uid < b.uid));
+}
+
+#[test]
+fn of_too_many_probe_ports_the_lowest_are_told_and_that_is_said() {
+    let namespaces = Labels::from([(MESH_LABEL.to_owned(), "enabled".to_owned())]);
+    let namespace = Namespace {
+        labels: &namespaces,
+        best_effort: false,
+    };
+    let id = ObjectId {
+        kind: crate::objects::Kind::Pod,
+        namespace: "shop".into(),
+        name: "web".into(),
+    };
+    let pod = |ports: u16| Pod {
+        uid: "uid".into(),
+        node: "node".into(),
+        probe_ports: (1..=ports).collect(),
+        ..Pod::default()
+    };
+    let told = |pod: &Pod| enrolment(&BTreeMap::from([("shop", namespace)]), &[(&id, pod)]);
+    let fits = told(&pod(16));
+    assert_eq!(fits.nodes["node"].pods[0].probe_ports, (1..=16).collect::<Vec<_>>());
+    assert_eq!(fits.warnings().count(), 0);
+    let cut = told(&pod(17));
+    assert_eq!(cut.nodes["node"].pods[0].probe_ports, (1..=16).collect::<Vec<_>>());
+    let said: Vec<_> = cut.warnings().collect();
+    assert!(said[0].contains("Pod shop/web has probes at 17 ports"), "{said:?}");
 }

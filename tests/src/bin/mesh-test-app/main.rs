@@ -2,6 +2,7 @@
 //! as any other: it knows nothing of the mesh, and runs unprivileged.
 
 mod client;
+mod health;
 mod hold;
 mod insist;
 mod load;
@@ -15,6 +16,7 @@ use serde_json::{Value, json};
 
 const USAGE: &str = "usage:
   mesh-test-app serve NAME HTTP_PORT ECHO_PORT     an HTTP server that tells its client's address, and an echo server
+  mesh-test-app health PORT                        a gRPC server that says of itself that it serves
   mesh-test-app get URL                            an HTTP request
   mesh-test-app connect ADDRESS:PORT               a connection, its two ends and one echoed line
   mesh-test-app bulk ADDRESS:PORT BYTES            so many bytes there and back through the echo server, checksummed
@@ -42,6 +44,7 @@ fn main() -> ExitCode {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let answer = match arguments.as_slice() {
         ["serve", name, http, echo] => server::serve(name, http, echo),
+        ["health", port] => health::serve(port),
         ["get", url] => return get(url),
         ["connect", address] => client::connect(address),
         ["bulk", address, bytes] => client::bulk(address, bytes),

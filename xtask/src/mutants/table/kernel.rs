@@ -6,6 +6,7 @@ use super::{Edit, Group, Mutant, Noticed, Suite};
 const CONNECT: &str = "mesh-ebpf/src/connect.rs";
 const TCX: &str = "mesh-ebpf/src/tcx.rs";
 const REVIEWS: &str = "mesh-control/src/kubernetes/reviews.rs";
+const PROBES: &str = "mesh-ebpf/src/probes.rs";
 const LOOKUP: &str = "mesh-ebpf/src/sk_lookup.rs";
 const CONTROL: (Suite, &str) = (Suite::Hooks, "link_local_is_left_alone_and_counted");
 
@@ -382,6 +383,97 @@ pub const CAPTURE: Group = Group {
             "authority::tests::the_root_is_kept_private_and_never_replaced",
         ),
     ],
+};
+
+pub const KUBELET: Group = Group {
+    name: "kubelet",
+    mutants: &[
+        Mutant {
+            name: "kubelet-cgroup",
+            attacks: &["imitating the kubelet"],
+            without: "the look whether who connects is in the kubelet's cgroup",
+            edits: &[Edit {
+                file: PROBES,
+                from: "unsafe { bpf_get_current_cgroup_id() } == cgroup_id;",
+                to: "unsafe { bpf_get_current_cgroup_id() } != 0 && cgroup_id != 0;",
+            }],
+            noticed_by: &[hooks(
+                "probes::who_imitates_the_kubelet_is_steered_to_the_agent",
+                "another cgroup to 10.99.0.2: past the agent",
+            )],
+        },
+        Mutant {
+            name: "kubelet-namespace",
+            attacks: &["imitating the kubelet"],
+            without: "the look whether who connects is in the node's network namespace",
+            edits: &[Edit {
+                file: PROBES,
+                from: "    if netns_cookie != of_node {",
+                to: "    if netns_cookie == 0 && of_node == 0 {",
+            }],
+            noticed_by: &[hooks(
+                "probes::the_kubelet_of_another_node_on_this_kernel_is_steered_to_the_agent",
+                "another namespace to 10.99.0.2: past the agent",
+            )],
+        },
+        Mutant {
+            name: "probe-port",
+            attacks: &["a port that is not declared, by way of the kubelet"],
+            without: "the look at the port: one that is declared opens the Pod",
+            edits: &[Edit {
+                file: PROBES,
+                from: "        port,\n        _pad: 0,",
+                to: "        port: if port == 0 { port } else { 8080 },\n        _pad: 0,",
+            }],
+            noticed_by: &[hooks(
+                "probes::the_kubelet_reaches_the_port_that_is_declared_and_no_other",
+                "an undeclared port of 10.99.0.2: past the agent",
+            )],
+        },
+        Mutant {
+            name: "kubelet-socket",
+            attacks: &["a socket that was the kubelet's"],
+            without: "forgetting whose connect the one before was",
+            edits: &[Edit {
+                file: PROBES,
+                from: "            mark.is_kubelets = 0;",
+                to: "            let _ = mark;",
+            }],
+            noticed_by: &[hooks(
+                "probes::a_socket_that_was_the_kubelets_is_anybodys_once_another_connects_it",
+                "a socket that was the kubelet's to 10.99.0.2: past the agent",
+            )],
+        },
+        Mutant {
+            name: "probe-end",
+            attacks: &["the address and port of a probe that is over"],
+            without: "the end of a vouch with its socket",
+            edits: &[Edit {
+                file: "mesh-ebpf/src/sockops.rs",
+                from: "            probes::forget(&ends.upstream_key(mark.slot));",
+                to: "            let _ = mark.slot;",
+            }],
+            noticed_by: &[hooks(
+                "probes::a_vouch_is_of_no_use_to_who_has_its_tuple_next",
+                "the tuple of a refused probe of 10.99.0.2: past the agent",
+            )],
+        },
+        Mutant {
+            name: "probe-age",
+            attacks: &["the address and port of a probe that is over"],
+            without: "the end of a vouch by its age",
+            edits: &[Edit {
+                file: PROBES,
+                from: "saturating_sub(*connected_at_ns) > PROBE_VOUCH_NS {",
+                to: "saturating_sub(*connected_at_ns) > PROBE_VOUCH_NS << 20 {",
+            }],
+            noticed_by: &[hooks(
+                "probes::a_vouch_whose_end_nobody_saw_counts_for_a_while_alone",
+                "an old vouch for 10.99.0.2: past the agent",
+            )],
+        },
+    ],
+    controls: &[CONTROL],
 };
 
 pub const REDIRECT: Group = Group {

@@ -1,0 +1,147 @@
+//! What the kernel knows of the kubelet: its cgroup, the ports at which Pods say that it asks them, and its connects that are on
+//! their way to them.
+
+use aya::Ebpf;
+use aya::maps::{Array, HashMap, HashOfMaps, Map, MapData};
+use mesh_common::{AddressBytes, KubeletValue, PROBE_VOUCH_NS, ProbePortKey, UpstreamConnectionKey, is_agent_port, limits};
+use parking_lot::Mutex;
+
+use super::super::CaptureError;
+use super::super::bpf_syscalls::BPF_F_NO_PREALLOC;
+use super::destinations::remove_if;
+use super::inspect::entries;
+use super::programs::{take_map, typed};
+use super::{Kernel, failed, is_missing};
+
+type VouchesOfPod = HashMap<MapData, UpstreamConnectionKey, u64>;
+
+pub(super) struct ProbeMaps {
+    kubelet: Mutex<Array<MapData, KubeletValue>>,
+    ports: Mutex<HashMap<MapData, ProbePortKey, u32>>,
+    /// Of maps, by slot.
+    vouches: Mutex<Map>,
+}
+
+impl ProbeMaps {
+    pub(super) fn take(programs: &mut Ebpf) -> Result<Self, CaptureError> {
+        Ok(Self {
+            kubelet: Mutex::new(typed(take_map(programs, "KUBELET")?)?),
+            ports: Mutex::new(typed(take_map(programs, "PROBE_PORTS")?)?),
+            vouches: Mutex::new(take_map(programs, "PROBE_VOUCHES")?),
+        })
+    }
+
+    /// Makes a Pod's map of vouches, if it has none.
+    pub(super) fn add_pod(&self, slot: u32) -> Result<(), CaptureError> {
+        const WHAT: &str = "making a Pod's map of probes";
+        let mut map = self.vouches.lock();
+        if vouches_of(&map, slot)?.is_some() {
+            return Ok(());
+        }
+        let made =
+            VouchesOfPod::create(limits::MAX_PROBE_VOUCHES_PER_POD, BPF_F_NO_PREALLOC).map_err(|error| failed(WHAT, error))?;
+        HashOfMaps::<_, u32, VouchesOfPod>::try_from(&mut *map)
+            .and_then(|mut map| map.insert(slot, &made, 0))
+            .map_err(|error| failed(WHAT, error))
+    }
+
+    /// Entries whose end the programs could not be told of; they count no longer since they are that old.
+    pub(super) fn sweep(&self, now_ns: u64) {
+        let map = self.vouches.lock();
+        let slots: Vec<u32> = match HashOfMaps::<_, u32, MapData>::try_from(&*map) {
+            Ok(map) => map.keys().take(limits::MAX_PODS as usize).filter_map(Result::ok).collect(),
+            Err(error) => {
+                tracing::warn!(%error, "the kubelet's vouches cannot be swept");
+                return;
+            }
+        };
+        for slot in slots {
+            if let Ok(Some(mut of_pod)) = vouches_of(&map, slot) {
+                remove_if(&mut of_pod, limits::MAX_PROBE_VOUCHES_PER_POD, |_, vouched_at_ns| {
+                    now_ns.saturating_sub(*vouched_at_ns) > PROBE_VOUCH_NS
+                });
+            }
+        }
+    }
+}
+
+fn vouches_of(map: &Map, slot: u32) -> Result<Option<VouchesOfPod>, CaptureError> {
+    const WHAT: &str = "a Pod's map of probes";
+    let map = HashOfMaps::<_, u32, MapData>::try_from(map).map_err(|error| failed(WHAT, error))?;
+    match map.get(&slot, 0) {
+        Ok(data) => typed(Map::HashMap(data)).map(Some),
+        Err(error) if is_missing(&error) => Ok(None),
+        Err(error) => Err(failed(WHAT, error)),
+    }
+}
+
+impl Kernel {
+    /// Whose connects from the node's own network namespace are probes, by cgroup; `None`: nobody's.
+    ///
+    /// # Errors
+    /// The map refuses.
+    pub fn set_kubelet(&self, node_cookie: u64, cgroup_id: Option<u64>) -> Result<(), CaptureError> {
+        let value = KubeletValue {
+            netns_cookie: node_cookie,
+            cgroup_id: cgroup_id.unwrap_or(0),
+        };
+        let mut kubelet = self.probes.kubelet.lock();
+        kubelet
+            .set(0, value, 0)
+            .map_err(|error| failed("telling the kernel who the kubelet is", error))
+    }
+
+    /// The ports at which a Pod is asked by the kubelet, and no others of that slot.
+    ///
+    /// # Errors
+    /// The map refuses.
+    pub fn set_probe_ports(&self, slot: u32, addresses: &[AddressBytes], ports: &[u16]) -> Result<(), CaptureError> {
+        const WHAT: &str = "telling the kernel a Pod's probe ports";
+        let key = |address: &AddressBytes, port: &u16| ProbePortKey {
+            address: *address,
+            port: *port,
+            _pad: 0,
+        };
+        let ports = ports
+            .iter()
+            .take(limits::MAX_PROBE_PORTS_PER_POD)
+            .filter(|port| !is_agent_port(**port));
+        let wanted: Vec<ProbePortKey> = ports
+            .flat_map(|port| {
+                addresses
+                    .iter()
+                    .take(limits::MAX_POD_ADDRESSES)
+                    .map(move |address| key(address, port))
+            })
+            .collect();
+        let mut map = self.probes.ports.lock();
+        remove_if(&mut map, limits::MAX_PROBE_PORTS, |key, of| {
+            *of == slot && !wanted.contains(key)
+        });
+        for key in wanted {
+            // The same again is no change; one of a Pod that had the address before is this one's now.
+            if map.get(&key, 0).ok() != Some(slot) {
+                map.insert(key, slot, 0).map_err(|error| failed(WHAT, error))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets what was declared for a slot, and with it the vouches.
+    ///
+    /// # Errors
+    /// A map refuses.
+    pub fn forget_probes(&self, slot: u32) -> Result<(), CaptureError> {
+        self.set_probe_ports(slot, &[], &[])?;
+        let mut map = self.probes.vouches.lock();
+        let removed = HashOfMaps::<_, u32, MapData>::try_from(&mut *map).and_then(|mut map| map.remove(&slot));
+        match removed {
+            Err(error) if !is_missing(&error) => Err(failed("removing a Pod's map of probes", error)),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn probe_ports_fill(&self) -> usize {
+        entries(&self.probes.ports.lock(), limits::MAX_PROBE_PORTS as usize)
+    }
+}

@@ -1,0 +1,173 @@
+//! The mesh on a cluster, as the README deploys it, with the images that were just built.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+
+use super::cluster::Cluster;
+use super::image::Image;
+use crate::binaries;
+use crate::poll::{self, SOON};
+
+/// The namespace of its own.
+pub const NAMESPACE: &str = "culvert-system";
+/// What a node of cgroup version 1 and 2 has beside the folders of version 1.
+const UNIFIED: &str = "/sys/fs/cgroup/unified";
+/// Images are started, certificates signed, captures proven, and written to the API server.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// Of each agent, on its node's address.
+const METRICS_PORT: u16 = 15020;
+
+/// The mesh, deployed.
+#[derive(Debug)]
+pub struct Culvert {
+    folder: PathBuf,
+}
+
+impl Culvert {
+    /// Applies what `deploy` has, and waits until it is rolled out.
+    ///
+    /// # Errors
+    /// The first step that failed, as it said.
+    pub fn deploy(cluster: &Cluster) -> Result<Self> {
+        let agent = Image::new("culvert.test/mesh-agent:1")
+            .program(&binaries::path("mesh-agent")?, "/mesh-agent")?
+            .program(&binaries::path("mesh-cni")?, "/mesh-cni")?
+            .entrypoint(&["/mesh-agent"]);
+        let control = Image::new("culvert.test/mesh-control:1")
+            .program(&binaries::path("mesh-control")?, "/mesh-control")?
+            .entrypoint(&["/mesh-control"])
+            .user(65532);
+        cluster.load_image(&agent)?;
+        cluster.load_image(&control)?;
+        let shipped = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .parent()
+            .context("the checkout")?
+            .join("deploy");
+        let folder = cluster.folder().join("checkout");
+        let here = folder.join("deploy");
+        std::fs::create_dir_all(here.join("crds"))?;
+        for file in std::fs::read_dir(shipped.join("crds"))? {
+            let file = file?;
+            std::fs::copy(file.path(), here.join("crds").join(file.file_name()))?;
+        }
+        let manifests = std::fs::read_to_string(shipped.join("culvert.yaml"))?;
+        std::fs::write(here.join("culvert.yaml"), for_these_nodes(cluster, manifests)?)?;
+        for what in ["crds", "culvert.yaml"] {
+            let path = here.join(what).display().to_string();
+            cluster.kubectl().run(&["apply", "--server-side", "-f", &path])?;
+        }
+        for workload in ["deployment/mesh-control", "daemonset/mesh-agent"] {
+            cluster.kubectl().rolled_out(NAMESPACE, workload)?;
+        }
+        Ok(Self { folder })
+    }
+
+    /// Where `deploy` is, as on the README's reader's machine.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// What an agent has proven of a Pod, as its annotation says it; `null` of one that is in no mesh.
+    ///
+    /// # Errors
+    /// There is no such Pod.
+    pub fn capture(&self, cluster: &Cluster, namespace: &str, pod: &str) -> Result<Value> {
+        let pod = cluster.kubectl().get(&["-n", namespace, "pod", pod])?;
+        Ok(pod["metadata"]["annotations"]["culvert.dev/capture"].clone())
+    }
+
+    /// The access-log lines of every agent that match.
+    ///
+    /// # Errors
+    /// kubectl fails.
+    pub fn access_log(&self, cluster: &Cluster, wanted: impl Fn(&Value) -> bool) -> Result<Vec<Value>> {
+        let text = cluster.kubectl().run(&[
+            "-n",
+            NAMESPACE,
+            "logs",
+            "daemonset/mesh-agent",
+            "--all-pods=true",
+            "--container=mesh-agent",
+            "--since=10m",
+        ])?;
+        let lines = text
+            .lines()
+            .filter_map(|line| serde_json::from_str::<Value>(&line[line.find('{')?..]).ok());
+        Ok(lines.filter(wanted).collect())
+    }
+
+    /// The metrics of a node's agent.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    pub fn metrics(&self, cluster: &Cluster, node: usize) -> Result<String> {
+        let url = format!("http://{}:{METRICS_PORT}/metrics", cluster.node(node).address());
+        let script = format!("{} get {url}", binaries::path("mesh-test-app")?.display());
+        cluster.kubectl().shell(cluster.folder(), &script)?.ok(&script)
+    }
+
+    /// For failure output: the ends of the mesh's logs.
+    pub fn say_logs(cluster: &Cluster) {
+        for workload in ["daemonset/mesh-agent", "deployment/mesh-control"] {
+            let arguments = [
+                "-n",
+                NAMESPACE,
+                "logs",
+                workload,
+                "--all-pods=true",
+                "--all-containers",
+                "--prefix",
+                "--tail=25",
+            ];
+            let said = cluster.kubectl().run(&arguments);
+            let said = said.unwrap_or_else(|error| format!("no logs: {error:#}"));
+            crate::suite::say(&format!("--- the end of {workload}:\n{said}"));
+        }
+    }
+}
+
+/// The shipped manifests with the images of here, and what this machine has and has not.
+fn for_these_nodes(cluster: &Cluster, mut manifests: String) -> Result<String> {
+    for name in ["mesh-agent", "mesh-control"] {
+        let shipped = format!("image: {name}:{}", env!("CARGO_PKG_VERSION"));
+        ensure!(manifests.contains(&shipped), "deploy/culvert.yaml has no {shipped}");
+        manifests = manifests.replace(&shipped, &format!("image: culvert.test/{name}:1"));
+    }
+    if cluster.node(1).run(&["test", "-d", UNIFIED], SOON)?.status.success() {
+        manifests = manifests.replace("path: /sys/fs/cgroup\n", &format!("path: {UNIFIED}\n"));
+    }
+    if !has_sys_resource()? {
+        // A runtime gives nobody what it does not have itself. Without it the agent has the descriptors that its hard limit allows.
+        crate::suite::say("this machine has no CAP_SYS_RESOURCE to give: the agents are deployed without it");
+        manifests = manifests.replace("                - SYS_RESOURCE\n", "");
+    }
+    Ok(manifests)
+}
+
+fn has_sys_resource() -> Result<bool> {
+    const CAP_SYS_RESOURCE: u32 = 24;
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let bounding = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapBnd:"))
+        .context("CapBnd")?;
+    Ok(u64::from_str_radix(bounding.trim(), 16)? & (1 << CAP_SYS_RESOURCE) != 0)
+}
+
+impl Cluster {
+    /// Waits until the agents have proven these Pods' capture.
+    ///
+    /// # Errors
+    /// One is not in time.
+    pub fn until_proven(&self, culvert: &Culvert, namespace: &str, pods: &[&str]) -> Result<()> {
+        for pod in pods {
+            let what = format!("{pod} is proven to be in the mesh");
+            poll::until_true(&what, PATIENCE, || Ok(culvert.capture(self, namespace, pod)? == "proven"))?;
+        }
+        Ok(())
+    }
+}
