@@ -237,6 +237,28 @@ async fn a_later_agent_takes_over_and_releases() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_new_pod_inherits_no_probe_ports_of_its_slot() {
+    let Some(bed) = Bed::new("a_new_pod_inherits_no_probe_ports_of_its_slot") else {
+        return;
+    };
+    let capture = bed.start();
+    // As an agent leaves them that released a Pod and did not know of them.
+    let hand = Kernel::load(&bed.kernel_config()).unwrap();
+    let probe_ports = || {
+        hand.map_fill()
+            .into_iter()
+            .find(|map| map.name == "probe_ports")
+            .unwrap()
+            .entries
+    };
+    hand.set_probe_ports(0, &[[1; 16]], &[8080]).unwrap();
+    assert_eq!(probe_ports(), 1);
+    drop(capture.enroll(bed.pod("uid-1")).await.unwrap());
+    assert_eq!(probe_ports(), 0);
+    assert!(capture.release("uid-1").await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_program_that_is_detached_by_hand_is_missed() {
     let Some(bed) = Bed::new("a_program_that_is_detached_by_hand_is_missed") else {
         return;

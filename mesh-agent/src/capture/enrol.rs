@@ -127,6 +127,10 @@ impl Inner {
                 pod,
             },
         };
+        if is_new {
+            // An agent that did not know of probes may have released the Pod that had the slot.
+            self.kernel.forget_probes(record.slot)?;
+        }
         self.enrolments.save(&record)?;
         let uid = record.pod.uid.clone();
         self.pods.lock().insert(uid.clone(), Enrolment::of(record.clone()));

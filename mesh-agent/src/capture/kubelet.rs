@@ -192,8 +192,8 @@ fn of_name(root: &Path, named: &Path) -> Result<Kubelet, Unknown> {
         return Err(missing());
     }
     let cgroup = root.join(below);
-    let id = cgroup_id(&cgroup).ok_or_else(missing)?;
-    Ok(Kubelet::Known { cgroup, id })
+    cgroup_id(&cgroup).ok_or_else(missing)?;
+    check(cgroup)
 }
 
 fn of_process(root: &Path) -> Result<Kubelet, Unknown> {
@@ -300,6 +300,9 @@ fn read(path: &Path) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::CommandExt as _;
+    use std::process::Command;
+
     use super::*;
 
     #[test]
@@ -321,6 +324,17 @@ mod tests {
             let found = of_name(root.path(), Path::new(named));
             assert_eq!(found, Ok(Kubelet::Known { cgroup: own.clone(), id }));
         }
+        // Named or not: who is not root has no place in it.
+        let mut somebody = Command::new("sleep");
+        if fs::metadata("/proc/self").unwrap().uid() == 0 {
+            somebody.uid(65_534);
+        }
+        let mut somebody = somebody.arg("60").spawn().unwrap();
+        fs::write(own.join("cgroup.procs"), format!("{}\n", somebody.id())).unwrap();
+        let shared = of_name(root.path(), Path::new("/system.slice/k3s.service")).unwrap_err();
+        somebody.kill().unwrap();
+        somebody.wait().unwrap();
+        assert_eq!(shared.reason(), "shared");
         for named in ["/", "", "/missing", "/system.slice/../..", ".."] {
             let error = of_name(root.path(), Path::new(named)).unwrap_err();
             assert_eq!(error.reason(), "no_such_cgroup", "{named}");

@@ -162,6 +162,7 @@ impl Inner {
             tracing::warn!(cookie, "a captured network namespace is gone and has no record: released");
             self.kernel.remove_pod(cookie)?;
             self.kernel.clear_listeners(value.slot);
+            self.kernel.forget_probes(value.slot)?;
         }
         Ok(())
     }
