@@ -19,12 +19,15 @@ mod recovery;
 mod repair;
 
 use std::net::SocketAddr;
+use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
 use std::time::Duration;
 
+use aya::maps::{Array, Map, MapData};
 use bed::{Bed, NODE_V4, NODE_V6, POD_V4, POD_V6, run, serve};
 use mesh_agent::capture::kernel::Kernel;
 use mesh_agent::capture::{Capture, CaptureError, PodNetwork, ProofError};
+use mesh_common::KubeletValue;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -256,6 +259,35 @@ async fn a_new_pod_inherits_no_probe_ports_of_its_slot() {
     drop(capture.enroll(bed.pod("uid-1")).await.unwrap());
     assert_eq!(probe_ports(), 0);
     assert!(capture.release("uid-1").await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kubelet_that_is_erased_by_hand_is_told_again() {
+    let Some(bed) = Bed::new("a_kubelet_that_is_erased_by_hand_is_told_again") else {
+        return;
+    };
+    let capture = bed.start();
+    let hand = Kernel::load(&bed.kernel_config()).unwrap();
+    let shared = bed
+        .config()
+        .kernel
+        .pin_path
+        .join(format!("v{}", mesh_common::STORAGE_VERSION));
+    let map = Map::Array(MapData::from_pin(shared.join("KUBELET")).unwrap());
+    let map: Array<_, KubeletValue> = map.try_into().unwrap();
+    let following = tokio::spawn(Arc::clone(&capture).follow_kubelet(Some("/agent".into())));
+    let id = bed.cgroup().join("agent").metadata().unwrap().ino();
+    for _ in 0..2 {
+        timeout(A_WHILE, async {
+            while map.get(&0, 0).unwrap().cgroup_id != id {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        })
+        .await
+        .unwrap();
+        hand.set_kubelet(0, None).unwrap();
+    }
+    following.abort();
 }
 
 #[tokio::test(flavor = "multi_thread")]

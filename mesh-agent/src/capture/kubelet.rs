@@ -97,17 +97,15 @@ impl Capture {
         let mut told = None;
         loop {
             let (root, before, named) = (self.cgroup_root.clone(), self.kubelet(), named.clone());
-            let (inner, unchanged) = (Arc::clone(&self.inner), told.clone());
+            let inner = Arc::clone(&self.inner);
             let looked = blocking(move || {
                 let now = look(&root, named.as_deref(), before);
-                // Told once in any case: what an earlier agent left may be out of date.
-                if unchanged.as_ref() != Some(&now) {
-                    let id = match &now {
-                        Kubelet::Known { id, .. } => Some(*id),
-                        Kubelet::Unknown(_) => None,
-                    };
-                    inner.kernel.set_kubelet(inner.node_cookie, id)?;
-                }
+                let id = match &now {
+                    Kubelet::Known { id, .. } => Some(*id),
+                    Kubelet::Unknown(_) => None,
+                };
+                // At each look: an earlier agent may have left something else, or one that did not come to take over, or somebody's hand.
+                inner.kernel.set_kubelet(inner.node_cookie, id)?;
                 Ok(now)
             });
             match looked.await {
