@@ -25,7 +25,7 @@ use std::time::Duration;
 
 use aya::maps::{Array, Map, MapData};
 use bed::{Bed, NODE_V4, NODE_V6, POD_V4, POD_V6, run, serve};
-use mesh_agent::capture::kernel::Kernel;
+use mesh_agent::capture::kernel::{Kernel, PodProbePorts};
 use mesh_agent::capture::{Capture, CaptureError, PodNetwork, ProofError};
 use mesh_common::KubeletValue;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -254,7 +254,12 @@ async fn a_new_pod_inherits_no_probe_ports_of_its_slot() {
             .unwrap()
             .entries
     };
-    hand.set_probe_ports(0, &[[1; 16]], &[8080]).unwrap();
+    let left = PodProbePorts {
+        slot: 0,
+        addresses: &[[1; 16]],
+        ports: &[8080],
+    };
+    hand.set_probe_ports(&[left]).unwrap();
     assert_eq!(probe_ports(), 1);
     drop(capture.enroll(bed.pod("uid-1")).await.unwrap());
     assert_eq!(probe_ports(), 0);

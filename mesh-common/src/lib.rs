@@ -7,7 +7,7 @@
 pub mod limits;
 
 /// Version of what agents of different builds share while one takes over from the other: where links are pinned, and every map
-/// that is not in [`MAPS_OF_ABI`]. Their entries belong to sockets and connections that outlive an agent, and cannot be written
+/// that is not in [`MAPS_OF_ABI`]. The entries of most belong to sockets and connections that outlive an agent, and cannot be written
 /// anew: those maps' layouts are frozen. Something new about a socket goes into a map of another name. Where this number differs
 /// no agent takes over, and the node is cleaned up first.
 pub const STORAGE_VERSION: u32 = 4;

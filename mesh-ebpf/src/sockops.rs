@@ -1,7 +1,5 @@
 //! sockops at a connect (the local port is known, the SYN has not left) and at its end: what the agent's accept and the Pods'
-//! sk_lookup find a connection by.
-//!
-//! (`probes.rs` has the kubelet's part.)
+//! sk_lookup find a connection by. The kubelet's connects are in it, too; what is theirs alone is in `probes.rs`.
 //!
 //! A connect of the agent to an application passes sk_lookup by its tuple, and only until the application's end is established:
 //! from then on the kernel finds that end by itself (also after a SYN cookie, where the handshake's last segment is looked up

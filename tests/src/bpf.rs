@@ -186,7 +186,10 @@ fn info(object: &OwnedFd, mut asked: [u64; INFO_WORDS]) -> Result<[u64; INFO_WOR
     Ok(asked)
 }
 
-/// All of a kind that are there while it asks; what goes away meanwhile is left out, and a link that is just being made (EAGAIN).
+/// How often a link that is just being made is asked for again; that takes the kernel microseconds.
+const ATTEMPTS: usize = 1_000;
+
+/// All of a kind that are there while it asks; what goes away meanwhile is left out.
 fn objects(next: libc::c_long, open: libc::c_long) -> Result<Vec<OwnedFd>> {
     let gone = |error: &io::Error| error.raw_os_error() == Some(libc::ENOENT);
     let mut found = Vec::new();
@@ -199,10 +202,20 @@ fn objects(next: libc::c_long, open: libc::c_long) -> Result<Vec<OwnedFd>> {
             result => result.context("walking through the objects")?,
         };
         id = u32::try_from(attributes[0] >> 32)?;
-        attributes[0] = pair(id, 0);
-        match bpf(open, &mut attributes) {
-            Err(error) if gone(&error) || error.kind() == io::ErrorKind::WouldBlock => {}
-            result => found.push(owned(result.context("opening an object")?)),
+        let mut attempts = ATTEMPTS;
+        loop {
+            attributes[0] = pair(id, 0);
+            match bpf(open, &mut attributes) {
+                Err(error) if gone(&error) => break,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && attempts > 0 => {
+                    attempts -= 1;
+                    std::thread::yield_now();
+                }
+                result => {
+                    found.push(owned(result.context("opening an object")?));
+                    break;
+                }
+            }
         }
     }
 }

@@ -5,25 +5,21 @@
     reason = "a test: a panic is its failure, and standard output its report"
 )]
 
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use mesh_tests::binaries;
-use mesh_tests::kube::{APP_IMAGE, Cluster, Image};
+use mesh_tests::kube::{APP_IMAGE, Cluster, culvert};
 use mesh_tests::poll;
 use mesh_tests::readme;
 use mesh_tests::suite;
 use mesh_tests::wire::Recorder;
 use serde_json::Value;
 
-const MESH: &str = "culvert-system";
+const MESH: &str = culvert::NAMESPACE;
 const SHOP: &str = "shop";
 /// Images are started, certificates signed, captures proven, and written to the API server.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// What a node of cgroup version 1 and 2 has beside the folders of version 1.
-const UNIFIED: &str = "/sys/fs/cgroup/unified";
 
 fn main() -> ExitCode {
     suite::run(
@@ -49,77 +45,18 @@ fn main() -> ExitCode {
 }
 
 fn with_logs(cluster: &Cluster, error: anyhow::Error) -> anyhow::Error {
-    for workload in ["daemonset/mesh-agent", "deployment/mesh-control"] {
-        let arguments = [
-            "-n",
-            MESH,
-            "logs",
-            workload,
-            "--all-pods=true",
-            "--all-containers",
-            "--prefix",
-            "--tail=25",
-        ];
-        match cluster.kubectl().run(&arguments) {
-            Ok(text) => println!("--- the end of {workload}:\n{text}"),
-            Err(error) => println!("--- no logs of {workload}: {error:#}"),
-        }
-    }
-    for what in [
-        &["-n", MESH, "get", "pods", "-o", "wide"][..],
-        &["-n", SHOP, "describe", "pods"],
-    ] {
-        println!("{}", cluster.kubectl().run(what).unwrap_or_default());
-    }
+    culvert::say_logs(cluster);
+    let pods = cluster.kubectl().run(&["-n", SHOP, "describe", "pods"]);
+    println!("{}", pods.unwrap_or_default());
     cluster.with_logs(error)
-}
-
-fn checkout() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
 }
 
 /// As docs/DEPLOY.md says, with the images that were just built.
 fn install(cluster: &Cluster) -> Result<()> {
-    let agent = Image::new("culvert.test/mesh-agent:1")
-        .program(&binaries::path("mesh-agent")?, "/mesh-agent")?
-        .program(&binaries::path("mesh-cni")?, "/mesh-cni")?
-        .entrypoint(&["/mesh-agent"]);
-    let control = Image::new("culvert.test/mesh-control:1")
-        .program(&binaries::path("mesh-control")?, "/mesh-control")?
-        .entrypoint(&["/mesh-control"])
-        .user(65532);
-    cluster.load_image(&agent)?;
-    cluster.load_image(&control)?;
-    let shipped = checkout().join("deploy");
-    let here = folder(cluster).join("deploy");
-    std::fs::create_dir_all(here.join("crds"))?;
-    for file in std::fs::read_dir(shipped.join("crds"))? {
-        let file = file?;
-        std::fs::copy(file.path(), here.join("crds").join(file.file_name()))?;
-    }
-    let mut manifests = std::fs::read_to_string(shipped.join("culvert.yaml"))?;
-    for name in ["mesh-agent", "mesh-control"] {
-        let shipped = format!("image: {name}:{}", env!("CARGO_PKG_VERSION"));
-        ensure!(manifests.contains(&shipped), "deploy/culvert.yaml has no {shipped}");
-        manifests = manifests.replace(&shipped, &format!("image: culvert.test/{name}:1"));
-    }
-    if cluster.node(1).run(&["test", "-d", UNIFIED], poll::SOON)?.status.success() {
-        manifests = manifests.replace("path: /sys/fs/cgroup\n", &format!("path: {UNIFIED}\n"));
-    }
-    if !has_sys_resource()? {
-        // A runtime gives nobody what it does not have itself. Without it the agent has the descriptors that its hard limit allows.
-        println!("this machine has no CAP_SYS_RESOURCE to give: the agents are deployed without it");
-        manifests = manifests.replace("                - SYS_RESOURCE\n", "");
-    }
-    std::fs::write(here.join("culvert.yaml"), manifests)?;
+    culvert::prepare(cluster)?;
     let said = readme(cluster, "rollout status daemonset")?;
     ensure!(said.contains("successfully rolled out"), "{said}");
     Ok(())
-}
-
-/// Where the README's commands are run.
-fn folder(cluster: &Cluster) -> PathBuf {
-    cluster.folder().join("checkout")
 }
 
 /// Runs the block of the README that has this in it, and answers what it printed.
@@ -130,20 +67,13 @@ fn readme(cluster: &Cluster, with: &str) -> Result<String> {
         bail!("not one block of the README that kube_mesh runs has {with:?}");
     };
     if block.language == "yaml" {
-        std::fs::write(folder(cluster).join("deny.yaml"), &block.text)?;
+        std::fs::write(culvert::folder(cluster).join("deny.yaml"), &block.text)?;
         return Ok(String::new());
     }
-    cluster.kubectl().shell(&folder(cluster), &block.text)?.ok(&block.text)
-}
-
-fn has_sys_resource() -> Result<bool> {
-    const CAP_SYS_RESOURCE: u32 = 24;
-    let status = std::fs::read_to_string("/proc/self/status")?;
-    let bounding = status
-        .lines()
-        .find_map(|line| line.strip_prefix("CapBnd:"))
-        .context("CapBnd")?;
-    Ok(u64::from_str_radix(bounding.trim(), 16)? & (1 << CAP_SYS_RESOURCE) != 0)
+    cluster
+        .kubectl()
+        .shell(&culvert::folder(cluster), &block.text)?
+        .ok(&block.text)
 }
 
 fn pod(name: &str, node: u8, command: &str) -> String {
@@ -196,20 +126,6 @@ fn deploy(cluster: &Cluster) -> Result<()> {
     cluster.kubectl().wait_for(SHOP, "Ready", &pods)
 }
 
-fn capture(cluster: &Cluster, pod: &str) -> Result<Value> {
-    let pod = cluster.kubectl().get(&["-n", SHOP, "pod", pod])?;
-    Ok(pod["metadata"]["annotations"]["culvert.dev/capture"].clone())
-}
-
-fn until_proven(cluster: &Cluster, pods: &[&str]) -> Result<()> {
-    for pod in pods {
-        poll::until_true(&format!("{pod} is proven to be in the mesh"), PATIENCE, || {
-            Ok(capture(cluster, pod)? == "proven")
-        })?;
-    }
-    Ok(())
-}
-
 /// What the client is answered.
 fn get(cluster: &Cluster, url: &str) -> Result<String> {
     let output = cluster.kubectl().exec(SHOP, "client", &["mesh-test-app", "get", url])?;
@@ -218,20 +134,7 @@ fn get(cluster: &Cluster, url: &str) -> Result<String> {
 
 /// The access-log lines of both agents, of a connection to this Pod.
 fn lines_of(cluster: &Cluster, pod: &str) -> Result<Vec<Value>> {
-    let arguments = [
-        "-n",
-        MESH,
-        "logs",
-        "daemonset/mesh-agent",
-        "--all-pods=true",
-        "--container=mesh-agent",
-        "--since=5m",
-    ];
-    let text = cluster.kubectl().run(&arguments)?;
-    let lines = text
-        .lines()
-        .filter_map(|line| serde_json::from_str::<Value>(&line[line.find('{')?..]).ok());
-    Ok(lines.filter(|line| line["destination_workload"] == pod).collect())
+    culvert::access_log(cluster, |line| line["destination_workload"] == pod)
 }
 
 fn join(cluster: &mut Cluster) -> Result<()> {
@@ -240,14 +143,20 @@ fn join(cluster: &mut Cluster) -> Result<()> {
         is_on_the_wire(cluster, "before")?,
         "the recorder does not see what goes in clear"
     );
-    ensure!(capture(cluster, "server")?.is_null(), "a Pod of no mesh is called captured");
+    ensure!(
+        culvert::capture(cluster, SHOP, "server")?.is_null(),
+        "a Pod of no mesh is called captured"
+    );
     ensure!(
         lines_of(cluster, "server")?.is_empty(),
         "a connection outside of the mesh is logged"
     );
     readme(cluster, "culvert.dev/mesh=enabled")?;
     for pod in ["client", "near", "server"] {
-        ensure!(capture(cluster, pod)? == "proven", "{pod} was waited for and is not proven");
+        ensure!(
+            culvert::capture(cluster, SHOP, pod)? == "proven",
+            "{pod} was waited for and is not proven"
+        );
     }
     ensure!(
         !is_on_the_wire(cluster, "after")?,
@@ -313,7 +222,7 @@ fn new_pod(cluster: &mut Cluster) -> Result<()> {
     );
     cluster.kubectl().apply(&early)?;
     cluster.kubectl().wait_for(SHOP, "Ready", &["pod/early"])?;
-    until_proven(cluster, &["early"])?;
+    culvert::until_proven(cluster, SHOP, &["early"])?;
     let said = poll::until("its first connections", PATIENCE, || {
         let said = cluster.kubectl().logs(SHOP, "early")?;
         Ok(said.contains("both").then_some(said))
@@ -384,7 +293,7 @@ fn rollout(cluster: &mut Cluster) -> Result<()> {
     let errors = shell("head -c 2000 /tmp/errors 2>/dev/null; true")?.ok("errors")?;
     ensure!(made.parse::<u32>()? > 20, "only {made} connections");
     ensure!(failed == "0", "{failed} of {made} failed: {errors}");
-    until_proven(cluster, &["client", "near", "server"])
+    culvert::until_proven(cluster, SHOP, &["client", "near", "server"])
 }
 
 fn restart(cluster: &mut Cluster) -> Result<()> {
@@ -405,7 +314,7 @@ fn restart(cluster: &mut Cluster) -> Result<()> {
     );
     cluster.kubectl().rolled_out(MESH, "deployment/mesh-control")?;
     ensure!(roots()?["data"] == before, "another root");
-    until_proven(cluster, &["client", "near", "server"])?;
+    culvert::until_proven(cluster, SHOP, &["client", "near", "server"])?;
     ensure!(
         get(cluster, "http://server/")?.starts_with("server=server "),
         "after the restart"
@@ -417,7 +326,7 @@ fn leave(cluster: &mut Cluster) -> Result<()> {
     readme(cluster, "culvert.dev/mesh-")?;
     for pod in ["client", "near", "server", "early"] {
         poll::until_true(&format!("{pod} is out of the mesh"), PATIENCE, || {
-            Ok(capture(cluster, pod)?.is_null())
+            Ok(culvert::capture(cluster, SHOP, pod)?.is_null())
         })?;
     }
     poll::until_true("it works without the mesh", PATIENCE, || {

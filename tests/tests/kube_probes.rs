@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use mesh_tests::binaries;
-use mesh_tests::kube::{APP_IMAGE, Cluster, Culvert, MESH_NAMESPACE};
+use mesh_tests::kube::{APP_IMAGE, Cluster, culvert};
 use mesh_tests::poll;
 use mesh_tests::process::Output;
 use mesh_tests::suite;
@@ -25,22 +25,17 @@ const PROBED: [(&str, u16); 3] = [("by-http", 8080), ("by-tcp", 9000), ("by-grpc
 const KUBELET_CGROUP: &str = "system.slice/kubelet.service";
 const PATIENCE: Duration = Duration::from_secs(120);
 
-struct Bed {
-    cluster: Cluster,
-    culvert: Culvert,
-}
-
 fn main() -> ExitCode {
     suite::run(
         "kube_probes",
         || {
             let cluster = Cluster::start(1)?;
-            match Culvert::deploy(&cluster) {
-                Ok(culvert) => Ok(Bed { cluster, culvert }),
+            match culvert::deploy(&cluster) {
+                Ok(()) => Ok(cluster),
                 Err(error) => Err(explain(&cluster, error)),
             }
         },
-        |bed, error| explain(&bed.cluster, error),
+        explain,
         &[
             ("pods_become_ready_by_each_kind_of_probe", become_ready),
             ("they_stay_ready_while_the_kubelet_asks", stay_ready),
@@ -51,7 +46,7 @@ fn main() -> ExitCode {
 }
 
 fn explain(cluster: &Cluster, error: anyhow::Error) -> anyhow::Error {
-    Culvert::say_logs(cluster);
+    culvert::say_logs(cluster);
     println!(
         "{}",
         cluster.kubectl().run(&["-n", SHOP, "describe", "pods"]).unwrap_or_default()
@@ -80,11 +75,12 @@ spec:
     )
 }
 
-fn become_ready(bed: &mut Bed) -> Result<()> {
+fn become_ready(cluster: &mut Cluster) -> Result<()> {
+    let mesh = culvert::NAMESPACE;
     let rules = format!(
         "apiVersion: v1\nkind: Namespace\nmetadata: {{name: {SHOP}, labels: {{culvert.dev/mesh: enabled}}}}\n---\n\
          apiVersion: v1\nkind: Namespace\nmetadata: {{name: {OUTSIDE}}}\n---\n\
-         apiVersion: culvert.dev/v1alpha1\nkind: MeshConfig\nmetadata: {{name: default, namespace: {MESH_NAMESPACE}}}\n\
+         apiVersion: culvert.dev/v1alpha1\nkind: MeshConfig\nmetadata: {{name: default, namespace: {mesh}}}\n\
          spec: {{mtls: Strict}}\n---\n\
          apiVersion: culvert.dev/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {{name: nobody, namespace: {SHOP}}}\n\
          spec: {{action: Deny, rules: [{{}}]}}\n---\n"
@@ -105,7 +101,7 @@ spec:
         + &pod("by-tcp", serve, "tcpSocket: {port: asked}")
         + &pod("by-grpc", r#"[mesh-test-app, health, "9100"]"#, "grpc: {port: 9100}")
         + &host;
-    let kubectl = bed.cluster.kubectl();
+    let kubectl = cluster.kubectl();
     kubectl.apply(&rules)?;
     kubectl.apply(&pods)?;
     kubectl.wait_for(
@@ -114,8 +110,8 @@ spec:
         &PROBED.map(|(name, _)| format!("pod/{name}")).each_ref().map(String::as_str),
     )?;
     kubectl.wait_for(OUTSIDE, "Ready", &["pod/host"])?;
-    bed.cluster.until_proven(&bed.culvert, SHOP, &PROBED.map(|(name, _)| name))?;
-    let state = bed.culvert.metrics(&bed.cluster, 1)?;
+    culvert::until_proven(cluster, SHOP, &PROBED.map(|(name, _)| name))?;
+    let state = culvert::metrics(cluster, 1)?;
     ensure!(
         state
             .lines()
@@ -126,8 +122,8 @@ spec:
     Ok(())
 }
 
-fn passed(bed: &Bed) -> Result<u64> {
-    let metrics = bed.culvert.metrics(&bed.cluster, 1)?;
+fn passed(cluster: &Cluster) -> Result<u64> {
+    let metrics = culvert::metrics(cluster, 1)?;
     let line = metrics.lines().find(|line| line.contains(r#"event="passed_probe""#));
     Ok(line
         .and_then(|line| line.rsplit(' ').next())
@@ -136,12 +132,12 @@ fn passed(bed: &Bed) -> Result<u64> {
 }
 
 /// Dozens of probes later.
-fn stay_ready(bed: &mut Bed) -> Result<()> {
-    let since = |bed: &Bed| -> Result<Vec<Value>> {
+fn stay_ready(cluster: &mut Cluster) -> Result<()> {
+    let since = |cluster: &Cluster| -> Result<Vec<Value>> {
         PROBED
             .iter()
             .map(|(name, _)| {
-                let pod = bed.cluster.kubectl().get(&["-n", SHOP, "pod", name])?;
+                let pod = cluster.kubectl().get(&["-n", SHOP, "pod", name])?;
                 let status = &pod["status"];
                 ensure!(
                     status["containerStatuses"][0]["restartCount"] == 0,
@@ -157,19 +153,19 @@ fn stay_ready(bed: &mut Bed) -> Result<()> {
             })
             .collect()
     };
-    let (ready_since, first) = (since(bed)?, passed(bed)?);
+    let (ready_since, first) = (since(cluster)?, passed(cluster)?);
     poll::until_true("the kubelet has asked sixty times more", PATIENCE, || {
-        Ok(passed(bed)? >= first + 60)
+        Ok(passed(cluster)? >= first + 60)
     })?;
-    ensure!(since(bed)? == ready_since, "a Pod was not ready in between");
+    ensure!(since(cluster)? == ready_since, "a Pod was not ready in between");
     Ok(())
 }
 
 /// Those whose answer this client understands, at the ports where the kubelet asks them: what was reached.
-fn reached(bed: &Bed, run: impl Fn(&[&str]) -> Result<Output>) -> Result<Vec<&'static str>> {
+fn reached(cluster: &Cluster, run: impl Fn(&[&str]) -> Result<Output>) -> Result<Vec<&'static str>> {
     let mut reached = Vec::new();
     for (name, port) in PROBED.into_iter().filter(|(name, _)| *name != "by-grpc") {
-        let address = format!("{}:{port}", bed.cluster.pod_address(SHOP, name)?);
+        let address = format!("{}:{port}", cluster.pod_address(SHOP, name)?);
         let url = format!("http://{address}/healthz");
         let output = match name {
             "by-http" => run(&["get", &url])?,
@@ -182,16 +178,16 @@ fn reached(bed: &Bed, run: impl Fn(&[&str]) -> Result<Output>) -> Result<Vec<&'s
     Ok(reached)
 }
 
-fn imitation(bed: &mut Bed) -> Result<()> {
+fn imitation(cluster: &mut Cluster) -> Result<()> {
     let program = binaries::path("mesh-test-app")?.display().to_string();
     let in_cgroup = |cgroup: &str| {
-        reached(bed, |command| {
+        reached(cluster, |command| {
             let script = format!(
                 "root=/sys/fs/cgroup; [ ! -d $root/unified ] || root=$root/unified; mkdir -p $root/{cgroup}
                  echo 0 > $root/{cgroup}/cgroup.procs; exec {program} {}",
                 command.join(" ")
             );
-            bed.cluster.node(1).run(&["/bin/sh", "-ec", &script], poll::SOON)
+            cluster.node(1).run(&["/bin/sh", "-ec", &script], poll::SOON)
         })
     };
     // In the kubelet's own cgroup all is let in: it is the cgroup that counts, and this client sees what it is let in to.
@@ -205,10 +201,17 @@ fn imitation(bed: &mut Bed) -> Result<()> {
         by_root.is_empty(),
         "a process of root's on the node imitates the kubelet, and is let in: {by_root:?}"
     );
-    let by_pod = reached(bed, |command| {
+    let in_host = |command: &[&str]| {
         let command: Vec<&str> = ["mesh-test-app"].into_iter().chain(command.iter().copied()).collect();
-        bed.cluster.kubectl().exec(OUTSIDE, "host", &command)
-    })?;
+        cluster.kubectl().exec(OUTSIDE, "host", &command)
+    };
+    // It is let in where all of the node are: what it does not reach, it is refused.
+    let control = in_host(&["get", &culvert::metrics_url(cluster, 1)])?.ok("the agent's metrics by the host's Pod")?;
+    ensure!(
+        control.contains("mesh_build_info"),
+        "the Pod on the host's network reaches nothing: {control}"
+    );
+    let by_pod = reached(cluster, in_host)?;
     ensure!(
         by_pod.is_empty(),
         "a Pod on the host's network imitates the kubelet, and is let in: {by_pod:?}"
@@ -216,8 +219,8 @@ fn imitation(bed: &mut Bed) -> Result<()> {
     Ok(())
 }
 
-fn kubelet_again(bed: &mut Bed) -> Result<()> {
-    let node = bed.cluster.node(1);
+fn kubelet_again(cluster: &mut Cluster) -> Result<()> {
+    let node = cluster.node(1);
     let kubelet = format!("cd /sys/fs/cgroup; [ ! -d unified ] || cd unified; cat {KUBELET_CGROUP}/cgroup.procs");
     let pid = |what: &str| node.run(&["/bin/sh", "-ec", &kubelet], poll::SOON)?.ok(what);
     let first = pid("the kubelet's process")?;
@@ -228,10 +231,10 @@ fn kubelet_again(bed: &mut Bed) -> Result<()> {
         let now = pid("the kubelet's process").unwrap_or_default();
         Ok(!now.trim().is_empty() && now != first)
     })?;
-    let before = passed(bed)?;
-    poll::until_true("it asks, and is let in", PATIENCE, || Ok(passed(bed)? >= before + 10))?;
+    let before = passed(cluster)?;
+    poll::until_true("it asks, and is let in", PATIENCE, || Ok(passed(cluster)? >= before + 10))?;
     let pods = PROBED.map(|(name, _)| format!("pod/{name}"));
-    bed.cluster
+    cluster
         .kubectl()
         .wait_for(SHOP, "Ready", &pods.each_ref().map(String::as_str))
 }

@@ -48,6 +48,7 @@ fn main() -> ExitCode {
         &[
             ("probes_pass_at_the_declared_port_alone", declared),
             ("a_process_that_imitates_the_kubelet_is_refused", imitation),
+            ("who_is_only_called_kubelet_is_not_taken_for_it", named_so),
             ("probes_go_on_while_the_agent_is_dead_and_after_its_return", without_agent),
             ("a_kubelet_that_starts_again_is_found_again", restarted),
             ("of_a_cgroup_that_others_are_in_nobody_is_taken_for_the_kubelet", shared),
@@ -77,13 +78,9 @@ struct Kubelet {
 
 impl Kubelet {
     fn start(mesh: &Mesh) -> Result<Self> {
-        let node = mesh.topology.node(NODE);
-        let cgroup = node.cgroup.child(KUBELET_CGROUP)?;
-        let program = node.folder.join("kubelet");
-        std::fs::copy(mesh.app.binary(), &program)?;
+        let cgroup = mesh.topology.node(NODE).cgroup.child(KUBELET_CGROUP)?;
         let place = place_in(mesh, cgroup.path());
-        let command = place.command(&program, &["hold-serve", "10250"])?;
-        let process = Process::start("the kubelet", command, node.folder.join("kubelet.log"))?;
+        let process = called_kubelet(mesh, "the-kubelet", &place, "10250")?;
         Ok(Self {
             _process: process,
             place,
@@ -99,6 +96,16 @@ impl Kubelet {
         );
         Ok(())
     }
+}
+
+/// A process of that name. `folder`: of its own, since a program that runs cannot be written.
+fn called_kubelet(mesh: &Mesh, folder: &str, place: &Place, port: &str) -> Result<Process> {
+    let folder = mesh.topology.node(NODE).folder.join(folder);
+    std::fs::create_dir_all(&folder)?;
+    let program = folder.join("kubelet");
+    std::fs::copy(mesh.app.binary(), &program)?;
+    let command = place.command(&program, &["hold-serve", port])?;
+    Process::start("a process called kubelet", command, folder.join("log"))
 }
 
 /// The cgroup's, of the agent's dump; `null` while it knows none.
@@ -171,7 +178,9 @@ fn imitation(mesh: &mut Mesh) -> Result<()> {
     Kubelet::is_known(mesh)?;
     passes(mesh, &kubelet.place)?;
     let before = passed(mesh)?;
-    // Root of the node's: in another cgroup, in one below the kubelet's, and under its name.
+    let refused = |mesh: &Mesh| mesh.metric(NODE, "mesh_policy_denied_total", &[("policy", "_strict")]);
+    let refused_before = refused(mesh)?;
+    // Root of the node's: in another cgroup, and in one below the kubelet's.
     let elsewhere = mesh.topology.node(NODE).cgroup.child("elsewhere")?;
     is_refused(mesh, &place_in(mesh, elsewhere.path()), "a process in another cgroup")?;
     let below = kubelet.cgroup.child("below")?;
@@ -192,8 +201,49 @@ fn imitation(mesh: &mut Mesh) -> Result<()> {
         is_refused(mesh, &place, who)?;
     }
     ensure!(passed(mesh)? == before, "an imitation was counted as a probe");
-    let refused = mesh.metric(NODE, "mesh_policy_denied_total", &[("policy", "_strict")])?;
-    ensure!(refused >= 12.0, "expected 12 refusals to be counted, saw {refused}");
+    // Each of the four has come that far, by each of the three forms.
+    poll::until_true(
+        "12 refusals are counted",
+        SOON,
+        || Ok(refused(mesh)? >= refused_before + 12.0),
+    )?;
+    passes(mesh, &kubelet.place)
+}
+
+/// Who only bears the name is not taken for it: nobody's process, or one in another network namespace. Were one counted, the agent
+/// would find two, and take nobody.
+fn named_so(mesh: &mut Mesh) -> Result<()> {
+    let node = mesh.topology.node(NODE);
+    let cgroup = node.cgroup.child("impostor.service")?;
+    let of_node = place_in(mesh, cgroup.path());
+    let nobodys = Place {
+        unprivileged: true,
+        ..of_node.clone()
+    };
+    let elsewhere = Place {
+        netns: mesh.topology.world().path(),
+        ..of_node.clone()
+    };
+    let impostors = [
+        called_kubelet(mesh, "nobodys", &nobodys, "10301")?,
+        called_kubelet(mesh, "elsewhere", &elsewhere, "10302")?,
+    ];
+    let kubelet = Kubelet::start(mesh)?;
+    Kubelet::is_known(mesh)?;
+    passes(mesh, &kubelet.place)?;
+    is_refused(mesh, &of_node, "one in the cgroup of processes that are called kubelet")?;
+    drop((kubelet, impostors));
+    is_unknown(mesh, "no_process")?;
+    // The control: of two that could be it nobody is taken.
+    let second = called_kubelet(mesh, "second", &of_node, "10303")?;
+    Kubelet::is_known(mesh)?;
+    drop(second);
+    is_unknown(mesh, "no_process")?;
+    let (second, kubelet) = (called_kubelet(mesh, "second", &of_node, "10303")?, Kubelet::start(mesh)?);
+    is_unknown(mesh, "ambiguous")?;
+    is_refused(mesh, &kubelet.place, "one of two that could be the kubelet")?;
+    drop(second);
+    Kubelet::is_known(mesh)?;
     passes(mesh, &kubelet.place)
 }
 

@@ -165,7 +165,7 @@ impl Inner {
             .set_listener(record.slot, PLAINTEXT_LISTENER, listeners.plaintext.as_fd())?;
         self.kernel.attach_lookup(record.slot, &record.pod.uid, netns.as_fd())?;
         self.kernel.add_pod(record.netns_cookie, &pod_value(&record))?;
-        self.tell_probe_ports(&record)?;
+        self.tell_probe_ports(std::slice::from_ref(&record))?;
         self.set_up_backstop(&record, &netns, true);
         let network = Arc::new(PodNamespace::new(
             Arc::clone(&self.kernel),

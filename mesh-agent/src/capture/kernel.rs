@@ -26,6 +26,7 @@ use self::destinations::{Destinations, remove_if};
 use self::mesh_destinations::MeshDestinations;
 use self::pin_names::{pin_name, pod_uid};
 use self::pins::{NewLinks, attach, detach, names_in, open_cgroup_root, prepare_pins};
+pub use self::probes::PodProbePorts;
 use self::probes::ProbeMaps;
 use self::programs::{LOOKUP_PROGRAM, NODE_PROGRAMS, attaching, load_lookup_program, load_node_programs, take_map, typed};
 use self::upkeep::Kept;

@@ -13,9 +13,12 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use mesh_common::PodValue;
+
 use super::enrol::{Inner, pod_value};
 use super::enrolments::EnrolmentRecord;
 use super::find::{MAX_CGROUP_FILE, processes};
+use super::kernel::PodProbePorts;
 use super::network::CaptureError;
 use super::{Capture, blocking, pod_cgroup};
 
@@ -23,6 +26,8 @@ const NAME: &str = "kubelet";
 /// While it is known: a system call or two for each process in its cgroup. While it is away each look is a walk over all processes,
 /// with ever longer pauses between them.
 const INTERVAL: Duration = Duration::from_secs(1);
+/// While it is known all processes are walked over at each such look: another one may be there by now that could be it.
+const WALK_EVERY: u32 = 10;
 const LONGEST_INTERVAL: Duration = Duration::from_secs(10);
 /// Cgroups of the node, without the Pods', that are looked into for the kubelet. A node has some hundred.
 const MAX_CGROUPS: usize = 4096;
@@ -95,8 +100,9 @@ impl Capture {
     pub async fn follow_kubelet(self: Arc<Self>, named: Option<PathBuf>) {
         let mut pause = INTERVAL;
         let mut told = None;
-        loop {
-            let (root, before, named) = (self.cgroup_root.clone(), self.kubelet(), named.clone());
+        for turn in (0..WALK_EVERY).cycle() {
+            let (root, named) = (self.cgroup_root.clone(), named.clone());
+            let before = if turn == 0 { Kubelet::default() } else { self.kubelet() };
             let inner = Arc::clone(&self.inner);
             let looked = blocking(move || {
                 let now = look(&root, named.as_deref(), before);
@@ -140,18 +146,23 @@ impl Inner {
         let _change = self.change.lock();
         *self.probe_ports.lock() = Some(Arc::new(ports));
         let records: Vec<EnrolmentRecord> = self.pods.lock().values().map(|enrolment| enrolment.record.clone()).collect();
-        records.iter().try_for_each(|record| self.tell_probe_ports(record))
+        self.tell_probe_ports(&records)
     }
 
     /// Until the agent was told any, those stay that an earlier one was told.
-    pub(super) fn tell_probe_ports(&self, record: &EnrolmentRecord) -> Result<(), CaptureError> {
+    pub(super) fn tell_probe_ports(&self, records: &[EnrolmentRecord]) -> Result<(), CaptureError> {
         let Some(ports) = self.probe_ports.lock().clone() else {
             return Ok(());
         };
-        let of_pod = ports.get(record.pod.uid.as_str()).map(Vec::as_slice).unwrap_or_default();
-        let value = pod_value(record);
-        let addresses = &value.addresses[..value.address_count as usize];
-        self.kernel.set_probe_ports(record.slot, addresses, of_pod)
+        let values: Vec<PodValue> = records.iter().map(pod_value).collect();
+        let pods: Vec<PodProbePorts<'_>> = (records.iter().zip(&values))
+            .map(|(record, value)| PodProbePorts {
+                slot: record.slot,
+                addresses: &value.addresses[..value.address_count as usize],
+                ports: ports.get(record.pod.uid.as_str()).map(Vec::as_slice).unwrap_or_default(),
+            })
+            .collect();
+        self.kernel.set_probe_ports(&pods)
     }
 }
 
@@ -174,7 +185,6 @@ fn look(root: &Path, named: Option<&Path>, before: Kubelet) -> Kubelet {
     let found = match named {
         Some(named) => of_name(root, named),
         None => match before {
-            // Walked again only when it has gone.
             Kubelet::Known { cgroup, id } if is_still_its(&cgroup, id) => check(cgroup),
             _ => of_process(root),
         },

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use aya::maps::{Array, HashMap, HashOfMaps, Map, MapData};
 use mesh_agent::addr::address_bytes;
-use mesh_agent::capture::kernel::Kernel;
+use mesh_agent::capture::kernel::{Kernel, PodProbePorts};
 use mesh_common::limits::MAX_PROBE_VOUCHES_PER_POD;
 use mesh_common::{PROBE_VOUCH_NS, UpstreamConnectionKey};
 use nix::time::{ClockId, clock_gettime};
@@ -37,7 +37,12 @@ fn node_cookie(testbed: &Testbed) -> u64 {
 
 fn declare(kernel: &Kernel, ports: &[u16]) {
     let value = pod_value();
-    kernel.set_probe_ports(SLOT, &value.addresses[..2], ports).unwrap();
+    let of_pod = PodProbePorts {
+        slot: SLOT,
+        addresses: &value.addresses[..2],
+        ports,
+    };
+    kernel.set_probe_ports(&[of_pod]).unwrap();
 }
 
 /// A node whose kubelet is known, and a Pod with one probe port.
@@ -323,11 +328,19 @@ hook_test! {
         assert_eq!(ports(), [9000, 9000]);
         declare(&kernel, &(1..=100).collect::<Vec<u16>>());
         assert_eq!(ports().len(), 2 * mesh_common::limits::MAX_PROBE_PORTS_PER_POD);
-        // Another Pod's are another's.
-        let other = address_bytes("10.99.0.9".parse().unwrap());
-        kernel.set_probe_ports(SLOT + 1, &[other], &[7000]).unwrap();
+        // Another Pod's are another's. Of two at once each gets its own, and what it has no longer goes.
+        let other = [address_bytes("10.99.0.9".parse().unwrap())];
+        let addresses = &pod_value().addresses[..2];
+        let of_other = PodProbePorts { slot: SLOT + 1, addresses: &other, ports: &[7000] };
+        kernel.set_probe_ports(&[PodProbePorts { slot: SLOT, addresses, ports: &[9001] }, of_other]).unwrap();
+        assert_eq!(ports(), [7000, 9001, 9001]);
+        // With a vouch on its way.
+        vouches(&testbed).insert(vouch((OUTSIDER_V4, 24_001), POD_V4), now_ns(), 0).unwrap();
         kernel.forget_probes(SLOT).unwrap();
         assert_eq!(ports(), [7000]);
+        let outer = MapData::from_pin(testbed.pins().join("PROBE_VOUCHES")).unwrap();
+        let outer: HashOfMaps<_, u32, Vouches> = Map::HashOfMaps(outer).try_into().unwrap();
+        assert!(outer.get(&SLOT, 0).is_err(), "the vouches of a Pod that was released stay");
         let to = SocketAddr::new(POD_V4.parse().unwrap(), DECLARED);
         assert!(within(&testbed.outsider(), || std::net::TcpStream::connect(to)).is_ok(), "steered to the agent");
     }

@@ -20,114 +20,137 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// Of each agent, on its node's address.
 const METRICS_PORT: u16 = 15020;
 
-/// The mesh, deployed.
-#[derive(Debug)]
-pub struct Culvert {
-    folder: PathBuf,
+/// Loads the images and writes `deploy` for these nodes. Answers the folder where it is, as on the README's reader's machine.
+///
+/// # Errors
+/// The first step that failed, as it said.
+pub fn prepare(cluster: &Cluster) -> Result<PathBuf> {
+    let agent = Image::new("culvert.test/mesh-agent:1")
+        .program(&binaries::path("mesh-agent")?, "/mesh-agent")?
+        .program(&binaries::path("mesh-cni")?, "/mesh-cni")?
+        .entrypoint(&["/mesh-agent"]);
+    let control = Image::new("culvert.test/mesh-control:1")
+        .program(&binaries::path("mesh-control")?, "/mesh-control")?
+        .entrypoint(&["/mesh-control"])
+        .user(65532);
+    cluster.load_image(&agent)?;
+    cluster.load_image(&control)?;
+    let shipped = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .context("the checkout")?
+        .join("deploy");
+    let folder = folder(cluster);
+    let here = folder.join("deploy");
+    std::fs::create_dir_all(here.join("crds"))?;
+    for file in std::fs::read_dir(shipped.join("crds"))? {
+        let file = file?;
+        std::fs::copy(file.path(), here.join("crds").join(file.file_name()))?;
+    }
+    let manifests = std::fs::read_to_string(shipped.join("culvert.yaml"))?;
+    std::fs::write(here.join("culvert.yaml"), for_these_nodes(cluster, manifests)?)?;
+    Ok(folder)
 }
 
-impl Culvert {
-    /// Applies what `deploy` has, and waits until it is rolled out.
-    ///
-    /// # Errors
-    /// The first step that failed, as it said.
-    pub fn deploy(cluster: &Cluster) -> Result<Self> {
-        let agent = Image::new("culvert.test/mesh-agent:1")
-            .program(&binaries::path("mesh-agent")?, "/mesh-agent")?
-            .program(&binaries::path("mesh-cni")?, "/mesh-cni")?
-            .entrypoint(&["/mesh-agent"]);
-        let control = Image::new("culvert.test/mesh-control:1")
-            .program(&binaries::path("mesh-control")?, "/mesh-control")?
-            .entrypoint(&["/mesh-control"])
-            .user(65532);
-        cluster.load_image(&agent)?;
-        cluster.load_image(&control)?;
-        let shipped = Path::new(env!("CARGO_MANIFEST_DIR"))
-            .parent()
-            .context("the checkout")?
-            .join("deploy");
-        let folder = cluster.folder().join("checkout");
-        let here = folder.join("deploy");
-        std::fs::create_dir_all(here.join("crds"))?;
-        for file in std::fs::read_dir(shipped.join("crds"))? {
-            let file = file?;
-            std::fs::copy(file.path(), here.join("crds").join(file.file_name()))?;
-        }
-        let manifests = std::fs::read_to_string(shipped.join("culvert.yaml"))?;
-        std::fs::write(here.join("culvert.yaml"), for_these_nodes(cluster, manifests)?)?;
-        for what in ["crds", "culvert.yaml"] {
-            let path = here.join(what).display().to_string();
-            cluster.kubectl().run(&["apply", "--server-side", "-f", &path])?;
-        }
-        for workload in ["deployment/mesh-control", "daemonset/mesh-agent"] {
-            cluster.kubectl().rolled_out(NAMESPACE, workload)?;
-        }
-        Ok(Self { folder })
+/// Prepares and applies it, and waits until it is rolled out.
+///
+/// # Errors
+/// The first step that failed, as it said.
+pub fn deploy(cluster: &Cluster) -> Result<()> {
+    let here = prepare(cluster)?.join("deploy");
+    for what in ["crds", "culvert.yaml"] {
+        let path = here.join(what).display().to_string();
+        cluster.kubectl().run(&["apply", "--server-side", "-f", &path])?;
     }
-
-    /// Where `deploy` is, as on the README's reader's machine.
-    #[must_use]
-    pub fn folder(&self) -> &Path {
-        &self.folder
+    for workload in ["deployment/mesh-control", "daemonset/mesh-agent"] {
+        cluster.kubectl().rolled_out(NAMESPACE, workload)?;
     }
+    Ok(())
+}
 
-    /// What an agent has proven of a Pod, as its annotation says it; `null` of one that is in no mesh.
-    ///
-    /// # Errors
-    /// There is no such Pod.
-    pub fn capture(&self, cluster: &Cluster, namespace: &str, pod: &str) -> Result<Value> {
-        let pod = cluster.kubectl().get(&["-n", namespace, "pod", pod])?;
-        Ok(pod["metadata"]["annotations"]["culvert.dev/capture"].clone())
+/// Where [`prepare`] writes, and the README's commands are run.
+#[must_use]
+pub fn folder(cluster: &Cluster) -> PathBuf {
+    cluster.folder().join("checkout")
+}
+
+/// What an agent has proven of a Pod, as its annotation says it; `null` of one that is in no mesh.
+///
+/// # Errors
+/// There is no such Pod.
+pub fn capture(cluster: &Cluster, namespace: &str, pod: &str) -> Result<Value> {
+    let pod = cluster.kubectl().get(&["-n", namespace, "pod", pod])?;
+    Ok(pod["metadata"]["annotations"]["culvert.dev/capture"].clone())
+}
+
+/// Waits until the agents have proven these Pods' capture.
+///
+/// # Errors
+/// One is not in time.
+pub fn until_proven(cluster: &Cluster, namespace: &str, pods: &[&str]) -> Result<()> {
+    for pod in pods {
+        let what = format!("{pod} is proven to be in the mesh");
+        poll::until_true(&what, PATIENCE, || Ok(capture(cluster, namespace, pod)? == "proven"))?;
     }
+    Ok(())
+}
 
-    /// The access-log lines of every agent that match.
-    ///
-    /// # Errors
-    /// kubectl fails.
-    pub fn access_log(&self, cluster: &Cluster, wanted: impl Fn(&Value) -> bool) -> Result<Vec<Value>> {
-        let text = cluster.kubectl().run(&[
+/// The access-log lines of every agent that match.
+///
+/// # Errors
+/// kubectl fails.
+pub fn access_log(cluster: &Cluster, wanted: impl Fn(&Value) -> bool) -> Result<Vec<Value>> {
+    let text = cluster.kubectl().run(&[
+        "-n",
+        NAMESPACE,
+        "logs",
+        "daemonset/mesh-agent",
+        "--all-pods=true",
+        "--container=mesh-agent",
+        "--since=5m",
+    ])?;
+    let lines = text
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(&line[line.find('{')?..]).ok());
+    Ok(lines.filter(wanted).collect())
+}
+
+/// Where the metrics of a node's agent are.
+#[must_use]
+pub fn metrics_url(cluster: &Cluster, node: usize) -> String {
+    format!("http://{}:{METRICS_PORT}/metrics", cluster.node(node).address())
+}
+
+/// The metrics of a node's agent.
+///
+/// # Errors
+/// They cannot be read.
+pub fn metrics(cluster: &Cluster, node: usize) -> Result<String> {
+    let program = binaries::path("mesh-test-app")?;
+    let script = format!("{} get {}", program.display(), metrics_url(cluster, node));
+    cluster.kubectl().shell(cluster.folder(), &script)?.ok(&script)
+}
+
+/// For failure output: the ends of the mesh's logs, and its Pods.
+pub fn say_logs(cluster: &Cluster) {
+    let say = |what: &str, arguments: &[&str]| {
+        let said = cluster.kubectl().run(arguments);
+        let said = said.unwrap_or_else(|error| format!("none: {error:#}"));
+        crate::suite::say(&format!("--- {what}:\n{said}"));
+    };
+    for workload in ["daemonset/mesh-agent", "deployment/mesh-control"] {
+        let arguments = [
             "-n",
             NAMESPACE,
             "logs",
-            "daemonset/mesh-agent",
+            workload,
             "--all-pods=true",
-            "--container=mesh-agent",
-            "--since=10m",
-        ])?;
-        let lines = text
-            .lines()
-            .filter_map(|line| serde_json::from_str::<Value>(&line[line.find('{')?..]).ok());
-        Ok(lines.filter(wanted).collect())
+            "--all-containers",
+            "--prefix",
+            "--tail=25",
+        ];
+        say(&format!("the end of {workload}"), &arguments);
     }
-
-    /// The metrics of a node's agent.
-    ///
-    /// # Errors
-    /// They cannot be read.
-    pub fn metrics(&self, cluster: &Cluster, node: usize) -> Result<String> {
-        let url = format!("http://{}:{METRICS_PORT}/metrics", cluster.node(node).address());
-        let script = format!("{} get {url}", binaries::path("mesh-test-app")?.display());
-        cluster.kubectl().shell(cluster.folder(), &script)?.ok(&script)
-    }
-
-    /// For failure output: the ends of the mesh's logs.
-    pub fn say_logs(cluster: &Cluster) {
-        for workload in ["daemonset/mesh-agent", "deployment/mesh-control"] {
-            let arguments = [
-                "-n",
-                NAMESPACE,
-                "logs",
-                workload,
-                "--all-pods=true",
-                "--all-containers",
-                "--prefix",
-                "--tail=25",
-            ];
-            let said = cluster.kubectl().run(&arguments);
-            let said = said.unwrap_or_else(|error| format!("no logs: {error:#}"));
-            crate::suite::say(&format!("--- the end of {workload}:\n{said}"));
-        }
-    }
+    say("the mesh's Pods", &["-n", NAMESPACE, "get", "pods", "-o", "wide"]);
 }
 
 /// The shipped manifests with the images of here, and what this machine has and has not.
@@ -156,18 +179,4 @@ fn has_sys_resource() -> Result<bool> {
         .find_map(|line| line.strip_prefix("CapBnd:"))
         .context("CapBnd")?;
     Ok(u64::from_str_radix(bounding.trim(), 16)? & (1 << CAP_SYS_RESOURCE) != 0)
-}
-
-impl Cluster {
-    /// Waits until the agents have proven these Pods' capture.
-    ///
-    /// # Errors
-    /// One is not in time.
-    pub fn until_proven(&self, culvert: &Culvert, namespace: &str, pods: &[&str]) -> Result<()> {
-        for pod in pods {
-            let what = format!("{pod} is proven to be in the mesh");
-            poll::until_true(&what, PATIENCE, || Ok(culvert.capture(self, namespace, pod)? == "proven"))?;
-        }
-        Ok(())
-    }
 }

@@ -1,5 +1,7 @@
 //! What the kernel knows of the kubelet: its cgroup, the ports at which Pods say that it asks them, and its connects that are on
-//! their way to them.
+//! their way to them. The *kubelet's* probes of applications: those by which the agent proves a capture are in `capture/probe.rs`.
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use aya::Ebpf;
 use aya::maps::{Array, HashMap, HashOfMaps, Map, MapData};
@@ -20,6 +22,16 @@ pub(super) struct ProbeMaps {
     ports: Mutex<HashMap<MapData, ProbePortKey, u32>>,
     /// Of maps, by slot.
     vouches: Mutex<Map>,
+}
+
+/// Where a Pod says that the kubelet asks it.
+#[derive(Clone, Copy, Debug)]
+pub struct PodProbePorts<'a> {
+    pub slot: u32,
+    /// At most [`limits::MAX_POD_ADDRESSES`]; more are left out.
+    pub addresses: &'a [AddressBytes],
+    /// At most [`limits::MAX_PROBE_PORTS_PER_POD`]; more are left out, and so are the agent's own.
+    pub ports: &'a [u16],
 }
 
 impl ProbeMaps {
@@ -91,40 +103,41 @@ impl Kernel {
             .map_err(|error| failed("telling the kernel who the kubelet is", error))
     }
 
-    /// The ports at which a Pod is asked by the kubelet, and no others of that slot.
+    /// The ports at which these Pods are asked by the kubelet, and no others of theirs. One walk over the map, however many they are.
     ///
     /// # Errors
-    /// The map refuses.
-    pub fn set_probe_ports(&self, slot: u32, addresses: &[AddressBytes], ports: &[u16]) -> Result<(), CaptureError> {
-        const WHAT: &str = "telling the kernel a Pod's probe ports";
-        let key = |address: &AddressBytes, port: &u16| ProbePortKey {
-            address: *address,
-            port: *port,
-            _pad: 0,
-        };
-        let ports = ports
-            .iter()
-            .take(limits::MAX_PROBE_PORTS_PER_POD)
-            .filter(|port| !is_agent_port(**port));
-        let wanted: Vec<ProbePortKey> = ports
-            .flat_map(|port| {
-                addresses
-                    .iter()
-                    .take(limits::MAX_POD_ADDRESSES)
-                    .map(move |address| key(address, port))
-            })
-            .collect();
-        let mut map = self.probes.ports.lock();
-        remove_if(&mut map, limits::MAX_PROBE_PORTS, |key, of| {
-            *of == slot && !wanted.contains(key)
-        });
-        for key in wanted {
-            // The same again is no change; one of a Pod that had the address before is this one's now.
-            if map.get(&key, 0).ok() != Some(slot) {
-                map.insert(key, slot, 0).map_err(|error| failed(WHAT, error))?;
+    /// The map refuses some, and has the others.
+    pub fn set_probe_ports(&self, pods: &[PodProbePorts<'_>]) -> Result<(), CaptureError> {
+        const WHAT: &str = "telling the kernel the Pods' probe ports";
+        let mut wanted = BTreeMap::new();
+        for pod in pods {
+            let ports = pod.ports.iter().take(limits::MAX_PROBE_PORTS_PER_POD);
+            for port in ports.filter(|port| !is_agent_port(**port)) {
+                for address in pod.addresses.iter().take(limits::MAX_POD_ADDRESSES) {
+                    let key = ProbePortKey {
+                        address: *address,
+                        port: *port,
+                        _pad: 0,
+                    };
+                    wanted.insert(key, pod.slot);
+                }
             }
         }
-        Ok(())
+        let slots: BTreeSet<u32> = pods.iter().map(|pod| pod.slot).collect();
+        let mut map = self.probes.ports.lock();
+        remove_if(&mut map, limits::MAX_PROBE_PORTS, |key, slot| {
+            slots.contains(slot) && !wanted.contains_key(key)
+        });
+        let mut result = Ok(());
+        for (key, slot) in wanted {
+            // The same again is no change; one of a Pod that had the address before is this one's now.
+            if map.get(&key, 0).ok() != Some(slot)
+                && let Err(error) = map.insert(key, slot, 0)
+            {
+                result = Err(failed(WHAT, error));
+            }
+        }
+        result
     }
 
     /// Forgets what was declared for a slot, and with it the vouches.
@@ -132,7 +145,11 @@ impl Kernel {
     /// # Errors
     /// A map refuses.
     pub fn forget_probes(&self, slot: u32) -> Result<(), CaptureError> {
-        self.set_probe_ports(slot, &[], &[])?;
+        self.set_probe_ports(&[PodProbePorts {
+            slot,
+            addresses: &[],
+            ports: &[],
+        }])?;
         let mut map = self.probes.vouches.lock();
         let removed = HashOfMaps::<_, u32, MapData>::try_from(&mut *map).and_then(|mut map| map.remove(&slot));
         match removed {
