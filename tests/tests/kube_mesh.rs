@@ -329,12 +329,11 @@ fn leave(cluster: &mut Cluster) -> Result<()> {
             Ok(culvert::capture(cluster, SHOP, pod)?.is_null())
         })?;
     }
-    poll::until_true("it works without the mesh", PATIENCE, || {
-        Ok(get(cluster, "http://server/").is_ok_and(|answer| answer.starts_with("server=server ")))
-    })?;
-    ensure!(
-        is_on_the_wire(cluster, "left")?,
-        "the agents still carry what is out of the mesh"
-    );
-    Ok(())
+    // The annotations go first: until the agents have released their Pods, connections may be refused.
+    poll::until_true("what the client says is in clear on the wire again", PATIENCE, || {
+        Ok(is_on_the_wire(cluster, "left").unwrap_or_else(|error| {
+            println!("not yet out of the mesh: {error:#}");
+            false
+        }))
+    })
 }
