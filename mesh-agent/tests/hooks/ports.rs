@@ -38,7 +38,7 @@ hook_test! {
             assert_eq!(testbed.script_as_root(&testbed.pod(), &bind("4", "0.0.0.0", port)).said(), "EADDRINUSE");
             refused += 1;
             // The agent's own sockets are marked.
-            drop(listen_as_agent(&kernel, &testbed.pod(), port));
+            close(listen_as_agent(&kernel, &testbed.pod(), port));
         }
         // Other ports, UDP, and other network namespaces are left alone.
         assert_eq!(testbed.script(&bind("4", "0.0.0.0", 8080)).said(), "listens");
@@ -57,7 +57,8 @@ hook_test! {
     fn the_ports_of_a_dead_agent_are_not_free(testbed) {
         let kernel = testbed.enrolled();
         let listener = listen_as_agent(&kernel, &testbed.pod(), OUTBOUND_PORT);
-        drop((listener, kernel));
+        close(listener);
+        drop(kernel);
         assert_eq!(testbed.script(&bind("4", "0.0.0.0", OUTBOUND_PORT)).said(), "EADDRINUSE");
         assert_eq!(testbed.script(&bind("6", "::1", OUTBOUND_PORT)).said(), "EADDRINUSE");
         assert_eq!(testbed.connect("4", "203.0.113.9", 80).said(), "ECONNREFUSED");
@@ -88,7 +89,7 @@ plain.close(); on_lo.listen(); say('listens')"
             kernel.add_pod(testbed.cookie(), &pod_value()).unwrap();
             let listener = listen_as_agent(&kernel, &testbed.pod(), OUTBOUND_PORT);
             assert_eq!(testbed.connect(family, address, 80).said(), format!("{address} 80 from {own}"));
-            drop(listener);
+            close(listener);
             for _ in 0..2 {
                 impostor.tell();
                 assert_eq!(impostor.hear(), "listens");

@@ -2,7 +2,7 @@
 //! and a bpffs for the pins. Everything has a unique name and is removed on drop, also by a panic.
 
 use std::io::{BufRead, BufReader, Write};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -19,7 +19,7 @@ use mesh_common::{
     limits, socket_kind,
 };
 use nix::sched::{CloneFlags, setns};
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockRef, Socket, Type};
 
 pub const POD_V4: &str = "10.99.0.2";
 pub const POD_V6: &str = "fd99::2";
@@ -409,6 +409,11 @@ pub fn listen_with(netns: &str, port: u16, before_bind: impl FnOnce(&Socket) + S
         socket.listen(128).unwrap();
         socket.into()
     })
+}
+
+/// Closes a listener at once: a child that another test has forked, and that has not yet become its program, holds it too.
+pub fn close(listener: TcpListener) {
+    SockRef::from(&listener).shutdown(Shutdown::Both).unwrap();
 }
 
 /// A stream socket of a namespace that gives up after a while.
