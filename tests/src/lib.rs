@@ -18,6 +18,7 @@ pub mod firewall;
 pub mod foreign;
 pub mod http;
 pub mod kube;
+pub mod load;
 pub mod manifests;
 pub mod memory_limit;
 pub mod mesh;

@@ -271,28 +271,36 @@ fn policy(cluster: &mut Cluster) -> Result<()> {
     })
 }
 
-/// New connections, one after another, while every agent is replaced.
-fn rollout(cluster: &mut Cluster) -> Result<()> {
+/// New connections, one after another, while something is done: none fails.
+fn under_load(cluster: &Cluster, what: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
     let load = "n=0; f=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); mesh-test-app get http://server/ >/dev/null 2>>/tmp/errors || f=$((f+1)); done; echo \"$n $f\" > /tmp/done";
     let begin = format!("rm -f /tmp/stop /tmp/done /tmp/errors; ({load}) >/dev/null 2>&1 &");
     let shell = |script: &str| cluster.kubectl().exec(SHOP, "client", &["sh", "-c", script]);
     shell(&begin)?.ok("the load")?;
-    let restarted = cluster
-        .kubectl()
-        .run(&["-n", MESH, "rollout", "restart", "daemonset/mesh-agent"])
-        .and_then(|_| cluster.kubectl().rolled_out(MESH, "daemonset/mesh-agent"));
+    let worked = work();
     shell("touch /tmp/stop")?.ok("its end")?;
-    restarted?;
+    worked?;
     let done = poll::until("the load's count", PATIENCE, || {
         let output = shell("cat /tmp/done 2>/dev/null; true")?;
         let text = output.ok("the count")?;
         Ok((!text.trim().is_empty()).then_some(text))
     })?;
     let (made, failed) = done.trim().split_once(' ').context("two numbers")?;
-    println!("{made} connections during the rollout, {failed} failed");
+    println!("{made} connections during {what}, {failed} failed");
     let errors = shell("head -c 2000 /tmp/errors 2>/dev/null; true")?.ok("errors")?;
     ensure!(made.parse::<u32>()? > 20, "only {made} connections");
     ensure!(failed == "0", "{failed} of {made} failed: {errors}");
+    Ok(())
+}
+
+/// Every agent is replaced.
+fn rollout(cluster: &mut Cluster) -> Result<()> {
+    under_load(cluster, "the rollout", || {
+        cluster
+            .kubectl()
+            .run(&["-n", MESH, "rollout", "restart", "daemonset/mesh-agent"])
+            .and_then(|_| cluster.kubectl().rolled_out(MESH, "daemonset/mesh-agent"))
+    })?;
     culvert::until_proven(cluster, SHOP, &["client", "near", "server"])
 }
 
@@ -323,17 +331,16 @@ fn restart(cluster: &mut Cluster) -> Result<()> {
 }
 
 fn leave(cluster: &mut Cluster) -> Result<()> {
-    readme(cluster, "culvert.dev/mesh-")?;
-    for pod in ["client", "near", "server", "early"] {
-        poll::until_true(&format!("{pod} is out of the mesh"), PATIENCE, || {
-            Ok(culvert::capture(cluster, SHOP, pod)?.is_null())
-        })?;
-    }
-    // The annotations go first: until the agents have released their Pods, connections may be refused.
-    poll::until_true("what the client says is in clear on the wire again", PATIENCE, || {
-        Ok(is_on_the_wire(cluster, "left").unwrap_or_else(|error| {
-            println!("not yet out of the mesh: {error:#}");
-            false
-        }))
+    under_load(cluster, "the label's removal", || {
+        readme(cluster, "culvert.dev/mesh-")?;
+        for pod in ["client", "near", "server", "early"] {
+            poll::until_true(&format!("{pod} is out of the mesh"), PATIENCE, || {
+                Ok(culvert::capture(cluster, SHOP, pod)?.is_null())
+            })?;
+        }
+        // The annotations go first; then the agents release their Pods.
+        poll::until_true("what the client says is in clear on the wire again", PATIENCE, || {
+            is_on_the_wire(cluster, "left")
+        })
     })
 }

@@ -1,8 +1,6 @@
 //! What a node goes through without its connections: agents killed while the control plane is away, restarts under load, crashes
 //! without end, addresses that change hands.
 
-#[path = "survival/load.rs"]
-mod load;
 #[path = "survival/repair.rs"]
 mod repair;
 #[path = "survival/reuse.rs"]

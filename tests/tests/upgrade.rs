@@ -3,8 +3,6 @@
 
 #[path = "upgrade/interrupted.rs"]
 mod interrupted;
-#[path = "survival/load.rs"]
-mod load;
 #[path = "upgrade/skew.rs"]
 mod skew;
 #[path = "upgrade/stream.rs"]
@@ -18,6 +16,7 @@ use anyhow::{Context as _, Result, ensure};
 use mesh_tests::binaries::Build;
 use mesh_tests::bpf;
 use mesh_tests::demo::PODS;
+use mesh_tests::load::Load;
 use mesh_tests::mesh::Mesh;
 use mesh_tests::poll::{self, SOON};
 use mesh_tests::process::Process;
@@ -28,7 +27,6 @@ use mesh_tests::wire::Recorder;
 
 use nix::sys::signal::Signal;
 
-use load::Load;
 use stream::Stream;
 
 /// Where an agent first waits for something better, or a drain for the end of idle connections.

@@ -54,6 +54,8 @@ pub(super) struct Enrolment {
     pub(super) unprotected: Vec<u64>,
     /// `None` until it is recovered: its listeners are not ours yet, and its connections are refused.
     pub(super) active: Option<Arc<PodNamespace>>,
+    /// [`Inner::let_go`] was called: nothing is put back.
+    pub(super) is_leaving: bool,
 }
 
 /// What an enrolment has made, before the runtime has it.
@@ -72,6 +74,7 @@ impl Enrolment {
             unprotected: record.open_before.clone(),
             record,
             active: None,
+            is_leaving: false,
         }
     }
 }
@@ -225,10 +228,29 @@ impl Inner {
         Ok(())
     }
 
-    fn forget_in_kernel(&self, record: &EnrolmentRecord) -> Result<(), CaptureError> {
-        self.kernel.remove_pod(record.netns_cookie)?;
+    pub(super) fn let_go(&self, uid: &str) -> Result<(), CaptureError> {
+        let _change = self.change.lock();
+        let record = {
+            let mut pods = self.pods.lock();
+            // One that is not served is found by its link, which [`Inner::undo`] takes away in its turn.
+            let served = pods.get_mut(uid).filter(|enrolment| enrolment.active.is_some());
+            let Some(enrolment) = served else { return Ok(()) };
+            enrolment.is_leaving = true;
+            enrolment.record.clone()
+        };
+        self.stop_capturing(&record)
+    }
+
+    fn stop_capturing(&self, record: &EnrolmentRecord) -> Result<(), CaptureError> {
+        self.kernel.stop_redirecting(record.netns_cookie)?;
         self.kernel.detach_backstops(&record.pod.uid)?;
         self.kernel.detach_lookup(&record.pod.uid)?;
+        Ok(())
+    }
+
+    fn forget_in_kernel(&self, record: &EnrolmentRecord) -> Result<(), CaptureError> {
+        self.stop_capturing(record)?;
+        self.kernel.remove_pod(record.netns_cookie)?;
         self.kernel.clear_listeners(record.slot);
         self.kernel.forget_probes(record.slot)
     }

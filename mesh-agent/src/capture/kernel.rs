@@ -206,11 +206,19 @@ impl Kernel {
     /// # Errors
     /// The map refuses.
     pub fn remove_pod(&self, netns_cookie: u64) -> Result<(), CaptureError> {
-        let removed = self.pods.lock().remove(&netns_cookie);
+        let removed = self.stop_redirecting(netns_cookie);
         let freed = self.destinations.remove_pod(netns_cookie);
-        match removed {
+        removed.and(freed)
+    }
+
+    /// As [`Self::remove_pod`], but for what is under way: where connections that were redirected wanted to go is kept.
+    ///
+    /// # Errors
+    /// The map refuses.
+    pub fn stop_redirecting(&self, netns_cookie: u64) -> Result<(), CaptureError> {
+        match self.pods.lock().remove(&netns_cookie) {
             Err(error) if !is_missing(&error) => Err(failed("releasing a network namespace", error)),
-            _ => freed,
+            _ => Ok(()),
         }
     }
 

@@ -339,6 +339,16 @@ impl Capture {
         blocking(move || inner.enroll(pod, netns)).await?.into_captured()
     }
 
+    /// The first half of a release: new connections of the Pod go past the agent, whose listeners still serve what comes by them. The
+    /// record stays: an agent that dies before [`Self::release`] leaves a Pod that is captured again.
+    ///
+    /// # Errors
+    /// Something could not be undone; releasing completes it.
+    pub async fn let_go(&self, uid: &str) -> Result<(), CaptureError> {
+        let (inner, uid) = (Arc::clone(&self.inner), uid.to_owned());
+        blocking(move || inner.let_go(&uid)).await
+    }
+
     /// Undoes everything for a Pod; false if none of that uid is enrolled. The proxy's connections and listeners are to be closed
     /// by their holder, before or after.
     ///

@@ -30,9 +30,11 @@ impl Inner {
         }
         let (record, network, listeners) = {
             let pods = self.pods.lock();
-            let served = pods
-                .get(uid)
-                .and_then(|e| Some((e.record.clone(), e.active.clone()?, e.listeners)));
+            let enrolment = pods.get(uid);
+            if enrolment.is_some_and(|e| e.is_leaving) {
+                return Ok(Repairs::default());
+            }
+            let served = enrolment.and_then(|e| Some((e.record.clone(), e.active.clone()?, e.listeners)));
             served.ok_or_else(|| CaptureError::Other(format!("Pod {uid} is not served")))?
         };
         let netns = network.netns();
@@ -97,7 +99,9 @@ impl Inner {
         }
         let slot = {
             let pods = self.pods.lock();
-            pods.get(uid).filter(|e| e.active.is_some()).map(|e| e.record.slot)
+            pods.get(uid)
+                .filter(|e| e.active.is_some() && !e.is_leaving)
+                .map(|e| e.record.slot)
         };
         // Released meanwhile.
         let Some(slot) = slot else { return Ok(false) };

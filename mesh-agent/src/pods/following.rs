@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep_until};
 use tracing::{info, warn};
 
 use super::plan::{Known, Plan, plan};
-use super::{PodError, Pods};
+use super::{LEAVING_GRACE, PodError, Pods};
 use crate::capture::{Found, Origin, PodToEnroll, Wanted};
 use crate::discovery::backoff::Backoff;
 use crate::discovery::node_pods::{ListedPod, NodeList, NodeLists};
@@ -27,6 +27,8 @@ const PACE: Duration = Duration::from_millis(50);
 const IDLE: Duration = Duration::from_secs(5);
 /// Enrolments and releases at a time.
 const CONCURRENT: usize = 8;
+/// They mostly wait.
+const CONCURRENT_RELEASES: usize = 64;
 
 /// How following stands, for metrics and the admin dump.
 #[derive(Clone, Debug, Default, serde::Serialize)]
@@ -113,27 +115,28 @@ impl Following {
         self.show(list, &plan);
         let now = Instant::now();
         let is_due = |uid: &&Arc<str>| self.attempts.get(*uid).is_none_or(|attempt| attempt.due <= now);
-        let mut release: Vec<Arc<str>> = plan.release.iter().filter(is_due).cloned().collect();
+        let leaving = plan.release.iter().filter(is_due).cloned();
+        let mut release: Vec<(Arc<str>, Duration)> = leaving.map(|uid| (uid, LEAVING_GRACE)).collect();
         let vanished: Vec<Arc<str>> = plan.vanished.iter().filter(is_due).cloned().collect();
         let find: Vec<Arc<str>> = plan.find.iter().filter(is_due).cloned().collect();
         let mut outcomes: Vec<(Arc<str>, Result<(), Failure>)> = Vec::new();
         if !vanished.is_empty() {
             let (still_running, ended) = self.still_running(vanished).await;
-            release.extend(ended);
+            release.extend(ended.into_iter().map(|uid| (uid, Duration::ZERO)));
             outcomes.extend(still_running);
         }
         let releases: Vec<_> = (release.into_iter())
-            .map(|uid| {
+            .map(|(uid, grace)| {
                 let pods = self.pods.clone();
                 async move {
                     info!(%uid, "the Pod is no longer one of the mesh's on this node");
-                    let released = to_its_end(pods.release_listed(uid.clone())).await;
+                    let released = to_its_end(pods.release_listed(uid.clone(), grace)).await;
                     (uid, released)
                 }
             })
             .collect();
         let released: Vec<_> = futures_util::stream::iter(releases)
-            .buffer_unordered(CONCURRENT)
+            .buffer_unordered(CONCURRENT_RELEASES)
             .collect()
             .await;
         outcomes.extend(released);
@@ -283,8 +286,8 @@ impl Pods {
         known.collect()
     }
 
-    async fn release_listed(self: Arc<Self>, uid: Arc<str>) -> Result<(), PodError> {
-        self.release(&uid).await.map(|_| ())
+    async fn release_listed(self: Arc<Self>, uid: Arc<str>, grace: Duration) -> Result<(), PodError> {
+        self.release_after(&uid, grace).await.map(|_| ())
     }
 
     /// Does not wait for its proof: the agent goes on trying by itself.

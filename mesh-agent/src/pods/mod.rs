@@ -36,6 +36,8 @@ use crate::telemetry::Metrics;
 const ENROLMENT_PATIENCE: Duration = Duration::from_secs(10);
 /// How long another change of the same Pod is waited for.
 const BUSY_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a Pod that leaves the mesh still serves who takes it for a member: peers are told by their own agents, each at its time.
+const LEAVING_GRACE: Duration = Duration::from_secs(2);
 const FREEZE_POLL: Duration = Duration::from_millis(5);
 const DRAIN_POLL: Duration = Duration::from_millis(50);
 /// How often a draining agent looks for Pods that its successor has released: a stat for each.
@@ -225,12 +227,20 @@ impl Pods {
     /// # Errors
     /// Something could not be undone; releasing again completes it.
     pub async fn release(self: Arc<Self>, uid: &str) -> Result<bool, PodError> {
+        self.release_after(uid, Duration::ZERO).await
+    }
+
+    /// As [`Self::release`]; whoever has not heard of it yet is served for so long.
+    async fn release_after(self: Arc<Self>, uid: &str, grace: Duration) -> Result<bool, PodError> {
         let uid: Arc<str> = uid.into();
         let _change = self.exclusively(&uid).await?;
-        let handle = self.enrolled.lock().get_mut(&uid).and_then(|enrolled| {
+        if let Some(enrolled) = self.enrolled.lock().get(&uid) {
             enrolled.stop.cancel();
-            enrolled.handle.take()
-        });
+        }
+        // Before the listeners close: whoever was still sent to them would be refused.
+        self.capture.let_go(&uid).await?;
+        sleep(grace).await;
+        let handle = self.enrolled.lock().get_mut(&uid).and_then(|enrolled| enrolled.handle.take());
         if let Some(handle) = handle {
             handle.shutdown().await;
         }

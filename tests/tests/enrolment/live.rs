@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use mesh_tests::app::ECHO_PORT;
 use mesh_tests::cgroup::Cgroup;
+use mesh_tests::load::Load;
 use mesh_tests::mesh::Mesh;
 use mesh_tests::netns::Netns;
 use mesh_tests::poll::{self, SOON};
@@ -187,8 +188,18 @@ pub fn joins_and_leaves(mesh: &mut Mesh) -> Result<()> {
     ensure!(inwards.ask("restarted", SOON)? == "restarted");
 
     // The agent of now did not enrol it, and knows all the same that it may release it.
+    let loads = [("client", "walker"), ("walker", "client")].map(|(from, to)| Load::start(mesh, from, to));
     label(mesh, "late", "disabled")?;
     poll::until_true("the Pod is released", SOON, || Ok(mesh.listed("walker")?.is_none()))?;
+    for load in loads {
+        let load = load?;
+        load.wait_for(100)?;
+        let (made, failures) = load.finish()?;
+        ensure!(
+            failures.is_empty(),
+            "while the Pod left, connections failed; {made} worked: {failures:?}"
+        );
+    }
     ensure!(
         inwards.ask("released", SOON)? == "released",
         "an open connection did not survive the release"

@@ -15,9 +15,9 @@ use mesh_tests::topology::NodeName;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::load::Load;
 use super::traces::{cycles, expect_traces, traces};
 use super::{PATIENTLY, READY_PORT, Shared, fingerprints};
+use mesh_tests::load::Load;
 
 /// New connections over all restarts together.
 const CONNECTIONS: u64 = 10_000;

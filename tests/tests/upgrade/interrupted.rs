@@ -11,10 +11,10 @@ use mesh_tests::mesh::{Mesh, PodSpec};
 use mesh_tests::poll::{self, SOON};
 use mesh_tests::topology::NodeName;
 
-use super::load::Load;
 use super::{
     LONG_DRAIN, PATIENTLY, Shared, begin, begin_all, expect_traces, log_of, pins, pods_of, said_since, traces, wait_until_alone,
 };
+use mesh_tests::load::Load;
 
 const NODE: NodeName = NodeName::One;
 

@@ -2,16 +2,17 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use mesh_tests::mesh::Mesh;
-use mesh_tests::poll::{self, SOON};
-use mesh_tests::process::Process;
 use serde_json::Value;
 
-use super::PATIENTLY;
+use crate::mesh::Mesh;
+use crate::poll::{self, SOON};
+use crate::process::Process;
 
 const LOAD_PORT: u16 = 9900;
+const PATIENTLY: Duration = Duration::from_secs(40);
 
 /// Connections, one after the other in each of a few threads, each with a message and its echo, until it is finished.
 pub struct Load {
@@ -29,7 +30,7 @@ impl Load {
             .pod(to)
             .place()
             .command(binary, &["load-serve", &LOAD_PORT.to_string()])?;
-        let server = Process::start("the load's server", serve, folder.join("load-server.log"))?;
+        let server = Process::start("the load's server", serve, folder.join(format!("load-server-{to}.log")))?;
         let name = format!("load-{:016x}", rand::random::<u64>());
         let (log, stop) = (folder.join(format!("{name}.log")), folder.join(format!("{name}.stop")));
         let address = SocketAddr::new(mesh.pod(to).v4.into(), LOAD_PORT);
