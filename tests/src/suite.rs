@@ -31,7 +31,7 @@ pub fn skip(why: &str) -> anyhow::Error {
 /// A named check on what the suite shares.
 pub type Check<T> = (&'static str, fn(&mut T) -> Result<()>);
 
-/// Runs a suite: the set-up, every check (those whose names contain an argument, if there is one), the tear-down. A machine that lacks something
+/// Runs a suite: the set-up, every check (those whose `suite::name` contains an argument, if there is one), the tear-down. A machine that lacks something
 /// skips all checks, saying what it lacks.
 #[must_use]
 pub fn run<T>(
@@ -46,7 +46,10 @@ pub fn run<T>(
         .collect();
     let chosen: Vec<&Check<T>> = checks
         .iter()
-        .filter(|(name, _)| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str())))
+        .filter(|(name, _)| {
+            let name = format!("{suite}::{name}");
+            filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()))
+        })
         .collect();
     if std::env::args().any(|argument| argument == "--list") {
         for (name, _) in &chosen {
