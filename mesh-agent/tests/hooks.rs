@@ -173,8 +173,9 @@ hook_test! {
         let _listener = listen_as_agent(&kernel, &testbed.pod(), OUTBOUND_PORT);
         let all_refused = || FAMILIES.iter().all(|(family, address, _, _)| testbed.connect(family, address, 80).said() == "ECONNREFUSED");
         assert!(all_refused(), "before the first beat");
-        kernel.beat().unwrap();
+        testbed.live();
         assert!(testbed.connect("4", "203.0.113.9", 80).said().contains("from"));
+        testbed.fall_silent();
         thread::sleep(Duration::from_nanos(HEARTBEAT_LEASE_NS) + Duration::from_millis(100));
         assert!(all_refused(), "after the lease");
         assert_eq!(counter(&kernel, "refused_agent_silent"), 6);
@@ -266,6 +267,7 @@ hook_test! {
         kernel.clear_listeners(SLOT);
         assert!(refused(8080) && refused(TUNNEL_PORT));
         assert_eq!(counter(&kernel, "dropped_no_listener"), 4);
+        testbed.fall_silent();
         thread::sleep(Duration::from_nanos(HEARTBEAT_LEASE_NS) + Duration::from_millis(100));
         assert!(refused(8080));
         assert_eq!(counter(&kernel, "dropped_agent_silent"), 2);
@@ -291,7 +293,7 @@ hook_test! {
         let (_stream, key) = accept(&outbound, cookie);
         assert_eq!(second.take_original_destination(&key).unwrap().unwrap().port, 80);
         // What was recorded for live sockets is not lost, and only one program redirects.
-        second.beat().unwrap();
+        testbed.live();
         let redirected = counter(&second, "redirected");
         let after = testbed.connect("6", "2001:db8:9::9", 81);
         assert_eq!(after.said(), format!("2001:db8:9::9 81 from {POD_V6}"));

@@ -105,7 +105,7 @@ say(s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)[5] & 32)"
 hook_test! {
     fn another_cgroup_and_an_older_socket_change_nothing(testbed) {
         let kernel = testbed.loaded();
-        kernel.beat().unwrap();
+        testbed.live();
         let server = listen(&testbed.outsider(), 8080);
         let elsewhere = testbed.cgroup.join("elsewhere");
         fs::create_dir(&elsewhere).unwrap();

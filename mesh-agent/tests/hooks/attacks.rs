@@ -147,7 +147,7 @@ hook_test! {
 hook_test! {
     fn a_socket_older_than_the_enrolment_does_not_get_past(testbed) {
         let kernel = testbed.loaded();
-        kernel.beat().unwrap();
+        testbed.live();
         let started: Vec<_> = OUTSIDE
             .iter()
             .map(|(family, address)| {

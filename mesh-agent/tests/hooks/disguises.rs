@@ -67,7 +67,7 @@ hook_test! {
         let others: Vec<_> = (0..7).map(|_| grouped()).collect();
         let plaintext = grouped();
         kernel.add_pod(testbed.cookie(), &pod_value()).unwrap();
-        kernel.beat().unwrap();
+        testbed.live();
         kernel.set_listener(SLOT, PLAINTEXT_LISTENER, plaintext.as_fd()).unwrap();
         kernel.attach_lookup(SLOT, "pod.uid", netns_file(&testbed.pod()).as_fd()).unwrap();
         for address in [POD_V4, POD_V6] {

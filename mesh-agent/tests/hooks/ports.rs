@@ -68,7 +68,7 @@ hook_test! {
 hook_test! {
     fn nobody_but_the_agent_gets_what_is_redirected(testbed) {
         let kernel = testbed.loaded();
-        kernel.beat().unwrap();
+        testbed.live();
         // Redirected is a connect to 127.0.0.1, ::1 or ::ffff:127.0.0.1: who listens there, by the family of its socket.
         let impostors = [("4", "127.0.0.1"), ("6", "::1"), ("6", "::ffff:127.0.0.1")];
         let mut refused = 0;
@@ -124,7 +124,7 @@ hook_test! {
         assert_eq!(testbed.script(&bind("6", "::", OUTBOUND_PORT)).said(), "EPERM");
         assert_eq!(counter(&kernel, "redirected"), 0);
         // What is not refused goes as ever.
-        kernel.beat().unwrap();
+        testbed.live();
         assert!(testbed.connect("4", "203.0.113.9", 80).said().contains("from"));
     }
 }

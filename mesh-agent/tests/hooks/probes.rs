@@ -7,12 +7,11 @@ use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use aya::maps::{Array, HashMap, HashOfMaps, Map, MapData};
+use aya::maps::{HashMap, HashOfMaps, Map, MapData};
 use mesh_agent::addr::address_bytes;
 use mesh_agent::capture::kernel::{Kernel, PodProbePorts};
 use mesh_common::limits::MAX_PROBE_VOUCHES_PER_POD;
 use mesh_common::{PROBE_VOUCH_NS, UpstreamConnectionKey};
-use nix::time::{ClockId, clock_gettime};
 
 use super::steered;
 use super::testbed::*;
@@ -116,11 +115,6 @@ fn vouch(from: (&str, u16), to: &str) -> UpstreamConnectionKey {
         client_address: bytes(from.0),
         application_address: bytes(to),
     }
-}
-
-fn now_ns() -> u64 {
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap();
-    now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
 }
 
 hook_test! {
@@ -290,9 +284,8 @@ hook_test! {
         let application = listen(&testbed.pod(), DECLARED);
         // 2: always.
         within(&testbed.pod(), || fs::write("/proc/sys/net/ipv4/tcp_syncookies", "2").unwrap());
-        let heartbeat = MapData::from_pin(testbed.pins().join("HEARTBEAT")).unwrap();
-        let mut heartbeat: Array<MapData, u64> = Map::Array(heartbeat).try_into().unwrap();
-        heartbeat.set(0, 0, 0).unwrap();
+        testbed.fall_silent();
+        heartbeat(&testbed).set(0, 0, 0).unwrap();
         for (family, _, address) in FAMILIES {
             let probe = testbed.client(&testbed.outsider(), &["connect", family, &format!("{address}|{DECLARED}")]);
             assert!(probe.said().contains("from"), "{}", probe.said());

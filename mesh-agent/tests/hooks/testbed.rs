@@ -6,19 +6,22 @@ use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::{Mutex, Once};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
-use aya::maps::{HashMap, HashOfMaps, Map, MapData};
+use aya::maps::{Array, HashMap, HashOfMaps, Map, MapData};
 use mesh_agent::addr::address_bytes;
 use mesh_agent::capture::kernel::{Kernel, KernelConfig, has_programs};
 use mesh_common::{
-    AgentSocketValue, OriginalDestinationValue, PodValue, RedirectedConnectionKey, STORAGE_VERSION, UpstreamConnectionKey,
-    limits, socket_kind,
+    AgentSocketValue, HEARTBEAT_INTERVAL_MS, OriginalDestinationValue, PodValue, RedirectedConnectionKey, STORAGE_VERSION,
+    UpstreamConnectionKey, limits, socket_kind,
 };
 use nix::sched::{CloneFlags, setns};
+use nix::time::{ClockId, clock_gettime};
 use socket2::{Domain, SockRef, Socket, Type};
 
 pub const POD_V4: &str = "10.99.0.2";
@@ -127,6 +130,8 @@ pub struct Testbed {
     pub cgroup: PathBuf,
     /// Beside that one.
     pub elsewhere: PathBuf,
+    /// What beats; it ends when this is dropped.
+    life: Mutex<Option<(Sender<()>, JoinHandle<()>)>>,
 }
 
 impl Testbed {
@@ -142,6 +147,7 @@ impl Testbed {
             bpffs,
             cgroup,
             elsewhere: cgroup_root().join(format!("{name}e")),
+            life: Mutex::default(),
             name,
         };
         let (pod, outsider) = (testbed.pod(), testbed.outsider());
@@ -189,8 +195,33 @@ impl Testbed {
     pub fn enrolled(&self) -> Kernel {
         let kernel = self.loaded();
         kernel.add_pod(self.cookie(), &pod_value()).unwrap();
-        kernel.beat().unwrap();
+        self.live();
         kernel
+    }
+
+    /// As an agent that lives: its lease does not end, however slow the machine is.
+    pub fn live(&self) {
+        let mut life = self.life.lock().unwrap();
+        if life.is_some() {
+            return;
+        }
+        let mut heartbeat = heartbeat(self);
+        heartbeat.set(0, now_ns(), 0).unwrap();
+        let (alive, end) = mpsc::channel();
+        let beats = thread::spawn(move || {
+            while end.recv_timeout(Duration::from_millis(HEARTBEAT_INTERVAL_MS)) == Err(RecvTimeoutError::Timeout) {
+                heartbeat.set(0, now_ns(), 0).unwrap();
+            }
+        });
+        *life = Some((alive, beats));
+    }
+
+    /// The last beat has been.
+    pub fn fall_silent(&self) {
+        if let Some((alive, beats)) = self.life.lock().unwrap().take() {
+            drop(alive);
+            beats.join().unwrap();
+        }
     }
 
     pub fn loaded(&self) -> Kernel {
@@ -460,6 +491,17 @@ pub fn destinations(testbed: &Testbed, netns_cookie: u64) -> Destinations {
     let map = MapData::from_pin(testbed.pins().join("ORIGINAL_DESTINATIONS")).unwrap();
     let map: HashOfMaps<_, u64, Destinations> = Map::HashOfMaps(map).try_into().unwrap();
     map.get(&netns_cookie, 0).unwrap()
+}
+
+pub fn heartbeat(testbed: &Testbed) -> Array<MapData, u64> {
+    let map = MapData::from_pin(testbed.pins().join("HEARTBEAT")).unwrap();
+    Map::Array(map).try_into().unwrap()
+}
+
+/// As the kernel programs tell the time.
+pub fn now_ns() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap();
+    now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
 }
 
 /// The agent's connects to applications that the Pods' sk_lookup passes.

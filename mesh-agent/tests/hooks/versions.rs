@@ -73,7 +73,7 @@ hook_test! {
         let map = Map::LpmTrie(MapData::from_pin(testbed.pins_of_abi(ABI_VERSION).join("MESH_DESTINATIONS")).unwrap());
         let map: LpmTrie<MapData, AddressBytes, u8> = map.try_into().unwrap();
         assert_eq!(map.get(&Key::new(104, [5; 16]), 0).unwrap(), 1);
-        kernel.beat().unwrap();
+        testbed.live();
         assert!(redirects(&testbed, &kernel), "the Pod is open");
         assert_eq!(kernel.attached_pods().unwrap(), ["pod.uid"], "links are of all versions");
 
@@ -109,7 +109,7 @@ hook_test! {
         assert!(error.contains("PODS") && error.contains("its keys are others"), "{error}");
         fs::remove_dir_all(&other).unwrap();
         let kernel = testbed.loaded();
-        kernel.beat().unwrap();
+        testbed.live();
         assert!(redirects(&testbed, &kernel), "the Pod is open");
     }
 }
