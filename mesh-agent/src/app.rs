@@ -204,7 +204,14 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
 
     tasks.spawn(until(alone.clone(), tell_the_mesh(capture.clone(), state.clone())));
 
-    let proxy = Proxy::with_limits(state.clone(), store.clone(), metrics.clone(), access_log, limits);
+    let proxy = Proxy::with_limits(
+        node.clone(),
+        state.clone(),
+        store.clone(),
+        metrics.clone(),
+        access_log,
+        limits,
+    );
     tasks.spawn(until(stop.clone(), trust.follow(proxy.clone())));
     let buffers = proxy.registry().buffers().clone();
     let pods = Pods::new(capture.clone(), proxy, certificates.clone(), metrics.clone(), trust_domain);

@@ -1,5 +1,9 @@
 //! Which of several endpoints a connection goes to. Pure: what can be chosen and a random number in, a choice out.
 
+mod affinity;
+
+pub use affinity::{Affinities, AffinityKey};
+
 /// Takes one out of `candidates`, each as likely as its weight among all. A weight of 0 is never chosen.
 ///
 /// `random` is any number; its remainder decides, whose bias is below 2⁻³² for sums that fit 32 bits.

@@ -8,15 +8,17 @@ mod unknown_fields;
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use mesh_proto::discovery::Resource;
-use mesh_proto::mesh::{Capture, Settings as WireSettings, capture};
+use mesh_proto::mesh::{Capture, SessionAffinity, Settings as WireSettings, capture};
 use mesh_proto::workload::{
     Address, NetworkMode, Port as WirePort, Service as WireService, TunnelProtocol, Workload as WireWorkload,
-    WorkloadStatus as WireStatus, WorkloadType as WireWorkloadType, address, load_balancing::HealthPolicy,
+    WorkloadStatus as WireStatus, WorkloadType as WireWorkloadType, address,
+    load_balancing::{HealthPolicy, Mode, Scope as RoutingScope},
 };
-use mesh_proto::{CAPTURE_EXTENSION, CAPTURE_TYPE_URL, ROOT_NAMESPACE, SETTINGS_NAME};
+use mesh_proto::{AFFINITY_EXTENSION, AFFINITY_TYPE_URL, CAPTURE_EXTENSION, CAPTURE_TYPE_URL, ROOT_NAMESPACE, SETTINGS_NAME};
 use prost::Message as _;
 
 use crate::identity::Identity;
@@ -27,6 +29,8 @@ use crate::workload::{Membership, Service, ServicePort, Workload, WorkloadType};
 /// What the wire leaves empty means these.
 pub const DEFAULT_TRUST_DOMAIN: &str = "cluster.local";
 const DEFAULT_SERVICE_ACCOUNT: &str = "default";
+/// A day, as Kubernetes bounds it.
+const MAX_AFFINITY_SECONDS: u32 = 86_400;
 
 /// Why a resource cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -187,6 +191,7 @@ impl TryFrom<WireWorkload> for Workload {
             identity,
             addresses,
             host_network: network_mode == NetworkMode::HostNetwork,
+            node: wire.node.into(),
             workload_type,
             cluster: wire.cluster_id.into(),
             region: locality.region.into(),
@@ -237,6 +242,21 @@ fn service_ports(name: &'static str, wire: &[WirePort]) -> Result<Vec<ServicePor
         .collect()
 }
 
+fn affinity(wire: &WireService) -> Result<Option<Duration>, ProtoError> {
+    let Some(extension) = wire.extensions.iter().find(|extension| extension.name == AFFINITY_EXTENSION) else {
+        return Ok(None);
+    };
+    let config = extension
+        .config
+        .as_ref()
+        .filter(|any| any.type_url == AFFINITY_TYPE_URL)
+        .ok_or_else(|| field("extensions", "has a session affinity of another type"))?;
+    match SessionAffinity::decode(config.value.as_slice())?.timeout_seconds {
+        seconds @ 1..=MAX_AFFINITY_SECONDS => Ok(Some(Duration::from_secs(seconds.into()))),
+        seconds => Err(field("extensions", format!("has a session affinity of {seconds} s"))),
+    }
+}
+
 impl TryFrom<WireService> for Service {
     type Error = ProtoError;
 
@@ -257,16 +277,19 @@ impl TryFrom<WireService> for Service {
             }
         }
         let ports = service_ports("ports", &wire.ports)?;
-        let only_healthy = wire
-            .load_balancing
-            .is_none_or(|balancing| balancing.health_policy() == HealthPolicy::OnlyHealthy);
+        let affinity = affinity(&wire)?;
+        let balancing = wire.load_balancing.unwrap_or_default();
         Ok(Self {
             name: wire.name.into(),
             namespace: wire.namespace.into(),
             hostname: wire.hostname.into(),
             addresses,
             ports,
-            only_healthy,
+            only_healthy: balancing.health_policy() == HealthPolicy::OnlyHealthy,
+            // Other places that endpoints are asked for in are only preferred, or not known here.
+            node_local: balancing.mode() == Mode::Strict
+                && balancing.routing_preference().any(|scope| scope == RoutingScope::Node),
+            affinity,
         })
     }
 }

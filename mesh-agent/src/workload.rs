@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::identity::Identity;
 
@@ -28,6 +29,8 @@ pub struct Workload {
     pub addresses: Vec<IpAddr>,
     /// Its addresses are its node's: they name no workload.
     pub host_network: bool,
+    /// The name of the node that it runs on; empty where that is not known.
+    pub node: Arc<str>,
     /// The owner, as in metrics and baggage: "deployment", "pod", "job" or "cronjob", and its name.
     pub workload_type: WorkloadType,
     pub workload_name: Arc<str>,
@@ -77,6 +80,10 @@ pub struct Service {
     pub ports: Vec<ServicePort>,
     /// Whether only healthy workloads are its endpoints.
     pub only_healthy: bool,
+    /// Whether only workloads on the client's own node are its endpoints.
+    pub node_local: bool,
+    /// For how long after its last connection a client keeps its endpoint.
+    pub affinity: Option<Duration>,
 }
 
 /// A port of a service, and the workload's port behind it.

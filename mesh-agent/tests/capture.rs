@@ -17,6 +17,8 @@ mod ports;
 mod recovery;
 #[path = "capture/repair.rs"]
 mod repair;
+#[path = "capture/user_namespace.rs"]
+mod user_namespace;
 
 use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt as _;

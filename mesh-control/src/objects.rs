@@ -191,10 +191,12 @@ pub struct Service {
     pub publish_not_ready: bool,
     /// It is another name for something outside, and nothing of the mesh's.
     pub is_external_name: bool,
-    /// `sessionAffinity: ClientIP`.
-    pub keeps_clients: bool,
+    /// `sessionAffinity: ClientIP`: for how long after its last connection a client keeps its endpoint.
+    pub affinity_seconds: Option<u32>,
     /// `internalTrafficPolicy: Local`.
     pub node_local: bool,
+    /// `trafficDistribution`: endpoints near by are asked for first, which agents do not do.
+    pub prefers_near: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -222,6 +224,8 @@ pub struct Endpoint {
     pub pod: Option<String>,
     /// For new connections. False of what terminates, unless the Service publishes what is not ready.
     pub ready: bool,
+    /// Empty where the slice does not say. A Pod says it itself.
+    pub node: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

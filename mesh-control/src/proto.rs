@@ -5,7 +5,9 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use mesh_api::{Mode, Mtls, PolicyAction, StringMatch, ValidDestination, ValidMeshConfig, ValidPolicy, ValidRule, ValidSource};
-use mesh_proto::{CAPTURE_EXTENSION, CAPTURE_TYPE_URL, discovery, mesh, node, security, workload};
+use mesh_proto::{
+    AFFINITY_EXTENSION, AFFINITY_TYPE_URL, CAPTURE_EXTENSION, CAPTURE_TYPE_URL, discovery, mesh, node, security, workload,
+};
 use prost::Message as _;
 use prost_types::{Any, Struct, value::Kind as ValueKind};
 
@@ -144,16 +146,41 @@ pub fn encode_service(id: &ObjectId, hostname: &str, service: &Service) -> Vec<u
                 TargetPort::Name(_) => port(p.port, 0),
             })
             .collect(),
-        load_balancing: service.publish_not_ready.then(|| workload::LoadBalancing {
-            health_policy: workload::load_balancing::HealthPolicy::AllowAll.into(),
-            ..Default::default()
-        }),
+        load_balancing: load_balancing(service),
+        extensions: service.affinity_seconds.map(affinity).into_iter().collect(),
         ..Default::default()
     };
     workload::Address {
         r#type: Some(workload::address::Type::Service(message)),
     }
     .encode_to_vec()
+}
+
+fn load_balancing(service: &Service) -> Option<workload::LoadBalancing> {
+    use workload::load_balancing::{HealthPolicy, Mode, Scope};
+    if !service.publish_not_ready && !service.node_local {
+        return None;
+    }
+    let mut balancing = workload::LoadBalancing::default();
+    if service.publish_not_ready {
+        balancing.set_health_policy(HealthPolicy::AllowAll);
+    }
+    if service.node_local {
+        balancing.set_mode(Mode::Strict);
+        balancing.push_routing_preference(Scope::Node);
+    }
+    Some(balancing)
+}
+
+fn affinity(timeout_seconds: u32) -> workload::Extension {
+    let config = Any {
+        type_url: AFFINITY_TYPE_URL.to_owned(),
+        value: mesh::SessionAffinity { timeout_seconds }.encode_to_vec(),
+    };
+    workload::Extension {
+        name: AFFINITY_EXTENSION.to_owned(),
+        config: Some(config),
+    }
 }
 
 #[must_use]

@@ -42,6 +42,9 @@ pub const SETTINGS_TYPE_URL: &str = "type.googleapis.com/culvert.mesh.v1.Setting
 pub const CAPTURE_TYPE_URL: &str = "type.googleapis.com/culvert.mesh.v1.Capture";
 /// Name of the workload extension that carries [`mesh::Capture`].
 pub const CAPTURE_EXTENSION: &str = "culvert.dev/capture";
+pub const AFFINITY_TYPE_URL: &str = "type.googleapis.com/culvert.mesh.v1.SessionAffinity";
+/// Name of the service extension that carries [`mesh::SessionAffinity`].
+pub const AFFINITY_EXTENSION: &str = "culvert.dev/session-affinity";
 /// Ends `system_version_info` of our control plane while the rest of what a client lacks follows in further responses.
 pub const PARTIAL_VERSION: &str = "+partial";
 /// Policies in this namespace without a selector apply to the whole mesh.

@@ -70,6 +70,7 @@ impl Pods {
         {
             return Err(format!("processes of Pod {other} run in its network namespace"));
         }
+        self.ended.lock().remove(&pod.uid);
         if self.has_other_namespace(&pod.uid, &netns) {
             info!(uid = %pod.uid, "the Pod's sandbox is made anew: the one before is released");
             self.clone().release(&pod.uid).await.map_err(|error| error.to_string())?;
@@ -127,6 +128,8 @@ impl Pods {
         if !is_it {
             return Verdict::Done;
         }
+        // Before it is released: from then on it is looked for.
+        self.ended.lock().insert(pod.uid.clone());
         match self.release(&pod.uid).await {
             Ok(_) => Verdict::Done,
             Err(error) => Verdict::Failed(error.to_string()),

@@ -13,7 +13,7 @@ use tracing::{info, warn};
 
 use super::plan::{Known, Plan, plan};
 use super::{LEAVING_GRACE, PodError, Pods};
-use crate::capture::{Found, Origin, PodToEnroll, Wanted};
+use crate::capture::{FindError, Found, Origin, PodToEnroll, Wanted};
 use crate::discovery::backoff::Backoff;
 use crate::discovery::node_pods::{ListedPod, NodeList, NodeLists};
 use crate::discovery::report::Proof;
@@ -110,6 +110,7 @@ impl Following {
     async fn turn(&mut self, list: &Arc<NodeList>) {
         let enrolled = self.pods.known();
         let plan = plan(list, &enrolled);
+        self.pods.ended.lock().retain(|uid| list.pods.contains_key(uid));
         self.attempts
             .retain(|uid, _| plan.find.contains(uid) || plan.release.contains(uid) || plan.vanished.contains(uid));
         self.show(list, &plan);
@@ -189,11 +190,14 @@ impl Following {
             let found = found.remove(&uid);
             let (pods, pod) = (self.pods.clone(), list.pods.get(&uid).cloned());
             let known = enrolled.get(&uid).copied();
+            let has_ended = self.pods.ended.lock().contains(&uid);
             async move {
                 let outcome = match (found, pod) {
                     (Some(Ok(found)), Some(pod)) => to_its_end(pods.enroll_found(uid.clone(), pod, found, known)).await,
                     // It is enrolled; whatever its proof lacks is said where it is proven.
                     (Some(Err(_)), Some(_)) if known.is_some() => Ok(()),
+                    // Its end is on its way to the control plane. Looked for all the same: a sandbox may be made again unseen.
+                    (Some(Err(FindError::NoProcess)), Some(_)) if has_ended => Ok(()),
                     (Some(Err(error)), Some(_)) => Err(Failure {
                         reason: error.reason(),
                         why: error.to_string(),

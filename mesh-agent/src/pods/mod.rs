@@ -118,6 +118,8 @@ pub struct Pods {
     metrics: Arc<Metrics>,
     trust_domain: Arc<TrustDomain>,
     enrolled: Mutex<BTreeMap<Arc<str>, Enrolled>>,
+    /// Whose sandbox the CNI plugin has taken away: the control plane lists them for a while longer.
+    ended: Mutex<HashSet<Arc<str>>>,
     /// uids with a change under way; one at a time each.
     busy: Mutex<HashSet<Arc<str>>>,
     no_longer_busy: Notify,
@@ -143,6 +145,7 @@ impl Pods {
             metrics,
             trust_domain,
             enrolled: Mutex::default(),
+            ended: Mutex::default(),
             busy: Mutex::default(),
             no_longer_busy: Notify::new(),
             frozen: AtomicBool::new(false),

@@ -1,9 +1,11 @@
+mod services;
+
 use mesh_proto::mesh::settings::Mtls as WireMtls;
 use mesh_proto::mesh::{Cidr, NamespaceMtls};
 use mesh_proto::security::{
     Action as WireAction, Address as Block, Authorization, Clause, Match, Rule, ServiceAccountMatch, StringMatch, string_match,
 };
-use mesh_proto::workload::{Extension, NetworkAddress, Port};
+use mesh_proto::workload::Extension;
 use mesh_proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, SETTINGS_TYPE_URL};
 use mesh_proto::{MAX_REVOKED, MAX_TRUSTED_ROOTS};
 use prost_types::Any;
@@ -177,44 +179,6 @@ fn a_resource_holds_what_its_name_says() {
     assert!(matches!(
         super::address(&resource("c//Pod/shop/other", ADDRESS_TYPE_URL, bytes)),
         Err(ProtoError::Name { .. })
-    ));
-}
-
-#[test]
-fn a_service_has_its_virtual_addresses_only() {
-    let address = |address: &[u8], length| NetworkAddress {
-        address: address.to_vec(),
-        length,
-        ..NetworkAddress::default()
-    };
-    let wire = WireService {
-        name: "web".to_owned(),
-        namespace: "shop".to_owned(),
-        hostname: "web.shop.svc.cluster.local".to_owned(),
-        addresses: vec![
-            address(&[10, 96, 0, 1], None),
-            address(&[10, 97, 0, 0], Some(16)),
-            address(&[0; 4], None),
-            address(&[10, 96, 0, 2], Some(32)),
-        ],
-        ports: vec![Port {
-            service_port: 80,
-            target_port: 8080,
-            ..Port::default()
-        }],
-        ..WireService::default()
-    };
-    let service = Service::try_from(wire.clone()).unwrap();
-    assert_eq!(
-        service.addresses,
-        ["10.96.0.1".parse::<IpAddr>().unwrap(), "10.96.0.2".parse().unwrap()]
-    );
-    assert_eq!(service.ports, [crate::workload::ServicePort { port: 80, target: 8080 }]);
-    let mut broken = wire;
-    broken.ports[0].service_port = 65_536;
-    assert!(matches!(
-        Service::try_from(broken),
-        Err(ProtoError::Field { field: "ports", .. })
     ));
 }
 

@@ -43,6 +43,8 @@ pub enum Refusal {
     ServicePortUnknown,
     /// No endpoint of the service can be given a connection.
     NoHealthyEndpoint,
+    /// The service is for its own node's clients, and has endpoints on other nodes only.
+    NoLocalEndpoint,
     DestinationUnknown,
     DestinationLost,
     /// Not protected yet, where nothing is taken in clear.
@@ -186,6 +188,7 @@ impl Refusal {
             Self::IdentityUnknown => "identity_unknown",
             Self::ServicePortUnknown => "service_port_unknown",
             Self::NoHealthyEndpoint => "no_healthy_endpoint",
+            Self::NoLocalEndpoint => "no_local_endpoint",
             Self::DestinationUnknown => "destination_unknown",
             Self::DestinationLost => "destination_lost",
             Self::DestinationPending => "destination_pending",

@@ -76,6 +76,9 @@ pub const RESPONSE_TIMEOUT: Duration = Duration::from_secs(20);
 pub const UPSTREAM_TRIES: u32 = 4;
 /// Endpoints of a service that are tried for a connection: the chosen one, and one other when that refuses.
 pub const ENDPOINT_TRIES: usize = 2;
+/// Ports of services whose endpoint is remembered for a Pod as a client (`sessionAffinity: ClientIP`). 1,024 × about 250 B = 256 KiB
+/// a Pod. For further ones the endpoint is still the one that the client's address chooses, while the endpoints are the same.
+pub const AFFINITIES_PER_POD: usize = 1_024;
 /// An unknown address inside the Pod ranges, or a Pod whose protection is lost, waits this long for discovery.
 pub const DISCOVERY_PATIENCE: Duration = Duration::from_secs(5);
 /// A peer whose identity contradicts discovery, and a policy that has not arrived, wait this long for something fresher.
@@ -114,6 +117,7 @@ pub struct Limits {
     pub inbound_tunnels: QuotaLimits,
     pub handshakes: QuotaLimits,
     pub outbound_tunnels_per_pod: usize,
+    pub affinities_per_pod: usize,
     pub pod_buffered_bytes: usize,
     pub node_buffered_bytes: usize,
     pub first_bytes_timeout: Duration,
@@ -154,6 +158,7 @@ impl Default for Limits {
                 strangers: HANDSHAKES_OF_STRANGERS,
             },
             outbound_tunnels_per_pod: OUTBOUND_TUNNELS_PER_POD,
+            affinities_per_pod: AFFINITIES_PER_POD,
             pod_buffered_bytes: POD_BUFFERED_BYTES,
             node_buffered_bytes: NODE_BUFFERED_BYTES,
             first_bytes_timeout: FIRST_BYTES_TIMEOUT,

@@ -52,6 +52,8 @@ use crate::tls::TlsConfigs;
 /// What all Pods of the node share.
 #[derive(Debug)]
 pub struct Proxy {
+    /// The node's name.
+    node: Arc<str>,
     state: Arc<SharedState>,
     certificates: Arc<CertificateStore>,
     metrics: Arc<Metrics>,
@@ -66,17 +68,19 @@ pub struct Proxy {
 impl Proxy {
     #[must_use]
     pub fn new(
+        node: Arc<str>,
         state: Arc<SharedState>,
         certificates: Arc<CertificateStore>,
         metrics: Arc<Metrics>,
         access_log: AccessLog,
     ) -> Arc<Self> {
-        Self::with_limits(state, certificates, metrics, access_log, Limits::default())
+        Self::with_limits(node, state, certificates, metrics, access_log, Limits::default())
     }
 
     /// With other bounds than a node's.
     #[must_use]
     pub fn with_limits(
+        node: Arc<str>,
         state: Arc<SharedState>,
         certificates: Arc<CertificateStore>,
         metrics: Arc<Metrics>,
@@ -85,6 +89,7 @@ impl Proxy {
     ) -> Arc<Self> {
         let tls = Arc::<TlsConfigs>::default();
         Arc::new(Self {
+            node,
             pool: Pool::new(
                 state.clone(),
                 certificates.clone(),

@@ -3,6 +3,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Instant;
 
 use http::{Method, Request, Uri};
 
@@ -18,7 +19,7 @@ use super::socket::Carried;
 use super::step::Step;
 use super::{Accepted, Proxy, Registered};
 use crate::addr::{ClientAddr, OriginalDst};
-use crate::balance;
+use crate::balance::{self, AffinityKey};
 use crate::capture::is_probe;
 use crate::state::{Destination, Endpoint, Endpoints, State};
 use crate::telemetry::{ConnectionPath, ConnectionRecord, Direction, PROTECTED, Peer, SecurityPolicy};
@@ -193,20 +194,55 @@ async fn reach_service(
         Endpoints::NoSuchPort => return Err(Refusal::ServicePortUnknown.into()),
         Endpoints::Of(candidates) => candidates,
     };
+    if service.node_local && !candidates.is_empty() {
+        candidates.retain(|endpoint| endpoint.workload.node == proxy.node);
+        if candidates.is_empty() {
+            return Err(Refusal::NoLocalEndpoint.into());
+        }
+    }
+    let affinity = service.affinity.map(|timeout| {
+        let key = AffinityKey {
+            client: client.ip(),
+            service: service.hostname.clone(),
+            port: asked.port(),
+        };
+        (key, timeout)
+    });
     let mut failed = None;
     for _ in 0..ENDPOINT_TRIES {
         let weight = |endpoint: &Endpoint| endpoint.workload.weight;
-        let Some(endpoint) = balance::take(&mut candidates, weight, rand::random()) else {
-            break;
+        let taken = match &affinity {
+            Some((key, _)) => {
+                let affinities = context.affinities.lock();
+                affinities.take(
+                    key,
+                    &mut candidates,
+                    |endpoint| &endpoint.workload.uid,
+                    weight,
+                    Instant::now(),
+                )
+            }
+            None => balance::take(&mut candidates, weight, rand::random()),
         };
+        let Some(endpoint) = taken else { break };
         if failed.is_some() {
             proxy.metrics.count_endpoint_retry();
         }
         record.destination(Peer::at(endpoint.address.socket_addr()).workload(Some(&endpoint.workload)));
+        let uid = endpoint.workload.uid.clone();
         let standing = Destination::of(endpoint.workload);
         match reach(proxy, context, client, endpoint.address, standing, registered, record).await {
             Err(error) if error.is_refusal_to_connect() => failed = Some(error),
-            result => return result,
+            Err(error) => return Err(error),
+            Ok(far) => {
+                if let Some((key, timeout)) = affinity {
+                    let is_kept = context.affinities.lock().keep(key, uid, Instant::now(), timeout);
+                    if !is_kept {
+                        proxy.metrics.count_affinity_not_kept();
+                    }
+                }
+                return Ok(far);
+            }
         }
     }
     Err(failed.unwrap_or(Refusal::NoHealthyEndpoint.into()))

@@ -1,6 +1,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -9,6 +10,7 @@ use super::buffers::PodBuffers;
 use super::limits::Limits;
 use super::quota::Quota;
 use crate::addr::{ClientAddr, OriginalDst};
+use crate::balance::Affinities;
 use crate::capture::{PodNetwork, Probes};
 use crate::identity::Identity;
 use crate::state::State;
@@ -43,6 +45,8 @@ pub(super) struct PodContext {
     pub handshakes: Arc<Quota>,
     /// What its connections hold.
     pub buffers: Arc<PodBuffers>,
+    /// Which endpoints it keeps as a client.
+    pub affinities: Mutex<Affinities>,
 }
 
 impl PodContext {
@@ -57,6 +61,7 @@ impl PodContext {
             inbound_tunnels: Quota::new(limits.inbound_tunnels),
             handshakes: Quota::new(limits.handshakes),
             buffers,
+            affinities: Mutex::new(Affinities::new(limits.affinities_per_pod)),
         })
     }
 

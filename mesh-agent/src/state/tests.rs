@@ -13,6 +13,7 @@ fn workload(name: &str, ip: &str, membership: Membership) -> Workload {
         identity: Identity::new("cluster.local", "shop", name),
         addresses: vec![ip.parse().unwrap()],
         host_network: false,
+        node: "".into(),
         workload_type: WorkloadType::Pod,
         workload_name: name.into(),
         canonical_name: name.into(),
@@ -68,6 +69,8 @@ fn what_stands_at_a_destination() {
             addresses: vec!["10.96.0.1".parse().unwrap()],
             ports: vec![ServicePort { port: 80, target: 8080 }],
             only_healthy: true,
+            node_local: false,
+            affinity: None,
         }),
     ]);
     assert!(matches!(state.destination(to("10.0.0.1:80")), Destination::Mesh(w) if &*w.name == "proven"));
@@ -218,6 +221,8 @@ fn what_is_in_the_mesh_by_address_alone() {
             addresses: vec!["10.96.0.1".parse().unwrap()],
             ports: Vec::new(),
             only_healthy: true,
+            node_local: false,
+            affinity: None,
         }),
     ]);
     let prefixes = state.prefixes();
@@ -273,6 +278,8 @@ fn an_endpoint_that_is_not_proven_is_none_where_strict_holds() {
         addresses: vec!["10.96.0.1".parse().unwrap()],
         ports: vec![port],
         only_healthy: true,
+        node_local: false,
+        affinity: None,
     };
     let of = |name: &str, ip: &str, membership| Workload {
         services: vec![("shop/web.shop.svc".into(), vec![port])],
@@ -334,6 +341,8 @@ fn an_endpoint_has_its_address() {
         addresses: vec!["10.96.0.1".parse().unwrap()],
         ports: vec![port],
         only_healthy: true,
+        node_local: false,
+        affinity: None,
     };
     let of = |name: &str, ip: &str, host_network| Workload {
         host_network,
@@ -373,6 +382,8 @@ fn endpoints_of_a_service() {
         addresses: vec!["10.96.0.1".parse().unwrap(), "fd96::1".parse().unwrap()],
         ports: vec![port(80, 8080), port(81, 8081)],
         only_healthy: true,
+        node_local: false,
+        affinity: None,
     };
     let of = |name: &str, addresses: &[&str], target| Workload {
         addresses: addresses.iter().map(|ip| ip.parse().unwrap()).collect(),

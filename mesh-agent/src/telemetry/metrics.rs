@@ -145,6 +145,7 @@ pub struct Metrics {
     series_overflow: IntCounter,
     passthrough: IntCounterVec,
     endpoint_retries: IntCounter,
+    affinities_not_kept: IntCounter,
     dry_run: IntCounterVec,
     policy_denied: IntCounterVec,
     policy_cut: IntCounterVec,
@@ -233,6 +234,10 @@ impl Default for Metrics {
             endpoint_retries: counter(
                 "mesh_endpoint_retries_total",
                 "Connections to a service that were tried on another endpoint after one had refused",
+            ),
+            affinities_not_kept: counter(
+                "mesh_affinities_not_kept_total",
+                "Connections to a service with session affinity whose endpoint was not remembered, as their Pod has too many of them",
             ),
             policy_denied: counters(
                 "mesh_policy_denied_total",
@@ -358,6 +363,11 @@ impl Metrics {
     /// An endpoint refused, and another one of the service is tried.
     pub fn count_endpoint_retry(&self) {
         self.endpoint_retries.inc();
+    }
+
+    /// A client's endpoint was not remembered.
+    pub fn count_affinity_not_kept(&self) {
+        self.affinities_not_kept.inc();
     }
 
     /// A dry-run policy matched a connection.

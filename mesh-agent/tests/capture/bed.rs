@@ -22,7 +22,7 @@ pub const POD_V6: &str = "fd13:77::2";
 pub const NODE_V4: &str = "10.213.77.1";
 pub const NODE_V6: &str = "fd13:77::1";
 pub const SECOND_V4: &str = "10.213.78.2";
-const NODE_OF_SECOND_V4: &str = "10.213.78.1";
+pub const NODE_OF_SECOND_V4: &str = "10.213.78.1";
 
 /// Upstream connections that were steered back to their agent.
 pub static CAME_BACK: LazyLock<Arc<Mutex<u32>>> = LazyLock::new(Arc::default);
@@ -200,10 +200,27 @@ impl Bed {
 
     /// A second Pod of the node, in a namespace `<name>b`, that lives until the returned value is dropped.
     pub fn second_pod(&self, uid: &str) -> (PodToEnroll, OtherNetns) {
+        self.second_pod_in(uid, &format!("ip netns add {}b", self.name))
+    }
+
+    /// The same, whose namespace belongs to a user namespace that has users of its own, as the runtime makes it for `hostUsers: false`.
+    pub fn second_pod_with_users(&self, uid: &str) -> (PodToEnroll, OtherNetns) {
+        let make = format!(
+            "unshare --user --net sleep 60 > /dev/null 2>&1 & \
+             until [ \"$(readlink /proc/$!/ns/user)\" != \"$(readlink /proc/self/ns/user)\" ]; do sleep 0.02; done; \
+             echo 0 100000 65536 > /proc/$!/uid_map && echo 0 100000 65536 > /proc/$!/gid_map \
+             && until [ \"$(readlink /proc/$!/ns/net)\" != \"$(readlink /proc/self/ns/net)\" ]; do sleep 0.02; done; \
+             touch /run/netns/{name}b && mount --bind /proc/$!/ns/net /run/netns/{name}b && kill $!",
+            name = self.name
+        );
+        self.second_pod_in(uid, &make)
+    }
+
+    fn second_pod_in(&self, uid: &str, make: &str) -> (PodToEnroll, OtherNetns) {
         let name = &self.name;
         let other = OtherNetns(format!("{name}b"), format!("{name}m"));
         run(&format!(
-            "ip netns add {name}b && ip -n {name}b link set lo up \
+            "{make} && ip -n {name}b link set lo up \
              && ip link add {name}m type veth peer name eth0 netns {name}b \
              && ip addr add {NODE_OF_SECOND_V4}/24 dev {name}m && ip link set {name}m up \
              && ip -n {name}b addr add {SECOND_V4}/24 dev eth0 && ip -n {name}b link set eth0 up \
@@ -217,9 +234,14 @@ impl Bed {
 
     /// A listener of the application in the Pod.
     pub fn application(&self, address: &str) -> TcpListener {
+        self.application_at(&self.netns_path(), address)
+    }
+
+    /// The same in another namespace.
+    pub fn application_at(&self, netns: &Path, address: &str) -> TcpListener {
         let address: SocketAddr = address.parse().unwrap();
-        let listener = self
-            .netns()
+        let listener = NetNamespace::open(netns)
+            .unwrap()
             .run(|| Ok(std::net::TcpListener::bind(address).unwrap()))
             .unwrap();
         listener.set_nonblocking(true).unwrap();
@@ -229,6 +251,12 @@ impl Bed {
 
 /// A namespace and the link to it.
 pub struct OtherNetns(String, String);
+
+impl OtherNetns {
+    pub fn name(&self) -> &str {
+        &self.0
+    }
+}
 
 impl Drop for OtherNetns {
     fn drop(&mut self) {

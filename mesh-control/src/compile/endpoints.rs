@@ -65,7 +65,7 @@ impl<'a> Listed<'a> {
                     Some((_, pod)) if !counts(endpoint, pod) => continue,
                     Some((id, _)) => listed.pods.entry(id).or_default(),
                     None if !endpoint.ready => continue,
-                    None => &mut listed.outside(&service_id, endpoint.address).services,
+                    None => &mut listed.outside(&service_id, endpoint).services,
                 };
                 let of_service = services.entry(name.clone()).or_default();
                 for port in &ports {
@@ -78,7 +78,8 @@ impl<'a> Listed<'a> {
         listed
     }
 
-    fn outside(&mut self, service: &ObjectId, address: IpAddr) -> &mut Outside {
+    fn outside(&mut self, service: &ObjectId, endpoint: &Endpoint) -> &mut Outside {
+        let address = endpoint.address;
         let id = ObjectId {
             kind: Kind::EndpointSlice,
             namespace: service.namespace.clone(),
@@ -87,6 +88,7 @@ impl<'a> Listed<'a> {
         self.outside.entry(id).or_insert_with(|| Outside {
             pod: Pod {
                 addresses: vec![address],
+                node: endpoint.node.clone(),
                 host_network: true,
                 ready: true,
                 service_account: "default".to_owned(),

@@ -74,15 +74,8 @@ fn unfollowed(world: &World) -> Vec<String> {
         _ => None,
     });
     let mut warnings: Vec<String> = services
-        .flat_map(|(id, service)| {
-            let affinity = service
-                .keeps_clients
-                .then(|| format!("{id}: sessionAffinity ClientIP is not followed: a client's connections go to any endpoint"));
-            let local = service
-                .node_local
-                .then(|| format!("{id}: internalTrafficPolicy Local is not followed: connections go to endpoints on any node"));
-            affinity.into_iter().chain(local)
-        })
+        .filter(|(_, service)| service.prefers_near)
+        .map(|(id, _)| format!("{id}: trafficDistribution is not followed: connections go to endpoints in any zone, on any node"))
         .take(MAX_SERVICE_WARNINGS + 1)
         .collect();
     if warnings.len() > MAX_SERVICE_WARNINGS {

@@ -317,13 +317,32 @@ fn service(service: core::Service) -> Result<Service, String> {
     }
     Ok(Service {
         is_external_name: spec.type_.as_deref() == Some("ExternalName"),
-        keeps_clients: spec.session_affinity.as_deref() == Some("ClientIP"),
+        affinity_seconds: affinity_seconds(spec.session_affinity.as_deref(), spec.session_affinity_config)?,
+        prefers_near: spec.traffic_distribution.is_some(),
         node_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
         addresses,
         ports,
         selector: spec.selector.unwrap_or_default(),
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
     })
+}
+
+/// As the API server completes and bounds it.
+fn affinity_seconds(affinity: Option<&str>, config: Option<core::SessionAffinityConfig>) -> Result<Option<u32>, String> {
+    const DEFAULT_SECONDS: i32 = 10_800;
+    const MAX_SECONDS: u32 = 86_400;
+    if affinity != Some("ClientIP") {
+        return Ok(None);
+    }
+    let given = config
+        .and_then(|config| config.client_ip?.timeout_seconds)
+        .unwrap_or(DEFAULT_SECONDS);
+    match u32::try_from(given) {
+        Ok(seconds @ 1..=MAX_SECONDS) => Ok(Some(seconds)),
+        _ => Err(format!(
+            "spec.sessionAffinityConfig.clientIP.timeoutSeconds: {given} is no such time; give 1-{MAX_SECONDS}"
+        )),
+    }
 }
 
 fn pod(pod: core::Pod) -> Result<Pod, String> {
@@ -447,6 +466,7 @@ fn endpoint_slice(slice: slices::EndpointSlice) -> Result<EndpointSlice, String>
                 address,
                 pod: pod.and_then(|target| target.name),
                 ready: conditions.ready.unwrap_or(true),
+                node: given.node_name.unwrap_or_default(),
             });
         }
     }

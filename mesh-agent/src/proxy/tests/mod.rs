@@ -43,6 +43,8 @@ use crate::workload::{Membership, Workload, WorkloadType};
 /// Longer than anything here takes on a loaded machine; only a hang meets it.
 const PATIENCE: Duration = Duration::from_secs(120);
 pub(super) const APPLICATION_PORT: u16 = 8080;
+/// The name of every agent's node.
+pub(super) const NODE: &str = "node-1";
 
 /// An address that no other test of this process has.
 pub(super) fn fresh_address() -> IpAddr {
@@ -205,7 +207,14 @@ impl Node {
         let access_log = AccessLog::to_file(&log, metrics.clone()).unwrap();
         let (state, certificates) = (SharedState::new(), CertificateStore::new());
         Self {
-            proxy: Proxy::with_limits(state.clone(), certificates.clone(), metrics.clone(), access_log, limits),
+            proxy: Proxy::with_limits(
+                NODE.into(),
+                state.clone(),
+                certificates.clone(),
+                metrics.clone(),
+                access_log,
+                limits,
+            ),
             state,
             certificates,
             metrics,
@@ -338,6 +347,7 @@ pub(super) fn workload(name: &str, ip: IpAddr) -> Workload {
         identity: identity(name),
         addresses: vec![ip],
         host_network: false,
+        node: "".into(),
         workload_type: WorkloadType::Pod,
         workload_name: name.into(),
         canonical_name: name.into(),

@@ -15,17 +15,23 @@ fn ports() -> Vec<ServicePort> {
     }]
 }
 
+fn web(vip: IpAddr) -> Service {
+    Service {
+        name: "web".into(),
+        namespace: "shop".into(),
+        hostname: "web.shop.svc.cluster.local".into(),
+        addresses: vec![vip],
+        ports: ports(),
+        only_healthy: true,
+        node_local: false,
+        affinity: None,
+    }
+}
+
 impl Mesh {
     fn service(&self) -> IpAddr {
         let vip = fresh_address();
-        self.tell(vec![Change::Service(Service {
-            name: "web".into(),
-            namespace: "shop".into(),
-            hostname: "web.shop.svc.cluster.local".into(),
-            addresses: vec![vip],
-            ports: ports(),
-            only_healthy: true,
-        })]);
+        self.tell(vec![Change::Service(web(vip))]);
         vip
     }
 
@@ -143,4 +149,101 @@ async fn a_denial_is_not_asked_of_another_endpoint() {
     }
     assert!((1..MANY).contains(&refused), "{refused}");
     mesh.near.logs_reason("denied_by_destination").await;
+}
+
+impl Mesh {
+    /// Where so many connections went.
+    async fn chosen(&self, client: &Pod, vip: SocketAddr, times: usize) -> Vec<String> {
+        let mut chosen = Vec::new();
+        for _ in 0..times {
+            let mut stream = client.connect(vip).await;
+            let port = stream.local_addr().unwrap().port();
+            assert_echo(&mut stream, "by the service").await;
+            drop(stream);
+            let source = format!("{}:{port}", client.ip);
+            let line = self.near.log_line(|line| line["source_address"] == source.as_str()).await;
+            chosen.push(line["destination_address"].as_str().unwrap().to_owned());
+        }
+        chosen
+    }
+
+    fn not_kept(&self) -> String {
+        let metrics = self.near.metrics.render();
+        let mut lines = metrics.lines();
+        lines
+            .find_map(|line| line.strip_prefix("mesh_affinities_not_kept_total "))
+            .unwrap()
+            .to_owned()
+    }
+}
+
+#[tokio::test]
+async fn a_client_keeps_the_endpoint_that_took_it() {
+    let mesh = Mesh::new();
+    let client = mesh.pod(&mesh.near, "client").await;
+    let vip = fresh_address();
+    let affinity = Some(Duration::from_secs(3600));
+    mesh.tell(vec![Change::Service(Service { affinity, ..web(vip) })]);
+    let vip = SocketAddr::new(vip, PORT);
+    // Of 21 endpoints the address's own choice is another one, 20 times out of 21; what is kept does not change with them.
+    let first = mesh.endpoint("first").await;
+    let _first = first.echo().await;
+    let kept = mesh.chosen(&client, vip, 1).await;
+    let mut others = Vec::new();
+    for n in 0..20 {
+        let other = mesh.endpoint(&format!("other-{n}")).await;
+        others.push((other.echo().await, other));
+    }
+    let chosen = mesh.chosen(&client, vip, MANY).await;
+    assert!(chosen.iter().all(|address| *address == kept[0]), "{kept:?}, then {chosen:?}");
+    assert_eq!(mesh.not_kept(), "0");
+}
+
+#[tokio::test]
+async fn an_endpoint_that_is_not_remembered_is_counted_and_the_same_while_nothing_changes() {
+    let mesh = Mesh::with_limits(Limits {
+        affinities_per_pod: 0,
+        ..Limits::default()
+    });
+    let client = mesh.pod(&mesh.near, "client").await;
+    let vip = fresh_address();
+    let affinity = Some(Duration::from_secs(3600));
+    mesh.tell(vec![Change::Service(Service { affinity, ..web(vip) })]);
+    let mut endpoints = Vec::new();
+    for n in 0..3 {
+        let endpoint = mesh.endpoint(&format!("endpoint-{n}")).await;
+        endpoints.push((endpoint.echo().await, endpoint));
+    }
+    let chosen = mesh.chosen(&client, SocketAddr::new(vip, PORT), MANY).await;
+    assert!(chosen.iter().all(|address| *address == chosen[0]), "{chosen:?}");
+    assert_eq!(mesh.not_kept(), MANY.to_string());
+}
+
+#[tokio::test]
+async fn a_service_of_the_node_has_no_endpoint_elsewhere() {
+    let mesh = Mesh::new();
+    let client = mesh.pod(&mesh.near, "client").await;
+    let vip = fresh_address();
+    mesh.tell(vec![Change::Service(Service {
+        node_local: true,
+        ..web(vip)
+    })]);
+    let vip = SocketAddr::new(vip, PORT);
+    assert_refused(client.connect(vip).await).await;
+    mesh.near.logs_reason("no_healthy_endpoint").await;
+    let mut elsewhere = mesh.endpoint("elsewhere").await;
+    elsewhere.workload.node = "node-2".into();
+    mesh.tell(vec![Change::Workload(elsewhere.workload.clone())]);
+    let _elsewhere = elsewhere.echo().await;
+    assert_refused(client.connect(vip).await).await;
+    mesh.near.logs_reason("no_local_endpoint").await;
+    let mut here = mesh.endpoint("here").await;
+    here.workload.node = NODE.into();
+    mesh.tell(vec![Change::Workload(here.workload.clone())]);
+    let _here = here.echo().await;
+    let chosen = mesh.chosen(&client, vip, MANY).await;
+    assert!(
+        chosen.iter().all(|address| *address == here.application().to_string()),
+        "{chosen:?}"
+    );
 }

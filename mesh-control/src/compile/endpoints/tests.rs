@@ -206,3 +206,76 @@ fn slices_of_nobody_and_of_names_are_left_alone() {
         "another name for something outside"
     );
 }
+
+/// What the Service's resource says of how an endpoint is chosen: scopes that it must be in, health, seconds of affinity.
+#[test]
+fn a_service_says_how_its_endpoints_are_chosen() {
+    let compiled = |spec: &str| {
+        let service = format!("kind: Service\nmetadata: {{name: other, namespace: shop}}\nspec: {spec}\n");
+        let snapshot = compiled(&[&service]);
+        let resource = &snapshot.types[ADDRESS_TYPE_URL].resources["shop/other.shop.svc.cluster.local"];
+        let Some(workload::address::Type::Service(service)) =
+            workload::Address::decode(resource.value.as_slice()).expect("address").r#type
+        else {
+            panic!("no service")
+        };
+        let affinity = service.extensions.first().map(|extension| {
+            assert_eq!(extension.name, mesh_proto::AFFINITY_EXTENSION);
+            let config = extension.config.as_ref().expect("config");
+            assert_eq!(config.type_url, mesh_proto::AFFINITY_TYPE_URL);
+            let affinity = mesh_proto::mesh::SessionAffinity::decode(config.value.as_slice()).expect("affinity");
+            affinity.timeout_seconds
+        });
+        (service.load_balancing, affinity)
+    };
+    assert_eq!(compiled("{}"), (None, None));
+    // Followed by nobody here, and in nobody's way.
+    assert_eq!(compiled("{trafficDistribution: PreferSameZone}"), (None, None));
+    assert_eq!(
+        compiled("{internalTrafficPolicy: Cluster, sessionAffinity: None}"),
+        (None, None)
+    );
+    assert_eq!(compiled("{sessionAffinity: ClientIP}").1, Some(10_800));
+    let given = "{sessionAffinity: ClientIP, sessionAffinityConfig: {clientIP: {timeoutSeconds: 5}}}";
+    assert_eq!(compiled(given).1, Some(5));
+    let balancing = compiled("{internalTrafficPolicy: Local, publishNotReadyAddresses: true}").0;
+    let balancing = balancing.expect("load balancing");
+    assert_eq!(balancing.mode(), workload::load_balancing::Mode::Strict);
+    let scopes: Vec<_> = balancing.routing_preference().collect();
+    assert_eq!(scopes, [workload::load_balancing::Scope::Node]);
+    assert_eq!(balancing.health_policy(), workload::load_balancing::HealthPolicy::AllowAll);
+}
+
+#[test]
+fn an_affinity_that_is_no_time_is_refused() {
+    let id = ObjectId {
+        kind: Kind::Service,
+        namespace: "shop".to_owned(),
+        name: "web".to_owned(),
+    };
+    for seconds in [0, -1, 86_401] {
+        let affinity = serde_json::json!({"clientIP": {"timeoutSeconds": seconds}});
+        let spec = serde_json::json!({"sessionAffinity": "ClientIP", "sessionAffinityConfig": affinity});
+        let error = convert::parse(&id, &serde_json::json!({"kind": "Service", "spec": spec})).expect_err("no time");
+        assert!(
+            error.starts_with("spec.sessionAffinityConfig.clientIP.timeoutSeconds:"),
+            "{error}"
+        );
+    }
+}
+
+/// `internalTrafficPolicy: Local` asks for it.
+#[test]
+fn an_endpoint_that_is_no_pod_is_on_the_node_that_its_slice_names() {
+    let endpoint = "[{addresses: [192.0.2.9], nodeName: node-2}, {addresses: [192.0.2.8]}]";
+    let snapshot = compiled(&[&slice("s", endpoint)]);
+    let node = |address: &str| {
+        let name = format!("Kubernetes/discovery.k8s.io/EndpointSlice/shop/web/{address}");
+        let resource = &snapshot.types[ADDRESS_TYPE_URL].resources[&name];
+        match workload::Address::decode(resource.value.as_slice()).expect("address").r#type {
+            Some(workload::address::Type::Workload(workload)) => workload.node,
+            _ => panic!("no workload"),
+        }
+    };
+    assert_eq!((node("192.0.2.9").as_str(), node("192.0.2.8").as_str()), ("node-2", ""));
+}

@@ -1,0 +1,91 @@
+//! Which endpoint a client keeps (`sessionAffinity: ClientIP`). Pure: the time is given.
+
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+#[cfg(test)]
+mod tests;
+
+/// What connections have in common that go to one endpoint: as kube-proxy has it, each port of a service has its own.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct AffinityKey {
+    pub client: IpAddr,
+    pub service: Arc<str>,
+    pub port: u16,
+}
+
+#[derive(Debug)]
+struct Kept {
+    endpoint: Arc<str>,
+    until: Instant,
+}
+
+/// The endpoints that clients keep. A client's first one is chosen by its address, so that an agent that does not know of an earlier
+/// choice (it was restarted, or has no room) chooses the same while the endpoints are the same.
+#[derive(Debug)]
+pub struct Affinities {
+    kept: HashMap<AffinityKey, Kept>,
+    bound: usize,
+}
+
+impl Affinities {
+    #[must_use]
+    pub fn new(bound: usize) -> Self {
+        Self {
+            kept: HashMap::new(),
+            bound,
+        }
+    }
+
+    /// Takes the endpoint that the client keeps out of `candidates`, or where it is not among them the one that its address chooses.
+    /// A weight of 0 is never chosen.
+    pub fn take<T>(
+        &self,
+        key: &AffinityKey,
+        candidates: &mut Vec<T>,
+        name: impl Fn(&T) -> &str,
+        weight: impl Fn(&T) -> u32,
+        now: Instant,
+    ) -> Option<T> {
+        let kept = self.kept.get(key).filter(|kept| now < kept.until);
+        let is_kept = |candidate: &T| kept.is_some_and(|kept| *kept.endpoint == *name(candidate));
+        let usable = |candidate: &&T| weight(candidate) > 0;
+        let position = candidates
+            .iter()
+            .position(|candidate| is_kept(candidate) && usable(&candidate))
+            .or_else(|| {
+                let candidates = candidates.iter().enumerate().filter(|(_, candidate)| usable(candidate));
+                let scored = candidates.map(|(i, candidate)| (i, score(key, name(candidate), weight(candidate))));
+                scored.min_by(|(_, a), (_, b)| a.total_cmp(b)).map(|(i, _)| i)
+            })?;
+        Some(candidates.swap_remove(position))
+    }
+
+    /// The client was connected to this endpoint. False: there is no room to remember it.
+    #[must_use]
+    pub fn keep(&mut self, key: AffinityKey, endpoint: Arc<str>, now: Instant, timeout: Duration) -> bool {
+        if self.kept.len() >= self.bound && !self.kept.contains_key(&key) {
+            self.kept.retain(|_, kept| now < kept.until);
+            if self.kept.len() >= self.bound {
+                return false;
+            }
+        }
+        let until = now + timeout;
+        self.kept.insert(key, Kept { endpoint, until });
+        true
+    }
+}
+
+/// Weighted rendezvous hashing: the lowest is chosen, each as often as its weight says; one that is added or taken away changes the
+/// choice of those clients alone whose choice it is or was.
+fn score(key: &AffinityKey, endpoint: &str, weight: u32) -> f64 {
+    let mut hasher = DefaultHasher::new();
+    key.hash(&mut hasher);
+    endpoint.hash(&mut hasher);
+    // 53 bits are what a double holds; never 0, whose logarithm is none.
+    let uniform = ((hasher.finish() >> 11) as f64 + 0.5) / (1_u64 << 53) as f64;
+    -uniform.ln() / f64::from(weight)
+}
