@@ -4,6 +4,7 @@
 mod enrolment;
 mod metrics;
 pub mod own_readiness;
+mod trust;
 
 use std::io;
 use std::net::TcpListener;
@@ -29,7 +30,6 @@ use crate::capture::{self, Capture, CaptureConfig, Kubelet, boot_id, heap};
 use crate::config::{Credentials, LogFormat, RunArgs};
 use crate::discovery::transport::ControlPlane;
 use crate::discovery::{self, DiscoveryStatus, NodeName, Subscriptions, report};
-use crate::identity::Identity;
 use crate::identity::renewal::Certificates;
 use crate::identity::store::CertificateStore;
 use crate::local::handover::{self, Hello, Inherited, Offer};
@@ -39,9 +39,10 @@ use crate::pods::following::Followed;
 use crate::pods::{Pods, TrustDomain};
 use crate::proxy::limits::{CONNECTIONS_PER_POD, DESCRIPTORS_RESERVED};
 use crate::proxy::{Buffers, Limits, Proxy};
-use crate::state::{Settings, SharedState, State, service_name};
+use crate::state::{SharedState, State, service_name};
 use crate::telemetry::{AccessLog, Metrics};
 use metrics::AgentMetrics;
+use trust::Trust;
 
 /// How long background tasks may take to end after the drain.
 const TASKS_PATIENCE: Duration = Duration::from_secs(2);
@@ -444,40 +445,6 @@ async fn retry_when_connected(certificates: Arc<Certificates>, mut discovery: wa
     while discovery.wait_for(|status| status.connections > connections).await.is_ok() {
         connections = discovery.borrow_and_update().connections;
         certificates.retry_failed();
-    }
-}
-
-/// Whom the settings say to trust, for those who are no readers of the state.
-struct Trust {
-    state: Arc<SharedState>,
-    control: ControlPlane,
-    certificates: Arc<Certificates>,
-}
-
-impl Trust {
-    fn apply(&self) -> (Arc<Settings>, Vec<Identity>) {
-        let settings = self.state.read(|state| state.settings().clone());
-        self.control.trust(settings.trust_bundle.as_ref());
-        let dropped = self.certificates.trust(settings.trust_bundle.as_ref(), &settings.revoked);
-        (settings, dropped)
-    }
-
-    /// For ever.
-    async fn follow(self, proxy: Arc<Proxy>) {
-        let mut changed = self.state.changed();
-        let mut applied: Option<Arc<Settings>> = None;
-        loop {
-            changed.mark_unchanged();
-            let told = self.state.read(|state| state.settings().clone());
-            if !applied.as_ref().is_some_and(|applied| Arc::ptr_eq(applied, &told)) {
-                let (settings, dropped) = self.apply();
-                proxy.forget(&dropped);
-                applied = Some(settings);
-            }
-            if changed.changed().await.is_err() {
-                return;
-            }
-        }
     }
 }
 
