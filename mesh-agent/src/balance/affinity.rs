@@ -1,10 +1,11 @@
 //! Which endpoint a client keeps (`sessionAffinity: ClientIP`). Pure: the time is given.
 
 use std::collections::HashMap;
-use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use sha2::{Digest as _, Sha256};
 
 #[cfg(test)]
 mod tests;
@@ -80,12 +81,21 @@ impl Affinities {
 }
 
 /// Weighted rendezvous hashing: the lowest is chosen, each as often as its weight says; one that is added or taken away changes the
-/// choice of those clients alone whose choice it is or was.
+/// choice of those clients alone whose choice it is or was. The hash is the same in every build: an upgraded agent chooses the same.
 fn score(key: &AffinityKey, endpoint: &str, weight: u32) -> f64 {
-    let mut hasher = DefaultHasher::new();
-    key.hash(&mut hasher);
-    endpoint.hash(&mut hasher);
+    let mut hasher = Sha256::new();
+    match key.client {
+        IpAddr::V4(client) => hasher.update(client.octets()),
+        IpAddr::V6(client) => hasher.update(client.octets()),
+    }
+    hasher.update(key.port.to_be_bytes());
+    for text in [&key.service, endpoint] {
+        hasher.update((text.len() as u64).to_be_bytes());
+        hasher.update(text);
+    }
+    let mut first = [0; 8];
+    first.copy_from_slice(&hasher.finalize()[..8]);
     // 53 bits are what a double holds; never 0, whose logarithm is none.
-    let uniform = ((hasher.finish() >> 11) as f64 + 0.5) / (1_u64 << 53) as f64;
+    let uniform = ((u64::from_be_bytes(first) >> 11) as f64 + 0.5) / (1_u64 << 53) as f64;
     -uniform.ln() / f64::from(weight)
 }

@@ -54,8 +54,6 @@ pub(super) struct Enrolment {
     pub(super) unprotected: Vec<u64>,
     /// `None` until it is recovered: its listeners are not ours yet, and its connections are refused.
     pub(super) active: Option<Arc<PodNamespace>>,
-    /// [`Inner::let_go`] was called: nothing is put back.
-    pub(super) is_leaving: bool,
 }
 
 /// What an enrolment has made, before the runtime has it.
@@ -74,7 +72,6 @@ impl Enrolment {
             unprotected: record.open_before.clone(),
             record,
             active: None,
-            is_leaving: false,
         }
     }
 }
@@ -113,6 +110,7 @@ impl Inner {
             // A recovery that failed is tried again, with what was there before the *first* attempt.
             Some((record, false)) => Some(EnrolmentRecord {
                 pod: pod.clone(),
+                is_leaving: false,
                 ..record
             }),
             None => None,
@@ -127,6 +125,7 @@ impl Inner {
                 before: netns.run(routing::observe)?,
                 // Those that are opened in the moments until the capture stands are not in it.
                 open_before: netns.run(unprotected::open_connections)?,
+                is_leaving: false,
                 pod,
             },
         };
@@ -228,17 +227,25 @@ impl Inner {
         Ok(())
     }
 
-    pub(super) fn let_go(&self, uid: &str) -> Result<(), CaptureError> {
+    /// False: it is not served, and [`Inner::undo`] takes everything away in its turn; its link, by which it is found, as well.
+    pub(super) fn let_go(&self, uid: &str) -> Result<bool, CaptureError> {
         let _change = self.change.lock();
         let record = {
-            let mut pods = self.pods.lock();
-            // One that is not served is found by its link, which [`Inner::undo`] takes away in its turn.
-            let served = pods.get_mut(uid).filter(|enrolment| enrolment.active.is_some());
-            let Some(enrolment) = served else { return Ok(()) };
-            enrolment.is_leaving = true;
-            enrolment.record.clone()
+            let pods = self.pods.lock();
+            let served = pods.get(uid).filter(|enrolment| enrolment.active.is_some());
+            let Some(enrolment) = served else { return Ok(false) };
+            EnrolmentRecord {
+                is_leaving: true,
+                ..enrolment.record.clone()
+            }
         };
-        self.stop_capturing(&record)
+        // Written down first: without its link an agent that comes after could not tell whether the Pod lives.
+        self.enrolments.save(&record)?;
+        if let Some(enrolment) = self.pods.lock().get_mut(uid) {
+            enrolment.record.is_leaving = true;
+        }
+        self.stop_capturing(&record)?;
+        Ok(true)
     }
 
     fn stop_capturing(&self, record: &EnrolmentRecord) -> Result<(), CaptureError> {

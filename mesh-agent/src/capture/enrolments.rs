@@ -77,6 +77,9 @@ pub(super) struct EnrolmentRecord {
     /// Sockets by inode that were connected before: what goes over them is not protected.
     #[serde(default)]
     pub open_before: Vec<u64>,
+    /// Its release has begun: it is not put back, and an agent that finds it so completes that.
+    #[serde(default)]
+    pub is_leaving: bool,
 }
 
 #[derive(Debug)]
@@ -228,6 +231,7 @@ mod tests {
                 settings: vec![("net/ipv4/fwmark_reflect".into(), "0".into())],
             },
             open_before: vec![4711],
+            is_leaving: false,
         }
     }
 

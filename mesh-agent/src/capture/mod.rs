@@ -339,12 +339,12 @@ impl Capture {
         blocking(move || inner.enroll(pod, netns)).await?.into_captured()
     }
 
-    /// The first half of a release: new connections of the Pod go past the agent, whose listeners still serve what comes by them. The
-    /// record stays: an agent that dies before [`Self::release`] leaves a Pod that is captured again.
+    /// The first half of a release: new connections of the Pod go past the agent, whose listeners still serve what comes by them. Where
+    /// the agent dies before [`Self::release`], the next one completes it. False: the Pod is not served, and nothing was done.
     ///
     /// # Errors
     /// Something could not be undone; releasing completes it.
-    pub async fn let_go(&self, uid: &str) -> Result<(), CaptureError> {
+    pub async fn let_go(&self, uid: &str) -> Result<bool, CaptureError> {
         let (inner, uid) = (Arc::clone(&self.inner), uid.to_owned());
         blocking(move || inner.let_go(&uid)).await
     }

@@ -75,6 +75,10 @@ impl Inner {
     /// `None`: the namespace is gone, and what it left is released.
     fn resume(&self, record: EnrolmentRecord, until: Instant) -> Result<Option<Established>, CaptureError> {
         let uid = record.pod.uid.clone();
+        if record.is_leaving {
+            tracing::info!(uid, "an earlier agent had begun to release the Pod: it is released");
+            return self.undo(&uid).map(|()| None);
+        }
         let resumed = self.locate(&record, until).and_then(|place| match place {
             Place::Living(netns) => self.establish(record, netns).map(Some),
             Place::Gone => {

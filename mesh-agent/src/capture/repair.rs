@@ -31,7 +31,7 @@ impl Inner {
         let (record, network, listeners) = {
             let pods = self.pods.lock();
             let enrolment = pods.get(uid);
-            if enrolment.is_some_and(|e| e.is_leaving) {
+            if enrolment.is_some_and(|e| e.record.is_leaving) {
                 return Ok(Repairs::default());
             }
             let served = enrolment.and_then(|e| Some((e.record.clone(), e.active.clone()?, e.listeners)));
@@ -100,7 +100,7 @@ impl Inner {
         let slot = {
             let pods = self.pods.lock();
             pods.get(uid)
-                .filter(|e| e.active.is_some() && !e.is_leaving)
+                .filter(|e| e.active.is_some() && !e.record.is_leaving)
                 .map(|e| e.record.slot)
         };
         // Released meanwhile.

@@ -111,13 +111,15 @@ impl Following {
         let enrolled = self.pods.known();
         let plan = plan(list, &enrolled);
         self.pods.ended.lock().retain(|uid| list.pods.contains_key(uid));
-        self.attempts
-            .retain(|uid, _| plan.find.contains(uid) || plan.release.contains(uid) || plan.vanished.contains(uid));
+        let in_plan = [&plan.find, &plan.release, &plan.complete, &plan.vanished];
+        self.attempts.retain(|uid, _| in_plan.iter().any(|uids| uids.contains(uid)));
         self.show(list, &plan);
         let now = Instant::now();
         let is_due = |uid: &&Arc<str>| self.attempts.get(*uid).is_none_or(|attempt| attempt.due <= now);
         let leaving = plan.release.iter().filter(is_due).cloned();
         let mut release: Vec<(Arc<str>, Duration)> = leaving.map(|uid| (uid, LEAVING_GRACE)).collect();
+        let begun = plan.complete.iter().filter(is_due).cloned();
+        release.extend(begun.map(|uid| (uid, Duration::ZERO)));
         let vanished: Vec<Arc<str>> = plan.vanished.iter().filter(is_due).cloned().collect();
         let find: Vec<Arc<str>> = plan.find.iter().filter(is_due).cloned().collect();
         let mut outcomes: Vec<(Arc<str>, Result<(), Failure>)> = Vec::new();
@@ -284,6 +286,7 @@ impl Pods {
                 origin: enrolled.pod.origin,
                 netns_cookie: enrolled.netns_cookie,
                 is_proven: enrolled.standing.proof() == Proof::Proven,
+                is_leaving: enrolled.is_leaving,
             };
             (uid.clone(), known)
         });

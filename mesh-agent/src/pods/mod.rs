@@ -87,6 +87,8 @@ struct Enrolled {
     handle: Option<PodProxyHandle>,
     /// Ends its proofs.
     stop: CancellationToken,
+    /// A release has begun, and is to be completed before anything else.
+    is_leaving: bool,
 }
 
 /// A Pod as the admin dump shows it.
@@ -192,6 +194,9 @@ impl Pods {
 
     /// To be awaited to its end. What is enrolled already stays as it is.
     async fn capture_in(self: &Arc<Self>, uid: &Arc<str>, pod: PodToEnroll, netns: NetNamespace) -> Result<(), PodError> {
+        if self.known().get(uid).is_some_and(|known| known.is_leaving) {
+            self.clone().release(uid).await?;
+        }
         let _change = self.exclusively(uid).await?;
         match self.capture.enroll_in(pod, netns).await {
             Ok(captured) => {
@@ -237,12 +242,19 @@ impl Pods {
     async fn release_after(self: Arc<Self>, uid: &str, grace: Duration) -> Result<bool, PodError> {
         let uid: Arc<str> = uid.into();
         let _change = self.exclusively(&uid).await?;
-        if let Some(enrolled) = self.enrolled.lock().get(&uid) {
+        if let Some(enrolled) = self.enrolled.lock().get_mut(&uid) {
             enrolled.stop.cancel();
+            enrolled.is_leaving = true;
+            enrolled.standing.leave();
+            self.metrics
+                .set_pod_protected(&enrolled.pod.namespace, &enrolled.pod.name, false);
         }
+        // Whatever fails from here on: nobody takes it for protected.
+        self.publish();
         // Before the listeners close: whoever was still sent to them would be refused.
-        self.capture.let_go(&uid).await?;
-        sleep(grace).await;
+        if self.capture.let_go(&uid).await? {
+            sleep(grace).await;
+        }
         let handle = self.enrolled.lock().get_mut(&uid).and_then(|enrolled| enrolled.handle.take());
         if let Some(handle) = handle {
             handle.shutdown().await;
@@ -408,6 +420,7 @@ impl Pods {
             standing: Standing::new(recovered, reason),
             handle,
             stop: stop.clone(),
+            is_leaving: false,
         };
         if let Some(before) = self.enrolled.lock().insert(uid.clone(), enrolled) {
             before.stop.cancel();

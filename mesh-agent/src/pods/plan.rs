@@ -12,6 +12,8 @@ pub(super) struct Known {
     pub origin: Origin,
     pub netns_cookie: u64,
     pub is_proven: bool,
+    /// A release of it has begun.
+    pub is_leaving: bool,
 }
 
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -21,6 +23,8 @@ pub(super) struct Plan {
     pub find: Vec<Arc<str>>,
     /// Listed as no members: at once.
     pub release: Vec<Arc<str>>,
+    /// Whose release has begun and did not end: before anything else, whatever they are listed as by now.
+    pub complete: Vec<Arc<str>>,
     /// Not listed any longer: once no process is in their namespace. A control plane that lags behind another one does not know the
     /// newest Pods, and the processes of a Pod can outlive its object.
     pub vanished: Vec<Arc<str>>,
@@ -33,7 +37,7 @@ pub(super) fn plan(list: &NodeList, enrolled: &BTreeMap<Arc<str>, Known>) -> Pla
     for (uid, pod) in list.pods.iter().filter(|(_, pod)| pod.is_member) {
         let is_settled = enrolled
             .get(uid)
-            .is_some_and(|known| known.is_proven || known.origin == Origin::Local);
+            .is_some_and(|known| known.is_proven || known.is_leaving || known.origin == Origin::Local);
         if is_settled {
             continue;
         }
@@ -46,6 +50,10 @@ pub(super) fn plan(list: &NodeList, enrolled: &BTreeMap<Arc<str>, Known>) -> Pla
     for (uid, known) in enrolled {
         // Who was enrolled by hand is released by hand.
         if known.origin == Origin::Local {
+            continue;
+        }
+        if known.is_leaving {
+            plan.complete.push(uid.clone());
             continue;
         }
         match list.pods.get(uid) {
@@ -92,6 +100,7 @@ mod tests {
                 origin: *origin,
                 netns_cookie: 1,
                 is_proven: *is_proven,
+                is_leaving: false,
             };
             (Arc::from(*uid), known)
         };
@@ -123,6 +132,22 @@ mod tests {
         assert_eq!(names(&plan.find), ["lost", "new"]);
         assert_eq!(plan.waiting, 1);
         assert_eq!(names(&plan.release), [""; 0]);
+    }
+
+    #[test]
+    fn a_release_that_has_begun_is_completed_whatever_the_list_says() {
+        let list = list(&[
+            ("again-a-member", true, true),
+            ("no-member", false, true),
+            ("by-hand", true, true),
+        ]);
+        let pods = ["again-a-member", "no-member", "not-listed"].map(|uid| (uid, Origin::Following, true));
+        let mut enrolled = enrolled(&pods);
+        enrolled.extend(self::enrolled(&[("by-hand", Origin::Local, true)]));
+        enrolled.values_mut().for_each(|known| known.is_leaving = true);
+        let plan = plan(&list, &enrolled);
+        assert_eq!(names(&plan.complete), ["again-a-member", "no-member", "not-listed"]);
+        assert_eq!((plan.find, plan.release, plan.vanished), (vec![], vec![], vec![]));
     }
 
     #[test]

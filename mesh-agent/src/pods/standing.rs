@@ -55,6 +55,14 @@ impl Standing {
         }
     }
 
+    /// Its release has begun: it is protected no longer.
+    pub(super) fn leave(&mut self) {
+        if self.proof == Proof::Proven {
+            self.proof = Proof::Lost;
+        }
+        self.reason = "it is being released".to_owned();
+    }
+
     pub(super) fn settle(&mut self, outcome: Result<(), String>) -> Turn {
         match outcome {
             Ok(()) => {

@@ -72,3 +72,48 @@ async fn each_piece_that_is_taken_away_is_put_back() {
     assert_eq!(capture.repair("uid-1").await.unwrap(), Repairs::default());
     assert!(capture.release("uid-1").await.unwrap());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_release_that_has_begun_is_completed_by_the_next_agent() {
+    let Some(bed) = Bed::new("a_release_that_has_begun_is_completed_by_the_next_agent") else {
+        return;
+    };
+    let before = bed.snapshot();
+    let capture = bed.start();
+    let mut tasks = serve(&capture, capture.enroll(bed.pod("uid-1")).await.unwrap());
+    capture.prove("uid-1").await.unwrap();
+    let hand = Kernel::load(&bed.kernel_config()).unwrap();
+    let steered = || {
+        hand.counters()
+            .into_iter()
+            .find(|(name, _)| *name == "steered_plaintext")
+            .unwrap()
+            .1
+    };
+    let application = bed.application("[::]:8080");
+    assert!(!capture.let_go("uid-2").await.unwrap(), "nobody of that name is served");
+    let served = steered();
+    assert!(served > 0, "its proofs are steered");
+    assert!(capture.let_go("uid-1").await.unwrap());
+    let is_open = || hand.pods().unwrap().is_empty() && hand.attached_pods().unwrap().is_empty();
+    assert!(is_open(), "the kernel still captures it");
+    let client = timeout(A_WHILE, TcpStream::connect((POD_V4, 8080))).await.unwrap().unwrap();
+    let (_served, peer) = timeout(A_WHILE, application.accept()).await.unwrap().unwrap();
+    assert_eq!((peer.port(), steered()), (client.local_addr().unwrap().port(), served));
+    // Whoever still takes it for a member reaches the agent.
+    drop(timeout(A_WHILE, TcpStream::connect((POD_V4, 15008))).await.unwrap().unwrap());
+    // What was let go is not put back, and beginning again changes nothing.
+    assert_eq!(capture.repair("uid-1").await.unwrap(), Repairs::default());
+    assert!(capture.let_go("uid-1").await.unwrap());
+    assert!(is_open(), "a repair captured it again");
+
+    // The agent ends before it has completed it.
+    drop((client, application));
+    tasks.shutdown().await;
+    drop(capture);
+    let capture = bed.start();
+    assert!(capture.recover().await.is_empty(), "it is captured again");
+    assert!(is_open());
+    settle_to(&bed, &before).await;
+    assert!(!capture.release("uid-1").await.unwrap(), "its record stays");
+}

@@ -105,3 +105,18 @@ fn at_the_bound_nothing_is_pushed_out_but_what_is_over() {
     assert_eq!(affinities.kept.len(), 2);
     assert!(affinities.kept.contains_key(&key(2)));
 }
+
+/// As every build chooses: whom an agent of another version serves keeps its endpoint.
+#[test]
+fn choices_are_the_same_in_every_build() {
+    let affinities = Affinities::new(0);
+    let chosen: String = (0..16)
+        .map(|client| choice(&affinities, &key(client), &["a", "b", "c"], Instant::now()).unwrap())
+        .collect();
+    assert_eq!(chosen, "bcabbbaabaabbaaa");
+    let of_v6 = AffinityKey {
+        client: "fd00::1".parse().unwrap(),
+        ..key(0)
+    };
+    assert_eq!(choice(&affinities, &of_v6, &["a", "b", "c"], Instant::now()), Some("a"));
+}
