@@ -1,4 +1,4 @@
-//! New connections without a pause, for as long as agents come and go.
+//! New connections without a pause, while something is done to agents or Pods.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;

@@ -31,8 +31,8 @@ pub fn skip(why: &str) -> anyhow::Error {
 /// A named check on what the suite shares.
 pub type Check<T> = (&'static str, fn(&mut T) -> Result<()>);
 
-/// Runs a suite: the set-up, every check (those whose `suite::name` contains an argument, if there is one), the tear-down. A machine that lacks something
-/// skips all checks, saying what it lacks.
+/// Runs a suite: the set-up, every check (those whose `suite::name` contains an argument, if there is one), the tear-down. A machine that
+/// lacks something skips all checks, saying what it lacks.
 #[must_use]
 pub fn run<T>(
     suite: &str,

@@ -35,6 +35,7 @@ fn main() -> ExitCode {
                 "a_pod_that_runs_is_enrolled_live_and_released_as_it_was",
                 live::joins_and_leaves,
             ),
+            ("a_release_that_fails_is_completed_before_anything_else", live::release_fails),
             ("a_process_of_a_pod_in_anothers_namespace_enrols_nothing", live::wrong_pairing),
             ("a_namespace_that_a_pod_makes_with_its_address_is_no_pods", live::decoy),
             ("what_cannot_be_enrolled_is_said", live::refused),

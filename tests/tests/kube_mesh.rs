@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use mesh_tests::kube::{APP_IMAGE, Cluster, culvert};
+use mesh_tests::kube::{Cluster, culvert, manifests};
 use mesh_tests::poll;
 use mesh_tests::readme;
 use mesh_tests::suite;
@@ -77,27 +77,7 @@ fn readme(cluster: &Cluster, with: &str) -> Result<String> {
 }
 
 fn pod(name: &str, node: u8, command: &str) -> String {
-    format!(
-        r#"
-apiVersion: v1
-kind: ServiceAccount
-metadata: {{name: {name}, namespace: {SHOP}}}
----
-apiVersion: v1
-kind: Pod
-metadata: {{name: {name}, namespace: {SHOP}, labels: {{app: {name}}}}}
-spec:
-  serviceAccountName: {name}
-  nodeSelector: {{kubernetes.io/hostname: node-{node}}}
-  terminationGracePeriodSeconds: 1
-  containers:
-    - name: app
-      image: {APP_IMAGE}
-      command: {command}
-      resources: {{requests: {{cpu: 10m, memory: 8Mi}}, limits: {{memory: 64Mi}}}}
----
-"#
-    )
+    manifests::pod(SHOP, name, node, &format!("app: {name}"), command, "")
 }
 
 fn server(name: &str, node: u8) -> String {

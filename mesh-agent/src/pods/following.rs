@@ -25,9 +25,9 @@ const LONGEST_RETRY: Duration = Duration::from_secs(10);
 const PACE: Duration = Duration::from_millis(50);
 /// Without any change, before everything is compared again.
 const IDLE: Duration = Duration::from_secs(5);
-/// Enrolments and releases at a time.
+/// Enrolments at a time.
 const CONCURRENT: usize = 8;
-/// They mostly wait.
+/// Releases at a time, which mostly wait for [`LEAVING_GRACE`].
 const CONCURRENT_RELEASES: usize = 64;
 
 /// How following stands, for metrics and the admin dump.

@@ -96,6 +96,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn one_that_leaves_is_protected_no_longer() {
+        for (outcome, left) in [(Ok(()), Proof::Lost), (Err("why".to_owned()), Proof::Pending)] {
+            let mut standing = Standing::new(false, "new".to_owned());
+            standing.settle(outcome);
+            standing.leave();
+            assert_eq!((standing.proof(), standing.reason()), (left, "it is being released"));
+        }
+    }
+
+    #[test]
     fn a_pod_stands_where_its_proofs_say() {
         use Proof::{Lost, Pending, Proven};
         // Recovered; the outcomes (+ a proof, - a failure); after each, where it stands.

@@ -17,6 +17,7 @@ pub mod faults;
 mod hierarchies;
 mod image;
 mod kubectl;
+pub mod manifests;
 mod node;
 mod node_config;
 pub mod node_init;

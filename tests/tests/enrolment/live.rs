@@ -188,11 +188,10 @@ pub fn joins_and_leaves(mesh: &mut Mesh) -> Result<()> {
     ensure!(inwards.ask("restarted", SOON)? == "restarted");
 
     // The agent of now did not enrol it, and knows all the same that it may release it.
-    let loads = [("client", "walker"), ("walker", "client")].map(|(from, to)| Load::start(mesh, from, to));
+    let loads = [Load::start(mesh, "client", "walker")?, Load::start(mesh, "walker", "client")?];
     label(mesh, "late", "disabled")?;
     poll::until_true("the Pod is released", SOON, || Ok(mesh.listed("walker")?.is_none()))?;
     for load in loads {
-        let load = load?;
         load.wait_for(100)?;
         let (made, failures) = load.finish()?;
         ensure!(
@@ -216,6 +215,42 @@ pub fn joins_and_leaves(mesh: &mut Mesh) -> Result<()> {
     );
     drop(inwards);
     walker.end(mesh)
+}
+
+/// It counts as protected no longer, and once it can be completed it is, though the Pod is a member again by then.
+pub fn release_fails(mesh: &mut Mesh) -> Result<()> {
+    label(mesh, "stumble", "enabled")?;
+    let stumbler = Running::start(mesh, "stumbler", "stumble", 47)?;
+    wait_until_proven(mesh, "stumbler")?;
+    mesh.wait_for_tunnel("client", "stumbler")?;
+    // Where the new form of its record would be written.
+    let in_the_way = mesh
+        .topology
+        .node(NODE)
+        .run_dir()
+        .join(format!("pods/{}.json.new", uid("stumbler")));
+    std::fs::create_dir(&in_the_way)?;
+    label(mesh, "stumble", "disabled")?;
+    let why = poll::until("the agent says why the Pod is not released", SOON, || {
+        said(mesh, "failing", "stumble/stumbler")
+    })?;
+    ensure!(why.contains("writing an enrolment's record"), "{why}");
+    let is_proven = || {
+        let listed = mesh.listed("stumbler")?.context("it was released")?;
+        Ok::<_, anyhow::Error>(listed["proven"] == true)
+    };
+    ensure!(!is_proven()?, "it counts as protected");
+    label(mesh, "stumble", "enabled")?;
+    let failures = || mesh.metric(NODE, "mesh_following_failures_total", &[]);
+    let before = failures()?;
+    poll::until_true("it is tried again", SOON, || Ok(failures()? > before))?;
+    ensure!(!is_proven()?, "it counts as protected, and its release has not ended");
+    std::fs::remove_dir(&in_the_way)?;
+    poll::until_true("it is released, and enrolled anew", PATIENTLY, || {
+        Ok(mesh.listed("stumbler")?.is_some_and(|listed| listed["proven"] == true))
+    })?;
+    mesh.wait_for_tunnel("client", "stumbler")?;
+    stumbler.end(mesh)
 }
 
 /// What a process is in decides, not what its cgroup is called: of another Pod's namespace nothing is taken.

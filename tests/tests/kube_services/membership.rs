@@ -74,6 +74,17 @@ pub fn asks_out(world: &mut World) -> Result<()> {
     world.until_proven(&["out"])?;
     world
         .kubectl()
+        .run(&["-n", SHOP, "label", "pod", "out", "culvert.dev/mesh=disabled"])?;
+    poll::until_true("it is out again", PATIENCE, || {
+        let is_enrolled = world.metric(2, "mesh_pod_protected", &["pod=\"out\""])?.is_some();
+        Ok(culvert::capture(&world.cluster, SHOP, "out")?.is_null() && !is_enrolled)
+    })?;
+    ensure!(
+        world.ask_one("out", "http://web/", 1)?[0].starts_with("web-"),
+        "once it has left it reaches nobody"
+    );
+    world
+        .kubectl()
         .run(&["-n", SHOP, "delete", "pod", "out", "--wait=false"])
         .map(drop)
 }

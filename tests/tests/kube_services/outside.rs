@@ -102,6 +102,18 @@ pub fn permissive(world: &mut World) -> Result<()> {
             "{url}: the application sees {body}"
         );
     }
+    // A Pod of the mesh that asks for such an address leaves the mesh by it.
+    let by_node = format!("{two}:{CLUSTER_PORT}");
+    ensure!(
+        world.ask_one("client", &format!("http://{by_node}/"), 1)? == ["far"],
+        "a Pod of the mesh, by a node's port"
+    );
+    world.until_logged("it was let out in clear", |line| {
+        line["source_workload"] == "client"
+            && line["direction"] == "outbound"
+            && line["destination_address"] == by_node
+            && line["path"] == "passthrough"
+    })?;
     // So is a Pod on the node's own network, through a Service and by the Pod's address.
     let far = world.cluster.pod_address(SHOP, "far")?;
     for url in [format!("http://{far}:8080/"), format!("http://open.{SHOP}/")] {

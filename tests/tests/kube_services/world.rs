@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use mesh_tests::kube::{APP_IMAGE, Cluster, culvert};
+use mesh_tests::kube::{Cluster, culvert, manifests};
 use mesh_tests::poll;
 use serde_json::Value;
 
@@ -110,30 +110,9 @@ impl World {
     }
 }
 
-/// A Pod with a service account of its name. `spec`: more lines of its spec, indented by two.
+/// As [`manifests::pod`], of [`SHOP`].
 pub fn pod(name: &str, node: u8, labels: &str, command: &str, spec: &str) -> String {
-    format!(
-        r#"
-apiVersion: v1
-kind: ServiceAccount
-metadata: {{name: {name}, namespace: {SHOP}}}
----
-apiVersion: v1
-kind: Pod
-metadata: {{name: {name}, namespace: {SHOP}, labels: {{{labels}}}}}
-spec:
-  serviceAccountName: {name}
-  nodeSelector: {{kubernetes.io/hostname: node-{node}}}
-  terminationGracePeriodSeconds: 1
-{spec}
-  containers:
-    - name: app
-      image: {APP_IMAGE}
-      command: {command}
-      resources: {{requests: {{cpu: 1m, memory: 4Mi}}, limits: {{memory: 64Mi}}}}
----
-"#
-    )
+    manifests::pod(SHOP, name, node, labels, command, spec)
 }
 
 /// One whose container declares its HTTP port by the name "http".
