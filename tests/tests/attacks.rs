@@ -13,7 +13,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use mesh_common::{OUTBOUND_PORT, PLAINTEXT_INBOUND_PORT};
 use mesh_tests::access_log::text;
 use mesh_tests::app::ECHO_PORT;
@@ -356,23 +356,26 @@ fn local_socket(shared: &mut Shared) -> Result<()> {
 
 /// As a successor would ask; the running agent answers it with descriptors, or with why not.
 fn handover_socket(shared: &mut Shared) -> Result<()> {
-    const ASK: &str = "import socket, struct, sys
+    let hello = br#"{"version":0,"node":"node-2","pin_path":"/"}"#;
+    let length = u32::try_from(hello.len())?.to_be_bytes();
+    without_rights(shared, "handover.sock", |_, nobody, socket| {
+        expect_no_answer(nobody, socket, "a successor", &[&length, &hello[..]].concat())
+    })
+}
+
+fn expect_no_answer(nobody: &Place, socket: &Path, who: &str, request: &[u8]) -> Result<()> {
+    const ASK: &str = "import socket, sys
 s = socket.socket(socket.AF_UNIX)
 s.settimeout(10)
 s.connect(sys.argv[1])
-hello = b'{\"version\":0,\"node\":\"node-2\",\"pin_path\":\"/\"}'
 try:
-    s.sendall(struct.pack('>I', len(hello)) + hello)
+    s.sendall(bytes.fromhex(sys.argv[2]))
     data = s.recv(4096)
 except (ConnectionResetError, BrokenPipeError): data = b''
 print(len(data))";
-    without_rights(shared, "handover.sock", |_, nobody, socket| {
-        let socket = socket.to_str().context("a path")?;
-        let output = nobody.run(Path::new(PYTHON), &["-c", ASK, socket], COMMAND_DEADLINE)?;
-        let answered = output.ok("the false successor")?;
-        if answered.trim() != "0" {
-            bail!("the agent answered a successor without rights");
-        }
-        Ok(())
-    })
+    let request: String = request.iter().map(|byte| format!("{byte:02x}")).collect();
+    let arguments = ["-c", ASK, socket.to_str().context("a path")?, &request];
+    let output = nobody.run(Path::new(PYTHON), &arguments, COMMAND_DEADLINE)?;
+    ensure!(output.ok(who)?.trim() == "0", "the agent answered {who} without rights");
+    Ok(())
 }

@@ -16,7 +16,7 @@ use mesh_tests::access_log::text;
 use mesh_tests::app::{CLOSED_PORT, ECHO_PORT};
 use mesh_tests::demo::PODS;
 use mesh_tests::exposition::{self, Family};
-use mesh_tests::manifests::spiffe_id;
+use mesh_tests::manifests::{policy, spiffe_id};
 use mesh_tests::mesh::Mesh;
 use mesh_tests::poll::{self, SOON};
 use mesh_tests::suite;
@@ -236,6 +236,7 @@ fn gauges(mesh: &mut Mesh) -> Result<()> {
             "no version of {kind}"
         );
     }
+    expect_version_to_follow(mesh)?;
     ensure!(
         metric("mesh_tunnels_open", &[("direction", "outbound")])? >= 1.0,
         "no tunnel is open"
@@ -269,6 +270,30 @@ fn gauges(mesh: &mut Mesh) -> Result<()> {
         let since_killed = killed.elapsed().as_secs_f64();
         Ok(connected && age(mesh)? < since_killed)
     })
+}
+
+/// The version that the agent says to enforce is another one once a policy has come, and once it has gone.
+fn expect_version_to_follow(mesh: &Mesh) -> Result<()> {
+    let version = || {
+        let page = mesh.metrics(NodeName::One)?;
+        let of_policies =
+            |line: &&str| line.starts_with("mesh_discovery_enforced_info{") && line.contains("type=\"Authorization\"");
+        let line = page.lines().find(of_policies).context("no version of Authorization")?;
+        Ok::<_, anyhow::Error>(line.to_owned())
+    };
+    let file = "said-in-a-version.yaml";
+    let mut before = version()?;
+    for comes in [true, false] {
+        if comes {
+            mesh.registry
+                .write(file, &policy("said-in-a-version", "nobody", "Allow", "[]"))?;
+        } else {
+            mesh.registry.remove(file)?;
+        }
+        poll::until_true("the version of the policies is another", SOON, || Ok(version()? != before))?;
+        before = version()?;
+    }
+    Ok(())
 }
 
 /// Of the tunnel from the client to the server, as the client's node counts.

@@ -176,6 +176,18 @@ impl ProxyError {
     }
 }
 
+/// A tunnel that this side ended since its peer did not answer a ping, in metrics.
+pub(super) const UNANSWERED: &str = "unanswered";
+
+/// Why this side ended a tunnel whose peer breaks its bounds or the protocol, in metrics. `None`: the peer ended it, or the network.
+pub(super) fn ended_for(error: &h2::Error) -> Option<&'static str> {
+    // Of the h2 library, which watches over streams that are reset, headers that do not end, and small frames.
+    let is_flood = error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM);
+    error
+        .is_library()
+        .then_some(if is_flood { "flood" } else { "protocol_error" })
+}
+
 impl Refusal {
     #[must_use]
     pub fn reason(self) -> &'static str {

@@ -16,7 +16,7 @@ use tokio::time::{Instant, interval, sleep};
 use super::authorize::{authorize, confirm_source, still_proven};
 use super::buffers::Windows;
 use super::copy::{self, End, Incoming};
-use super::error::{Phase, ProxyError, Refusal, ResetBy};
+use super::error::{Phase, ProxyError, Refusal, ResetBy, UNANSWERED, ended_for};
 use super::limits::{
     CONNECTION_WINDOW_BYTES, EARLY_BYTES, FRAME_BYTES, HEADER_LIST_BYTES, SEND_BUFFER_BYTES, STREAMS_PER_INBOUND_TUNNEL,
 };
@@ -156,12 +156,16 @@ async fn serve_streams<T: AsyncRead + AsyncWrite + Unpin>(
                 }
                 Some(Err(error)) => {
                     tracing::debug!(%error, peer = %tunnel.peer, "tunnel ended");
+                    if let Some(why) = ended_for(&error) {
+                        proxy.metrics.count_tunnel(why);
+                    }
                     return;
                 }
                 None => return,
             },
             () = &mut lost => {
                 tracing::debug!(peer = %tunnel.peer, "the tunnel's peer no longer answers");
+                proxy.metrics.count_tunnel(UNANSWERED);
                 return;
             }
             () = windows.changed() => windows.apply(|size| connection.set_initial_window_size(size)),

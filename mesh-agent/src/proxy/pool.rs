@@ -18,7 +18,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::buffers::Windows;
-use super::error::{Phase, ProxyError, Refusal};
+use super::error::{Phase, ProxyError, Refusal, UNANSWERED, ended_for};
 use super::limits::{
     CONNECTION_WINDOW_BYTES, FRAME_BYTES, HEADER_LIST_BYTES, Limits, SEND_BUFFER_BYTES, STREAMS_PER_OUTBOUND_TUNNEL,
 };
@@ -358,15 +358,23 @@ impl Driver {
         tokio::pin!(lost, idle);
         let result = loop {
             tokio::select! {
-                result = &mut connection => break result.map_err(ProxyError::from),
-                () = &mut lost => break Err(ProxyError::Timeout(Phase::Response)),
+                result = &mut connection => {
+                    break result.map_err(|error| {
+                        let why = ended_for(&error);
+                        (ProxyError::from(error), why)
+                    });
+                }
+                () = &mut lost => break Err((ProxyError::Timeout(Phase::Response), Some(UNANSWERED))),
                 // Retired, nobody holds it but its last streams, whose end closes it.
                 () = &mut idle => break Ok(()),
                 () = windows.changed() => windows.apply(|size| connection.set_initial_window_size(size)),
             }
         };
-        if let Err(error) = result {
+        if let Err((error, why)) = result {
             tracing::debug!(%error, destination = %self.key.destination, "tunnel ended");
+            if let Some(why) = why {
+                self.pool.metrics.count_tunnel(why);
+            }
         }
     }
 

@@ -419,7 +419,7 @@ impl Metrics {
         counters.with_label_values(&[name])
     }
 
-    /// `event`: "opened", "accepted", or the reason why a tunnel failed.
+    /// `event`: "opened", "accepted", or why a tunnel failed or, open, was ended by this side.
     pub fn count_tunnel(&self, event: &'static str) {
         self.tunnel_events.with_label_values(&[event]).inc();
     }

@@ -1,8 +1,11 @@
 //! The backstop follows a Pod's life: attached at the node's ends of its veths, put back, taken over, and gone with the release.
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
+use ipnet::IpNet;
 use mesh_agent::capture::Backstop;
+use mesh_common::limits::MAX_MESH_DESTINATIONS;
 
 use super::*;
 
@@ -62,6 +65,24 @@ async fn a_backstop_comes_and_goes_with_the_enrolment() {
         "{summary:?} {kept:?}"
     );
     assert!(!is_dropped(&bed, &bed.start()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn more_of_the_mesh_than_the_map_takes_is_counted() {
+    let Some(bed) = Bed::new("more_of_the_mesh_than_the_map_takes_is_counted") else {
+        return;
+    };
+    let capture = bed.start();
+    let times_full = || {
+        let counters = capture.counters();
+        counters.iter().find(|(name, _)| *name == "mesh_destinations_full").unwrap().1
+    };
+    for (prefixes, full) in [(MAX_MESH_DESTINATIONS - 1, 0), (MAX_MESH_DESTINATIONS, 1)] {
+        let addresses = (0..prefixes).map(|n| IpAddr::from(Ipv4Addr::from(0x0b00_0000 + n)));
+        let prefixes = addresses.map(|address| (IpNet::from(address), true)).collect();
+        capture.set_mesh_destinations(prefixes).await.unwrap();
+        assert_eq!(times_full(), full);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,6 +4,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use mesh_tests::access_log::{Position, text};
@@ -12,6 +13,7 @@ use mesh_tests::manifests::{pod_uid, policy, principal, spiffe_id};
 use mesh_tests::mesh::{Mesh, PodSpec};
 use mesh_tests::poll;
 use mesh_tests::process::{Process, tail};
+use mesh_tests::suite;
 use mesh_tests::topology::{NodeName, WORLD_V4};
 use serde_json::Value;
 
@@ -57,8 +59,10 @@ pub fn address_reused(shared: &mut Shared) -> Result<()> {
 
     // On the same node, in order: released, then made anew.
     let mut gone = vec![from_first.stop()];
+    let start = Instant::now();
     mesh.delete_pod("first")?;
     mesh.add_pod_at(&SECOND, REUSED)?;
+    say_how_soon("on the same node", start);
     let from_second = Insistence::start(mesh, "second", server, "from-second")?;
     wait_for_all(&towards, "second")?;
     from_second.wait_for_refusals()?;
@@ -67,10 +71,12 @@ pub fn address_reused(shared: &mut Shared) -> Result<()> {
     // its address is another's.
     cut_off(mesh, "add")?;
     gone.push(from_second.stop());
+    let start = Instant::now();
     mesh.stop_server("second");
     mesh.registry.remove("pod-second.yaml")?;
     mesh.topology.remove_pod("second");
     mesh.add_pod_at(&THIRD, REUSED)?;
+    say_how_soon("on the other node", start);
     let stale = NodeName::ALL.map(|node| mesh.access_log(node).position());
     let from_third = Insistence::start(mesh, "third", server, "from-third")?;
     let to_stale = Insistence::start(mesh, "third", local, "to-stale")?;
@@ -124,6 +130,14 @@ pub fn address_reused(shared: &mut Shared) -> Result<()> {
     mesh.delete_pod("third")?;
     mesh.registry.remove("only-first.yaml")?;
     mesh.wait_for_tunnel("client", "server")
+}
+
+/// Enrolment included: the address itself is there before. Said and not asserted, for the machine may have other work.
+fn say_how_soon(place: &str, since: Instant) {
+    let seconds = since.elapsed().as_secs_f32();
+    suite::say(&format!(
+        "{place}: another Pod with the address is in the mesh {seconds:.1} s after the end of the one before began"
+    ));
 }
 
 /// Between the first node and the control plane nothing passes, either way.

@@ -208,6 +208,24 @@ fn what_is_held_fits_the_request_that_resumes_it() {
 }
 
 #[test]
+fn so_many_resources_are_held_and_no_more() {
+    let mut subscription = Subscription::new(TYPE);
+    let all = (0..=MAX_RESOURCES).map(|i| resource(&i.to_string(), "1")).collect();
+    let received = receive(&mut subscription, response("1", all, &[]));
+    let complaint = received.reply.error_detail.unwrap().message;
+    assert!(complaint.contains("more than 100000 resources of this type"), "{complaint}");
+    assert_eq!(received.changes.len(), MAX_RESOURCES);
+    assert_eq!(subscription.held(), MAX_RESOURCES);
+    // What is held is still updated, and what goes makes room.
+    let more = MAX_RESOURCES.to_string();
+    let received = receive(&mut subscription, response("2", vec![resource("1", "2")], &[]));
+    assert_eq!(received.rejected, []);
+    let received = receive(&mut subscription, response("3", vec![resource(&more, "1")], &["2"]));
+    assert_eq!(received.rejected, []);
+    assert_eq!(subscription.held(), MAX_RESOURCES);
+}
+
+#[test]
 fn what_is_no_resource_of_the_type_has_a_stand_in_too() {
     let mut subscription = Subscription::new(TYPE);
     let mut foreign = resource("foreign-policy", "1");

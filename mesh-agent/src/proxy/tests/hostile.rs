@@ -176,6 +176,7 @@ async fn who_says_a_byte_now_and_then_has_no_longer_for_it() {
     let begun = &frame(HEADERS, END_HEADERS, 1, &[0; 16_000])[..9];
     trickle(tunnel_to(&mesh, &server).await, begun).await;
     assert_eq!(mesh.far.proxy.registry.count(&server.handle.context.pod.pod_uid), 0);
+    until("it is counted", || mesh.far.tunnels("unanswered") == 1).await;
 }
 
 #[tokio::test]
@@ -247,6 +248,7 @@ async fn streams_that_are_opened_and_reset_without_end_leave_nothing() {
     // ENHANCE_YOUR_CALM, unless the peer's last words were lost with the rest.
     assert!(calm.is_none_or(|error| error == 11), "{calm:?}");
     until("nothing is left of it", || mesh.far.proxy.registry.count(uid) == 1).await;
+    until("it is counted", || mesh.far.tunnels("flood") == 1).await;
     assert_echo(&mut neighbour, "after").await;
 }
 
@@ -294,6 +296,8 @@ async fn headers_have_a_size() {
     let (flood, ()) = tokio::join!(flood, async { while next_frame(&mut read).await.is_ok() {} });
     assert!(flood.is_err(), "it may go on for ever");
     until("nothing is left of it", || mesh.far.proxy.registry.count(uid) == 0).await;
+    let counted = || mesh.far.tunnels("flood") + mesh.far.tunnels("protocol_error");
+    until("it is counted", || counted() == 1).await;
 }
 
 /// The next of this type on a stream.
@@ -358,6 +362,7 @@ async fn a_frame_of_a_clients_has_a_size() {
     );
     let uid = &server.handle.context.pod.pod_uid;
     until("nothing is left of it", || mesh.far.proxy.registry.count(uid) == 0).await;
+    until("it is counted", || mesh.far.tunnels("protocol_error") == 1).await;
 }
 
 #[tokio::test]
@@ -404,4 +409,5 @@ async fn a_frame_of_a_servers_has_a_size() {
         .await
         .expect("neither data nor an end");
     assert!(end.is_err(), "a broken tunnel looks like an application's end");
+    until("it is counted", || mesh.near.tunnels("protocol_error") == 1).await;
 }

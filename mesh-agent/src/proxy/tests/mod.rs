@@ -243,6 +243,14 @@ impl Node {
         timeout(PATIENCE, search).await.ok()
     }
 
+    /// How many tunnels this happened to.
+    pub(super) fn tunnels(&self, event: &str) -> usize {
+        let metrics = self.metrics.render();
+        let name = format!(r#"mesh_tunnels_total{{event="{event}"}} "#);
+        let count = metrics.lines().find_map(|line| line.strip_prefix(&name));
+        count.map_or(0, |count| count.parse().unwrap())
+    }
+
     pub(super) async fn logs_reason(&self, reason: &str) -> serde_json::Value {
         let line = self.search_log(|line| line["reason"] == reason).await;
         line.unwrap_or_else(|| panic!("no line with the reason {reason} in the access log"))

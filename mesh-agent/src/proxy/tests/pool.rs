@@ -67,11 +67,7 @@ async fn a_tunnel_that_fails_leaves_nothing() {
 
 /// How many tunnels were opened.
 fn opened(node: &Node) -> usize {
-    let metrics = node.metrics.render();
-    let line = metrics
-        .lines()
-        .find_map(|line| line.strip_prefix(r#"mesh_tunnels_total{event="opened"} "#));
-    line.map_or(0, |count| count.parse().unwrap())
+    node.tunnels("opened")
 }
 
 #[tokio::test]
