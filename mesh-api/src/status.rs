@@ -7,12 +7,13 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::schema;
-use crate::validation::ValidationErrors;
 
 /// The type of the condition that says whether an object is in force as it is written.
 pub const ACCEPTED: &str = "Accepted";
 /// Bytes of a condition's message; the definition refuses longer ones. What is beyond is cut off, with `…`.
 const MAX_MESSAGE: usize = 32_768;
+/// Nodes that a message names.
+const MAX_NAMED: usize = 3;
 
 /// What the control plane made of it.
 #[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq, JsonSchema)]
@@ -43,6 +44,8 @@ pub enum Reason {
     Accepted,
     /// In force, for no workload of the mesh: nothing has its labels, or nothing of its namespace is in the mesh.
     SelectsNothing,
+    /// In force, but for nodes whose agents cannot use it; a policy that such an agent never had in a form it could use denies there.
+    RejectedByNodes,
     /// A field cannot stand. What stood before is in force still.
     Invalid,
 }
@@ -53,6 +56,7 @@ impl Reason {
         match self {
             Self::Accepted => "Accepted",
             Self::SelectsNothing => "SelectsNothing",
+            Self::RejectedByNodes => "RejectedByNodes",
             Self::Invalid => "Invalid",
         }
     }
@@ -68,9 +72,14 @@ impl fmt::Display for Reason {
 #[derive(Clone, Copy, Debug)]
 pub enum Verdict<'a> {
     /// It is in force, for that many workloads, on that many nodes.
-    InForce { workloads: usize, nodes: usize },
-    /// It cannot stand.
-    Refused(&'a ValidationErrors),
+    InForce {
+        workloads: usize,
+        nodes: usize,
+        /// Nodes that cannot use it.
+        rejecting: &'a [&'a str],
+    },
+    /// It cannot stand, for this.
+    Refused(&'a str),
 }
 
 impl Status {
@@ -78,20 +87,16 @@ impl Status {
     /// replicas that find the same write the same. Conditions of other types stay as they are.
     #[must_use]
     pub fn next(written: Option<&Self>, generation: i64, verdict: Verdict<'_>, now: &Time) -> Self {
-        let (reason, message, workloads, nodes) = match verdict {
-            Verdict::InForce { workloads: 0, nodes } => (
-                Reason::SelectsNothing,
-                "It is in force and selects no workload of the mesh: no Pod of it has these labels here.".to_owned(),
-                Some(0),
-                Some(count(nodes)),
-            ),
-            Verdict::InForce { workloads, nodes } => (
-                Reason::Accepted,
-                "It is in force as it is written.".to_owned(),
-                Some(count(workloads)),
-                Some(count(nodes)),
-            ),
-            Verdict::Refused(errors) => (Reason::Invalid, errors.to_string(), None, None),
+        let (reason, message, counts) = match verdict {
+            Verdict::InForce {
+                workloads,
+                nodes,
+                rejecting,
+            } => {
+                let (reason, message) = in_force(workloads, rejecting);
+                (reason, message, Some((count(workloads), count(nodes))))
+            }
+            Verdict::Refused(why) => (Reason::Invalid, why.to_owned(), None),
         };
         let before = written.map(|status| status.conditions.as_slice()).unwrap_or_default();
         let status = if reason == Reason::Invalid { "False" } else { "True" };
@@ -108,10 +113,33 @@ impl Status {
         Self {
             conditions: std::iter::once(condition).chain(others).collect(),
             observed_generation: Some(generation),
-            workloads_selected: workloads,
-            nodes_enforcing: nodes,
+            workloads_selected: counts.map(|(workloads, _)| workloads),
+            nodes_enforcing: counts.map(|(_, nodes)| nodes),
         }
     }
+}
+
+fn in_force(workloads: usize, rejecting: &[&str]) -> (Reason, String) {
+    if !rejecting.is_empty() {
+        let named = rejecting.iter().take(MAX_NAMED).copied().collect::<Vec<_>>().join(", ");
+        let more = match rejecting.len().saturating_sub(MAX_NAMED) {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        let nodes = if rejecting.len() == 1 {
+            "1 node"
+        } else {
+            &format!("{} nodes", rejecting.len())
+        };
+        let message =
+            format!("It is in force, but not on {nodes}, whose agents cannot use it: {named}{more}. Their logs say why.");
+        return (Reason::RejectedByNodes, message);
+    }
+    if workloads == 0 {
+        let message = "It is in force and selects no workload of the mesh: no Pod of it has these labels here.";
+        return (Reason::SelectsNothing, message.to_owned());
+    }
+    (Reason::Accepted, "It is in force as it is written.".to_owned())
 }
 
 fn count(number: usize) -> i64 {
@@ -131,7 +159,6 @@ mod tests {
     use k8s_openapi::jiff::Timestamp;
 
     use super::*;
-    use crate::FieldError;
 
     fn at(second: i64) -> Time {
         Time(Timestamp::from_second(second).expect("a second"))
@@ -139,7 +166,11 @@ mod tests {
 
     #[test]
     fn a_condition_keeps_its_time_until_it_changes() {
-        let in_force = |workloads| Verdict::InForce { workloads, nodes: 2 };
+        let in_force = |workloads| Verdict::InForce {
+            workloads,
+            nodes: 2,
+            rejecting: &[],
+        };
         let first = Status::next(None, 1, in_force(3), &at(10));
         assert_eq!(
             (first.observed_generation, first.workloads_selected, first.nodes_enforcing),
@@ -156,11 +187,8 @@ mod tests {
         assert_eq!(nothing.workloads_selected, Some(0));
         assert_eq!(nothing.conditions[0].last_transition_time, at(10), "it is accepted still");
 
-        let errors = ValidationErrors(vec![FieldError {
-            path: "spec.rules".to_owned(),
-            problem: "x".repeat(MAX_MESSAGE),
-        }]);
-        let refused = Status::next(Some(&nothing), 3, Verdict::Refused(&errors), &at(40));
+        let why = format!("spec.rules: {}", "x".repeat(MAX_MESSAGE));
+        let refused = Status::next(Some(&nothing), 3, Verdict::Refused(&why), &at(40));
         let condition = &refused.conditions[0];
         assert_eq!((condition.status.as_str(), condition.reason.as_str()), ("False", "Invalid"));
         assert_eq!(condition.last_transition_time, at(40));
@@ -171,10 +199,41 @@ mod tests {
     }
 
     #[test]
+    fn nodes_that_reject_it_are_named() {
+        let verdict = |rejecting| Verdict::InForce {
+            workloads: 0,
+            nodes: 7,
+            rejecting,
+        };
+        let one = Status::next(None, 1, verdict(&["a"]), &at(1));
+        assert_eq!(
+            (one.conditions[0].status.as_str(), one.conditions[0].reason.as_str()),
+            ("True", "RejectedByNodes")
+        );
+        assert!(
+            one.conditions[0]
+                .message
+                .contains("on 1 node, whose agents cannot use it: a.")
+        );
+        let five = Status::next(Some(&one), 1, verdict(&["a", "b", "c", "d", "e"]), &at(9));
+        assert!(
+            five.conditions[0]
+                .message
+                .contains("on 5 nodes, whose agents cannot use it: a, b, c and 2 more.")
+        );
+        assert_eq!(five.conditions[0].last_transition_time, at(1));
+    }
+
+    #[test]
     fn conditions_of_others_stay() {
-        let mut written = Status::next(None, 1, Verdict::InForce { workloads: 1, nodes: 1 }, &at(1));
+        let verdict = Verdict::InForce {
+            workloads: 1,
+            nodes: 1,
+            rejecting: &[],
+        };
+        let mut written = Status::next(None, 1, verdict, &at(1));
         written.conditions[0].type_ = "Other".to_owned();
-        let next = Status::next(Some(&written), 1, Verdict::InForce { workloads: 1, nodes: 1 }, &at(2));
+        let next = Status::next(Some(&written), 1, verdict, &at(2));
         let types: Vec<&str> = next.conditions.iter().map(|condition| condition.type_.as_str()).collect();
         assert_eq!(types, ["Accepted", "Other"]);
     }

@@ -15,6 +15,7 @@ pub mod compile;
 pub mod config;
 pub mod control_plane;
 pub mod discovery;
+pub mod enforcement;
 #[cfg(fuzzing)]
 pub mod fuzz;
 pub mod kubernetes;

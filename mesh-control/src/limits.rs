@@ -207,6 +207,37 @@ pub const CAPTURE_RETRY: Duration = Duration::from_millis(250);
 pub const CAPTURE_RETRY_MOST: Duration = Duration::from_secs(30);
 /// How long a write may take to come back by the watch.
 pub const CAPTURE_ECHO: Duration = Duration::from_secs(10);
+/// Versions of a type whose content is remembered, so that what an agent says it enforces can be told: at most 64 × 500 policies × about
+/// 128 B = 4 MiB. An agent that enforces an older one does not count until it has the next.
+pub const MAX_VERSIONS_KEPT: usize = 64;
+/// A node whose report stream has ended counts for this long: its agent comes back, here or at another replica, within seconds.
+pub const ENFORCED_GRACE: Duration = Duration::from_secs(20);
+/// Bytes of what a replica tells the others of its agents, in an annotation of its Lease: 5,000 nodes × 16 B + 500 forms × 16 B = 86 KiB
+/// (a Kubernetes object has at most 256 KiB of annotations). Beyond it the smallest groups of nodes are left out, counted.
+pub const MAX_SHARED_BYTES: usize = 200 << 10;
+/// Forms of policies and MeshConfigs in it; beyond, those whose hashes sort last are left out, and count as enforced nowhere.
+pub const MAX_SHARED_FORMS: usize = 4000;
+/// What has changed is told at most this often; what has not is renewed this often, and counts for [`SHARE_LIFE`] after.
+pub const SHARE_PACE: Duration = Duration::from_secs(2);
+pub const SHARE_RENEWAL: Duration = Duration::from_secs(10);
+pub const SHARE_LIFE: Duration = Duration::from_secs(30);
+/// Leases that are read at a time: one of each replica, and of those that have just ended. More: the others are left out.
+pub const MAX_REPLICAS: u32 = 64;
+/// Who writes statuses renews its Lease this often.
+pub const ELECTION_PACE: Duration = Duration::from_secs(2);
+/// Nobody else takes the Lease that was renewed within this, as seen by its own clock.
+pub const ELECTION_LIFE: Duration = Duration::from_secs(15);
+/// Who has not renewed it for this long does not write any more. The difference is for a write on its way ([`STATUS_TIMEOUT`]).
+pub const ELECTION_DEADLINE: Duration = Duration::from_secs(9);
+/// A request about a Lease or a status that is not answered within this has failed.
+pub const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
+/// Statuses are compared, and those that differ written, this often; at most [`STATUS_WRITES`] each time, what is more than a count first.
+/// The others wait for the next time, counted.
+pub const STATUS_PACE: Duration = Duration::from_secs(1);
+pub const STATUS_WRITES: usize = 20;
+/// A status that the API server refuses is tried again after this, or once its object has changed.
+pub const STATUS_REFUSED_PAUSE: Duration = Duration::from_secs(60);
+
 /// Pause before the deleted accounts are tried to be kept again.
 pub const ACCOUNTS_RETRY: Duration = Duration::from_secs(2);
 

@@ -36,6 +36,16 @@ const CAPTURE_WRITES_FAILED: [&str; 7] = [
     "timeout",
     "too_many_requests",
 ];
+const STATUS_WRITES_FAILED: [&str; 7] = [
+    "conflict",
+    "connection",
+    "forbidden",
+    "gone",
+    "refused",
+    "timeout",
+    "too_many_requests",
+];
+const LEASES: [&str; 2] = ["election", "share"];
 const TYPES: [&str; 4] = ["address", "authorization", "settings", "other"];
 const CERTIFICATES_REFUSED: [&str; 4] = ["failed", "foreign_identity", "malformed", "not_ready"];
 
@@ -74,6 +84,12 @@ pub struct Metrics {
     pub capture_writes: IntCounter,
     pub capture_writes_failed: IntCounterVec,
     pub capture_writes_waiting: IntGauge,
+    pub status_writer: IntGauge,
+    pub status_writes: IntCounter,
+    pub status_writes_failed: IntCounterVec,
+    pub status_writes_waiting: IntGauge,
+    pub lease_failures: IntCounterVec,
+    pub enforcement_left_out: IntGauge,
     pub watches: IntGaugeVec,
     pub watch_failures: IntCounterVec,
     pub lists: IntCounterVec,
@@ -230,6 +246,32 @@ impl Metrics {
                 "mesh_control_capture_writes_waiting",
                 "Capture states that wait to be written on Pods",
             )?,
+            status_writer: gauge(
+                "mesh_control_status_writer",
+                "1 while this replica holds the Lease of who writes statuses",
+            )?,
+            status_writes: counter(
+                "mesh_control_status_writes_total",
+                "Statuses of policies and MeshConfigs written to the API server",
+            )?,
+            status_writes_failed: counters(
+                "mesh_control_status_writes_failed_total",
+                "Statuses not written; what still differs is tried again",
+                "reason",
+            )?,
+            status_writes_waiting: gauge(
+                "mesh_control_status_writes_waiting",
+                "Statuses that differ and were not written in their turn",
+            )?,
+            lease_failures: counters(
+                "mesh_control_lease_failures_total",
+                "Requests about this replica's Leases that failed",
+                "lease",
+            )?,
+            enforcement_left_out: gauge(
+                "mesh_control_enforcement_left_out",
+                "Nodes of this replica whose enforcement the others are not told, for want of room",
+            )?,
             watches: gauges(
                 "mesh_control_watches",
                 "1 while objects of the kind are followed in the API server",
@@ -283,6 +325,8 @@ impl Metrics {
             (&metrics.report_streams_cut, &REPORT_STREAMS_CUT),
             (&metrics.node_pods_streams_cut, &NODE_PODS_STREAMS_CUT),
             (&metrics.capture_writes_failed, &CAPTURE_WRITES_FAILED),
+            (&metrics.status_writes_failed, &STATUS_WRITES_FAILED),
+            (&metrics.lease_failures, &LEASES),
             (&metrics.responses, &TYPES),
             (&metrics.acknowledged, &TYPES),
             (&metrics.rejected, &TYPES),
@@ -377,6 +421,6 @@ mod tests {
             counters += 1;
         }
         // A family without a series is not in the text at all.
-        assert_eq!(counters, 24, "{text}");
+        assert_eq!(counters, 26, "{text}");
     }
 }

@@ -36,8 +36,10 @@ impl NodeStream {
             tracing::warn!(node, ?kind, "a stream refused: the node has {MAX_STREAMS_PER_NODE} already");
             return Err(Status::resource_exhausted("the node has too many streams already"));
         }
-        if kind == StreamKind::Discovery {
-            control.metrics.streams.inc();
+        match kind {
+            StreamKind::Discovery => control.metrics.streams.inc(),
+            StreamKind::Reports => control.reports_begin(node),
+            StreamKind::Pods => {}
         }
         Ok(Self {
             control: Arc::clone(control),
@@ -50,8 +52,10 @@ impl NodeStream {
 impl Drop for NodeStream {
     fn drop(&mut self) {
         self.control.with_node(&self.node, |status| *count(status, self.kind) -= 1);
-        if self.kind == StreamKind::Discovery {
-            self.control.metrics.streams.dec();
+        match self.kind {
+            StreamKind::Discovery => self.control.metrics.streams.dec(),
+            StreamKind::Reports => self.control.reports_end(&self.node),
+            StreamKind::Pods => {}
         }
     }
 }

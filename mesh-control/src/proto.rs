@@ -266,10 +266,6 @@ fn block(block: &IpNet) -> security::Address {
 
 #[must_use]
 pub fn encode_settings(view: &SettingsView<'_>) -> Vec<u8> {
-    let cidr = |range: &IpNet| mesh::Cidr {
-        address: octets(range.network()),
-        length: range.prefix_len().into(),
-    };
     let default = ValidMeshConfig::default();
     let config = view.mesh.unwrap_or(&default);
     let message = mesh::Settings {
@@ -290,6 +286,25 @@ pub fn encode_settings(view: &SettingsView<'_>) -> Vec<u8> {
         revoked_identities: view.parameters.revoked.iter().cloned().collect(),
     };
     message.encode_to_vec()
+}
+
+/// A MeshConfig by itself: what tells its forms apart.
+#[must_use]
+pub fn encode_mesh_config(config: &ValidMeshConfig) -> Vec<u8> {
+    let message = mesh::Settings {
+        mtls: mtls(config.mtls).into(),
+        excluded_ports: config.excluded_ports.iter().map(|port| u32::from(*port)).collect(),
+        excluded_cidrs: config.excluded_cidrs.iter().map(cidr).collect(),
+        ..Default::default()
+    };
+    message.encode_to_vec()
+}
+
+fn cidr(range: &IpNet) -> mesh::Cidr {
+    mesh::Cidr {
+        address: octets(range.network()),
+        length: range.prefix_len().into(),
+    }
 }
 
 fn mtls(given: Mtls) -> mesh::settings::Mtls {

@@ -13,11 +13,14 @@ use crate::capture_states::{CaptureState, CaptureStates, PodKey, pod_key};
 use crate::objects::{Kind, Node, Object, ObjectId, Pod, Service, TargetPort, World};
 use crate::proto;
 use endpoints::{Listed, Services};
+use forms::Form;
 use membership::{Enrolment, Membership, Refusal, membership};
 use selectors::Selectors;
 
 mod endpoints;
+pub mod forms;
 pub mod membership;
+pub mod selection;
 mod selectors;
 mod workload_names;
 
@@ -66,6 +69,8 @@ pub struct Snapshot {
     pub pod_ranges: BTreeSet<IpNet>,
     /// What nodes are to enrol.
     pub enrolment: Enrolment,
+    /// Of policies and MeshConfigs.
+    pub forms: BTreeMap<ObjectId, Form>,
 }
 
 /// Where a Pod is: for checking what agents say of it.
@@ -232,6 +237,7 @@ pub fn compile_after(world: &World, captures: &CaptureStates, parameters: &Param
     }
 
     let mut authorizations = Resources::after(before, AUTHORIZATION_TYPE_URL);
+    let mut forms = BTreeMap::new();
     for (id, policy) in &index.policies {
         let scope = match (&policy.selector, id.namespace.as_str()) {
             (Some(_), _) => proto::Scope::WorkloadSelector,
@@ -239,7 +245,14 @@ pub fn compile_after(world: &World, captures: &CaptureStates, parameters: &Param
             (None, _) => proto::Scope::Namespace,
         };
         let name = format!("{}/{}", id.namespace, id.name);
-        authorizations.insert(name, Vec::new(), proto::encode_authorization(id, policy, scope));
+        let encoded = proto::encode_authorization(id, policy, scope);
+        forms.insert((*id).clone(), forms::of_policy(&encoded));
+        authorizations.insert(name, Vec::new(), encoded);
+    }
+    for (id, object) in world {
+        if let Object::MeshConfig(config) = object.as_ref() {
+            forms.insert(id.clone(), forms::of_mesh_config(id, config));
+        }
     }
 
     let ranges: BTreeSet<IpNet> = index
@@ -277,6 +290,7 @@ pub fn compile_after(world: &World, captures: &CaptureStates, parameters: &Param
         pods,
         pod_ranges: ranges,
         enrolment: membership::enrolment(&index.namespaces, &index.pods),
+        forms,
     }
 }
 

@@ -27,6 +27,26 @@ pub struct Meta {
     pub uid: String,
     /// Unix seconds: who was there first. The same for every replica, and after a restart.
     pub created: u64,
+    /// Of kinds that have a status of this project's.
+    pub written: Option<Written>,
+}
+
+/// What stands in the API server of an object that gets a status.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Written {
+    pub generation: i64,
+    pub resource_version: String,
+    /// `None`: there is none, or something else is in its place.
+    pub status: Option<mesh_api::Status>,
+}
+
+/// An object that gets a status, and what is to be said of it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mark {
+    pub id: ObjectId,
+    pub written: Written,
+    /// Why this form of it is not in force.
+    pub refused: Option<String>,
 }
 
 /// Everything that was told of an object.
@@ -35,6 +55,7 @@ struct Source {
     uid: String,
     held: Option<Held>,
     rejected: Option<Rejection>,
+    written: Option<Written>,
     /// The last list that had it.
     list: u64,
 }
@@ -131,6 +152,7 @@ impl ClusterWorld {
                 uid: meta.uid,
                 held: None,
                 rejected: None,
+                written: None,
                 list,
             };
             self.sources.insert(given.clone(), source);
@@ -138,6 +160,7 @@ impl ClusterWorld {
         let text = Arc::clone(&self.text);
         let Some(source) = self.sources.get_mut(&given) else { return };
         source.list = list;
+        source.written = meta.written;
         let problem = match identified {
             Ok(id) => form(&id).map_err(|message| (Reason::Field, message)),
             Err(rejected) => Err((rejected.reason, rejected.message)),
@@ -270,6 +293,27 @@ impl ClusterWorld {
     #[must_use]
     pub fn world(&self) -> Arc<World> {
         Arc::clone(&self.world)
+    }
+
+    /// Of what gets a status.
+    #[must_use]
+    pub fn marks(&self) -> Vec<Mark> {
+        let marks = self.sources.iter().filter_map(|(id, source)| {
+            let refused = source.rejected.as_ref().map(|rejected| {
+                let last_good = if rejected.last_good_in_force {
+                    " (What stood before is in force still.)"
+                } else {
+                    ""
+                };
+                format!("{}{last_good}", rejected.message)
+            });
+            Some(Mark {
+                id: id.clone(),
+                written: source.written.clone()?,
+                refused,
+            })
+        });
+        marks.collect()
     }
 
     #[must_use]

@@ -15,6 +15,7 @@ fn apply(world: &mut ClusterWorld, text: &str) {
         namespace: kind.is_namespaced().then(|| text_of("namespace").unwrap_or_default()),
         uid: text_of("uid").unwrap_or_default(),
         created: value["metadata"]["created"].as_u64().unwrap_or_default(),
+        written: None,
     };
     world.apply(kind, meta, |id| crate::registry::convert::parse(id, &value));
 }
@@ -25,6 +26,7 @@ fn delete(world: &mut ClusterWorld, kind: Kind, name: &str, uid: &str) {
         namespace: Some("shop".into()),
         uid: uid.into(),
         created: 0,
+        written: None,
     };
     world.delete(kind, meta);
 }
@@ -181,6 +183,7 @@ fn beyond_the_bound_objects_are_left_out_and_that_is_said() {
         namespace: None,
         uid: n.to_string(),
         created: 0,
+        written: None,
     };
     let labels = || Object::Namespace {
         labels: std::collections::BTreeMap::new(),
