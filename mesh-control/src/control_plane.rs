@@ -382,7 +382,10 @@ impl ControlPlane {
         }
         let ranges = snapshot.pod_ranges.len();
         self.metrics.pod_ranges.set(i64::try_from(ranges).unwrap_or(i64::MAX));
-        self.enforcement.lock().published(&snapshot);
+        // Nobody is told in a folder.
+        if self.shared.is_some() {
+            self.enforcement.lock().published(&snapshot);
+        }
         let before = self.snapshot.send_replace(Arc::new(snapshot));
         if ranges == 0 && (before.types.is_empty() || !before.pod_ranges.is_empty()) {
             tracing::warn!("{NO_POD_RANGES}");

@@ -207,15 +207,17 @@ pub const CAPTURE_RETRY: Duration = Duration::from_millis(250);
 pub const CAPTURE_RETRY_MOST: Duration = Duration::from_secs(30);
 /// How long a write may take to come back by the watch.
 pub const CAPTURE_ECHO: Duration = Duration::from_secs(10);
-/// Versions of a type whose content is remembered, so that what an agent says it enforces can be told: at most 64 × 500 policies × about
-/// 128 B = 4 MiB. An agent that enforces an older one does not count until it has the next.
-pub const MAX_VERSIONS_KEPT: usize = 64;
+/// Versions of a type whose content is remembered, so that what an agent says it enforces can be told: about 64 B each, and 200,000
+/// forms of policies in all that differ, of at most about 400 B each (their names are tenants' to choose): 80 MiB for all types, since they
+/// share them. An agent that enforces an older one does not count until it has the next.
+pub const MAX_VERSIONS_KEPT: usize = 1024;
+pub const MAX_FORMS_KEPT: usize = 200_000;
 /// A node whose report stream has ended counts for this long: its agent comes back, here or at another replica, within seconds.
 pub const ENFORCED_GRACE: Duration = Duration::from_secs(20);
 /// Bytes of what a replica tells the others of its agents, in an annotation of its Lease: 5,000 nodes × 16 B + 500 forms × 16 B = 86 KiB
 /// (a Kubernetes object has at most 256 KiB of annotations). Beyond it the smallest groups of nodes are left out, counted.
 pub const MAX_SHARED_BYTES: usize = 200 << 10;
-/// Forms of policies and MeshConfigs in it; beyond, those whose hashes sort last are left out, and count as enforced nowhere.
+/// Forms of policies and MeshConfigs in it; beyond, namespaces with many are told of less of them, and no count is written: counted.
 pub const MAX_SHARED_FORMS: usize = 4000;
 /// What has changed is told at most this often; what has not is renewed this often, and counts for [`SHARE_LIFE`] after.
 pub const SHARE_PACE: Duration = Duration::from_secs(2);
@@ -235,6 +237,10 @@ pub const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
 /// The others wait for the next time, counted.
 pub const STATUS_PACE: Duration = Duration::from_secs(1);
 pub const STATUS_WRITES: usize = 20;
+/// Of one object counts are written so many times in a window: each write is another version, for which users who change it must look
+/// again.
+pub const STATUS_COUNT_WRITES: u32 = 4;
+pub const STATUS_COUNT_WINDOW: Duration = Duration::from_secs(40);
 /// A status that the API server refuses is tried again after this, or once its object has changed.
 pub const STATUS_REFUSED_PAUSE: Duration = Duration::from_secs(60);
 

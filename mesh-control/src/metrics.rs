@@ -36,16 +36,8 @@ const CAPTURE_WRITES_FAILED: [&str; 7] = [
     "timeout",
     "too_many_requests",
 ];
-const STATUS_WRITES_FAILED: [&str; 7] = [
-    "conflict",
-    "connection",
-    "forbidden",
-    "gone",
-    "refused",
-    "timeout",
-    "too_many_requests",
-];
-const LEASES: [&str; 2] = ["election", "share"];
+const STATUS_WRITES_FAILED: [&str; 7] = ["busy", "conflict", "connection", "forbidden", "gone", "refused", "timeout"];
+const LEASES: [&str; 3] = ["election", "read", "share"];
 const TYPES: [&str; 4] = ["address", "authorization", "settings", "other"];
 const CERTIFICATES_REFUSED: [&str; 4] = ["failed", "foreign_identity", "malformed", "not_ready"];
 
@@ -89,7 +81,7 @@ pub struct Metrics {
     pub status_writes_failed: IntCounterVec,
     pub status_writes_waiting: IntGauge,
     pub lease_failures: IntCounterVec,
-    pub enforcement_left_out: IntGauge,
+    pub enforcement_left_out: IntGaugeVec,
     pub watches: IntGaugeVec,
     pub watch_failures: IntCounterVec,
     pub lists: IntCounterVec,
@@ -268,9 +260,10 @@ impl Metrics {
                 "Requests about this replica's Leases that failed",
                 "lease",
             )?,
-            enforcement_left_out: gauge(
+            enforcement_left_out: gauges(
                 "mesh_control_enforcement_left_out",
-                "Nodes of this replica whose enforcement the others are not told, for want of room",
+                "Nodes of this replica, and policies and MeshConfigs, of whose enforcement the others are not told, for want of room",
+                "what",
             )?,
             watches: gauges(
                 "mesh_control_watches",
@@ -421,6 +414,6 @@ mod tests {
             counters += 1;
         }
         // A family without a series is not in the text at all.
-        assert_eq!(counters, 26, "{text}");
+        assert_eq!(counters, 27, "{text}");
     }
 }

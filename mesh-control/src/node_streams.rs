@@ -19,6 +19,8 @@ pub struct NodeStream {
     control: Arc<ControlPlane>,
     node: String,
     kind: StreamKind,
+    /// Of reports: there is room for what they say of enforcement.
+    has_room: bool,
 }
 
 impl NodeStream {
@@ -36,15 +38,15 @@ impl NodeStream {
             tracing::warn!(node, ?kind, "a stream refused: the node has {MAX_STREAMS_PER_NODE} already");
             return Err(Status::resource_exhausted("the node has too many streams already"));
         }
-        match kind {
-            StreamKind::Discovery => control.metrics.streams.inc(),
-            StreamKind::Reports => control.reports_begin(node),
-            StreamKind::Pods => {}
+        if kind == StreamKind::Discovery {
+            control.metrics.streams.inc();
         }
+        let has_room = kind == StreamKind::Reports && control.reports_begin(node);
         Ok(Self {
             control: Arc::clone(control),
             node: node.to_owned(),
             kind,
+            has_room,
         })
     }
 }
@@ -54,7 +56,7 @@ impl Drop for NodeStream {
         self.control.with_node(&self.node, |status| *count(status, self.kind) -= 1);
         match self.kind {
             StreamKind::Discovery => self.control.metrics.streams.dec(),
-            StreamKind::Reports => self.control.reports_end(&self.node),
+            StreamKind::Reports => self.control.reports_end(&self.node, self.has_room),
             StreamKind::Pods => {}
         }
     }

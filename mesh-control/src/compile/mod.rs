@@ -13,14 +13,14 @@ use crate::capture_states::{CaptureState, CaptureStates, PodKey, pod_key};
 use crate::objects::{Kind, Node, Object, ObjectId, Pod, Service, TargetPort, World};
 use crate::proto;
 use endpoints::{Listed, Services};
-use forms::Form;
+use forms::Forms;
 use membership::{Enrolment, Membership, Refusal, membership};
 use selectors::Selectors;
 
 mod endpoints;
 pub mod forms;
 pub mod membership;
-pub mod selection;
+mod selection;
 mod selectors;
 mod workload_names;
 
@@ -69,8 +69,11 @@ pub struct Snapshot {
     pub pod_ranges: BTreeSet<IpNet>,
     /// What nodes are to enrol.
     pub enrolment: Enrolment,
-    /// Of policies and MeshConfigs.
-    pub forms: BTreeMap<ObjectId, Form>,
+    pub forms: Arc<Forms>,
+    /// How many workloads of the mesh each policy and MeshConfig is for.
+    pub selected: BTreeMap<ObjectId, usize>,
+    /// The cluster's, in order.
+    pub nodes: Vec<String>,
 }
 
 /// Where a Pod is: for checking what agents say of it.
@@ -237,7 +240,7 @@ pub fn compile_after(world: &World, captures: &CaptureStates, parameters: &Param
     }
 
     let mut authorizations = Resources::after(before, AUTHORIZATION_TYPE_URL);
-    let mut forms = BTreeMap::new();
+    let mut forms = Forms::default();
     for (id, policy) in &index.policies {
         let scope = match (&policy.selector, id.namespace.as_str()) {
             (Some(_), _) => proto::Scope::WorkloadSelector,
@@ -246,12 +249,12 @@ pub fn compile_after(world: &World, captures: &CaptureStates, parameters: &Param
         };
         let name = format!("{}/{}", id.namespace, id.name);
         let encoded = proto::encode_authorization(id, policy, scope);
-        forms.insert((*id).clone(), forms::of_policy(&encoded));
+        forms.insert_policy(id, policy, &encoded);
         authorizations.insert(name, Vec::new(), encoded);
     }
     for (id, object) in world {
         if let Object::MeshConfig(config) = object.as_ref() {
-            forms.insert(id.clone(), forms::of_mesh_config(id, config));
+            forms.insert_mesh_config(id, config);
         }
     }
 
@@ -290,7 +293,13 @@ pub fn compile_after(world: &World, captures: &CaptureStates, parameters: &Param
         pods,
         pod_ranges: ranges,
         enrolment: membership::enrolment(&index.namespaces, &index.pods),
-        forms,
+        forms: if *before.forms == forms {
+            Arc::clone(&before.forms)
+        } else {
+            Arc::new(forms)
+        },
+        selected: selection::selected(world, &index),
+        nodes: index.nodes.keys().map(|name| (*name).to_owned()).collect(),
     }
 }
 

@@ -9,9 +9,7 @@ use super::membership::{Membership, membership};
 use crate::objects::{Kind, ObjectId, World};
 
 /// Members that run or will, whether or not they have an address yet. Pods that another mesh captures are not ours to count.
-#[must_use]
-pub fn selected(world: &World) -> BTreeMap<ObjectId, usize> {
-    let index = Index::new(world);
+pub(super) fn selected(world: &World, index: &Index<'_>) -> BTreeMap<ObjectId, usize> {
     let mut members: BTreeMap<&str, usize> = BTreeMap::new();
     let mut by_selector: BTreeMap<&ObjectId, usize> = BTreeMap::new();
     for (id, pod) in &index.pods {

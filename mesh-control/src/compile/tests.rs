@@ -587,17 +587,19 @@ fn policies_select_members_of_the_mesh_and_nobody_else() {
             .to_owned(),
     ];
     let (before, after) = (world(&[CLUSTER]), world(&[CLUSTER, &more.concat()]));
+    let compiled = |world| compile(world, &CaptureStates::default(), &parameters());
+    let (before, after) = (compiled(&before), compiled(&after));
     let count = |name: &str| {
-        let found = selection::selected(&after);
-        found.into_iter().find(|(id, _)| id.name == name).map(|(_, count)| count)
+        let mut found = after.selected.iter();
+        found.find(|(id, _)| id.name == name).map(|(_, count)| *count)
     };
     let selected = ["s-web", "s-nobody", "s-all", "s-outside", "s-mesh", "s-mesh-web"].map(count);
     // Of `shop`: web, and a Pod that has no address yet; not the one that opted out, the host's, or the one that is done.
-    let members = compile(&after, &CaptureStates::default(), &parameters()).pods;
-    let members = members
+    let members = after
+        .pods
         .values()
         .filter(|place| place.is_member && place.namespace == "shop")
         .count();
     assert_eq!(selected, [Some(1), Some(0), Some(members), Some(0), Some(members), Some(1)]);
-    assert!(members > 1 && !selection::selected(&before).keys().any(|id| id.name == "s-web"));
+    assert!(members > 1 && !before.selected.keys().any(|id| id.name == "s-web"));
 }

@@ -17,6 +17,8 @@ pub struct Group {
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Share {
+    /// Of these it tells.
+    pub forms: BTreeSet<Form>,
     pub groups: Vec<Group>,
     /// As it is written.
     text: String,
@@ -82,7 +84,12 @@ impl Share {
             groups: texts,
         };
         let text = serde_json::to_string(&text).unwrap_or_default();
-        (Self { groups: told, text }, left_out)
+        let share = Self {
+            forms,
+            groups: told,
+            text,
+        };
+        (share, left_out)
     }
 
     #[must_use]
@@ -106,6 +113,7 @@ impl Share {
             });
         }
         Some(Self {
+            forms: forms.into_iter().collect(),
             groups,
             text: text.to_owned(),
         })

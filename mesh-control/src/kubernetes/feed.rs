@@ -119,7 +119,7 @@ pub async fn publish(feed: Arc<Feed>) {
             if changed || !feed.control.is_ready() {
                 feed.control.set_objects(world, &rejections, 0);
             }
-            feed.marks.send_replace(Arc::new(marks));
+            feed.marks.send_replace(marks);
         });
         drop(published.await);
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
 use k8s_openapi::jiff::Timestamp;
-use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::{Api, Client, Error};
 use parking_lot::Mutex;
 use tokio::time::{Instant, sleep, timeout};
@@ -28,6 +28,8 @@ const ENFORCED_ANNOTATION: &str = "culvert.dev/enforced";
 enum Failure {
     Api(Box<Error>),
     Timeout,
+    /// More replicas than [`MAX_REPLICAS`]: some of them do not count.
+    TooMany,
 }
 
 impl Failure {
@@ -41,6 +43,7 @@ impl std::fmt::Display for Failure {
         match self {
             Self::Api(error) => f.write_str(&describe(error)),
             Self::Timeout => write!(f, "no answer within {STATUS_TIMEOUT:?}"),
+            Self::TooMany => write!(f, "more than {MAX_REPLICAS} Leases of replicas: what some of them tell does not count"),
         }
     }
 }
@@ -75,13 +78,15 @@ impl Leases {
         self.election.lock().is_held(Instant::now())
     }
 
-    /// Gets and keeps the Lease of who writes, for ever.
+    /// Gets and keeps the Lease of who writes, for ever. Who does not know the cluster yet leaves it to others.
     pub async fn elect(self: Arc<Self>) {
         let mut failing = false;
         loop {
             let before = self.is_writer();
-            let done = self.step().await;
-            self.said("election", &mut failing, done);
+            if self.control.is_ready() {
+                let done = self.step().await;
+                self.said("election", &mut failing, done);
+            }
             let is_writer = self.is_writer();
             self.control.metrics.status_writer.set(i64::from(is_writer));
             if before != is_writer {
@@ -217,25 +222,33 @@ impl Leases {
     }
 
     /// Reads what every replica has told last.
-    ///
-    /// # Errors
-    /// Why not.
-    pub async fn read(&self, shares: &mut Shares) -> Result<(), String> {
+    pub async fn read(&self, shares: &mut Shares) {
         let params = ListParams::default()
             .labels(&format!("{REPLICA_LABEL}=true"))
             .limit(MAX_REPLICAS);
-        let read = match answered(self.api.list(&params)).await {
-            Ok(list) => list.items,
-            Err(failure) => {
-                shares.unread();
-                return Err(failure.to_string());
-            }
+        let (read, done) = match answered(self.api.list(&params)).await {
+            Ok(list) if list.metadata.continue_.as_ref().is_some_and(|more| !more.is_empty()) => (Some(list.items), Err(Failure::TooMany)),
+            Ok(list) => (Some(list.items), Ok(())),
+            Err(failure) => (None, Err(failure)),
         };
-        for gone in shares.read(&read, Instant::now()) {
-            // It may have been another one, or too early: the next time tells.
-            drop(answered(self.api.delete(&gone, &DeleteParams::default())).await);
+        let mut failing = shares.is_failing;
+        self.said("read", &mut failing, done);
+        shares.is_failing = failing;
+        let Some(read) = read else {
+            shares.unread();
+            return;
+        };
+        for (gone, resource_version) in shares.read(&read, Instant::now()) {
+            // Only as it was read: its replica may be there after all. What fails is found again.
+            let params = DeleteParams {
+                preconditions: Some(Preconditions {
+                    resource_version: Some(resource_version),
+                    uid: None,
+                }),
+                ..DeleteParams::default()
+            };
+            drop(answered(self.api.delete(&gone, &params)).await);
         }
-        Ok(())
     }
 
     fn identity(&self) -> String {
@@ -256,22 +269,24 @@ impl Leases {
 }
 
 /// What every replica has told, and since when nothing new was heard of it.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Shares {
     /// By the Lease's name; at most [`MAX_REPLICAS`].
     replicas: BTreeMap<String, Told>,
     is_read: bool,
+    is_failing: bool,
 }
 
+#[derive(Clone)]
 struct Told {
     resource_version: String,
     since: Instant,
-    share: Share,
+    share: Arc<Share>,
 }
 
 impl Shares {
-    /// Names of Leases that have run out.
-    fn read(&mut self, leases: &[Lease], now: Instant) -> Vec<String> {
+    /// Names and versions of Leases that have run out.
+    fn read(&mut self, leases: &[Lease], now: Instant) -> Vec<(String, String)> {
         let mut next = BTreeMap::new();
         let mut gone = Vec::new();
         for lease in leases {
@@ -292,12 +307,12 @@ impl Shares {
                     Told {
                         resource_version,
                         since: now,
-                        share: text.and_then(|text| Share::parse(text)).unwrap_or_default(),
+                        share: text.and_then(|text| Share::parse(text)).unwrap_or_default().into(),
                     }
                 }
             };
             if now >= told.since + SHARE_LIFE {
-                gone.push(name);
+                gone.push((name, told.resource_version));
             } else {
                 next.insert(name, told);
             }
@@ -311,8 +326,14 @@ impl Shares {
         self.is_read = false;
     }
 
-    pub fn each(&self) -> impl Iterator<Item = &Share> {
-        self.replicas.values().map(|told| &told.share)
+    /// Whether that was possible the last time.
+    #[must_use]
+    pub fn is_read(&self) -> bool {
+        self.is_read
+    }
+
+    pub fn each(&self) -> impl Iterator<Item = &Share> + Clone {
+        self.replicas.values().map(|told| &*told.share)
     }
 }
 
@@ -382,7 +403,7 @@ mod tests {
         assert_eq!(shares.each().map(|share| share.groups.len()).collect::<Vec<_>>(), [1, 0]);
         let later = start + SHARE_LIFE;
         let gone = shares.read(&[lease("a", "2", &text()), lease("b", "1", "no share")], later);
-        assert_eq!(gone, ["b"]);
+        assert_eq!(gone, [("b".to_owned(), "1".to_owned())]);
         assert_eq!(shares.each().count(), 1);
         // Removed by hand, or by another replica.
         assert!(shares.read(&[], later).is_empty());
@@ -397,7 +418,8 @@ mod tests {
         assert_eq!(shares.each().count(), 1, "what was told stands");
         let back = start + SHARE_LIFE * 10;
         assert!(shares.read(&[lease("a", "1", &text())], back).is_empty());
-        assert_eq!(shares.read(&[lease("a", "1", &text())], back + SHARE_LIFE), ["a"]);
+        let gone = shares.read(&[lease("a", "1", &text())], back + SHARE_LIFE);
+        assert_eq!(gone, [("a".to_owned(), "1".to_owned())]);
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! Writes the statuses of policies and MeshConfigs, where this replica is the one to do so.
 //!
-//! Nothing waits in a queue: what differs is found anew each time, from the world as it is then. Each write is for the version of the
+//! Nothing waits in a queue: what differs is found anew each time, from the state as it is then. Each write is for the version of the
 //! object that it was made from, so that two replicas never write over each other, nor over what a user has just applied.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
@@ -14,11 +15,10 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::feed::Feed;
 use super::leases::{Leases, Shares};
-use super::statuses::{Change, Found, Tally, Tried, changes};
-use super::watch::{Backoff, describe};
-use crate::compile::selection::selected;
+use super::statuses::{Change, Tally, Tried, Turns, changes};
+use super::watch::{Backoff, describe, retry_after};
 use crate::limits::{SHARE_PACE, STATUS_PACE, STATUS_REFUSED_PAUSE, STATUS_TIMEOUT, STATUS_WRITES};
-use crate::objects::{Kind, ObjectId};
+use crate::objects::Kind;
 
 /// For ever.
 pub async fn write(client: Client, feed: Arc<Feed>, leases: Arc<Leases>) {
@@ -26,9 +26,9 @@ pub async fn write(client: Client, feed: Arc<Feed>, leases: Arc<Leases>) {
         client,
         feed,
         leases,
-        shares: Shares::default(),
+        shares: Arc::default(),
         tried: Tried::default(),
-        last: None,
+        turns: Turns::default(),
     };
     let mut backoff = Backoff::default();
     let mut read_at: Option<Instant> = None;
@@ -40,17 +40,12 @@ pub async fn write(client: Client, feed: Arc<Feed>, leases: Arc<Leases>) {
             continue;
         }
         if read_at.is_none_or(|at| at.elapsed() >= SHARE_PACE) {
-            if let Err(problem) = writer.leases.read(&mut writer.shares).await {
-                tracing::warn!("what other replicas tell of their agents cannot be read: {problem}");
-                sleep(backoff.next()).await;
-                continue;
-            }
+            writer.leases.read(Arc::make_mut(&mut writer.shares)).await;
             read_at = Some(Instant::now());
         }
-        if writer.round().await {
-            backoff = Backoff::default();
-        } else {
-            sleep(backoff.next()).await;
+        match writer.round().await {
+            Ok(()) => backoff = Backoff::default(),
+            Err(asked) => sleep(backoff.after(asked)).await,
         }
     }
 }
@@ -59,48 +54,47 @@ struct Writer {
     client: Client,
     feed: Arc<Feed>,
     leases: Arc<Leases>,
-    shares: Shares,
+    shares: Arc<Shares>,
     tried: Tried,
-    /// The last object that was written: the next time goes on behind it.
-    last: Option<ObjectId>,
+    turns: Turns,
 }
 
 impl Writer {
-    /// False: the API server does not take any just now.
-    async fn round(&mut self) -> bool {
+    /// `Err`: the API server does not take any just now, and asks for so long a pause.
+    async fn round(&mut self) -> Result<(), Duration> {
         let control = Arc::clone(&self.feed.control);
         // In this order: an object that was published since is not told by an older state.
         let marks = self.feed.marks();
-        let (world, snapshot) = (control.world(), control.snapshot());
+        let snapshot = control.snapshot();
         self.tried.keep(&marks);
-        let tally = Tally::new(&world, snapshot.forms.values().copied(), self.shares.each());
-        let found = Found {
-            forms: &snapshot.forms,
-            selected: &selected(&world),
-            tally: &tally,
-        };
+        let shares = Arc::clone(&self.shares);
         let now = Time(Timestamp::from_second(Timestamp::now().as_second()).unwrap_or_default());
-        let mut due = changes(&marks, &found, self.last.as_ref(), &now);
+        // Of tens of thousands of policies that takes longer than others may wait for.
+        let found = tokio::task::spawn_blocking(move || {
+            let forms = snapshot.forms.iter().map(|(_, form)| form);
+            let tally = (shares.is_read()).then(|| Tally::new(&snapshot.nodes, forms, shares.each()));
+            changes(&marks, &snapshot, tally.as_ref(), &now)
+        });
+        let Ok(mut due) = found.await else { return Ok(()) };
         due.retain(|change| self.tried.may(change, Instant::now()));
         let waiting = due.len().saturating_sub(STATUS_WRITES);
         control
             .metrics
             .status_writes_waiting
             .set(i64::try_from(waiting).unwrap_or(i64::MAX));
-        for change in due.into_iter().take(STATUS_WRITES) {
+        for change in self.turns.next(due) {
             if !self.leases.is_writer() {
-                return true;
+                return Ok(());
             }
-            if !self.write(&change).await {
-                return false;
-            }
-            self.last = Some(change.id);
+            // Whatever becomes of it, others are next.
+            self.turns.took(&change);
+            self.write(&change).await?;
         }
-        true
+        Ok(())
     }
 
-    /// False: the API server does not take any just now.
-    async fn write(&mut self, change: &Change) -> bool {
+    /// As [`Self::round`].
+    async fn write(&mut self, change: &Change) -> Result<(), Duration> {
         let metrics = &self.feed.control.metrics;
         let resource = match change.id.kind {
             Kind::MeshConfig => ApiResource::erase::<MeshConfig>(&()),
@@ -109,38 +103,77 @@ impl Writer {
         let api: Api<DynamicObject> = Api::namespaced_with(self.client.clone(), &change.id.namespace, &resource);
         let patch = Patch::Merge(patch(change));
         let params = PatchParams::default();
-        let (reason, problem) = match timeout(STATUS_TIMEOUT, api.patch_status(&change.id.name, &params, &patch)).await {
+        let done = timeout(STATUS_TIMEOUT, api.patch_status(&change.id.name, &params, &patch)).await;
+        let now = Instant::now();
+        let (failed, problem) = match done {
             Ok(Ok(_)) => {
                 metrics.status_writes.inc();
-                self.tried.wait_for_next(change);
-                return true;
+                self.tried.wait_for_next(change, now);
+                return Ok(());
             }
-            Ok(Err(Error::Api(status))) => {
-                let reason = match status.code {
-                    404 => "gone",
-                    409 => "conflict",
-                    429 => "too_many_requests",
-                    401 | 403 => "forbidden",
-                    _ => "refused",
-                };
-                (reason, describe(&Error::Api(status)))
-            }
-            Ok(Err(error)) => ("connection", describe(&error)),
-            Err(_) => ("timeout", format!("no answer within {STATUS_TIMEOUT:?}")),
+            Ok(Err(error)) => (Failed::of(&error), describe(&error)),
+            Err(_) => (Failed::Timeout, format!("no answer within {STATUS_TIMEOUT:?}")),
         };
+        let reason = failed.reason();
         metrics.status_writes_failed.with_label_values(&[reason]).inc();
-        match reason {
+        match failed {
             // The watch tells what has become of it.
-            "gone" | "conflict" => {
-                self.tried.wait_for_next(change);
+            Failed::Gone | Failed::Conflict => {
+                self.tried.wait_for_next(change, now);
                 tracing::debug!(object = %change.id, reason, "status not written: {problem}");
-                return true;
+                return Ok(());
             }
-            "refused" => self.tried.wait_until(change, Instant::now() + STATUS_REFUSED_PAUSE),
-            _ => {}
+            // Of this object; an admission webhook may have its reasons, or not answer.
+            Failed::Refused | Failed::Forbidden | Failed::Timeout => {
+                self.tried.wait_until(change, now, now + STATUS_REFUSED_PAUSE);
+            }
+            Failed::Busy(_) | Failed::Connection => {}
         }
         tracing::warn!(object = %change.id, reason, "status not written: {problem}");
-        reason == "refused"
+        match failed {
+            Failed::Busy(asked) => Err(asked),
+            Failed::Connection | Failed::Timeout => Err(Duration::ZERO),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Why a status was not written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Failed {
+    Gone,
+    Conflict,
+    /// Too many requests, or the API server is in trouble: with the pause that it asks for.
+    Busy(Duration),
+    Forbidden,
+    Refused,
+    Connection,
+    Timeout,
+}
+
+impl Failed {
+    fn of(error: &Error) -> Self {
+        let Error::Api(status) = error else { return Self::Connection };
+        match status.code {
+            404 => Self::Gone,
+            409 => Self::Conflict,
+            429 | 500.. => Self::Busy(retry_after(error).unwrap_or_default()),
+            401 | 403 => Self::Forbidden,
+            _ => Self::Refused,
+        }
+    }
+
+    /// In the metric.
+    fn reason(self) -> &'static str {
+        match self {
+            Self::Gone => "gone",
+            Self::Conflict => "conflict",
+            Self::Busy(_) => "busy",
+            Self::Forbidden => "forbidden",
+            Self::Refused => "refused",
+            Self::Connection => "connection",
+            Self::Timeout => "timeout",
+        }
     }
 }
 
@@ -161,4 +194,33 @@ fn patch(change: &Change) -> serde_json::Value {
             "nodesEnforcing": nodes_enforcing,
         },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_the_objects_fault_is_told_from_what_is_the_api_servers() {
+        let api = |code: u16, seconds: u32| {
+            let status = serde_json::json!({
+                "status": "Failure", "code": code, "reason": "So", "message": "so", "details": {"retryAfterSeconds": seconds},
+            });
+            let status: kube::core::Status = serde_json::from_value(status).expect("a status");
+            Failed::of(&Error::Api(status.boxed()))
+        };
+        let pause = Duration::from_secs(3);
+        for (code, failed) in [
+            (404, Failed::Gone),
+            (409, Failed::Conflict),
+            (403, Failed::Forbidden),
+            (422, Failed::Refused),
+            (429, Failed::Busy(pause)),
+            (500, Failed::Busy(pause)),
+            (504, Failed::Busy(pause)),
+        ] {
+            assert_eq!(api(code, 3), failed, "{code}");
+        }
+        assert_eq!(api(503, 0), Failed::Busy(Duration::ZERO));
+    }
 }

@@ -68,6 +68,9 @@ pub struct ClusterWorld {
     rejections: Vec<Rejection>,
     /// Something was told since the last decision: most of what a cluster says of its objects is nothing to the mesh.
     is_undecided: bool,
+    marks: Arc<Vec<Mark>>,
+    /// Something was told of what gets a status.
+    are_marks_old: bool,
     /// Objects from the API server have no text of their own to be kept.
     text: Arc<str>,
 }
@@ -90,6 +93,8 @@ impl Default for ClusterWorld {
             world: Arc::default(),
             rejections: Vec::new(),
             is_undecided: true,
+            marks: Arc::default(),
+            are_marks_old: false,
             text: Arc::from(""),
         }
     }
@@ -160,6 +165,7 @@ impl ClusterWorld {
         let text = Arc::clone(&self.text);
         let Some(source) = self.sources.get_mut(&given) else { return };
         source.list = list;
+        self.are_marks_old |= meta.written.is_some();
         source.written = meta.written;
         let problem = match identified {
             Ok(id) => form(&id).map_err(|message| (Reason::Field, message)),
@@ -208,7 +214,8 @@ impl ClusterWorld {
     }
 
     fn forget(&mut self, id: &ObjectId) {
-        if self.sources.remove(id).is_some() {
+        if let Some(source) = self.sources.remove(id) {
+            self.are_marks_old |= source.written.is_some();
             self.of(id.kind).count -= 1;
             self.is_undecided = true;
         }
@@ -296,12 +303,14 @@ impl ClusterWorld {
     }
 
     /// Of what gets a status.
-    #[must_use]
-    pub fn marks(&self) -> Vec<Mark> {
+    pub fn marks(&mut self) -> Arc<Vec<Mark>> {
+        if !std::mem::take(&mut self.are_marks_old) {
+            return Arc::clone(&self.marks);
+        }
         let marks = self.sources.iter().filter_map(|(id, source)| {
             let refused = source.rejected.as_ref().map(|rejected| {
                 let last_good = if rejected.last_good_in_force {
-                    " (What stood before is in force still.)"
+                    " (What stood before stays in force where it was known.)"
                 } else {
                     ""
                 };
@@ -313,7 +322,8 @@ impl ClusterWorld {
                 refused,
             })
         });
-        marks.collect()
+        self.marks = Arc::new(marks.collect());
+        Arc::clone(&self.marks)
     }
 
     #[must_use]

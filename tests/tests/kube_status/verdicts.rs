@@ -148,7 +148,7 @@ pub fn rejected(bench: &mut Bench) -> Result<()> {
     let said = bench.until("a node rejects it", "deny", |said| said.reason == "RejectedByNodes")?;
     ensure!(said.nodes == Some(1), "a node that rejects it counts: {said:?}");
     ensure!(
-        said.accepted == "True" && said.message.contains("node-b") && said.message.contains("1 node"),
+        said.accepted == "True" && said.message.contains("node-b") && said.message.contains("1 node cannot"),
         "{said:?}"
     );
     bench.agents[1].speak(Mouth::default());
@@ -177,7 +177,7 @@ pub fn broken(bench: &mut Bench) -> Result<()> {
         said.reason == "Invalid" && said.message.contains("spec.rules[0].to[0].ports"),
         "{said:?}"
     );
-    ensure!(said.message.contains("What stood before is in force still"), "{said:?}");
+    ensure!(said.message.contains("What stood before stays in force"), "{said:?}");
     ensure!(
         (said.workloads, said.nodes) == (None, None),
         "counts of what is not in force: {said:?}"
