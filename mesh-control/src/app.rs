@@ -180,6 +180,7 @@ pub async fn start_with(
             Source::Cluster(_) => EndpointSource::Slices,
             Source::Folder(..) => EndpointSource::Selectors,
         },
+        mesh_namespace: args.namespace.clone(),
     };
     let shared = Arc::new(Shared::default());
     let control = Arc::new(match &source {

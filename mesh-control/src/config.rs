@@ -63,8 +63,8 @@ pub struct ServeArgs {
     /// newer.
     #[arg(long, env = "CULVERT_KUBERNETES")]
     pub kubernetes: bool,
-    /// The mesh's own namespace in the cluster.
-    #[arg(long, env = "CULVERT_NAMESPACE", value_name = "NAME", default_value = "culvert-system", value_parser = namespace)]
+    /// The mesh's own namespace in the cluster: that of the Pod that this is, if it is one.
+    #[arg(long, env = "CULVERT_NAMESPACE", value_name = "NAME", default_value_t = own_namespace(), value_parser = namespace)]
     pub namespace: String,
     /// Folder for the root of trust, node tokens and capture states; made with mode 0700 when it is missing. (With --kubernetes the
     /// API server has them.)
@@ -146,7 +146,7 @@ pub struct RotateRootArgs {
     #[arg(long, env = "CULVERT_KUBERNETES")]
     pub kubernetes: bool,
     /// With --kubernetes: the mesh's own namespace.
-    #[arg(long, env = "CULVERT_NAMESPACE", value_name = "NAME", default_value = "culvert-system", value_parser = namespace)]
+    #[arg(long, env = "CULVERT_NAMESPACE", value_name = "NAME", default_value_t = own_namespace(), value_parser = namespace)]
     pub namespace: String,
     /// As the control plane has it; the next root names it.
     #[arg(long, env = "CULVERT_TRUST_DOMAIN", value_name = "NAME", default_value = "cluster.local", value_parser = trust_domain)]
@@ -165,6 +165,13 @@ fn trust_domain(text: &str) -> Result<String, String> {
     } else {
         Err("give lower-case letters, digits, '-', '_' and '.'".to_owned())
     }
+}
+
+/// In a Pod the kubelet says it.
+fn own_namespace() -> String {
+    let own = std::fs::read_to_string("/var/run/secrets/kubernetes.io/serviceaccount/namespace");
+    let own = own.ok().filter(|name| crate::registry::is_name(name));
+    own.unwrap_or_else(|| mesh_proto::ROOT_NAMESPACE.to_owned())
 }
 
 fn namespace(text: &str) -> Result<String, String> {

@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::accounts::Accounts;
 use crate::capture_states::{CaptureState, CaptureStates, PodKey, Proof, pod_key};
+use crate::compile::network_policies::Findings;
 use crate::compile::{Parameters, Snapshot, compile_after, spiffe_id};
 use crate::enforcement::Enforcement;
 use crate::kubernetes::wishes::PodRef;
@@ -25,7 +26,9 @@ use crate::state_dir::{StateDir, StateError};
 const CAPTURE_STATES: &str = "capture-states.json";
 const ACCOUNTS: &str = "service-accounts.json";
 
+mod advice;
 mod enforced;
+pub mod notices;
 mod pace;
 mod shared;
 mod status;
@@ -33,6 +36,7 @@ mod status;
 mod tests;
 
 use pace::Pace;
+pub use notices::Notice;
 pub use shared::Shared;
 
 const NO_POD_RANGES: &str = "no address ranges of Pods are known: Pods that discovery has not told yet are reached IN CLEAR; \
@@ -57,6 +61,8 @@ pub struct ControlPlane {
     nodes: Mutex<BTreeMap<String, NodeStatus>>,
     /// What the agents that this replica serves enforce.
     enforcement: Mutex<Enforcement>,
+    /// NetworkPolicies in the mesh's way, when they were last looked at.
+    findings: Mutex<Findings>,
     closing: watch::Sender<bool>,
 }
 
@@ -153,6 +159,7 @@ impl ControlPlane {
             ready: AtomicBool::new(false),
             nodes: Mutex::default(),
             enforcement: Mutex::default(),
+            findings: Mutex::default(),
             closing: watch::Sender::new(false),
         }
     }
@@ -286,6 +293,17 @@ impl ControlPlane {
         if ignored > 0 {
             tracing::debug!(node, ignored, "reported Pods that are not of this node's mesh");
         }
+        if let Some(shared) = &self.shared {
+            shared.notices.hear(&inner, &snapshot, node, &words, &self.metrics);
+        }
+        // They are told once.
+        for word in words.iter_mut().filter(|word| !word.repaired.is_empty()) {
+            let (pod, repaired) = (
+                format!("{}/{}", word.namespace, word.name),
+                std::mem::take(&mut word.repaired),
+            );
+            tracing::warn!(node, pod, ?repaired, "the agent put back pieces of the Pod's capture");
+        }
         let changed = self.take_words(&mut inner, &snapshot, node, &words);
         inner.reports.insert(node.to_owned(), words);
         if changed || inner.unsaved {
@@ -355,6 +373,7 @@ impl ControlPlane {
         self.save_captures(inner);
         if let Some(shared) = &self.shared {
             shared.mend(inner, &inner.world, &snapshot, &self.metrics);
+            shared.notices.look(inner, &snapshot, &self.snapshot(), &self.metrics);
         }
         let count = |wanted: Option<CaptureState>| {
             snapshot

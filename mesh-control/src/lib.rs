@@ -21,6 +21,7 @@ pub mod fuzz;
 pub mod kubernetes;
 pub mod limits;
 pub mod metrics;
+pub mod network_policy;
 pub mod node_pods;
 pub mod node_reports;
 pub mod node_streams;

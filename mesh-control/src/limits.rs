@@ -241,6 +241,48 @@ pub const STATUS_REFUSED_PAUSE: Duration = Duration::from_secs(60);
 /// Pause before the deleted accounts are tried to be kept again.
 pub const ACCOUNTS_RETRY: Duration = Duration::from_secs(2);
 
+/// Bytes of the annotation that tells why a Pod is not protected, and of an Event's note (Kubernetes takes 1,024).
+pub const MAX_PROBLEM_BYTES: usize = 512;
+pub const MAX_EVENT_NOTE_BYTES: usize = 1000;
+/// Pods with which something is wrong, about 1 KiB each: 16 MiB. Of further ones nobody is told but the metrics; counted.
+pub const MAX_PODS_IN_TROUBLE: usize = 16_384;
+/// A Pod that is not proven for this long is told to be so: before, it has just begun.
+pub const NOT_ENROLLED_AFTER: Duration = Duration::from_secs(5);
+/// A problem that has another text all the time is written this often.
+pub const PROBLEM_PACE: Duration = Duration::from_secs(30);
+/// Events and problems: writes at a time, and the pause after each start: at most 50 a second of a replica.
+pub const NOTICE_WRITES_AT_ONCE: usize = 2;
+pub const NOTICE_WRITE_PACE: Duration = Duration::from_millis(20);
+/// Events of a Pod (or whatever they are about): so many at once, then one in each interval. Others are dropped, and counted in the next.
+pub const EVENTS_OF_SUBJECT_BURST: u32 = 8;
+pub const EVENTS_OF_SUBJECT_INTERVAL: Duration = Duration::from_secs(60);
+/// The same of all Events of a replica: 10 a second.
+pub const EVENTS_BURST: u32 = 200;
+pub const EVENTS_INTERVAL: Duration = Duration::from_millis(100);
+/// Events that wait to be written, about 2 KiB each: 2 MiB. More are dropped, counted.
+pub const MAX_EVENTS_WAITING: usize = 1024;
+/// What Events were about, about 1 KiB each: 16 MiB. At the bound those are forgotten of which nothing was said for an hour (as long as
+/// Kubernetes keeps Events); where there are none, Events of others are dropped, counted.
+pub const MAX_EVENT_SUBJECTS: usize = 16_384;
+pub const EVENT_SUBJECT_IDLE: Duration = Duration::from_secs(3600);
+/// Different Events of one subject that are counted up; of more, the oldest begins anew.
+pub const MAX_EVENT_KINDS_OF_SUBJECT: usize = 8;
+/// An Event that the API server does not take is tried so often, after pauses that double; then it is dropped, counted.
+pub const EVENT_ATTEMPTS: u32 = 4;
+pub const EVENT_RETRY: Duration = Duration::from_millis(500);
+/// Pieces of a capture that a report names as put back, of a Pod and of the node.
+pub const MAX_REPAIRED_NAMED: usize = 32;
+
+/// NetworkPolicies in the mesh's way that are named in `/status` and told by Events; the metric counts those, too.
+pub const MAX_NETWORK_POLICIES_NAMED: usize = 256;
+/// Pods of such a policy that are told of it.
+pub const MAX_PODS_OF_NETWORK_POLICY_NAMED: usize = 8;
+/// NetworkPolicies × members that no policy can tell apart (about 100 ns each, so half a second). Beyond, they are not looked at, and
+/// that is said.
+pub const MAX_POLICY_COMPARISONS: usize = 5_000_000;
+/// NetworkPolicies are looked at this long after a change, so that a rollout is looked at once.
+pub const NETWORK_POLICY_PACE: Duration = Duration::from_secs(2);
+
 /// Admin connections at once. 256 × about 20 KiB = 5 MiB.
 pub const MAX_ADMIN_CONNECTIONS: usize = 256;
 /// Of those, from one address (IPv6: one /64). The kubelet asks there whether to end the control plane: no Pod may take all places.

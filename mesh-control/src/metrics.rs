@@ -3,6 +3,7 @@
 use prometheus::{Counter, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
 
 use crate::compile::membership::{Enrolment, Refusal};
+use crate::kubernetes::event_queue::Dropped;
 use crate::objects::Kind;
 use crate::registry::{Reason, Rejection};
 use crate::tokens::Refusal as TokenRefusal;
@@ -90,6 +91,12 @@ pub struct Metrics {
     pub status_writes_waiting: IntGauge,
     pub lease_failures: IntCounterVec,
     pub enforcement_left_out: IntGauge,
+    network_policies_in_the_way: IntGaugeVec,
+    pub events_written: IntCounter,
+    events_dropped: IntCounterVec,
+    pub problems_failed: IntCounter,
+    pub pods_in_trouble: IntGauge,
+    pub pods_in_trouble_left_out: IntGauge,
     pub watches: IntGaugeVec,
     pub watch_failures: IntCounterVec,
     pub lists: IntCounterVec,
@@ -272,6 +279,29 @@ impl Metrics {
                 "mesh_control_enforcement_left_out",
                 "Nodes of this replica whose enforcement the others are not told, for want of room",
             )?,
+            network_policies_in_the_way: gauges(
+                "mesh_control_network_policies_in_the_way",
+                "NetworkPolicies that let ports of the mesh's Pods through and not the mesh's own",
+                "direction",
+            )?,
+            events_written: counter("mesh_control_events_total", "Kubernetes Events written or counted up")?,
+            events_dropped: counters(
+                "mesh_control_events_dropped_total",
+                "Kubernetes Events that were not written",
+                "reason",
+            )?,
+            problems_failed: counter(
+                "mesh_control_problem_writes_failed_total",
+                "Annotations that tell why a Pod is not protected that were not written; the next report brings them again",
+            )?,
+            pods_in_trouble: gauge(
+                "mesh_control_pods_in_trouble",
+                "Pods that ask for the mesh and are not protected, as their owners are told",
+            )?,
+            pods_in_trouble_left_out: gauge(
+                "mesh_control_pods_in_trouble_left_out",
+                "Times that there was no room to remember such a Pod, so that its owner is not told",
+            )?,
             watches: gauges(
                 "mesh_control_watches",
                 "1 while objects of the kind are followed in the API server",
@@ -336,6 +366,12 @@ impl Metrics {
                 counters.with_label_values(&[value]);
             }
         }
+        for direction in ["ingress", "egress", "not_named", "not_looked_at"] {
+            metrics.network_policies(direction, 0);
+        }
+        for why in Dropped::ALL {
+            metrics.events_dropped.with_label_values(&[why.as_str()]);
+        }
         for kind in Kind::ALL {
             metrics.lists.with_label_values(&[kind.as_str()]);
             metrics.watch_failures.with_label_values(&[kind.as_str()]);
@@ -346,6 +382,16 @@ impl Metrics {
         }
         metrics.set_known_tokens((0, 0));
         Ok(metrics)
+    }
+
+    pub fn network_policies(&self, direction: &str, count: usize) {
+        self.network_policies_in_the_way
+            .with_label_values(&[direction])
+            .set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
+    pub fn event_dropped(&self, why: Dropped) {
+        self.events_dropped.with_label_values(&[why.as_str()]).inc();
     }
 
     /// Accepted, refused.

@@ -108,6 +108,9 @@ async fn take(control: &Arc<ControlPlane>, node: &str, report: NodeReport) -> Re
         }
         status.rejected_by_agent = rejected;
     });
+    if !report.repaired.is_empty() {
+        control.node_repaired(node, &proto::pieces(&report.repaired));
+    }
     let (control, node) = (Arc::clone(control), node.to_owned());
     tokio::task::spawn_blocking(move || control.set_report(&node, words))
         .await

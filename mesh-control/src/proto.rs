@@ -15,7 +15,7 @@ use crate::capture_states::Proof;
 use crate::compile::membership::{Namespaces, NodePod, NodePods, Refusal};
 use crate::compile::{Capture, OwnerKind, SettingsView, WorkloadView};
 use crate::discovery::subscription::{Request, Response};
-use crate::limits::MAX_NACK_BYTES;
+use crate::limits::{MAX_NACK_BYTES, MAX_REPAIRED_NAMED};
 use crate::objects::{ObjectId, Service, TargetPort};
 
 /// Which workloads a policy applies to.
@@ -375,6 +375,10 @@ pub struct PodWord {
     pub namespace: String,
     pub name: String,
     pub proof: Proof,
+    /// Why it is not proven.
+    pub reason: String,
+    /// Pieces of its capture that were put back.
+    pub repaired: Vec<String>,
 }
 
 #[must_use]
@@ -389,8 +393,16 @@ pub fn pod_words(pods: &[node::PodReport]) -> Vec<PodWord> {
                 node::Proof::Lost => Proof::Lost,
                 node::Proof::Pending | node::Proof::Unspecified => Proof::Pending,
             },
+            reason: shortened(pod.reason.clone()),
+            repaired: pieces(&pod.repaired),
         })
         .collect()
+}
+
+/// Names of pieces of a capture.
+#[must_use]
+pub fn pieces(named: &[String]) -> Vec<String> {
+    named.iter().take(MAX_REPAIRED_NAMED).cloned().map(shortened).collect()
 }
 
 /// What a node is told of its Pods.

@@ -11,6 +11,8 @@ mod captures;
 mod endpoints;
 #[path = "kube_registry/large.rs"]
 mod large;
+#[path = "kube_registry/notices.rs"]
+mod notices;
 #[path = "kube_registry/outages.rs"]
 mod outages;
 #[path = "kube_registry/program.rs"]
@@ -50,6 +52,8 @@ rules:
 - {apiGroups: [""], resources: [namespaces, nodes, pods, services, serviceaccounts], verbs: [list, watch]}
 - {apiGroups: [""], resources: [pods], verbs: [patch]}
 - {apiGroups: [discovery.k8s.io], resources: [endpointslices], verbs: [list, watch]}
+- {apiGroups: [networking.k8s.io], resources: [networkpolicies], verbs: [list, watch]}
+- {apiGroups: [events.k8s.io], resources: [events], verbs: [create, patch]}
 - {apiGroups: [culvert.dev], resources: [authorizationpolicies, meshconfigs], verbs: [list, watch]}
 - apiGroups: [apiextensions.k8s.io]
   resources: [customresourcedefinitions]
@@ -99,6 +103,12 @@ fn main() -> ExitCode {
             ("a_restart_forgets_no_proof", captures::restart),
             ("a_pod_made_anew_has_proven_nothing", captures::made_anew),
             ("a_pod_that_leaves_the_mesh_keeps_no_annotation", captures::leaves),
+            ("owners_of_pods_are_told_what_is_wrong", notices::told),
+            ("a_pod_that_is_refused_is_told_why", notices::refused),
+            ("a_copied_proof_proves_nothing", notices::copied),
+            ("a_forged_proof_touches_no_other_pod", notices::forged),
+            ("a_label_that_is_ignored_is_told", notices::kept_out),
+            ("a_network_policy_without_the_meshs_port_is_named", notices::network_policies),
             ("a_deleted_account_stays_deleted_over_a_restart", captures::accounts),
             ("many_objects_are_few_lists_and_few_compilations", large::many),
             ("an_api_server_that_is_lost_takes_nothing_out_of_force", outages::lost),
@@ -272,6 +282,7 @@ fn parameters(endpoints: EndpointSource) -> Parameters {
         trust_bundle: vec![],
         revoked: std::collections::BTreeSet::new(),
         endpoints,
+        mesh_namespace: NAMESPACE.into(),
     }
 }
 

@@ -1,7 +1,9 @@
 //! What must hold of `deploy/chart`: Helm's own rules, that bad values are refused with their name, that what can be turned off and on
 //! is, and that deploy/culvert.yaml is what it renders.
 
-use anyhow::{Result, bail};
+use std::fs;
+
+use anyhow::{Context as _, Result, bail};
 
 use crate::generate;
 use crate::helm::Helm;
@@ -18,10 +20,11 @@ const REFUSED: [(&str, &str); 9] = [
     ("mesh.trustDomain=Cluster.Local", "/mesh/trustDomain"),
     ("image.prefix=example.org", "/image/prefix"),
     ("image.pullPolicy=Sometimes", "/image/pullPolicy"),
+    ("dashboards.namespace=No_Such", "/dashboards/namespace"),
 ];
 
 /// Values, what is rendered with them, and what is not.
-const RENDERED: [(&str, &str, &str); 9] = [
+const RENDERED: [(&str, &str, &str); 12] = [
     (
         "agent.kubeletCgroup=/system.slice/k3s.service",
         "- --kubelet-cgroup=/system.slice/k3s.service",
@@ -42,6 +45,13 @@ const RENDERED: [(&str, &str, &str); 9] = [
         "kind: DaemonSet",
         "kind: ValidatingAdmissionPolicy",
     ),
+    ("podMonitor.enabled=true", "name: mesh-control", "kind: PrometheusRule"),
+    (
+        "prometheusRule.enabled=true",
+        "alert: MeshPodUnprotected",
+        "grafana_dashboard",
+    ),
+    ("dashboards.enabled=true", "grafana_dashboard: \"1\"", "kind: PrometheusRule"),
     (
         "image.prefix=example.test/mesh/",
         "image: example.test/mesh/mesh-agent:",
@@ -64,8 +74,43 @@ pub fn test(workspace: &Workspace, helm: &Helm) -> Result<()> {
             bail!("with {value}: {there:?} must be rendered, and {absent:?} must not");
         }
     }
+    dashboards(workspace, helm)?;
     match generate::manifests(workspace, helm, true)? {
         Some(stale) => bail!("{stale} is stale: cargo xtask generate"),
         None => Ok(()),
+    }
+}
+
+/// Each dashboard arrives whole, and so do the rules: as JSON and YAML that say what the files say.
+fn dashboards(workspace: &Workspace, helm: &Helm) -> Result<()> {
+    let rendered = helm.render(&["dashboards.enabled=true", "prometheusRule.enabled=true"])?;
+    let mut files = 0;
+    for entry in fs::read_dir(workspace.root.join("deploy/dashboards"))? {
+        let path = entry?.path();
+        let name = path.file_name().context("a name")?.to_string_lossy().into_owned();
+        arrives(&rendered, &fs::read_to_string(&path)?, 4).with_context(|| name.clone())?;
+        if !rendered.contains(&format!("  {name}: |\n")) {
+            bail!("{name} is in no ConfigMap under its name");
+        }
+        files += 1;
+    }
+    if files == 0 {
+        bail!("deploy/dashboards has no dashboards");
+    }
+    let rules = fs::read_to_string(workspace.root.join("deploy/alerts/culvert-rules.yaml"))?;
+    arrives(&rendered, &rules, 2).context("the rules")
+}
+
+/// The text is there, each line moved in by so much.
+fn arrives(rendered: &str, text: &str, indent: usize) -> Result<()> {
+    let moved: Vec<String> = text
+        .trim_end()
+        .lines()
+        .map(|line| format!("{}{line}", " ".repeat(indent)))
+        .collect();
+    if rendered.contains(&moved.join("\n")) {
+        Ok(())
+    } else {
+        bail!("it is not rendered as it is")
     }
 }

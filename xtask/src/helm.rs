@@ -80,7 +80,16 @@ impl Helm {
 }
 
 /// Values that turn on what is off.
-const ALL: [&str; 4] = ["--set", "namespace.create=true", "--set", "podMonitor.enabled=true"];
+const ALL: [&str; 8] = [
+    "--set",
+    "namespace.create=true",
+    "--set",
+    "podMonitor.enabled=true",
+    "--set",
+    "prometheusRule.enabled=true",
+    "--set",
+    "dashboards.enabled=true",
+];
 
 fn is_wanted(helm: &Path) -> bool {
     let version = Command::new(helm).args(["version", "--template", "{{.Version}}"]).output();

@@ -42,9 +42,16 @@ impl Pods {
             Ok(listed) => listed,
             Err(verdict) => return verdict,
         };
-        match self.enroll_made(pod, listed).await {
-            Ok(()) => Verdict::Done,
-            Err(why) => Verdict::Failed(why),
+        let uid = pod.uid.clone();
+        match self.clone().enroll_made(pod, listed.clone()).await {
+            Ok(()) => {
+                self.noticed.enrolled_by_cni(&uid);
+                Verdict::Done
+            }
+            Err(why) => {
+                self.noticed.failing_by_cni(&uid, &listed.namespace, &listed.name, &why);
+                Verdict::Failed(why)
+            }
         }
     }
 

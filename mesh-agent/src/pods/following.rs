@@ -16,6 +16,7 @@ use super::{LEAVING_GRACE, PodError, Pods};
 use crate::capture::{FindError, Found, Origin, PodToEnroll, Wanted};
 use crate::discovery::backoff::Backoff;
 use crate::discovery::node_pods::{ListedPod, NodeList, NodeLists};
+use crate::discovery::noticed::failing as failing_member;
 use crate::discovery::report::Proof;
 
 /// After something failed, before it is tried again.
@@ -252,6 +253,14 @@ impl Following {
                 (pod, attempt.why.clone())
             })
             .collect();
+        let failing = self.attempts.iter().filter(|(_, attempt)| !attempt.why.is_empty());
+        let members = failing.filter_map(|(uid, attempt)| {
+            let pod = list.pods.get(uid).filter(|pod| pod.is_member)?;
+            Some((uid.clone(), failing_member(uid, &pod.namespace, &pod.name, &attempt.why)))
+        });
+        self.pods
+            .noticed
+            .failing_by_list(members.collect(), |uid| list.pods.get(uid).is_some_and(|pod| pod.is_member));
         let refused: BTreeMap<String, String> = (list.pods.values())
             .filter(|pod| !pod.refused.is_empty())
             .map(|pod| (name_of(pod), pod.refused.clone()))

@@ -26,11 +26,11 @@ use tracing::{error, info, warn};
 
 use crate::capture::netns::NetNamespace;
 use crate::capture::{Capture, CaptureError, CapturedPod, PodToEnroll};
+use crate::discovery::noticed::Noticed;
 use crate::discovery::report::{PodStatus, Proof};
 use crate::identity::Identity;
 use crate::identity::renewal::Certificates;
 use crate::proxy::{PodProxyHandle, Proxy, ProxyPod};
-use crate::telemetry::Metrics;
 
 /// An enrolment is answered after this, whatever is still missing; the Pod stays enrolled and pending.
 const ENROLMENT_PATIENCE: Duration = Duration::from_secs(10);
@@ -117,8 +117,8 @@ pub struct Pods {
     capture: Arc<Capture>,
     proxy: Arc<Proxy>,
     certificates: Arc<Certificates>,
-    metrics: Arc<Metrics>,
     trust_domain: Arc<TrustDomain>,
+    noticed: Arc<Noticed>,
     enrolled: Mutex<BTreeMap<Arc<str>, Enrolled>>,
     /// Whose sandbox the CNI plugin has taken away: the control plane lists them for a while longer.
     ended: Mutex<HashSet<Arc<str>>>,
@@ -137,15 +137,15 @@ impl Pods {
         capture: Arc<Capture>,
         proxy: Arc<Proxy>,
         certificates: Arc<Certificates>,
-        metrics: Arc<Metrics>,
         trust_domain: Arc<TrustDomain>,
+        noticed: Arc<Noticed>,
     ) -> Arc<Self> {
         Arc::new(Self {
             capture,
             proxy,
             certificates,
-            metrics,
             trust_domain,
+            noticed,
             enrolled: Mutex::default(),
             ended: Mutex::default(),
             busy: Mutex::default(),
@@ -271,7 +271,6 @@ impl Pods {
         self.proxy.forget(&self.certificates.unwant(uid));
         let Some(enrolled) = enrolled else { return false };
         enrolled.stop.cancel();
-        self.metrics.forget_pod(&enrolled.pod.namespace, &enrolled.pod.name);
         info!(pod = %enrolled.pod.name, namespace = %enrolled.pod.namespace, %uid, "Pod released");
         true
     }
@@ -410,7 +409,6 @@ impl Pods {
         let uid: Arc<str> = pod.uid.as_str().into();
         let identity = self.identity(&pod);
         self.certificates.want(&identity, &uid);
-        self.metrics.set_pod_protected(&pod.namespace, &pod.name, false);
         let stop = CancellationToken::new();
         let enrolled = Enrolled {
             pod,

@@ -96,12 +96,10 @@ impl Pods {
             handle.shutdown().await;
             match pods.capture.reopen(&uid).await {
                 Ok(captured) => {
+                    pods.noticed.pod_repaired(&uid, &["listener"]);
                     pods.serve(captured, true);
                     // What it was proven to be does not start anew.
                     if let Some(enrolled) = pods.enrolled.lock().get_mut(&uid) {
-                        let is_proven = standing.proof() == Proof::Proven;
-                        pods.metrics
-                            .set_pod_protected(&enrolled.pod.namespace, &enrolled.pod.name, is_proven);
                         enrolled.standing = standing;
                     }
                 }
@@ -126,6 +124,7 @@ impl Pods {
                 return Err("the agent stops".to_owned());
             };
             let repairs = self.capture.repair(uid).await.map_err(|error| error.to_string())?;
+            self.noticed.pod_repaired(uid, &repairs.repaired);
             if repairs.is_listener_lost {
                 self.reopen(uid);
                 return Err("a listener of the agent in the Pod was closed".to_owned());
@@ -137,7 +136,9 @@ impl Pods {
                 .and_then(|enrolled| enrolled.handle.as_ref()?.listeners());
             if let Some([_, tunnel, plaintext]) = listeners {
                 let restored = self.capture.restore_listeners(uid, [tunnel, plaintext]).await;
-                restored.map_err(|error| error.to_string())?;
+                if restored.map_err(|error| error.to_string())? {
+                    self.noticed.pod_repaired(uid, &["listeners_entry"]);
+                }
             }
             self.capture.prove(uid).await.map_err(|error| error.to_string())?;
         }
@@ -166,11 +167,9 @@ impl Pods {
             match turn {
                 Turn::Proven => {
                     info!(%namespace, pod = %name, "the Pod's capture is proven");
-                    self.metrics.set_pod_protected(namespace, name, true);
                 }
                 Turn::Lost => {
                     error!(%namespace, pod = %name, %reason, "the proof of the Pod's capture is LOST: the mesh refuses its connections until it is proven again");
-                    self.metrics.set_pod_protected(namespace, name, false);
                 }
                 Turn::None => {}
             }

@@ -4,8 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
-use mesh_proto::ROOT_NAMESPACE;
-
 use super::MESH_LABEL;
 use crate::limits::{MAX_ADDRESSES_TOLD, MAX_MESH_NAMESPACES, MAX_NODE_PODS, MAX_PROBE_PORTS_TOLD, MAX_REFUSED_SHOWN};
 use crate::objects::{Labels, ObjectId, Pod};
@@ -13,8 +11,8 @@ use crate::objects::{Labels, ObjectId, Pod};
 #[cfg(test)]
 mod tests;
 
-/// Never in the mesh: DNS and the control plane would wait for each other.
-const KEPT_OUT: [&str; 2] = ["kube-system", ROOT_NAMESPACE];
+/// Never in the mesh, as the mesh's own namespace: DNS and the control plane would wait for each other.
+const SYSTEM_NAMESPACE: &str = "kube-system";
 /// Parts of the names that runtime classes have whose Pods live in a machine of their own, where no program of the node sees their
 /// sockets.
 const VM_RUNTIMES: [&str; 7] = [
@@ -32,6 +30,13 @@ const VM_RUNTIMES: [&str; 7] = [
 pub struct Namespace<'a> {
     pub labels: &'a Labels,
     pub best_effort: bool,
+    /// Whatever its label says.
+    pub kept_out: bool,
+}
+
+#[must_use]
+pub fn is_kept_out(name: &str, mesh_namespace: &str) -> bool {
+    name == SYSTEM_NAMESPACE || name == mesh_namespace
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,15 +125,19 @@ pub struct NodePod {
     pub probe_ports: Vec<u16>,
 }
 
+/// What is said of a namespace that is kept out.
+#[must_use]
+pub fn kept_out_because() -> String {
+    format!("its label {MESH_LABEL}=enabled is ignored: DNS and the control plane could not start before each other")
+}
+
 impl Enrolment {
     /// What operators should hear of, one line each.
     pub fn warnings(&self) -> impl Iterator<Item = String> {
-        let kept_out = self.kept_out.iter().map(|namespace| {
-            format!(
-                "namespace {namespace}: its label {MESH_LABEL}=enabled is ignored: DNS and the control plane could not start before \
-                 each other"
-            )
-        });
+        let kept_out = self
+            .kept_out
+            .iter()
+            .map(|name| format!("namespace {name}: {}", kept_out_because()));
         let refused = self
             .refused
             .iter()
@@ -165,9 +174,9 @@ impl Enrolment {
 }
 
 #[must_use]
-pub fn membership(namespace: Option<&Namespace<'_>>, name: &str, pod: &Pod) -> Membership {
+pub fn membership(namespace: Option<&Namespace<'_>>, pod: &Pod) -> Membership {
     let opted_out = pod.labels.get(MESH_LABEL).is_some_and(|value| value == "disabled");
-    if !is_in_mesh(namespace, name) || opted_out || pod.host_network {
+    if !is_in_mesh(namespace) || opted_out || pod.host_network {
         return Membership::Outside;
     }
     // First: whatever else it says of itself, it gets no identity.
@@ -191,15 +200,15 @@ fn is_labelled(namespace: &Namespace<'_>) -> bool {
     namespace.labels.get(MESH_LABEL).is_some_and(|value| value == "enabled")
 }
 
-fn is_in_mesh(namespace: Option<&Namespace<'_>>, name: &str) -> bool {
-    namespace.is_some_and(is_labelled) && !KEPT_OUT.contains(&name)
+fn is_in_mesh(namespace: Option<&Namespace<'_>>) -> bool {
+    namespace.is_some_and(|namespace| is_labelled(namespace) && !namespace.kept_out)
 }
 
 pub(super) fn enrolment(namespaces: &BTreeMap<&str, Namespace<'_>>, pods: &[(&ObjectId, &Pod)]) -> Enrolment {
     let mut enrolment = Enrolment::default();
     let mut named = Namespaces::default();
     for (name, namespace) in namespaces {
-        if !is_in_mesh(Some(namespace), name) {
+        if !is_in_mesh(Some(namespace)) {
             if is_labelled(namespace) {
                 enrolment.kept_out.push((*name).to_owned());
             }
@@ -212,7 +221,7 @@ pub(super) fn enrolment(namespaces: &BTreeMap<&str, Namespace<'_>>, pods: &[(&Ob
     enrolment.namespaces = Arc::new(named);
     let mut nodes: BTreeMap<&str, NodePods> = BTreeMap::new();
     for (id, pod) in pods {
-        let membership = membership(namespaces.get(id.namespace.as_str()), &id.namespace, pod);
+        let membership = membership(namespaces.get(id.namespace.as_str()), pod);
         let refused = match membership {
             Membership::Refused(refusal) => Some(refusal),
             Membership::Member | Membership::Outside => None,

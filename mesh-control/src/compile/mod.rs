@@ -20,6 +20,7 @@ use selectors::Selectors;
 mod endpoints;
 pub mod forms;
 pub mod membership;
+pub mod network_policies;
 pub mod selection;
 mod selectors;
 mod workload_names;
@@ -46,6 +47,8 @@ pub struct Parameters {
     /// SPIFFE ids that are nobody's any longer.
     pub revoked: BTreeSet<String>,
     pub endpoints: EndpointSource,
+    /// Where the mesh itself runs.
+    pub mesh_namespace: String,
 }
 
 /// What says which Pods are a Service's endpoints.
@@ -174,7 +177,7 @@ pub fn compile(world: &World, captures: &CaptureStates, parameters: &Parameters)
 /// As [`compile`]. Of `before`, resources whose bytes are the same are taken over as they are, hash and all.
 #[must_use]
 pub fn compile_after(world: &World, captures: &CaptureStates, parameters: &Parameters, before: &Snapshot) -> Snapshot {
-    let index = Index::new(world);
+    let index = Index::new(world, parameters);
     let listed = match parameters.endpoints {
         EndpointSource::Selectors => Listed::default(),
         EndpointSource::Slices => Listed::new(world),
@@ -309,23 +312,25 @@ struct Index<'a> {
 }
 
 impl<'a> Index<'a> {
-    fn new(world: &'a World) -> Self {
+    fn new(world: &'a World, parameters: &Parameters) -> Self {
         let mut index = Self::default();
         let mut services: BTreeMap<&str, Vec<_>> = BTreeMap::new();
         let mut policies: BTreeMap<&str, Vec<_>> = BTreeMap::new();
         for (id, object) in world {
             match object.as_ref() {
                 Object::Namespace { labels, best_effort } => {
-                    let best_effort = *best_effort;
-                    index
-                        .namespaces
-                        .insert(&id.name, membership::Namespace { labels, best_effort });
+                    let namespace = membership::Namespace {
+                        labels,
+                        best_effort: *best_effort,
+                        kept_out: membership::is_kept_out(&id.name, &parameters.mesh_namespace),
+                    };
+                    index.namespaces.insert(&id.name, namespace);
                 }
                 Object::Node(node) => {
                     index.nodes.insert(&id.name, node);
                 }
                 Object::Pod(pod) if !pod.finished => index.pods.push((id, pod)),
-                Object::Pod(_) | Object::ServiceAccount | Object::EndpointSlice(_) => {}
+                Object::Pod(_) | Object::ServiceAccount | Object::EndpointSlice(_) | Object::NetworkPolicy(_) => {}
                 Object::Service(service) if service.is_external_name => {}
                 Object::Service(service) => {
                     index.services.push((id, service));
@@ -354,7 +359,7 @@ impl<'a> Index<'a> {
     }
 
     fn is_member(&self, id: &ObjectId, pod: &Pod) -> bool {
-        match membership(self.namespaces.get(id.namespace.as_str()), &id.namespace, pod) {
+        match membership(self.namespaces.get(id.namespace.as_str()), pod) {
             Membership::Member => true,
             // Its peers are sent tunnels, which the other mesh takes.
             Membership::Refused(refusal) => refusal == Refusal::CapturedElsewhere,

@@ -107,6 +107,7 @@ fn parameters() -> Parameters {
         trust_bundle: vec!["PEM".into()],
         revoked: BTreeSet::new(),
         endpoints: crate::compile::EndpointSource::Selectors,
+        mesh_namespace: "culvert-system".into(),
     }
 }
 

@@ -4,14 +4,18 @@
 //! *Proven* counts once it is written: what a crash of this replica would take back, no agent has heard. *Lost* counts at once: it
 //! only closes.
 
+use std::time::SystemTime;
+
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
+use super::notices::{Notice, Notices};
 use super::{ControlPlane, Inner};
 use crate::accounts::Accounts;
 use crate::capture_states::{CaptureState, Proof};
 use crate::compile::Snapshot;
+use crate::kubernetes::event_queue::{Dropped, EventWrite};
 use crate::kubernetes::wishes::{PodRef, Reading, Wishes, Write};
 use crate::metrics::Metrics;
 use crate::objects::{Object, ObjectId, Pod, World};
@@ -24,6 +28,7 @@ pub struct Shared {
     wishes: Mutex<Wishes>,
     wished: Notify,
     accounts: watch::Sender<Option<Accounts>>,
+    pub(super) notices: Notices,
 }
 
 impl Default for Shared {
@@ -32,6 +37,7 @@ impl Default for Shared {
             wishes: Mutex::default(),
             wished: Notify::new(),
             accounts: watch::Sender::new(None),
+            notices: Notices::default(),
         }
     }
 }
@@ -74,6 +80,27 @@ impl Shared {
 
     pub(super) fn keep_accounts(&self, accounts: &Accounts) {
         self.accounts.send_replace(Some(accounts.clone()));
+    }
+
+    /// Done when there may be more to tell.
+    pub async fn noticed(&self) {
+        self.notices.wait().await;
+    }
+
+    /// As [`Notices::take`].
+    ///
+    /// # Errors
+    /// As [`Notices::take`].
+    pub fn take_notice(&self, now: Instant, at: SystemTime, metrics: &Metrics) -> Result<Notice, Option<Instant>> {
+        self.notices.take(now, at, metrics)
+    }
+
+    /// As [`Notices::again`].
+    ///
+    /// # Errors
+    /// As [`Notices::again`].
+    pub fn say_again(&self, event: EventWrite, now: Instant) -> Result<(), Dropped> {
+        self.notices.again(event, now)
     }
 
     fn want(&self, pod: PodRef, value: Option<CaptureState>, metrics: &Metrics) {
@@ -143,7 +170,7 @@ impl Shared {
             let Some(place) = snapshot.pods.get(&pod.uid) else { continue };
             let wanted = if place.is_member { inner.captures.of(&pod.uid) } else { None };
             let is_ours = self.wishes.lock().wanted(&pod.uid).is_some();
-            if wanted != pod.annotated && !is_ours {
+            if (wanted != pod.annotated || pod.is_annotation_foreign) && !is_ours {
                 self.want(pod_ref(id, pod), wanted, metrics);
             }
         }
@@ -172,14 +199,14 @@ impl ControlPlane {
     }
 }
 
-fn pods(world: &World) -> impl Iterator<Item = (&ObjectId, &Pod)> {
+pub(super) fn pods(world: &World) -> impl Iterator<Item = (&ObjectId, &Pod)> {
     world.iter().filter_map(|(id, object)| match object.as_ref() {
         Object::Pod(pod) => Some((id, pod.as_ref())),
         _ => None,
     })
 }
 
-fn pod_ref(id: &ObjectId, pod: &Pod) -> PodRef {
+pub(super) fn pod_ref(id: &ObjectId, pod: &Pod) -> PodRef {
     PodRef {
         namespace: id.namespace.clone(),
         name: id.name.clone(),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::{ControlPlane, NO_POD_RANGES};
 use crate::capture_states::CaptureState;
-use crate::limits::MAX_SERVICE_WARNINGS;
+use crate::limits::{MAX_REFUSED_SHOWN, MAX_SERVICE_WARNINGS};
 use crate::objects::{Object, World};
 
 impl ControlPlane {
@@ -62,8 +62,18 @@ impl ControlPlane {
             "trusted_roots": inner.parameters.trust_bundle.len(),
             "revoked_identities": inner.parameters.revoked,
             "pods": pods,
+            "network_policies_in_the_way": self.network_policies(),
+            "unprotected": self.unprotected(),
             "rejected_manifests": rejections,
         })
+    }
+}
+
+impl ControlPlane {
+    /// Why Pods that ask for the mesh are not protected, within a bound.
+    fn unprotected(&self) -> BTreeMap<String, String> {
+        let all = self.shared.as_ref().map(|shared| shared.notices.in_trouble());
+        all.unwrap_or_default().into_iter().take(MAX_REFUSED_SHOWN).collect()
     }
 }
 

@@ -38,6 +38,7 @@ fn control_within(bounds: Bounds) -> (tempfile::TempDir, Arc<ControlPlane>) {
         trust_bundle: vec![],
         revoked: std::collections::BTreeSet::new(),
         endpoints: crate::compile::EndpointSource::Selectors,
+        mesh_namespace: "culvert-system".into(),
     };
     let metrics = Arc::new(Metrics::new().expect("metrics"));
     let control = ControlPlane::new(parameters, state, metrics, bounds).expect("control plane");
@@ -50,6 +51,8 @@ fn word(proof: Proof) -> Vec<PodWord> {
         namespace: "shop".into(),
         name: "web".into(),
         proof,
+        reason: "why".into(),
+        repaired: vec![],
     }]
 }
 

@@ -1,7 +1,8 @@
 //! The registry over the API server: it follows Kubernetes objects, and compiles them as those of a folder are.
 //!
 //! `watch` (lists and watches) → `world` (pure: last good forms, what is complete) → `registry::decision` → `control_plane`; and
-//! back: `captures` writes what agents have proven on their Pods, `accounts` keeps deleted service accounts; `leases` tells the other
+//! back: `captures` writes what agents have proven on their Pods, `events` what people are told (decided in `pod_notices` and
+//! `event_queue`), `accounts` keeps deleted service accounts; `leases` tells the other
 //! replicas what agents enforce and chooses one of them, whose `status_writer` writes what `statuses` (pure) finds. Beside it, whom to believe:
 //! `reviews` asks whose a token is, `root_secret` follows the root of trust.
 
@@ -10,8 +11,11 @@ mod answers;
 mod captures;
 pub mod client;
 mod election;
+pub mod event_queue;
+pub mod events;
 mod feed;
 mod leases;
+pub mod pod_notices;
 pub mod review_cache;
 mod review_lanes;
 pub mod reviews;
@@ -51,6 +55,8 @@ impl Following {
         tasks.spawn(Arc::clone(&leases).elect());
         tasks.spawn(status_writer::write(client.clone(), feed, Arc::clone(&leases)));
         tasks.spawn(captures::write(client.clone(), Arc::clone(control), Arc::clone(shared)));
+        tasks.spawn(Arc::clone(control).look_at_network_policies());
+        tasks.spawn(events::write(client.clone(), Arc::clone(control), Arc::clone(shared)));
         tasks.spawn(accounts::keep(
             client.clone(),
             namespace.to_owned(),

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{ApiResource, DynamicObject, ListParams, WatchEvent, WatchParams};
@@ -70,6 +71,7 @@ pub fn all(client: &Client, feed: &Arc<Feed>, tasks: &mut JoinSet<()>) {
     tasks.spawn(core_kind::<core::Pod>(client, feed).run());
     tasks.spawn(core_kind::<core::Service>(client, feed).run());
     tasks.spawn(core_kind::<EndpointSlice>(client, feed).run());
+    tasks.spawn(core_kind::<NetworkPolicy>(client, feed).run());
     let accounts = core_kind::<core::ServiceAccount>(client, feed);
     tasks.spawn(async move {
         // After the Pods: a Pod whose account is not in the newer list names one that was deleted.

@@ -261,10 +261,12 @@ impl ClusterWorld {
         complete.map(|(kind, _)| *kind).collect()
     }
 
-    /// Every kind was.
+    /// Every kind was that anybody waits for.
     #[must_use]
     pub fn is_complete(&self) -> bool {
-        self.kinds.values().all(|of_kind| of_kind.is_complete)
+        self.kinds
+            .iter()
+            .all(|(kind, of_kind)| of_kind.is_complete || kind.is_advice())
     }
 
     /// Decides what is in force now. True when that, or what is rejected, has changed.

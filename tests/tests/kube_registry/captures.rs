@@ -24,6 +24,8 @@ impl Bench {
             namespace,
             name,
             proof,
+            reason: String::new(),
+            repaired: vec![],
         }])
     }
 }

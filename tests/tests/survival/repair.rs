@@ -161,16 +161,28 @@ fn expect_repair_said(mesh: &Mesh, says: &str, pieces: usize, take: impl FnOnce(
 fn expect_all(mesh: &Mesh, wanted: &[&str], pieces: usize, take: impl FnOnce() -> Result<()>) -> Result<()> {
     let log = mesh.topology.node(NODE).folder.join("mesh-agent.log");
     let said = std::fs::metadata(&log)?.len();
+    // What the control plane hears of it, it tells people.
+    let control = mesh.topology.folder().join("mesh-control.log");
+    let heard = std::fs::metadata(&control)?.len();
+    let since = |log: &Path, position: u64| -> Result<(String, bool)> {
+        let text = std::fs::read(log)?;
+        let text = String::from_utf8_lossy(&text[usize::try_from(position)?..]).into_owned();
+        let has_all = wanted.iter().all(|words| text.contains(words));
+        Ok((text, has_all))
+    };
     let repaired = || mesh.metric(NODE, "mesh_capture_events_total", &[("event", "repaired")]);
     let before = repaired()?;
     take().with_context(|| format!("taking away {wanted:?}"))?;
     let start = Instant::now();
     poll::until_true("what was taken away is put back", PATIENTLY, || {
-        let text = std::fs::read(&log)?;
-        let text = String::from_utf8_lossy(&text[usize::try_from(said)?..]).into_owned();
-        Ok(wanted.iter().all(|words| text.contains(words)) && repaired()? >= before + pieces as f64)
+        Ok(since(&log, said)?.1 && repaired()? >= before + pieces as f64)
     })
     .with_context(|| format!("{wanted:?}; repaired before {before}"))?;
+    poll::until_true("the control plane hears of it", PATIENTLY, || {
+        let (text, has_all) = since(&control, heard)?;
+        Ok(text.contains("put back") && (has_all || wanted.iter().all(|words| !words.starts_with('"'))))
+    })
+    .with_context(|| format!("{wanted:?}"))?;
     // At most 5 s between two looks; said and not asserted, for the machine may have other work.
     suite::say(&format!("{wanted:?}: put back after {:.1} s", start.elapsed().as_secs_f32()));
     works(mesh).with_context(|| format!("after {wanted:?} were put back"))

@@ -74,6 +74,7 @@ fn compiled(slices: &[&str]) -> Snapshot {
         trust_bundle: vec![],
         revoked: BTreeSet::new(),
         endpoints: EndpointSource::Slices,
+        mesh_namespace: "culvert-system".into(),
     };
     compile(&world(&text), &CaptureStates::default(), &parameters)
 }

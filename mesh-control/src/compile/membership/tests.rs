@@ -39,6 +39,10 @@ fn pod(namespace: &str, name: &str, node: &str, more_metadata: &str, more_spec: 
 }
 
 fn snapshot(pods: &[String]) -> Snapshot {
+    snapshot_in("culvert-system", pods)
+}
+
+fn snapshot_in(mesh_namespace: &str, pods: &[String]) -> Snapshot {
     let mut registry = Registry::default();
     let text = [NODES.to_owned()]
         .iter()
@@ -56,6 +60,7 @@ fn snapshot(pods: &[String]) -> Snapshot {
         trust_bundle: vec![],
         revoked: BTreeSet::new(),
         endpoints: crate::compile::EndpointSource::Selectors,
+        mesh_namespace: mesh_namespace.into(),
     };
     compile(&registry.world(), &CaptureStates::default(), &parameters)
 }
@@ -100,6 +105,13 @@ fn namespaces_are_told_with_their_wish_and_those_that_would_deadlock_are_ignored
     assert_eq!(snapshot.identities.get("node-a"), None);
     let warnings: Vec<String> = snapshot.enrolment.warnings().collect();
     assert!(warnings.iter().any(|warning| warning.contains("kube-system")), "{warnings:?}");
+}
+
+#[test]
+fn the_namespace_that_is_kept_out_is_the_one_that_the_mesh_runs_in() {
+    let snapshot = snapshot_in("tools", &[]);
+    assert_eq!(snapshot.enrolment.kept_out, ["kube-system", "tools"]);
+    assert!(snapshot.enrolment.namespaces.names.contains_key("culvert-system"));
 }
 
 #[test]

@@ -12,6 +12,8 @@ struct Bench {
     control: Arc<ControlPlane>,
     shared: Arc<Shared>,
     annotation: Option<CaptureState>,
+    /// The uid beside it.
+    of: &'static str,
     enabled: bool,
 }
 
@@ -24,6 +26,7 @@ impl Bench {
             trust_bundle: vec![],
             revoked: std::collections::BTreeSet::new(),
             endpoints: EndpointSource::Slices,
+            mesh_namespace: "culvert-system".into(),
         };
         let bounds = Bounds {
             publish_interval: Duration::ZERO,
@@ -36,6 +39,7 @@ impl Bench {
             control: Arc::new(control),
             shared,
             annotation,
+            of: "u",
             enabled: true,
         };
         bench.read();
@@ -45,7 +49,11 @@ impl Bench {
     /// The watch tells what stands there.
     fn read(&self) {
         let annotations = self.annotation.map_or_else(String::new, |state| {
-            format!(", annotations: {{culvert.dev/capture: {}}}", state.as_str())
+            format!(
+                ", annotations: {{culvert.dev/capture: {}, culvert.dev/capture-uid: {}}}",
+                state.as_str(),
+                self.of
+            )
         });
         let label = if self.enabled { "enabled" } else { "disabled" };
         let text = format!(
@@ -66,6 +74,8 @@ impl Bench {
             namespace: "shop".into(),
             name: "web".into(),
             proof,
+            reason: "why".into(),
+            repaired: vec![],
         };
         self.control.set_report("n", vec![word]);
     }
@@ -108,6 +118,17 @@ async fn proven_counts_once_it_is_written_and_lost_at_once() {
     assert_eq!((bench.write(), bench.annotation), (1, LOST));
     bench.read();
     assert_eq!((bench.state().as_str(), bench.write()), ("lost", 0));
+}
+
+#[tokio::test]
+async fn a_proof_of_another_uid_proves_nothing() {
+    let mut bench = Bench::new(None);
+    bench.of = "another";
+    bench.annotation = PROVEN;
+    bench.read();
+    assert_eq!(bench.state(), "pending", "another Pod's proof counts: {}", bench.state());
+    // And it does not stay there.
+    assert_eq!((bench.write(), bench.annotation), (1, None));
 }
 
 #[tokio::test]
