@@ -63,6 +63,7 @@ fn main() -> ExitCode {
             ("the_nodes_admin_page_from_a_pod", admin_page),
             ("the_local_socket_without_rights", local_socket),
             ("the_handover_socket_without_rights", handover_socket),
+            ("the_plugins_socket_without_rights", plugins_socket),
         ],
     )
 }
@@ -360,6 +361,18 @@ fn handover_socket(shared: &mut Shared) -> Result<()> {
     let length = u32::try_from(hello.len())?.to_be_bytes();
     without_rights(shared, "handover.sock", |_, nobody, socket| {
         expect_no_answer(nobody, socket, "a successor", &[&length, &hello[..]].concat())
+    })
+}
+
+/// As the CNI plugin would ask, of an agent that has a socket for it.
+fn plugins_socket(shared: &mut Shared) -> Result<()> {
+    const REQUEST: &[u8] = br#"{"command":"CHECK","uid":"nobodys","namespace":"shop","name":"nobodys","netns":""}"#;
+    let node = NodeName::Two;
+    shared.mesh.terminate_agent(node)?;
+    shared.mesh.launch_agent_with(node, &["--follow-pods"])?;
+    shared.mesh.wait_until_ready(node)?;
+    without_rights(shared, "cni.sock", |_, nobody, socket| {
+        expect_no_answer(nobody, socket, "a plugin", &[REQUEST, b"\n"].concat())
     })
 }
 

@@ -2,6 +2,7 @@ use std::sync::Arc;
 
 use super::proof::Broken;
 use crate::capture::CaptureError;
+use crate::telemetry::Metrics;
 use crate::tls::TlsError;
 
 /// Why a connection is refused, or failed. Cloned to all that waited for the same tunnel.
@@ -176,16 +177,16 @@ impl ProxyError {
     }
 }
 
-/// A tunnel that this side ended since its peer did not answer a ping, in metrics.
+/// Of a tunnel that this side ended since its peer did not answer a ping, in [`Metrics::count_tunnel`].
 pub(super) const UNANSWERED: &str = "unanswered";
 
-/// Why this side ended a tunnel whose peer breaks its bounds or the protocol, in metrics. `None`: the peer ended it, or the network.
-pub(super) fn ended_for(error: &h2::Error) -> Option<&'static str> {
-    // Of the h2 library, which watches over streams that are reset, headers that do not end, and small frames.
-    let is_flood = error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM);
-    error
-        .is_library()
-        .then_some(if is_flood { "flood" } else { "protocol_error" })
+/// Counts an open tunnel that ended by an error, where this side ended it: its peer broke a bound or the protocol.
+pub(super) fn count_end(metrics: &Metrics, error: &h2::Error) {
+    // The h2 library watches over streams that are reset, headers that do not end, and small frames; what it ends is its own error.
+    if error.is_library() {
+        let is_flood = error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM);
+        metrics.count_tunnel(if is_flood { "flood" } else { "protocol_error" });
+    }
 }
 
 impl Refusal {

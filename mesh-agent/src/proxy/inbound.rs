@@ -16,7 +16,7 @@ use tokio::time::{Instant, interval, sleep};
 use super::authorize::{authorize, confirm_source, still_proven};
 use super::buffers::Windows;
 use super::copy::{self, End, Incoming};
-use super::error::{Phase, ProxyError, Refusal, ResetBy, UNANSWERED, ended_for};
+use super::error::{Phase, ProxyError, Refusal, ResetBy, UNANSWERED, count_end};
 use super::limits::{
     CONNECTION_WINDOW_BYTES, EARLY_BYTES, FRAME_BYTES, HEADER_LIST_BYTES, SEND_BUFFER_BYTES, STREAMS_PER_INBOUND_TUNNEL,
 };
@@ -156,9 +156,7 @@ async fn serve_streams<T: AsyncRead + AsyncWrite + Unpin>(
                 }
                 Some(Err(error)) => {
                     tracing::debug!(%error, peer = %tunnel.peer, "tunnel ended");
-                    if let Some(why) = ended_for(&error) {
-                        proxy.metrics.count_tunnel(why);
-                    }
+                    count_end(&proxy.metrics, &error);
                     return;
                 }
                 None => return,

@@ -18,7 +18,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::buffers::Windows;
-use super::error::{Phase, ProxyError, Refusal, UNANSWERED, ended_for};
+use super::error::{Phase, ProxyError, Refusal, UNANSWERED, count_end};
 use super::limits::{
     CONNECTION_WINDOW_BYTES, FRAME_BYTES, HEADER_LIST_BYTES, Limits, SEND_BUFFER_BYTES, STREAMS_PER_OUTBOUND_TUNNEL,
 };
@@ -356,24 +356,23 @@ impl Driver {
         let lost = keep_alive(connection.ping_pong(), &self.pool.limits);
         let idle = self.retire_when_idle();
         tokio::pin!(lost, idle);
-        let result = loop {
+        loop {
             tokio::select! {
                 result = &mut connection => {
-                    break result.map_err(|error| {
-                        let why = ended_for(&error);
-                        (ProxyError::from(error), why)
-                    });
+                    if let Err(error) = result {
+                        tracing::debug!(%error, destination = %self.key.destination, "tunnel ended");
+                        count_end(&self.pool.metrics, &error);
+                    }
+                    return;
                 }
-                () = &mut lost => break Err((ProxyError::Timeout(Phase::Response), Some(UNANSWERED))),
+                () = &mut lost => {
+                    tracing::debug!(destination = %self.key.destination, "the tunnel's peer no longer answers");
+                    self.pool.metrics.count_tunnel(UNANSWERED);
+                    return;
+                }
                 // Retired, nobody holds it but its last streams, whose end closes it.
-                () = &mut idle => break Ok(()),
+                () = &mut idle => return,
                 () = windows.changed() => windows.apply(|size| connection.set_initial_window_size(size)),
-            }
-        };
-        if let Err((error, why)) = result {
-            tracing::debug!(%error, destination = %self.key.destination, "tunnel ended");
-            if let Some(why) = why {
-                self.pool.metrics.count_tunnel(why);
             }
         }
     }

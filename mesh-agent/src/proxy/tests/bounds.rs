@@ -31,6 +31,7 @@ async fn a_peer_that_no_longer_answers_is_gone() {
     assert_eq!(mesh.far.proxy.registry.count(uid), 1);
     tunnel.silence.cancel();
     until("its connections go", || mesh.far.proxy.registry.count(uid) == 0).await;
+    until("it is counted", || mesh.far.tunnels("unanswered") == 1).await;
 
     // Outbound: a far side that is stopped behind the wire.
     let client = mesh.pod(&mesh.near, "client").await;
@@ -39,6 +40,7 @@ async fn a_peer_that_no_longer_answers_is_gone() {
     until("a tunnel", || mesh.near.proxy.pool.tunnel_count() == 1).await;
     wire.cut.cancel();
     until("no tunnel", || mesh.near.proxy.pool.tunnel_count() == 0).await;
+    until("it is counted", || mesh.near.tunnels("unanswered") == 1).await;
     assert!(timeout(PATIENCE, stream.read(&mut [0])).await.unwrap().is_err());
 }
 

@@ -317,13 +317,19 @@ async fn carry(",
         Mutant {
             name: "local-socket",
             attacks: &["a process without rights at the sockets"],
-            without: "the look who connects to agent.sock",
+            without: "the look who connects to agent.sock and cni.sock",
             edits: &[Edit {
                 file: "mesh-agent/src/local/socket.rs",
                 from: "    uid == 0\n",
                 to: "    uid < u32::MAX\n",
             }],
-            noticed_by: &[attacks("the_local_socket_without_rights", "the agent answered nobody")],
+            noticed_by: &[
+                attacks("the_local_socket_without_rights", "the agent answered nobody"),
+                attacks(
+                    "the_plugins_socket_without_rights",
+                    "the agent answered a plugin without rights",
+                ),
+            ],
         },
         Mutant {
             name: "handover-socket",
