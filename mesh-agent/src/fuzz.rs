@@ -1,7 +1,13 @@
 //! What `cargo xtask fuzz` feeds with bytes; compiled for nothing else.
 
+use std::collections::BTreeMap;
+use std::io;
 use std::net::IpAddr;
+use std::path::Path;
 
+use mesh_cni::agent::Patience;
+use mesh_cni::plugin;
+use mesh_cni::protocol::{Answer, NamespaceList, Request};
 use mesh_proto::ADDRESS_TYPE_URL;
 use mesh_proto::discovery::{DeltaDiscoveryResponse, Resource};
 use prost::Message as _;
@@ -10,6 +16,7 @@ use rustls_pki_types::CertificateDer;
 
 pub use crate::capture::fuzz::{cgroup, enrolment, greeting, netlink};
 pub use crate::config::fuzz::token;
+pub use crate::discovery::node_pods::fuzz as node_pods;
 use crate::discovery::subscription::Subscription;
 use crate::identity::Identity;
 pub use crate::identity::certificate::fuzz as answer;
@@ -91,6 +98,55 @@ pub fn conflist(bytes: &[u8]) {
             Some(without.as_deref().unwrap_or(text))
         );
     }
+}
+
+/// What the CNI plugin is given: the runtime's configuration, what the agent answers, and the list that it has left, with a zero between
+/// each. A DEL never fails, a failure has its code, and what the agent is asked reads the same there.
+pub fn cni(bytes: &[u8]) {
+    let mut parts = bytes.splitn(3, |byte| *byte == 0);
+    let mut next = || parts.next().unwrap_or_default();
+    let (input, answer, list) = (next(), next(), next());
+    let environment = [
+        (
+            "CNI_ARGS",
+            "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web;K8S_POD_UID=3f0b6a9e-6f44",
+        ),
+        ("CNI_CONTAINERID", "c"),
+        ("CNI_IFNAME", "eth0"),
+        ("CNI_NETNS", "/run/netns/web"),
+    ];
+    for command in ["ADD", "CHECK", "DEL", "GC", "STATUS", "VERSION"] {
+        let environment = environment.into_iter().chain([("CNI_COMMAND", command)]);
+        let environment: BTreeMap<String, String> = environment.map(|(name, value)| (name.into(), value.into())).collect();
+        let outcome = plugin::run(&environment, input, &CniNode { answer, list });
+        assert!(!outcome.failed || command != "DEL");
+        assert!(!outcome.failed || outcome.result.is_some_and(|result| result["code"].is_u64()));
+    }
+    // As the agent takes it from the socket.
+    if let Ok(request) = serde_json::from_slice::<Request>(input) {
+        reads_the_same(&request);
+    }
+}
+
+struct CniNode<'a> {
+    answer: &'a [u8],
+    list: &'a [u8],
+}
+
+impl plugin::Node for CniNode<'_> {
+    fn list(&self, _: &Path) -> io::Result<Option<NamespaceList>> {
+        Ok(serde_json::from_slice(self.list)?)
+    }
+
+    fn ask(&self, _: &Path, request: &Request, _: Patience) -> io::Result<Answer> {
+        reads_the_same(request);
+        Ok(serde_json::from_slice(self.answer)?)
+    }
+}
+
+fn reads_the_same(request: &Request) {
+    let text = serde_json::to_vec(request).unwrap_or_default();
+    assert_eq!(serde_json::from_slice::<Request>(&text).ok().as_ref(), Some(request));
 }
 
 /// A peer's certificate, as TLS hands it on.

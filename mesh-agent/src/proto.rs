@@ -165,7 +165,7 @@ impl TryFrom<WireWorkload> for Workload {
             .iter()
             .map(|bytes| ip(bytes).ok_or_else(|| field("addresses", format!("has an address of {} bytes", bytes.len()))))
             .collect::<Result<_, _>>()?;
-        let membership = membership(&wire)?;
+        let (membership, pod_uid) = membership(&wire)?;
         let network_mode = NetworkMode::try_from(wire.network_mode)
             .map_err(|e| field("network_mode", format!("is {}, which is not known", e.0)))?;
         let workload_type = match WireWorkloadType::try_from(wire.workload_type) {
@@ -197,6 +197,7 @@ impl TryFrom<WireWorkload> for Workload {
             region: locality.region.into(),
             zone: locality.zone.into(),
             membership,
+            pod_uid: pod_uid.into(),
             policies: wire.authorization_policies.into_iter().map(Into::into).collect(),
             services,
             healthy: WireStatus::try_from(wire.status) == Ok(WireStatus::Healthy),
@@ -205,15 +206,16 @@ impl TryFrom<WireWorkload> for Workload {
     }
 }
 
-/// Our control plane tells by its extension; another's workloads have only `tunnel_protocol`.
-fn membership(wire: &WireWorkload) -> Result<Membership, ProtoError> {
+/// With the Pod's uid. Our control plane tells by its extension; another's workloads have only `tunnel_protocol`.
+fn membership(wire: &WireWorkload) -> Result<(Membership, String), ProtoError> {
     let tunnel = TunnelProtocol::try_from(wire.tunnel_protocol)
         .map_err(|e| field("tunnel_protocol", format!("is {}, which is not known", e.0)))?;
     let Some(extension) = wire.extensions.iter().find(|extension| extension.name == CAPTURE_EXTENSION) else {
-        return Ok(match tunnel {
+        let membership = match tunnel {
             TunnelProtocol::Hbone => Membership::Proven,
             TunnelProtocol::None => Membership::Outside,
-        });
+        };
+        return Ok((membership, String::new()));
     };
     let config = extension
         .config
@@ -221,13 +223,14 @@ fn membership(wire: &WireWorkload) -> Result<Membership, ProtoError> {
         .filter(|any| any.type_url == CAPTURE_TYPE_URL)
         .ok_or_else(|| field("extensions", "has a capture extension of another type"))?;
     let capture = Capture::decode(config.value.as_slice())?;
-    match capture::State::try_from(capture.state) {
-        Ok(capture::State::Pending) => Ok(Membership::Pending),
-        Ok(capture::State::Lost) => Ok(Membership::Lost),
-        Ok(capture::State::Proven) if tunnel == TunnelProtocol::Hbone => Ok(Membership::Proven),
-        Ok(capture::State::Proven) => Err(field("tunnel_protocol", "is NONE although the capture is proven")),
-        Ok(capture::State::Unspecified) | Err(_) => Err(field("extensions", "has a capture state that is not known")),
-    }
+    let membership = match capture::State::try_from(capture.state) {
+        Ok(capture::State::Pending) => Membership::Pending,
+        Ok(capture::State::Lost) => Membership::Lost,
+        Ok(capture::State::Proven) if tunnel == TunnelProtocol::Hbone => Membership::Proven,
+        Ok(capture::State::Proven) => return Err(field("tunnel_protocol", "is NONE although the capture is proven")),
+        Ok(capture::State::Unspecified) | Err(_) => return Err(field("extensions", "has a capture state that is not known")),
+    };
+    Ok((membership, capture.pod_uid))
 }
 
 fn service_ports(name: &'static str, wire: &[WirePort]) -> Result<Vec<ServicePort>, ProtoError> {

@@ -40,6 +40,8 @@ pub struct Workload {
     pub region: Arc<str>,
     pub zone: Arc<str>,
     pub membership: Membership,
+    /// The Pod's uid, where the control plane tells it; else empty.
+    pub pod_uid: Arc<str>,
     /// "namespace/name" of the selector policies that apply.
     pub policies: Vec<Arc<str>>,
     /// The services that it is an endpoint of, by "namespace/hostname".

@@ -208,11 +208,14 @@ fn values(most: usize, fewest: usize, of: &Value) -> Schema {
     json_schema!({"type": "array", "minItems": fewest, "maxItems": most, "items": of})
 }
 
+/// Conditions of a status, those of others with them.
+pub(crate) const MAX_CONDITIONS: usize = 8;
+
 /// As the API conventions have them; a list by type, so that several writers may each apply their own.
 pub(crate) fn conditions(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "array",
-        "maxItems": 8,
+        "maxItems": MAX_CONDITIONS,
         "x-kubernetes-list-type": "map",
         "x-kubernetes-list-map-keys": ["type"],
         "items": {

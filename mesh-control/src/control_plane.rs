@@ -12,7 +12,9 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::accounts::Accounts;
 use crate::capture_states::{CaptureState, CaptureStates, PodKey, Proof, pod_key};
+use crate::compile::network_policies::Findings;
 use crate::compile::{Parameters, Snapshot, compile_after, spiffe_id};
+use crate::enforcement::Enforcement;
 use crate::kubernetes::wishes::PodRef;
 use crate::limits::{Bounds, MAX_NODES, MAX_REPORTED_PODS};
 use crate::metrics::Metrics;
@@ -24,6 +26,8 @@ use crate::state_dir::{StateDir, StateError};
 const CAPTURE_STATES: &str = "capture-states.json";
 const ACCOUNTS: &str = "service-accounts.json";
 
+mod advice;
+mod enforced;
 mod pace;
 mod shared;
 mod status;
@@ -53,6 +57,10 @@ pub struct ControlPlane {
     /// Set once the folder was read: before, every resource would seem to be gone.
     ready: AtomicBool,
     nodes: Mutex<BTreeMap<String, NodeStatus>>,
+    /// What the agents that this replica serves enforce.
+    enforcement: Mutex<Enforcement>,
+    /// NetworkPolicies in the mesh's way, when they were last looked at.
+    findings: Mutex<Findings>,
     closing: watch::Sender<bool>,
 }
 
@@ -148,6 +156,8 @@ impl ControlPlane {
             snapshot: watch::Sender::new(Arc::default()),
             ready: AtomicBool::new(false),
             nodes: Mutex::default(),
+            enforcement: Mutex::default(),
+            findings: Mutex::default(),
             closing: watch::Sender::new(false),
         }
     }
@@ -377,6 +387,10 @@ impl ControlPlane {
         }
         let ranges = snapshot.pod_ranges.len();
         self.metrics.pod_ranges.set(i64::try_from(ranges).unwrap_or(i64::MAX));
+        // Nobody is told in a folder.
+        if self.shared.is_some() {
+            self.enforcement.lock().published(&snapshot);
+        }
         let before = self.snapshot.send_replace(Arc::new(snapshot));
         if ranges == 0 && (before.types.is_empty() || !before.pod_ranges.is_empty()) {
             tracing::warn!("{NO_POD_RANGES}");

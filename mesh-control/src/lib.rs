@@ -15,11 +15,13 @@ pub mod compile;
 pub mod config;
 pub mod control_plane;
 pub mod discovery;
+pub mod enforcement;
 #[cfg(fuzzing)]
 pub mod fuzz;
 pub mod kubernetes;
 pub mod limits;
 pub mod metrics;
+pub mod network_policy;
 pub mod node_pods;
 pub mod node_reports;
 pub mod node_streams;

@@ -207,8 +207,60 @@ pub const CAPTURE_RETRY: Duration = Duration::from_millis(250);
 pub const CAPTURE_RETRY_MOST: Duration = Duration::from_secs(30);
 /// How long a write may take to come back by the watch.
 pub const CAPTURE_ECHO: Duration = Duration::from_secs(10);
+/// Versions of a type whose content is remembered, so that what an agent says it enforces can be told: about 64 B each, and 200,000
+/// forms of policies in all that differ, of at most about 400 B each (their names are tenants' to choose): 80 MiB for all types, since they
+/// share them. An agent that enforces an older one does not count until it has the next.
+pub const MAX_VERSIONS_KEPT: usize = 1024;
+pub const MAX_FORMS_KEPT: usize = 200_000;
+/// A node whose report stream has ended counts for this long: its agent comes back, here or at another replica, within seconds.
+pub const ENFORCED_GRACE: Duration = Duration::from_secs(20);
+/// Bytes of what a replica tells the others of its agents, in an annotation of its Lease: 5,000 nodes × 16 B + 500 forms × 16 B = 86 KiB
+/// (a Kubernetes object has at most 256 KiB of annotations). Beyond it the smallest groups of nodes are left out, counted.
+pub const MAX_SHARED_BYTES: usize = 200 << 10;
+/// Forms of policies and MeshConfigs in it; beyond, namespaces with many are told of less of them, and no count is written: counted.
+pub const MAX_SHARED_FORMS: usize = 4000;
+/// What has changed is told at most this often; what has not is renewed this often, and counts for [`SHARE_LIFE`] after.
+pub const SHARE_PACE: Duration = Duration::from_secs(2);
+pub const SHARE_RENEWAL: Duration = Duration::from_secs(10);
+pub const SHARE_LIFE: Duration = Duration::from_secs(30);
+/// Leases that are read at a time: one of each replica, and of those that have just ended. More: the others are left out.
+pub const MAX_REPLICAS: u32 = 64;
+/// Who writes statuses renews its Lease this often.
+pub const ELECTION_PACE: Duration = Duration::from_secs(2);
+/// Nobody else takes the Lease that was renewed within this, as seen by its own clock.
+pub const ELECTION_LIFE: Duration = Duration::from_secs(15);
+/// Who has not renewed it for this long does not write any more. The difference is for a write on its way ([`STATUS_TIMEOUT`]).
+pub const ELECTION_DEADLINE: Duration = Duration::from_secs(9);
+/// A request about a Lease or a status that is not answered within this has failed.
+pub const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
+/// Statuses are compared, and those that differ written, this often; at most [`STATUS_WRITES`] each time, what is more than a count first.
+/// The others wait for the next time, counted.
+pub const STATUS_PACE: Duration = Duration::from_secs(1);
+pub const STATUS_WRITES: usize = 20;
+/// Of one object counts are written so many times in a window: each write is another version, for which users who change it must look
+/// again.
+pub const STATUS_COUNT_WRITES: u32 = 4;
+pub const STATUS_COUNT_WINDOW: Duration = Duration::from_secs(40);
+/// A status that the API server refuses is tried again after this, or once its object has changed.
+pub const STATUS_REFUSED_PAUSE: Duration = Duration::from_secs(60);
+
 /// Pause before the deleted accounts are tried to be kept again.
 pub const ACCOUNTS_RETRY: Duration = Duration::from_secs(2);
+
+/// NetworkPolicies in the mesh's way that are named in `/status`; the metric counts all.
+pub const MAX_NETWORK_POLICIES_NAMED: usize = 256;
+/// Of those, newly found ones that are logged at a time.
+pub const MAX_NETWORK_POLICIES_LOGGED: usize = 16;
+/// What it may take to compare a namespace's NetworkPolicies with its members, and with those they name: parts of rules and selectors
+/// of about 50 ns each, so 50 ms; and of all namespaces one second. What is beyond is not looked at, counted.
+pub const NETWORK_POLICY_STEPS_OF_NAMESPACE: usize = 1_000_000;
+pub const NETWORK_POLICY_STEPS: usize = 20_000_000;
+/// Rules, ports, peers, labels and their values of a NetworkPolicy, about 100 B each. One that has more is kept without them, and its
+/// namespace counts as not compared.
+pub const MAX_NETWORK_POLICY_PARTS: usize = 4096;
+/// NetworkPolicies are looked at this long after a change, so that a rollout is looked at once; and not before four times as long as
+/// the last look took.
+pub const NETWORK_POLICY_PACE: Duration = Duration::from_secs(2);
 
 /// Admin connections at once. 256 × about 20 KiB = 5 MiB.
 pub const MAX_ADMIN_CONNECTIONS: usize = 256;

@@ -3,6 +3,7 @@
 use prometheus::{Counter, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
 
 use crate::compile::membership::{Enrolment, Refusal};
+use crate::compile::network_policies::Direction;
 use crate::objects::Kind;
 use crate::registry::{Reason, Rejection};
 use crate::tokens::Refusal as TokenRefusal;
@@ -36,6 +37,17 @@ const CAPTURE_WRITES_FAILED: [&str; 7] = [
     "timeout",
     "too_many_requests",
 ];
+const STATUS_WRITES_FAILED: [&str; 8] = [
+    "busy",
+    "conflict",
+    "connection",
+    "forbidden",
+    "gone",
+    "refused",
+    "timeout",
+    "trouble",
+];
+const LEASES: [&str; 3] = ["election", "read", "share"];
 const TYPES: [&str; 4] = ["address", "authorization", "settings", "other"];
 const CERTIFICATES_REFUSED: [&str; 4] = ["failed", "foreign_identity", "malformed", "not_ready"];
 
@@ -74,6 +86,14 @@ pub struct Metrics {
     pub capture_writes: IntCounter,
     pub capture_writes_failed: IntCounterVec,
     pub capture_writes_waiting: IntGauge,
+    pub status_writer: IntGauge,
+    pub status_writes: IntCounter,
+    pub status_writes_failed: IntCounterVec,
+    pub status_writes_waiting: IntGauge,
+    pub lease_failures: IntCounterVec,
+    pub enforcement_left_out: IntGaugeVec,
+    network_policies_in_the_way: IntGaugeVec,
+    pub network_policies_not_compared: IntGauge,
     pub watches: IntGaugeVec,
     pub watch_failures: IntCounterVec,
     pub lists: IntCounterVec,
@@ -230,6 +250,42 @@ impl Metrics {
                 "mesh_control_capture_writes_waiting",
                 "Capture states that wait to be written on Pods",
             )?,
+            status_writer: gauge(
+                "mesh_control_status_writer",
+                "1 while this replica holds the Lease of who writes statuses",
+            )?,
+            status_writes: counter(
+                "mesh_control_status_writes_total",
+                "Statuses of policies and MeshConfigs written to the API server",
+            )?,
+            status_writes_failed: counters(
+                "mesh_control_status_writes_failed_total",
+                "Statuses not written; what still differs is tried again",
+                "reason",
+            )?,
+            status_writes_waiting: gauge(
+                "mesh_control_status_writes_waiting",
+                "Statuses that differ and were not written in their turn",
+            )?,
+            lease_failures: counters(
+                "mesh_control_lease_failures_total",
+                "Requests about this replica's Leases that failed",
+                "lease",
+            )?,
+            enforcement_left_out: gauges(
+                "mesh_control_enforcement_left_out",
+                "Nodes of this replica, and policies and MeshConfigs, of whose enforcement the others are not told, for want of room",
+                "what",
+            )?,
+            network_policies_in_the_way: gauges(
+                "mesh_control_network_policies_in_the_way",
+                "NetworkPolicies that let ports of the mesh's Pods through and not the mesh's own",
+                "direction",
+            )?,
+            network_policies_not_compared: gauge(
+                "mesh_control_network_policies_not_compared",
+                "Namespaces with too many NetworkPolicies and Pods to compare them all",
+            )?,
             watches: gauges(
                 "mesh_control_watches",
                 "1 while objects of the kind are followed in the API server",
@@ -283,6 +339,8 @@ impl Metrics {
             (&metrics.report_streams_cut, &REPORT_STREAMS_CUT),
             (&metrics.node_pods_streams_cut, &NODE_PODS_STREAMS_CUT),
             (&metrics.capture_writes_failed, &CAPTURE_WRITES_FAILED),
+            (&metrics.status_writes_failed, &STATUS_WRITES_FAILED),
+            (&metrics.lease_failures, &LEASES),
             (&metrics.responses, &TYPES),
             (&metrics.acknowledged, &TYPES),
             (&metrics.rejected, &TYPES),
@@ -291,6 +349,9 @@ impl Metrics {
             for value in values {
                 counters.with_label_values(&[value]);
             }
+        }
+        for direction in Direction::ALL {
+            metrics.network_policies(direction.as_str(), 0);
         }
         for kind in Kind::ALL {
             metrics.lists.with_label_values(&[kind.as_str()]);
@@ -302,6 +363,12 @@ impl Metrics {
         }
         metrics.set_known_tokens((0, 0));
         Ok(metrics)
+    }
+
+    pub fn network_policies(&self, direction: &str, count: usize) {
+        self.network_policies_in_the_way
+            .with_label_values(&[direction])
+            .set(i64::try_from(count).unwrap_or(i64::MAX));
     }
 
     /// Accepted, refused.
@@ -377,6 +444,6 @@ mod tests {
             counters += 1;
         }
         // A family without a series is not in the text at all.
-        assert_eq!(counters, 24, "{text}");
+        assert_eq!(counters, 27, "{text}");
     }
 }

@@ -93,14 +93,16 @@ async fn serve(
 /// disk before.
 async fn take(control: &Arc<ControlPlane>, node: &str, report: NodeReport) -> Result<(), Status> {
     let words = proto::pod_words(&report.pods);
+    let enforced = report
+        .enforced_versions
+        .into_iter()
+        .take(MAX_TYPES)
+        .map(|(url, version)| (proto::shortened(url), proto::shortened(version)))
+        .collect();
+    let rejected: Vec<String> = report.rejected.into_iter().take(MAX_REJECTED).map(proto::shortened).collect();
+    control.set_enforced(node, &enforced, &rejected);
     control.with_node(node, |status| {
-        status.enforced = report
-            .enforced_versions
-            .into_iter()
-            .take(MAX_TYPES)
-            .map(|(url, version)| (proto::shortened(url), proto::shortened(version)))
-            .collect();
-        let rejected: Vec<String> = report.rejected.into_iter().take(MAX_REJECTED).map(proto::shortened).collect();
+        status.enforced = enforced;
         if !rejected.is_empty() && rejected != status.rejected_by_agent {
             tracing::warn!(node, rejected = ?rejected, "the agent cannot use some resources");
         }

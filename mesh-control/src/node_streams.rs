@@ -19,6 +19,8 @@ pub struct NodeStream {
     control: Arc<ControlPlane>,
     node: String,
     kind: StreamKind,
+    /// Of reports: there is room for what they say of enforcement.
+    has_room: bool,
 }
 
 impl NodeStream {
@@ -39,10 +41,12 @@ impl NodeStream {
         if kind == StreamKind::Discovery {
             control.metrics.streams.inc();
         }
+        let has_room = kind == StreamKind::Reports && control.reports_begin(node);
         Ok(Self {
             control: Arc::clone(control),
             node: node.to_owned(),
             kind,
+            has_room,
         })
     }
 }
@@ -50,8 +54,10 @@ impl NodeStream {
 impl Drop for NodeStream {
     fn drop(&mut self) {
         self.control.with_node(&self.node, |status| *count(status, self.kind) -= 1);
-        if self.kind == StreamKind::Discovery {
-            self.control.metrics.streams.dec();
+        match self.kind {
+            StreamKind::Discovery => self.control.metrics.streams.dec(),
+            StreamKind::Reports => self.control.reports_end(&self.node, self.has_room),
+            StreamKind::Pods => {}
         }
     }
 }

@@ -9,6 +9,7 @@ use mesh_api::{ValidMeshConfig, ValidPolicy};
 use serde::{Deserialize, Serialize};
 
 use crate::capture_states::CaptureState;
+use crate::network_policy::NetworkPolicy;
 
 /// What makes two documents the same object. Cluster-wide kinds have an empty namespace.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -38,10 +39,11 @@ pub enum Kind {
     Pod,
     AuthorizationPolicy,
     MeshConfig,
+    NetworkPolicy,
 }
 
 impl Kind {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Namespace,
         Self::Node,
         Self::ServiceAccount,
@@ -50,10 +52,17 @@ impl Kind {
         Self::Pod,
         Self::AuthorizationPolicy,
         Self::MeshConfig,
+        Self::NetworkPolicy,
     ];
 
+    /// Only advice comes of it: nobody waits for it, and where it may not be read, nothing is out of date.
+    #[must_use]
+    pub fn is_advice(self) -> bool {
+        self == Self::NetworkPolicy
+    }
+
     /// `None`: a kind that the mesh does not read from files. EndpointSlices are a cluster's own finding of who is ready; a file of
-    /// them would be out of date when it is written.
+    /// them would be out of date when it is written. NetworkPolicies are for a cluster's network to enforce.
     #[must_use]
     pub fn of(api_version: &str, kind: &str) -> Option<Self> {
         match (api_version, kind) {
@@ -79,6 +88,7 @@ impl Kind {
             Self::Pod => "Pod",
             Self::AuthorizationPolicy => "AuthorizationPolicy",
             Self::MeshConfig => "MeshConfig",
+            Self::NetworkPolicy => "NetworkPolicy",
         }
     }
 
@@ -104,6 +114,7 @@ pub enum Object {
     Pod(Box<Pod>),
     AuthorizationPolicy(Box<ValidPolicy>),
     MeshConfig(Box<ValidMeshConfig>),
+    NetworkPolicy(Box<NetworkPolicy>),
 }
 
 /// What no two objects may have.
@@ -155,6 +166,8 @@ pub struct Pod {
     pub captured_elsewhere: bool,
     /// What its annotation says of its capture; it counts only where the API server is the registry.
     pub annotated: Option<CaptureState>,
+    /// It has that annotation in a form that says nothing: of another Pod's uid, or no state's name.
+    pub is_annotation_foreign: bool,
     /// What shows that it brings the proxy of another mesh along.
     pub sidecar: Option<&'static str>,
     /// Its node's kubelet has it from a file, and shows it to the API server under another uid.

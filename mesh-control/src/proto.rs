@@ -38,12 +38,18 @@ pub fn encode_workload(view: &WorkloadView<'_>) -> Vec<u8> {
     let capture_extension = view.capture.map(|state| {
         let state = match state {
             Capture::Pending => mesh::capture::State::Pending,
-            Capture::Proven => mesh::capture::State::Proven,
+            Capture::Proven | Capture::Elsewhere => mesh::capture::State::Proven,
             Capture::Lost => mesh::capture::State::Lost,
+        };
+        // Agents remember by it who was proven.
+        let pod_uid = if view.capture == Some(Capture::Elsewhere) {
+            String::new()
+        } else {
+            view.pod.uid.clone()
         };
         let capture = mesh::Capture {
             state: state.into(),
-            pod_uid: view.pod.uid.clone(),
+            pod_uid,
         };
         let config = Any {
             type_url: CAPTURE_TYPE_URL.to_owned(),
@@ -54,7 +60,7 @@ pub fn encode_workload(view: &WorkloadView<'_>) -> Vec<u8> {
             config: Some(config),
         }
     });
-    let tunnel = if view.capture == Some(Capture::Proven) {
+    let tunnel = if matches!(view.capture, Some(Capture::Proven | Capture::Elsewhere)) {
         workload::TunnelProtocol::Hbone
     } else {
         workload::TunnelProtocol::None
@@ -266,10 +272,6 @@ fn block(block: &IpNet) -> security::Address {
 
 #[must_use]
 pub fn encode_settings(view: &SettingsView<'_>) -> Vec<u8> {
-    let cidr = |range: &IpNet| mesh::Cidr {
-        address: octets(range.network()),
-        length: range.prefix_len().into(),
-    };
     let default = ValidMeshConfig::default();
     let config = view.mesh.unwrap_or(&default);
     let message = mesh::Settings {
@@ -290,6 +292,25 @@ pub fn encode_settings(view: &SettingsView<'_>) -> Vec<u8> {
         revoked_identities: view.parameters.revoked.iter().cloned().collect(),
     };
     message.encode_to_vec()
+}
+
+/// A MeshConfig by itself: what tells its forms apart.
+#[must_use]
+pub fn encode_mesh_config(config: &ValidMeshConfig) -> Vec<u8> {
+    let message = mesh::Settings {
+        mtls: mtls(config.mtls).into(),
+        excluded_ports: config.excluded_ports.iter().map(|port| u32::from(*port)).collect(),
+        excluded_cidrs: config.excluded_cidrs.iter().map(cidr).collect(),
+        ..Default::default()
+    };
+    message.encode_to_vec()
+}
+
+fn cidr(range: &IpNet) -> mesh::Cidr {
+    mesh::Cidr {
+        address: octets(range.network()),
+        length: range.prefix_len().into(),
+    }
 }
 
 fn mtls(given: Mtls) -> mesh::settings::Mtls {

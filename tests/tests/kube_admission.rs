@@ -288,7 +288,11 @@ fn status(bed: &mut Bed) -> Result<()> {
         let found = api.get("shown").await?;
         let generation = found.metadata.generation.context("a generation")?;
         let now = Time(Timestamp::from_second(1_700_000_000)?);
-        let verdict = Verdict::InForce { workloads: 7, nodes: 3 };
+        let verdict = Verdict::InForce {
+            workloads: 7,
+            nodes: Some(3),
+            rejecting: &[],
+        };
         let status = Status::next(found.status.as_ref(), generation, verdict, &now);
         let patch = Patch::Merge(json!({"status": status}));
         let written = api.patch_status("shown", &PatchParams::default(), &patch).await?;

@@ -12,6 +12,8 @@ mod callers;
 mod control;
 #[path = "kube_faults/large.rs"]
 mod large;
+#[path = "kube_faults/statuses.rs"]
+mod statuses;
 #[path = "kube_faults/watches.rs"]
 mod watches;
 
@@ -41,6 +43,12 @@ fn main() -> ExitCode {
             ("a_slow_api_server_is_waited_for", watches::slow),
             ("a_start_waits_for_an_api_server_in_trouble", watches::start),
             ("large_objects_keep_no_list_from_being_read", large::objects),
+            ("statuses_wait_as_long_as_the_api_server_asks", statuses::patience),
+            (
+                "a_status_that_is_refused_keeps_no_other_from_being_written",
+                statuses::refused,
+            ),
+            ("leases_are_written_at_their_pace_whatever_changes", statuses::leases),
             ("reviews_that_fail_or_hang_cut_no_stream", callers::reviews),
             ("a_token_that_is_over_is_refused_until_its_file_is_new", callers::expired),
         ],

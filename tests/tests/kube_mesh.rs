@@ -232,7 +232,24 @@ fn new_pod(cluster: &mut Cluster) -> Result<()> {
 
 fn policy(cluster: &mut Cluster) -> Result<()> {
     readme(cluster, "kind: AuthorizationPolicy")?;
-    readme(cluster, "kubectl apply -f deny.yaml")?;
+    let said = readme(cluster, "kubectl apply -f deny.yaml")?;
+    ensure!(
+        said.contains("authorizationpolicy.culvert.dev/no-client condition met"),
+        "{said}"
+    );
+    ensure!(
+        said.lines().any(|line| line.starts_with("NAME ") && line.contains("NODES")),
+        "{said}"
+    );
+    poll::until_true("both nodes enforce it", PATIENCE, || {
+        let policy = cluster.kubectl().get(&["-n", SHOP, "authorizationpolicy", "no-client"])?;
+        let status = &policy["status"];
+        Ok(status["nodesEnforcing"] == 2 && status["workloadsSelected"] == 1 && status["observedGeneration"] == 1)
+    })?;
+    ensure!(
+        get(cluster, "http://server/").is_err(),
+        "the client is let in by a policy that every node is said to enforce"
+    );
     poll::until_true("the client is denied", PATIENCE, || {
         Ok(get(cluster, "http://server/").is_err())
     })?;

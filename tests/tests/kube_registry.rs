@@ -11,6 +11,8 @@ mod captures;
 mod endpoints;
 #[path = "kube_registry/large.rs"]
 mod large;
+#[path = "kube_registry/network_policies.rs"]
+mod network_policies;
 #[path = "kube_registry/outages.rs"]
 mod outages;
 #[path = "kube_registry/program.rs"]
@@ -50,7 +52,9 @@ rules:
 - {apiGroups: [""], resources: [namespaces, nodes, pods, services, serviceaccounts], verbs: [list, watch]}
 - {apiGroups: [""], resources: [pods], verbs: [patch]}
 - {apiGroups: [discovery.k8s.io], resources: [endpointslices], verbs: [list, watch]}
+- {apiGroups: [networking.k8s.io], resources: [networkpolicies], verbs: [list, watch]}
 - {apiGroups: [culvert.dev], resources: [authorizationpolicies, meshconfigs], verbs: [list, watch]}
+- {apiGroups: [culvert.dev], resources: [authorizationpolicies/status, meshconfigs/status], verbs: [patch]}
 - apiGroups: [apiextensions.k8s.io]
   resources: [customresourcedefinitions]
   resourceNames: [authorizationpolicies.culvert.dev, meshconfigs.culvert.dev]
@@ -72,6 +76,7 @@ rules:
 - {apiGroups: [""], resources: [configmaps], resourceNames: [culvert-deleted-accounts], verbs: [get, update]}
 - {apiGroups: [""], resources: [secrets], resourceNames: [culvert-root], verbs: [get, list, watch, update]}
 - {apiGroups: [""], resources: [configmaps], resourceNames: [culvert-roots], verbs: [patch]}
+- {apiGroups: [coordination.k8s.io], resources: [leases], verbs: [get, list, create, patch, delete]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
@@ -98,8 +103,11 @@ fn main() -> ExitCode {
             ("a_proof_told_to_one_replica_is_known_to_the_other", captures::two_replicas),
             ("a_restart_forgets_no_proof", captures::restart),
             ("a_pod_made_anew_has_proven_nothing", captures::made_anew),
+            ("a_copied_proof_proves_nothing", captures::copied),
+            ("a_forged_proof_touches_no_other_pod", captures::forged),
             ("a_pod_that_leaves_the_mesh_keeps_no_annotation", captures::leaves),
             ("a_deleted_account_stays_deleted_over_a_restart", captures::accounts),
+            ("a_network_policy_without_the_meshs_port_is_named", network_policies::named),
             ("many_objects_are_few_lists_and_few_compilations", large::many),
             ("an_api_server_that_is_lost_takes_nothing_out_of_force", outages::lost),
             ("the_program_serves_from_a_cluster", program::serves),

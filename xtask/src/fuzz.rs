@@ -14,10 +14,11 @@ use crate::tools;
 use crate::workspace::Workspace;
 
 /// As `fuzz/Cargo.toml` has them.
-const TARGETS: [&str; 20] = [
+const TARGETS: [&str; 22] = [
     "answer",
     "certificate",
     "cgroup",
+    "cni",
     "conflist",
     "connect",
     "discovery",
@@ -29,6 +30,7 @@ const TARGETS: [&str; 20] = [
     "manifests",
     "memory",
     "netlink",
+    "node_pods",
     "reports",
     "request",
     "responses",

@@ -120,8 +120,8 @@ const NEXT: Mutant = Mutant {
         },
         Edit {
             file: "mesh-control/src/proto.rs",
-            from: "    let message = mesh::Settings {\n",
-            to: "    let message = mesh::Settings {\n        added: std::collections::HashMap::from([(\"by\".to_owned(), \"the other\".to_owned())]),\n",
+            from: "unwrap_or(&default);\n    let message = mesh::Settings {\n",
+            to: "unwrap_or(&default);\n    let message = mesh::Settings {\n        added: std::collections::HashMap::from([(\"by\".to_owned(), \"the other\".to_owned())]),\n",
         },
         Edit {
             file: "mesh-proto/proto/culvert/mesh.proto",
@@ -130,8 +130,8 @@ const NEXT: Mutant = Mutant {
         },
         Edit {
             file: "mesh-control/src/proto.rs",
-            from: "            pod_uid: view.pod.uid.clone(),\n        };\n        let config",
-            to: "            pod_uid: view.pod.uid.clone(),\n            added: 7,\n        };\n        let config",
+            from: "            pod_uid,\n        };\n        let config",
+            to: "            pod_uid,\n            added: 7,\n        };\n        let config",
         },
         Edit {
             file: "mesh-proto/proto/culvert/node.proto",

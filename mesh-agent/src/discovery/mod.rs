@@ -51,7 +51,8 @@ pub struct DiscoveryStatus {
     pub from_memory: bool,
     /// Type URL → system_version_info of what decisions are made by.
     pub enforced_versions: BTreeMap<&'static str, String>,
-    /// "type name: reason" of what the last response of a type had that cannot be used.
+    /// "type name: reason" of what was sent and cannot be used, until it can, or is gone. At most [`MAX_REJECTED_NAMED`]; the name `*`
+    /// stands for more of its type.
     pub rejected: Vec<String>,
     /// Policies that could never be read, and deny until they can, or are gone; at most [`MAX_REJECTED_NAMED`], in order.
     pub stand_ins: Vec<String>,
@@ -89,8 +90,6 @@ pub struct Subscriptions {
     addresses: Subscription,
     authorizations: Subscription,
     settings: Subscription,
-    /// By type: what of its last response could not be used.
-    rejected: BTreeMap<&'static str, Vec<String>>,
 }
 
 impl Default for Subscriptions {
@@ -99,7 +98,6 @@ impl Default for Subscriptions {
             addresses: Subscription::new(ADDRESS_TYPE_URL),
             authorizations: Subscription::new(AUTHORIZATION_TYPE_URL),
             settings: Subscription::new(SETTINGS_TYPE_URL),
-            rejected: BTreeMap::new(),
         }
     }
 }
@@ -205,10 +203,7 @@ impl Subscriptions {
     /// `settings_due`: the settings have been waited for long enough.
     fn synced(&self, settings_due: bool) -> bool {
         // Settings that cannot be used are there, and say something that must not be taken for the defaults.
-        let unusable = self
-            .rejected
-            .get(SETTINGS_TYPE_URL)
-            .is_some_and(|rejected| !rejected.is_empty());
+        let unusable = self.settings.rejected().next().is_some();
         let settings = self.settings.held() > 0 || (!unusable && (settings_due || self.settings.answered()));
         self.addresses.answered() && self.authorizations.answered() && settings
     }
@@ -325,29 +320,28 @@ fn apply(
         warn!(type_url, name = %resource.name, reason = %resource.reason, "a resource cannot be used; what was known of it before stands");
     }
     let rejected_count = rejected.len() as u64;
-    let short = type_url.rsplit('.').next().unwrap_or(type_url);
-    let named = rejected
-        .iter()
-        .take(MAX_REJECTED_NAMED)
-        .map(|resource| format!("{short} {}: {}", resource.name, resource.reason))
-        .collect();
     let mut stand_ins: Vec<String> = subscriptions.authorizations.stand_ins().iter().cloned().collect();
     stand_ins.sort_unstable();
     stand_ins.truncate(MAX_REJECTED_NAMED);
-    subscriptions.rejected.insert(type_url, named);
+    // Policies first: of them the control plane tells what is in force where.
+    let types = [
+        &subscriptions.authorizations,
+        &subscriptions.settings,
+        &subscriptions.addresses,
+    ];
+    let rejected = types.into_iter().flat_map(|subscription| {
+        let type_url = subscription.type_url();
+        let short = type_url.rsplit('.').next().unwrap_or(type_url);
+        subscription.rejected().map(move |named| format!("{short} {named}"))
+    });
+    let rejected: Vec<String> = rejected.take(MAX_REJECTED_NAMED).collect();
     status.send_modify(|status| {
         status.responses += 1;
         status.last_word = Some(Instant::now());
         status.rejected_resources += rejected_count;
         status.enforced_versions.insert(type_url, version);
         status.stand_ins = stand_ins;
-        status.rejected = subscriptions
-            .rejected
-            .values()
-            .flatten()
-            .take(MAX_REJECTED_NAMED)
-            .cloned()
-            .collect();
+        status.rejected = rejected;
     });
     reply
 }

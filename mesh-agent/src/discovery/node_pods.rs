@@ -159,6 +159,22 @@ fn listed(pod: NodePod) -> (Arc<str>, ListedPod) {
     (pod.uid.into(), listed)
 }
 
+/// What the control plane tells of the node: within the bounds whatever it is, and nobody is both refused and a member.
+#[cfg(fuzzing)]
+pub fn fuzz(bytes: &[u8]) {
+    use prost::Message as _;
+    let Ok(state) = NodePodsState::decode(bytes) else { return };
+    let (pods, namespaces) = (state.pods.len(), state.namespaces.len());
+    let list = node_list(state);
+    assert!(list.is_cut || pods <= MAX_PODS as usize);
+    assert!(list.are_namespaces_cut || namespaces <= MAX_NAMESPACES);
+    assert!(list.pods.len() <= pods.min(MAX_PODS as usize) && list.namespaces.len() <= namespaces.min(MAX_NAMESPACES));
+    for pod in list.pods.values() {
+        assert!(pod.addresses.len() <= MAX_ADDRESSES && pod.probe_ports.len() <= MAX_PROBE_PORTS_PER_POD);
+        assert!(!pod.probe_ports.contains(&0) && !(pod.is_member && !pod.refused.is_empty()));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,6 +1,6 @@
 //! One resource type of the delta protocol, without I/O: what is held, and what to answer to a response.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use mesh_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status};
 use mesh_proto::{MAX_RESOURCES, MAX_RESUME_BYTES, PARTIAL_VERSION};
@@ -42,6 +42,15 @@ pub struct Subscription {
     stand_ins: HashSet<String>,
     /// Those of streams before that this stream has not named yet. No server is told of them, so none says that they are gone.
     unnamed: HashSet<String>,
+    /// What was sent and cannot be used, with the reason, until something else of that name can be, or it is gone; at most
+    /// [`MAX_REJECTED_NAMED`].
+    rejected: BTreeMap<String, String>,
+    /// Those of streams before. What is not sent again once this stream was answered is what is held, or is gone.
+    unsaid: BTreeSet<String>,
+    /// There was no room for more of them. On the next stream everything that is not held comes again: once that was answered, it is
+    /// known anew.
+    rejected_more: bool,
+    rejected_more_before: bool,
     /// system_version_info of the last response.
     version: String,
     answered: bool,
@@ -65,6 +74,10 @@ impl Subscription {
             held_bytes: 0,
             stand_ins: HashSet::new(),
             unnamed: HashSet::new(),
+            rejected: BTreeMap::new(),
+            unsaid: BTreeSet::new(),
+            rejected_more: false,
+            rejected_more_before: false,
             version: String::new(),
             answered: false,
             confirmed: false,
@@ -104,10 +117,20 @@ impl Subscription {
         &self.stand_ins
     }
 
+    /// "name: reason" of what cannot be used; `*` stands for those that found no room.
+    pub fn rejected(&self) -> impl Iterator<Item = String> {
+        let named = self.rejected.iter().map(|(name, reason)| format!("{name}: {reason}"));
+        let has_more = self.rejected_more || self.rejected_more_before;
+        let more = has_more.then(|| "*: there are more".to_owned());
+        more.into_iter().chain(named)
+    }
+
     /// The first request on a new stream: the wildcard, with what is held from streams before.
     #[must_use]
     pub fn open(&mut self, node: Node) -> DeltaDiscoveryRequest {
         self.unnamed.clone_from(&self.stand_ins);
+        self.unsaid = self.rejected.keys().cloned().collect();
+        self.rejected_more_before |= std::mem::take(&mut self.rejected_more);
         DeltaDiscoveryRequest {
             node: Some(node),
             type_url: self.type_url.to_owned(),
@@ -191,6 +214,7 @@ impl Subscription {
                         reason: shortened(&reason, MAX_REASON_BYTES),
                     });
                     self.unnamed.remove(&resource.name);
+                    self.reject(rejected.last());
                     if !self.held.contains_key(&resource.name)
                         && self.has_room(&resource.name)
                         && let Some(change) = stand_in(&resource.name)
@@ -208,6 +232,10 @@ impl Subscription {
                 self.forget(&name);
                 changes.extend(remove(name));
             }
+            for name in std::mem::take(&mut self.unsaid) {
+                self.rejected.remove(&name);
+            }
+            self.rejected_more_before = false;
         }
         self.answered |= is_whole;
         self.confirmed |= is_whole;
@@ -225,7 +253,19 @@ impl Subscription {
         }
     }
 
+    fn reject(&mut self, rejected: Option<&Rejected>) {
+        let Some(Rejected { name, reason }) = rejected else { return };
+        self.unsaid.remove(name);
+        if self.rejected.len() < MAX_REJECTED_NAMED || self.rejected.contains_key(name) {
+            self.rejected.insert(name.clone(), reason.clone());
+        } else {
+            self.rejected_more = true;
+        }
+    }
+
     fn forget(&mut self, name: &str) {
+        self.rejected.remove(name);
+        self.unsaid.remove(name);
         if let Some(held) = self.held.remove(name) {
             self.held_bytes -= entry_bytes(name, &held.version);
         }

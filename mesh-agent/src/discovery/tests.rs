@@ -320,7 +320,16 @@ async fn garbage_is_refused_by_name_and_the_stream_goes_on() {
     peer.respond("type.googleapis.com/nobody.asked", "n2", vec![], &[]).await;
     let nack = peer.request().await;
     assert!(nack.error_detail.is_some() && nack.type_url == "type.googleapis.com/nobody.asked");
-    peer.respond(ADDRESS_TYPE_URL, "n3", vec![], &[]).await;
+    // Something else arrives: those two are as unusable as before, and the control plane must not take them for enforced.
+    peer.respond(ADDRESS_TYPE_URL, "n3", vec![workload("good", "2")], &["noise"])
+        .await;
+    assert!(peer.request().await.error_detail.is_none());
+    let rejected = client.status.borrow().rejected.clone();
+    assert!(
+        rejected.len() == 1 && rejected[0].starts_with("Address nothing: "),
+        "{rejected:?}"
+    );
+    peer.respond(ADDRESS_TYPE_URL, "n4", vec![], &["nothing"]).await;
     assert!(peer.request().await.error_detail.is_none());
     assert!(client.status.borrow().rejected.is_empty());
 }

@@ -279,7 +279,16 @@ impl State {
         applicable
     }
 
-    fn insert_workload(&mut self, workload: Workload) {
+    fn insert_workload(&mut self, mut workload: Workload) {
+        // A Pod that was proven once is never sent cleartext again, whatever the control plane has forgotten, or was made to forget.
+        let before = self
+            .workloads
+            .get(&workload.uid)
+            .filter(|before| before.pod_uid == workload.pod_uid);
+        let was_proven = before.is_some_and(|before| matches!(before.membership, Membership::Proven | Membership::Lost));
+        if was_proven && !workload.pod_uid.is_empty() && workload.membership == Membership::Pending {
+            workload.membership = Membership::Lost;
+        }
         self.remove_workload(&workload.uid);
         let workload = Arc::new(workload);
         // A node's address stands for all that run there; and whoever merely claims to be on the host's network must not take the

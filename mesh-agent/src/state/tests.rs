@@ -22,6 +22,7 @@ fn workload(name: &str, ip: &str, membership: Membership) -> Workload {
         region: "".into(),
         zone: "".into(),
         membership,
+        pod_uid: format!("uid-{name}").into(),
         policies: vec![],
         services: vec![],
         healthy: true,
@@ -455,4 +456,42 @@ async fn waiting_sees_what_arrives_and_is_bounded() {
     tokio::task::yield_now().await;
     shared.apply(vec![Change::Workload(workload("web", "10.0.0.1", Membership::Proven))]);
     assert_eq!(&*waiting.await.unwrap().unwrap().name, "web");
+}
+
+#[test]
+fn a_pod_that_was_proven_is_not_pending_again_whatever_is_told() {
+    let ip = to("10.0.1.1:80");
+    let told = |memberships: &[(Membership, &str)]| {
+        let mut state = State::default();
+        for (membership, uid) in memberships {
+            let mut workload = workload("web", "10.0.1.1", *membership);
+            workload.pod_uid = (*uid).into();
+            state.apply(vec![Change::Workload(workload)]);
+        }
+        match state.destination(ip) {
+            Destination::Mesh(_) => "mesh",
+            Destination::Pending(_) => "pending",
+            Destination::Lost(_) => "lost",
+            Destination::Outside(_) => "outside",
+            _ => "else",
+        }
+    };
+    use Membership::{Lost, Outside, Pending, Proven};
+    for (memberships, expected) in [
+        (&[(Pending, "u")][..], "pending"),
+        (&[(Proven, "u"), (Pending, "u")], "lost"),
+        (&[(Lost, "u"), (Pending, "u")], "lost"),
+        (&[(Proven, "u"), (Pending, "u"), (Pending, "u")], "lost"),
+        (&[(Proven, "u"), (Pending, "u"), (Proven, "u")], "mesh"),
+        // Another Pod of that name, and one that left the mesh and came back.
+        (&[(Proven, "u"), (Pending, "v")], "pending"),
+        (&[(Proven, "u"), (Outside, "u"), (Pending, "u")], "pending"),
+        // One that left another maker's mesh, whose word on it was nobody's proof.
+        (&[(Proven, ""), (Pending, "u")], "pending"),
+        // Another maker's control plane tells no uid.
+        (&[(Proven, ""), (Pending, "")], "pending"),
+    ] {
+        let is = told(memberships);
+        assert_eq!(is, expected, "{memberships:?} is reached as {is}");
+    }
 }

@@ -13,11 +13,15 @@ use crate::capture_states::{CaptureState, CaptureStates, PodKey, pod_key};
 use crate::objects::{Kind, Node, Object, ObjectId, Pod, Service, TargetPort, World};
 use crate::proto;
 use endpoints::{Listed, Services};
+use forms::Forms;
 use membership::{Enrolment, Membership, Refusal, membership};
 use selectors::Selectors;
 
 mod endpoints;
+pub mod forms;
 pub mod membership;
+pub mod network_policies;
+mod selection;
 mod selectors;
 mod workload_names;
 
@@ -66,6 +70,11 @@ pub struct Snapshot {
     pub pod_ranges: BTreeSet<IpNet>,
     /// What nodes are to enrol.
     pub enrolment: Enrolment,
+    pub forms: Arc<Forms>,
+    /// How many workloads of the mesh each policy and MeshConfig is for.
+    pub selected: BTreeMap<ObjectId, usize>,
+    /// The cluster's, in order.
+    pub nodes: Vec<String>,
 }
 
 /// Where a Pod is: for checking what agents say of it.
@@ -142,6 +151,8 @@ pub enum Capture {
     Pending,
     Proven,
     Lost,
+    /// By the proxy of another maker, as it says itself: tunnelled to, and proven to nobody.
+    Elsewhere,
 }
 
 pub use workload_names::OwnerKind;
@@ -200,7 +211,7 @@ pub fn compile_after(world: &World, captures: &CaptureStates, parameters: &Param
         }
         let capture = is_member.then(|| match captures.of(&key) {
             // Nobody of ours will prove it. Who claims it wrongly is sent tunnels that nobody takes.
-            None if pod.captured_elsewhere => Capture::Proven,
+            None if pod.captured_elsewhere => Capture::Elsewhere,
             None => Capture::Pending,
             Some(CaptureState::Proven) => Capture::Proven,
             Some(CaptureState::Lost) => Capture::Lost,
@@ -232,6 +243,7 @@ pub fn compile_after(world: &World, captures: &CaptureStates, parameters: &Param
     }
 
     let mut authorizations = Resources::after(before, AUTHORIZATION_TYPE_URL);
+    let mut forms = Forms::default();
     for (id, policy) in &index.policies {
         let scope = match (&policy.selector, id.namespace.as_str()) {
             (Some(_), _) => proto::Scope::WorkloadSelector,
@@ -239,7 +251,14 @@ pub fn compile_after(world: &World, captures: &CaptureStates, parameters: &Param
             (None, _) => proto::Scope::Namespace,
         };
         let name = format!("{}/{}", id.namespace, id.name);
-        authorizations.insert(name, Vec::new(), proto::encode_authorization(id, policy, scope));
+        let encoded = proto::encode_authorization(id, policy, scope);
+        forms.insert_policy(id, policy, &encoded);
+        authorizations.insert(name, Vec::new(), encoded);
+    }
+    for (id, object) in world {
+        if let Object::MeshConfig(config) = object.as_ref() {
+            forms.insert_mesh_config(id, config);
+        }
     }
 
     let ranges: BTreeSet<IpNet> = index
@@ -277,6 +296,13 @@ pub fn compile_after(world: &World, captures: &CaptureStates, parameters: &Param
         pods,
         pod_ranges: ranges,
         enrolment: membership::enrolment(&index.namespaces, &index.pods),
+        forms: if *before.forms == forms {
+            Arc::clone(&before.forms)
+        } else {
+            Arc::new(forms)
+        },
+        selected: selection::selected(world, &index),
+        nodes: index.nodes.keys().map(|name| (*name).to_owned()).collect(),
     }
 }
 
@@ -311,7 +337,7 @@ impl<'a> Index<'a> {
                     index.nodes.insert(&id.name, node);
                 }
                 Object::Pod(pod) if !pod.finished => index.pods.push((id, pod)),
-                Object::Pod(_) | Object::ServiceAccount | Object::EndpointSlice(_) => {}
+                Object::Pod(_) | Object::ServiceAccount | Object::EndpointSlice(_) | Object::NetworkPolicy(_) => {}
                 Object::Service(service) if service.is_external_name => {}
                 Object::Service(service) => {
                     index.services.push((id, service));

@@ -6,6 +6,8 @@ use crate::capture_states::Proof;
 use crate::objects::Labels;
 use crate::registry::{Registry, Scan};
 
+mod selection;
+
 const CLUSTER: &str = r#"
 apiVersion: v1
 kind: Namespace
@@ -193,19 +195,22 @@ fn a_pod_that_another_makers_proxy_captures_is_tunnelled_to() {
         let mut captures = CaptureStates::default();
         let of = |captures: &CaptureStates| {
             let web = workload(&compile(&world, captures, &parameters()), "Kubernetes//Pod/shop/web-abc-1");
-            capture(&web).expect("member").state()
+            let capture = capture(&web).expect("member");
+            (capture.state(), capture.pod_uid)
         };
         let said = of(&captures);
         captures.apply("uid-web", Proof::Lost);
         (said, of(&captures))
     };
     use mesh::capture::State;
+    let (proven, pending) = ((State::Proven, String::new()), (State::Pending, "uid-web".to_owned()));
+    let lost = (State::Lost, "uid-web".to_owned());
     assert_eq!(
         annotated("enabled"),
-        (State::Proven, State::Lost),
+        (proven, lost.clone()),
         "our own agent's word counts more"
     );
-    assert_eq!(annotated("disabled"), (State::Pending, State::Lost));
+    assert_eq!(annotated("disabled"), (pending, lost));
 }
 
 #[test]

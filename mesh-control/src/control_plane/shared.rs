@@ -4,6 +4,8 @@
 //! *Proven* counts once it is written: what a crash of this replica would take back, no agent has heard. *Lost* counts at once: it
 //! only closes.
 
+use std::sync::Arc;
+
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
@@ -120,7 +122,11 @@ impl Shared {
         let mut wishes = self.wishes.lock();
         wishes.expire(now);
         for (id, pod) in pods(world) {
-            let Some(state) = pod.annotated else { continue };
+            let Some(state) = pod.annotated else {
+                // Only that a removal has come back.
+                wishes.read(&pod.uid, None, now);
+                continue;
+            };
             if wishes.read(&pod.uid, Some(state), now) == Reading::Ours || inner.captures.of(&pod.uid) == Some(state) {
                 continue;
             }
@@ -143,7 +149,9 @@ impl Shared {
             let Some(place) = snapshot.pods.get(&pod.uid) else { continue };
             let wanted = if place.is_member { inner.captures.of(&pod.uid) } else { None };
             let is_ours = self.wishes.lock().wanted(&pod.uid).is_some();
-            if wanted != pod.annotated && !is_ours {
+            // Where nothing is known, another replica may be putting it right.
+            let is_wrong = wanted != pod.annotated || (pod.is_annotation_foreign && wanted.is_some());
+            if is_wrong && !is_ours {
                 self.want(pod_ref(id, pod), wanted, metrics);
             }
         }
@@ -169,6 +177,20 @@ impl ControlPlane {
             tracing::info!(pod, ?proof, "the Pod's capture is written down");
             self.publish_soon(&mut inner);
         }
+    }
+}
+
+impl ControlPlane {
+    /// A write of a Pod's capture has had its time to come back: what stands there counts, should somebody have written since. Blocking.
+    pub fn look_at_capture(&self, uid: &str) {
+        let Some(shared) = &self.shared else { return };
+        let mut inner = self.inner.lock();
+        if shared.wishes.lock().wanted(uid).is_none() {
+            return;
+        }
+        let world = Arc::clone(&inner.world);
+        shared.read(&mut inner, &world);
+        self.publish_soon(&mut inner);
     }
 }
 

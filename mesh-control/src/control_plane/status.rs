@@ -62,6 +62,7 @@ impl ControlPlane {
             "trusted_roots": inner.parameters.trust_bundle.len(),
             "revoked_identities": inner.parameters.revoked,
             "pods": pods,
+            "network_policies_in_the_way": self.network_policies(),
             "rejected_manifests": rejections,
         })
     }

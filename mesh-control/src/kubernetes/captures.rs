@@ -13,8 +13,8 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use super::watch::{Backoff, describe, retry_after};
 use super::wishes::Write;
 use crate::control_plane::{ControlPlane, Shared};
-use crate::limits::{API_TIMEOUT, CAPTURE_WRITE_PACE, CAPTURE_WRITES_AT_ONCE};
-use crate::registry::convert::CAPTURE_ANNOTATION;
+use crate::limits::{API_TIMEOUT, CAPTURE_ECHO, CAPTURE_WRITE_PACE, CAPTURE_WRITES_AT_ONCE};
+use crate::registry::convert::{CAPTURE_ANNOTATION, CAPTURE_UID_ANNOTATION};
 
 /// For ever. A few at a time, and not faster than [`CAPTURE_WRITE_PACE`].
 pub async fn write(client: Client, control: Arc<ControlPlane>, shared: Arc<Shared>) {
@@ -60,9 +60,13 @@ pub async fn write(client: Client, control: Arc<ControlPlane>, shared: Arc<Share
 /// `Err`: the API server could not take it, and asks for so long a pause.
 async fn patch(client: &Client, control: &Arc<ControlPlane>, shared: &Arc<Shared>, write: Write) -> Result<(), Duration> {
     let value = write.value.map(|state| state.as_str());
-    // With the uid: another Pod of that name has proven nothing.
+    let of = value.map(|_| &write.pod.uid);
+    // With the uid: another Pod of that name has proven nothing. Beside the state as well: it says nothing on a Pod to which it was copied.
     let change = serde_json::json!({
-        "metadata": {"uid": write.pod.uid, "annotations": {CAPTURE_ANNOTATION: value}}
+        "metadata": {
+            "uid": write.pod.uid,
+            "annotations": {CAPTURE_ANNOTATION: value, CAPTURE_UID_ANNOTATION: of},
+        }
     });
     let api: Api<Pod> = Api::namespaced(client.clone(), &write.pod.namespace);
     // Only metadata comes back.
@@ -74,8 +78,14 @@ async fn patch(client: &Client, control: &Arc<ControlPlane>, shared: &Arc<Shared
     };
     match done {
         Ok(Ok(_)) => {
-            let control = Arc::clone(control);
-            drop(tokio::task::spawn_blocking(move || control.capture_written(&write)).await);
+            let (control, uid) = (Arc::clone(control), write.pod.uid.clone());
+            let written = Arc::clone(&control);
+            drop(tokio::task::spawn_blocking(move || written.capture_written(&write)).await);
+            // What was read until now may have been older than the write. At most 100 a second of these, for 10 s.
+            tokio::spawn(async move {
+                sleep(CAPTURE_ECHO).await;
+                drop(tokio::task::spawn_blocking(move || control.look_at_capture(&uid)).await);
+            });
         }
         Ok(Err(Error::Api(status))) if matches!(status.code, 404 | 409) => {
             failed("gone", describe(&Error::Api(status)));

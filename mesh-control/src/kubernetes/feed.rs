@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep_until};
 
-use super::world::ClusterWorld;
+use super::world::{ClusterWorld, Mark};
 use crate::control_plane::ControlPlane;
 use crate::limits::CLUSTER_DEBOUNCE;
 use crate::objects::Kind;
@@ -18,6 +18,9 @@ pub struct Feed {
     changed: Notify,
     complete: watch::Sender<BTreeSet<Kind>>,
     problem: Mutex<Option<String>>,
+    marks: watch::Sender<Arc<Vec<Mark>>>,
+    /// Of which it was said that they cannot be followed.
+    advice_failing: Mutex<BTreeSet<Kind>>,
 }
 
 impl Feed {
@@ -29,6 +32,8 @@ impl Feed {
             changed: Notify::new(),
             complete: watch::Sender::new(BTreeSet::new()),
             problem: Mutex::default(),
+            marks: watch::Sender::new(Arc::default()),
+            advice_failing: Mutex::default(),
         }
     }
 
@@ -37,6 +42,12 @@ impl Feed {
         let done = change(&mut self.world.lock());
         self.changed.notify_one();
         done
+    }
+
+    /// What gets a status; of what is published.
+    #[must_use]
+    pub fn marks(&self) -> Arc<Vec<Mark>> {
+        Arc::clone(&self.marks.borrow())
     }
 
     #[must_use]
@@ -67,6 +78,7 @@ impl Feed {
     }
 
     pub fn works(&self, kind: Kind) {
+        self.advice_failing.lock().remove(&kind);
         self.control.metrics.watches.with_label_values(&[kind.as_str()]).set(1);
         self.say(kind, None);
     }
@@ -75,6 +87,12 @@ impl Feed {
         self.control.metrics.watches.with_label_values(&[kind.as_str()]).set(0);
         self.control.metrics.watch_failures.with_label_values(&[kind.as_str()]).inc();
         tracing::debug!(kind = kind.as_str(), problem, "the API server");
+        if kind.is_advice() && self.advice_failing.lock().insert(kind) {
+            tracing::warn!(
+                "{} cannot be followed, and what they would tell is missing: {problem}",
+                kind.as_str()
+            );
+        }
         self.say(kind, Some(problem));
     }
 
@@ -100,18 +118,18 @@ pub async fn publish(feed: Arc<Feed>) {
         sleep_until((Instant::now() + CLUSTER_DEBOUNCE).max(feed.control.publish_after())).await;
         let feed = Arc::clone(&feed);
         let published = tokio::task::spawn_blocking(move || {
-            let (world, rejections) = {
+            let (changed, world, rejections, marks) = {
                 let mut known = feed.world.lock();
                 if !known.is_complete() {
                     return;
                 }
                 let changed = known.decide();
-                if !changed && feed.control.is_ready() {
-                    return;
-                }
-                (known.world(), known.rejections().to_vec())
+                (changed, known.world(), known.rejections().to_vec(), known.marks())
             };
-            feed.control.set_objects(world, &rejections, 0);
+            if changed || !feed.control.is_ready() {
+                feed.control.set_objects(world, &rejections, 0);
+            }
+            feed.marks.send_replace(marks);
         });
         drop(published.await);
     }

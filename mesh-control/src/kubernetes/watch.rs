@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{ApiResource, DynamicObject, ListParams, WatchEvent, WatchParams};
@@ -20,7 +21,7 @@ use tokio_stream::StreamExt as _;
 
 use super::answers::is_too_large;
 use super::feed::Feed;
-use super::world::Meta;
+use super::world::{Meta, Written};
 use crate::limits::{
     ABSENT_KIND_CHECK, LIST_PAGE, RETRY_AFTER_MOST, WATCH_FAILURES, WATCH_REFUSALS, WATCH_RETRY, WATCH_RETRY_MOST, WATCH_STANDS,
 };
@@ -33,6 +34,10 @@ trait Watched: Clone + Debug + DeserializeOwned + Send + 'static {
     /// # Errors
     /// The field that cannot stand.
     fn object(self, id: &ObjectId) -> Result<Object, String>;
+    /// Of kinds that get a status.
+    fn written(&self) -> Option<Written> {
+        None
+    }
 }
 
 impl<K> Watched for K
@@ -66,6 +71,7 @@ pub fn all(client: &Client, feed: &Arc<Feed>, tasks: &mut JoinSet<()>) {
     tasks.spawn(core_kind::<core::Pod>(client, feed).run());
     tasks.spawn(core_kind::<core::Service>(client, feed).run());
     tasks.spawn(core_kind::<EndpointSlice>(client, feed).run());
+    tasks.spawn(core_kind::<NetworkPolicy>(client, feed).run());
     let accounts = core_kind::<core::ServiceAccount>(client, feed);
     tasks.spawn(async move {
         // After the Pods: a Pod whose account is not in the newer list names one that was deleted.
@@ -100,9 +106,22 @@ impl Watched for DynamicObject {
         &self.metadata
     }
 
-    fn object(self, id: &ObjectId) -> Result<Object, String> {
+    fn object(mut self, id: &ObjectId) -> Result<Object, String> {
+        // Whatever stands there says nothing of whether the rest can.
+        if let Some(fields) = self.data.as_object_mut() {
+            fields.remove("status");
+        }
         let value = serde_json::to_value(&self).map_err(|error| error.to_string())?;
         convert::parse(id, &value)
+    }
+
+    fn written(&self) -> Option<Written> {
+        let status = self.data.get("status").cloned();
+        Some(Written {
+            generation: self.metadata.generation.unwrap_or_default(),
+            resource_version: self.metadata.resource_version.clone().unwrap_or_default(),
+            status: status.and_then(|status| serde_json::from_value(status).ok()),
+        })
     }
 }
 
@@ -205,7 +224,7 @@ impl<K: Watched> Watch<K> {
             let (version, next) = (page.metadata.resource_version, page.metadata.continue_);
             self.feed.change(|world| {
                 for item in page.items {
-                    world.apply(self.kind, meta(item.metadata()), |id| item.object(id));
+                    world.apply(self.kind, meta(&item), |id| item.object(id));
                 }
             });
             match next.filter(|token| !token.is_empty()) {
@@ -335,7 +354,7 @@ impl<K: Watched> Watch<K> {
             }
             WatchEvent::Error(_) => return,
         };
-        let meta = meta(item.metadata());
+        let meta = meta(&item);
         if let Some(newer) = &item.metadata().resource_version {
             version.clone_from(newer);
         }
@@ -349,13 +368,15 @@ impl<K: Watched> Watch<K> {
     }
 }
 
-fn meta(metadata: &ObjectMeta) -> Meta {
+fn meta(item: &impl Watched) -> Meta {
+    let metadata = item.metadata();
     let created = metadata.creation_timestamp.as_ref().map(|time| time.0.as_second());
     Meta {
         name: metadata.name.clone().unwrap_or_default(),
         namespace: metadata.namespace.clone(),
         uid: metadata.uid.clone().unwrap_or_default(),
         created: created.and_then(|seconds| u64::try_from(seconds).ok()).unwrap_or_default(),
+        written: item.written(),
     }
 }
 

@@ -27,6 +27,26 @@ pub struct Meta {
     pub uid: String,
     /// Unix seconds: who was there first. The same for every replica, and after a restart.
     pub created: u64,
+    /// Of kinds that have a status of this project's.
+    pub written: Option<Written>,
+}
+
+/// What stands in the API server of an object that gets a status.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Written {
+    pub generation: i64,
+    pub resource_version: String,
+    /// `None`: there is none, or something else is in its place.
+    pub status: Option<mesh_api::Status>,
+}
+
+/// An object that gets a status, and what is to be said of it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mark {
+    pub id: ObjectId,
+    pub written: Arc<Written>,
+    /// Why this form of it is not in force.
+    pub refused: Option<String>,
 }
 
 /// Everything that was told of an object.
@@ -35,6 +55,7 @@ struct Source {
     uid: String,
     held: Option<Held>,
     rejected: Option<Rejection>,
+    written: Option<Arc<Written>>,
     /// The last list that had it.
     list: u64,
 }
@@ -47,6 +68,9 @@ pub struct ClusterWorld {
     rejections: Vec<Rejection>,
     /// Something was told since the last decision: most of what a cluster says of its objects is nothing to the mesh.
     is_undecided: bool,
+    marks: Arc<Vec<Mark>>,
+    /// Something was told of what gets a status.
+    are_marks_old: bool,
     /// Objects from the API server have no text of their own to be kept.
     text: Arc<str>,
 }
@@ -69,6 +93,8 @@ impl Default for ClusterWorld {
             world: Arc::default(),
             rejections: Vec::new(),
             is_undecided: true,
+            marks: Arc::default(),
+            are_marks_old: false,
             text: Arc::from(""),
         }
     }
@@ -131,6 +157,7 @@ impl ClusterWorld {
                 uid: meta.uid,
                 held: None,
                 rejected: None,
+                written: None,
                 list,
             };
             self.sources.insert(given.clone(), source);
@@ -138,6 +165,8 @@ impl ClusterWorld {
         let text = Arc::clone(&self.text);
         let Some(source) = self.sources.get_mut(&given) else { return };
         source.list = list;
+        self.are_marks_old |= meta.written.is_some();
+        source.written = meta.written.map(Arc::new);
         let problem = match identified {
             Ok(id) => form(&id).map_err(|message| (Reason::Field, message)),
             Err(rejected) => Err((rejected.reason, rejected.message)),
@@ -185,7 +214,8 @@ impl ClusterWorld {
     }
 
     fn forget(&mut self, id: &ObjectId) {
-        if self.sources.remove(id).is_some() {
+        if let Some(source) = self.sources.remove(id) {
+            self.are_marks_old |= source.written.is_some();
             self.of(id.kind).count -= 1;
             self.is_undecided = true;
         }
@@ -207,7 +237,8 @@ impl ClusterWorld {
     #[must_use]
     pub fn problem(&self) -> Option<String> {
         let mut by_text: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-        for (kind, of_kind) in &self.kinds {
+        let kinds = || self.kinds.iter().filter(|(kind, _)| !kind.is_advice());
+        for (kind, of_kind) in kinds() {
             if let Some(problem) = &of_kind.problem {
                 by_text.entry(problem).or_default().push(kind.as_str());
             }
@@ -216,9 +247,7 @@ impl ClusterWorld {
             .into_iter()
             .map(|(problem, kinds)| format!("API server: {} cannot be followed: {problem}", kinds.join(", ")))
             .collect();
-        let left_out: Vec<&str> = self
-            .kinds
-            .iter()
+        let left_out: Vec<&str> = kinds()
             .filter(|(_, of_kind)| of_kind.left_out > 0)
             .map(|(kind, _)| kind.as_str())
             .collect();
@@ -238,10 +267,11 @@ impl ClusterWorld {
         complete.map(|(kind, _)| *kind).collect()
     }
 
-    /// Every kind was.
+    /// Every kind was that anybody waits for.
     #[must_use]
     pub fn is_complete(&self) -> bool {
-        self.kinds.values().all(|of_kind| of_kind.is_complete)
+        let mut kinds = self.kinds.iter();
+        kinds.all(|(kind, of_kind)| of_kind.is_complete || kind.is_advice())
     }
 
     /// Decides what is in force now. True when that, or what is rejected, has changed.
@@ -270,6 +300,30 @@ impl ClusterWorld {
     #[must_use]
     pub fn world(&self) -> Arc<World> {
         Arc::clone(&self.world)
+    }
+
+    /// Of what gets a status.
+    pub fn marks(&mut self) -> Arc<Vec<Mark>> {
+        if !std::mem::take(&mut self.are_marks_old) {
+            return Arc::clone(&self.marks);
+        }
+        let marks = self.sources.iter().filter_map(|(id, source)| {
+            let refused = source.rejected.as_ref().map(|rejected| {
+                let last_good = if rejected.last_good_in_force {
+                    " (What stood before stays in force where it was known.)"
+                } else {
+                    ""
+                };
+                format!("{}{last_good}", rejected.message)
+            });
+            Some(Mark {
+                id: id.clone(),
+                written: source.written.clone()?,
+                refused,
+            })
+        });
+        self.marks = Arc::new(marks.collect());
+        Arc::clone(&self.marks)
     }
 
     #[must_use]

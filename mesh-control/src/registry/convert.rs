@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as slices;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use mesh_api::{AuthorizationPolicy, MeshConfig, MeshConfigScope};
@@ -16,6 +17,7 @@ use serde_json::Value;
 use super::enrolment::{asks_best_effort, sidecar};
 use super::probe_ports;
 use crate::capture_states::CaptureState;
+use crate::network_policy;
 use crate::objects::{Endpoint, EndpointSlice, Kind, Node, Object, ObjectId, Pod, Service, ServicePort, TargetPort};
 
 /// What ambient node agents of other makers write on a Pod that they capture.
@@ -29,6 +31,10 @@ const REDIRECTION_ANNOTATION: &str = "ambient.istio.io/redirection";
 /// What an agent has proven of a Pod, as every replica of the control plane reads it from the API server. In a folder it says nothing:
 /// whoever wrote the file is no agent.
 pub const CAPTURE_ANNOTATION: &str = "culvert.dev/capture";
+
+/// The uid of the Pod that [`CAPTURE_ANNOTATION`] is of. With another one it says nothing: it was copied along with the manifest of another
+/// Pod, and this one has proven nothing.
+pub const CAPTURE_UID_ANNOTATION: &str = "culvert.dev/capture-uid";
 
 /// Of an EndpointSlice: the Service whose endpoints it lists.
 const SERVICE_LABEL: &str = "kubernetes.io/service-name";
@@ -165,6 +171,14 @@ impl Convert for slices::EndpointSlice {
     }
 }
 
+impl Convert for NetworkPolicy {
+    const KIND: Kind = Kind::NetworkPolicy;
+
+    fn convert(self) -> Result<Object, String> {
+        network_policy::convert(self).map(|policy| Object::NetworkPolicy(Box::new(policy)))
+    }
+}
+
 /// What makes it the object that it is.
 ///
 /// # Errors
@@ -208,6 +222,7 @@ pub(crate) fn parse(id: &ObjectId, value: &Value) -> Result<Object, String> {
         Kind::Service => typed::<core::Service>(value)?.convert()?,
         Kind::EndpointSlice => typed::<slices::EndpointSlice>(value)?.convert()?,
         Kind::Pod => typed::<core::Pod>(value)?.convert()?,
+        Kind::NetworkPolicy => typed::<NetworkPolicy>(value)?.convert()?,
         Kind::AuthorizationPolicy => {
             let policy: AuthorizationPolicy = typed(value)?;
             Object::AuthorizationPolicy(Box::new(policy.spec.validate().map_err(|error| error.to_string())?))
@@ -408,6 +423,10 @@ fn pod(pod: core::Pod) -> Result<Pod, String> {
             }
         }
     }
+    let annotated = annotations
+        .get(CAPTURE_ANNOTATION)
+        .and_then(|text| CaptureState::of(text))
+        .filter(|_| annotations.get(CAPTURE_UID_ANNOTATION) == uid.as_ref());
     let owner = owner_references
         .unwrap_or_default()
         .into_iter()
@@ -419,7 +438,9 @@ fn pod(pod: core::Pod) -> Result<Pod, String> {
         node,
         service_account,
         host_network: spec.host_network.unwrap_or(false),
-        annotated: annotations.get(CAPTURE_ANNOTATION).and_then(|text| CaptureState::of(text)),
+        annotated,
+        is_annotation_foreign: annotated.is_none()
+            && (annotations.contains_key(CAPTURE_ANNOTATION) || annotations.contains_key(CAPTURE_UID_ANNOTATION)),
         captured_elsewhere: annotations
             .get(REDIRECTION_ANNOTATION)
             .is_some_and(|value| value == "enabled"),

@@ -37,6 +37,8 @@ pub enum Target {
     TokenReviews,
     /// The root's Secret.
     Secrets,
+    /// What is written back of objects.
+    Statuses,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -195,6 +197,7 @@ fn target_of(request: &Request<Incoming>) -> (Target, String) {
         "secrets" => Target::Secrets,
         _ if query.contains("watch=true") || query.contains("watch=1") => Target::Watches,
         _ if request.method() == hyper::Method::GET && parts.len() == 1 => Target::Lists,
+        _ if parts.get(2) == Some(&"status") => Target::Statuses,
         _ => Target::Everything,
     };
     (target, resource)

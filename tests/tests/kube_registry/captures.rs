@@ -129,6 +129,82 @@ pub fn leaves(bench: &mut Bench) -> Result<()> {
     replica.until("leaves/a", "pending")
 }
 
+/// Somebody copies a Pod's manifest with all that stands on it.
+pub fn copied(bench: &mut Bench) -> Result<()> {
+    bench.namespace("copied")?;
+    bench.pod("copied", "a", &["10.244.3.11"])?;
+    let replica = bench.replica()?;
+    replica
+        .control
+        .set_report("node-a", bench.word("copied", "a", Proof::Proven)?);
+    replica.until("copied/a", "proven")?;
+    let mut pod = bench.server.kubectl().get(&["-n", "copied", "pod", "a"])?;
+    ensure!(pod["metadata"]["annotations"][ANNOTATION] == "proven", "{pod}");
+    pod["metadata"]["name"] = "b".into();
+    for field in ["uid", "resourceVersion", "creationTimestamp"] {
+        pod["metadata"].as_object_mut().context("metadata")?.remove(field);
+    }
+    pod["status"] = serde_json::json!({});
+    bench.apply(&pod.to_string())?;
+    bench.set_ready("copied", "b", &["10.244.3.12"], true)?;
+    replica
+        .until("copied/b", "pending")
+        .context("a copy of what was proven counts as proven")?;
+    // And one that starts reads it no other way.
+    drop(replica);
+    let fresh = bench.replica()?;
+    ensure!(
+        fresh.state("copied/b") == "pending" && fresh.state("copied/a") == "proven",
+        "{} and {}",
+        fresh.state("copied/b"),
+        fresh.state("copied/a")
+    );
+    // What its own agent proves takes the place of it.
+    fresh.control.set_report("node-a", bench.word("copied", "b", Proof::Proven)?);
+    fresh.until("copied/b", "proven")
+}
+
+/// What the owner of a Pod writes there is his Pod's alone, and its agent has the last word.
+pub fn forged(bench: &mut Bench) -> Result<()> {
+    bench.namespace("forged")?;
+    for (name, ip) in [("mine", "10.244.3.13"), ("other", "10.244.3.14")] {
+        bench.pod("forged", name, &[ip])?;
+    }
+    let replica = bench.replica()?;
+    let mut words = bench.word("forged", "mine", Proof::Proven)?;
+    words.extend(bench.word("forged", "other", Proof::Proven)?);
+    replica.control.set_report("node-a", words.clone());
+    for pod in ["mine", "other"] {
+        replica.until(&format!("forged/{pod}"), "proven")?;
+        poll::until_true("it is written", SOON, || Ok(bench.annotation("forged", pod)?.is_some()))?;
+    }
+    let write = |annotations: &[&str]| {
+        let pod = ["-n", "forged", "annotate", "--overwrite", "pod", "mine"];
+        bench.run(&[&pod[..], annotations].concat())
+    };
+    let until_right = || {
+        poll::until_true("it is put right", SOON, || {
+            Ok(bench.annotation("forged", "mine")?.as_deref() == Some("proven"))
+        })
+    };
+    // In another Pod's name, and no state's name.
+    let uid = format!("culvert.dev/capture-uid={}", words[1].uid);
+    for annotations in [
+        &["culvert.dev/capture=lost", uid.as_str()][..],
+        &["culvert.dev/capture=protected"],
+    ] {
+        write(annotations)?;
+        until_right()?;
+        ensure!(replica.state("forged/other") == "proven" && replica.state("forged/mine") == "proven");
+    }
+    // In his own: that closes it, until its agent speaks.
+    write(&["culvert.dev/capture=lost"])?;
+    replica.until("forged/mine", "lost")?;
+    ensure!(replica.state("forged/other") == "proven");
+    replica.control.set_report("node-a", words);
+    replica.until("forged/mine", "proven")
+}
+
 pub fn accounts(bench: &mut Bench) -> Result<()> {
     bench.namespace("accounts")?;
     bench.apply("apiVersion: v1\nkind: ServiceAccount\nmetadata: {name: idle, namespace: accounts}\n")?;

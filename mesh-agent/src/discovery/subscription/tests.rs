@@ -1,6 +1,5 @@
 use super::*;
 use prost_types::Any;
-use std::collections::BTreeMap;
 
 const TYPE: &str = "type.googleapis.com/test.Thing";
 
@@ -149,6 +148,59 @@ fn a_rejected_update_leaves_the_version_that_is_still_in_force() {
     );
     assert!(received.changes.is_empty() && received.reply.error_detail.is_some());
     assert_eq!(held(&mut subscription), versions(&[("x", "1")]));
+}
+
+fn rejected(subscription: &Subscription) -> Vec<String> {
+    subscription.rejected().collect()
+}
+
+#[test]
+fn what_cannot_be_used_stays_named_until_it_can_or_is_gone() {
+    let mut subscription = Subscription::new(TYPE);
+    let both = vec![resource("bad-1", "1"), resource("bad-2", "1")];
+    receive(&mut subscription, response("1", both, &[]));
+    receive(&mut subscription, response("2", vec![resource("x", "1")], &[]));
+    assert_eq!(
+        rejected(&subscription),
+        ["bad-1: is bad", "bad-2: is bad"],
+        "something else has arrived"
+    );
+    receive(&mut subscription, response("3", vec![], &["bad-1"]));
+    assert_eq!(rejected(&subscription), ["bad-2: is bad"]);
+    // Another server: what it does not send again is what was held all the time, or is gone; but not before it has answered.
+    drop(subscription.open(Node::default()));
+    assert_eq!(rejected(&subscription), ["bad-2: is bad"]);
+    let mut part = response("4", vec![], &[]);
+    part.system_version_info.push_str(PARTIAL_VERSION);
+    receive(&mut subscription, part);
+    assert_eq!(rejected(&subscription), ["bad-2: is bad"]);
+    receive(&mut subscription, response("4", vec![resource("bad-3", "1")], &[]));
+    assert_eq!(rejected(&subscription), ["bad-3: is bad"]);
+    // It is the same as before on the next one.
+    drop(subscription.open(Node::default()));
+    receive(&mut subscription, response("5", vec![resource("bad-3", "1")], &[]));
+    assert_eq!(rejected(&subscription), ["bad-3: is bad"]);
+}
+
+#[test]
+fn beyond_the_bound_it_is_said_that_more_cannot_be_used() {
+    let mut subscription = Subscription::new(TYPE);
+    let many = (0..=MAX_REJECTED_NAMED).map(|number| resource(&format!("bad-{number}"), "1"));
+    receive(&mut subscription, response("1", many.collect(), &[]));
+    let named = rejected(&subscription);
+    assert_eq!(
+        (named.len(), named[0].as_str()),
+        (MAX_REJECTED_NAMED + 1, "*: there are more")
+    );
+    let names: Vec<String> = (0..MAX_REJECTED_NAMED).map(|number| format!("bad-{number}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    receive(&mut subscription, response("2", vec![], &names));
+    assert_eq!(rejected(&subscription), ["*: there are more"]);
+    // Everything that is not held comes again: then it is known.
+    drop(subscription.open(Node::default()));
+    assert_eq!(rejected(&subscription), ["*: there are more"], "nothing was answered yet");
+    receive(&mut subscription, response("3", vec![], &[]));
+    assert_eq!(rejected(&subscription), [] as [String; 0]);
 }
 
 #[test]

@@ -364,6 +364,8 @@ pub(super) fn workload(name: &str, ip: IpAddr) -> Workload {
         region: "".into(),
         zone: "".into(),
         membership: Membership::Proven,
+        // None: a Pod of a known uid would not be pending again, as tests have it go to and fro.
+        pod_uid: "".into(),
         policies: vec![],
         services: vec![],
         healthy: true,

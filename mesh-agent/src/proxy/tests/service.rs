@@ -161,7 +161,11 @@ impl Mesh {
             assert_echo(&mut stream, "by the service").await;
             drop(stream);
             let source = format!("{}:{port}", client.ip);
-            let line = self.near.log_line(|line| line["source_address"] == source.as_str()).await;
+            // One that was refused before may have had the port.
+            let line = self
+                .near
+                .log_line(|line| line["source_address"] == source.as_str() && line["result"] != "refused")
+                .await;
             chosen.push(line["destination_address"].as_str().unwrap().to_owned());
         }
         chosen

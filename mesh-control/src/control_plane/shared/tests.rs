@@ -12,6 +12,8 @@ struct Bench {
     control: Arc<ControlPlane>,
     shared: Arc<Shared>,
     annotation: Option<CaptureState>,
+    /// The uid beside it.
+    of: &'static str,
     enabled: bool,
 }
 
@@ -36,6 +38,7 @@ impl Bench {
             control: Arc::new(control),
             shared,
             annotation,
+            of: "u",
             enabled: true,
         };
         bench.read();
@@ -45,7 +48,11 @@ impl Bench {
     /// The watch tells what stands there.
     fn read(&self) {
         let annotations = self.annotation.map_or_else(String::new, |state| {
-            format!(", annotations: {{culvert.dev/capture: {}}}", state.as_str())
+            format!(
+                ", annotations: {{culvert.dev/capture: {}, culvert.dev/capture-uid: {}}}",
+                state.as_str(),
+                self.of
+            )
         });
         let label = if self.enabled { "enabled" } else { "disabled" };
         let text = format!(
@@ -108,6 +115,26 @@ async fn proven_counts_once_it_is_written_and_lost_at_once() {
     assert_eq!((bench.write(), bench.annotation), (1, LOST));
     bench.read();
     assert_eq!((bench.state().as_str(), bench.write()), ("lost", 0));
+}
+
+#[tokio::test]
+async fn a_proof_of_another_uid_proves_nothing() {
+    let mut bench = Bench::new(None);
+    bench.of = "another";
+    bench.annotation = PROVEN;
+    bench.read();
+    assert_eq!(bench.state(), "pending", "another Pod's proof counts: {}", bench.state());
+    assert_eq!(bench.write(), 0, "another replica may be putting it right");
+    // Where it is known, it is put right.
+    bench.annotation = None;
+    bench.say(Proof::Proven);
+    assert_eq!((bench.write(), bench.annotation), (1, PROVEN));
+    bench.read();
+    assert_eq!(
+        (bench.state().as_str(), bench.write()),
+        ("proven", 0),
+        "its echo under another uid"
+    );
 }
 
 #[tokio::test]

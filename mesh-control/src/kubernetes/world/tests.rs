@@ -15,6 +15,10 @@ fn apply(world: &mut ClusterWorld, text: &str) {
         namespace: kind.is_namespaced().then(|| text_of("namespace").unwrap_or_default()),
         uid: text_of("uid").unwrap_or_default(),
         created: value["metadata"]["created"].as_u64().unwrap_or_default(),
+        written: value["metadata"]["generation"].as_i64().map(|generation| Written {
+            generation,
+            ..Written::default()
+        }),
     };
     world.apply(kind, meta, |id| crate::registry::convert::parse(id, &value));
 }
@@ -25,6 +29,7 @@ fn delete(world: &mut ClusterWorld, kind: Kind, name: &str, uid: &str) {
         namespace: Some("shop".into()),
         uid: uid.into(),
         created: 0,
+        written: None,
     };
     world.delete(kind, meta);
 }
@@ -181,6 +186,7 @@ fn beyond_the_bound_objects_are_left_out_and_that_is_said() {
         namespace: None,
         uid: n.to_string(),
         created: 0,
+        written: None,
     };
     let labels = || Object::Namespace {
         labels: std::collections::BTreeMap::new(),
@@ -241,4 +247,52 @@ fn a_cluster_and_a_folder_decide_alike() {
     };
     assert_eq!(said(cluster.rejections()), said(folder.rejections()));
     assert_eq!(cluster.rejections().len(), 1);
+}
+
+#[test]
+fn what_gets_a_status_is_told_with_what_is_wrong_with_it() {
+    let of =
+        |name: &str, generation: i64, port: &str| policy(name, port).replace("uid:", &format!("generation: {generation}, uid:"));
+    let mut world = ClusterWorld::default();
+    let told = |world: &mut ClusterWorld| {
+        let marks = world.marks();
+        let told = marks
+            .iter()
+            .map(|mark| (mark.id.name.clone(), mark.written.generation, mark.refused.clone()));
+        told.collect::<Vec<_>>()
+    };
+    apply(&mut world, &of("a", 1, "80"));
+    apply(&mut world, &of("b", 1, "0"));
+    apply(&mut world, &pod("no-status", "1", "10.0.0.1", 1));
+    let first = told(&mut world);
+    assert_eq!(first[0], ("a".to_owned(), 1, None));
+    let why = first[1].2.as_deref().expect("a refusal");
+    assert!(why.contains("ports") && !why.contains("What stood before"), "{why}");
+    assert_eq!(first.len(), 2);
+    let before = world.marks();
+    apply(&mut world, &pod("no-status", "1", "10.0.0.2", 1));
+    assert!(Arc::ptr_eq(&before, &world.marks()), "nothing was said of what gets a status");
+    // A new generation that says the same, one that is broken, and one that is mended.
+    apply(&mut world, &of("a", 2, "80"));
+    assert_eq!(told(&mut world)[0], ("a".to_owned(), 2, None));
+    apply(&mut world, &of("a", 3, "0"));
+    let broken = told(&mut world).remove(0);
+    assert!(broken.1 == 3 && broken.2.expect("a refusal").contains("What stood before stays in force"));
+    apply(&mut world, &of("b", 2, "80"));
+    assert_eq!(told(&mut world)[1], ("b".to_owned(), 2, None));
+    delete(&mut world, Kind::AuthorizationPolicy, "a", "u-a");
+    assert_eq!(told(&mut world), [("b".to_owned(), 2, None)]);
+}
+
+#[test]
+fn nobody_waits_for_what_is_advice_alone() {
+    let mut world = ClusterWorld::default();
+    for kind in Kind::ALL.into_iter().filter(|kind| !kind.is_advice()) {
+        assert!(!world.is_complete());
+        world.begin_list(kind);
+        world.end_list(kind);
+    }
+    assert!(world.is_complete());
+    world.set_problem(Kind::NetworkPolicy, Some("forbidden".into()));
+    assert_eq!(world.problem(), None);
 }

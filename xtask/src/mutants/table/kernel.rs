@@ -347,6 +347,34 @@ pub const CAPTURE: Group = Group {
             )],
         },
         Mutant {
+            name: "copied-proof",
+            attacks: &["a proof that is copied to another Pod"],
+            without: "the look whose proof it is that stands on a Pod",
+            edits: &[Edit {
+                file: "mesh-control/src/registry/convert.rs",
+                from: ".filter(|_| annotations.get(CAPTURE_UID_ANNOTATION) == uid.as_ref());",
+                to: ".filter(|_| annotations.get(CAPTURE_UID_ANNOTATION).is_some());",
+            }],
+            noticed_by: &[control(
+                "control_plane::shared::tests::a_proof_of_another_uid_proves_nothing",
+                "another Pod's proof counts: proven",
+            )],
+        },
+        Mutant {
+            name: "forgotten-proof",
+            attacks: &["a proof that is taken away while no control plane runs"],
+            without: "the agent's memory of who was proven",
+            edits: &[Edit {
+                file: "mesh-agent/src/state/mod.rs",
+                from: "if was_proven && !workload.pod_uid.is_empty()",
+                to: "if was_proven && workload.pod_uid.is_empty()",
+            }],
+            noticed_by: &[agent(
+                "state::tests::a_pod_that_was_proven_is_not_pending_again_whatever_is_told",
+                "is reached as pending",
+            )],
+        },
+        Mutant {
             name: "token-account",
             attacks: &["a token of another service account"],
             without: "the look whether a token is of the agents' service account",
