@@ -350,6 +350,9 @@ impl Metrics {
                 counters.with_label_values(&[value]);
             }
         }
+        for what in ["nodes", "policies"] {
+            metrics.enforcement_left_out.with_label_values(&[what]);
+        }
         for direction in Direction::ALL {
             metrics.network_policies(direction.as_str(), 0);
         }
