@@ -4,12 +4,15 @@
 mod enrolment;
 mod metrics;
 pub mod own_readiness;
+mod succession;
 mod trust;
+pub mod uninstall;
 
 use std::io;
 use std::net::TcpListener;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
@@ -42,6 +45,7 @@ use crate::proxy::{Buffers, Limits, Proxy};
 use crate::state::{SharedState, State, service_name};
 use crate::telemetry::{AccessLog, Metrics};
 use metrics::AgentMetrics;
+use succession::{End, abandoned};
 use trust::Trust;
 
 /// How long background tasks may take to end after the drain.
@@ -66,7 +70,7 @@ struct Agent {
     node: Arc<str>,
     control: String,
     capture: Arc<Capture>,
-    socket: Arc<LocalSocket>,
+    local_refused: Arc<AtomicU64>,
     state: Arc<SharedState>,
     store: Arc<CertificateStore>,
     certificates: Arc<Certificates>,
@@ -91,10 +95,13 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     let result = runtime.block_on(agent(args, credentials, limits));
     // Blocking tasks (a probe's child, say) end by themselves; the process need not wait for them.
     runtime.shutdown_timeout(TASKS_PATIENCE);
-    result
+    match result? {
+        End::Done => Ok(()),
+        End::StartAgain => succession::start_again(),
+    }
 }
 
-async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyhow::Result<()> {
+async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyhow::Result<End> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let stop = CancellationToken::new();
     // What only one agent does: it ends when another takes over.
@@ -231,7 +238,7 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
         node: node.clone(),
         control: control.address().to_owned(),
         capture: capture.clone(),
-        socket: socket.clone(),
+        local_refused: socket.refused(),
         state,
         store,
         certificates,
@@ -328,6 +335,8 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
     // Discovery goes on while connections drain. Whoever was taken over is told to end as soon as the other is ready, where Kubernetes
     // rolls it out; its drain goes on then. A signal after that ends it.
     let mut is_told_to_end = !is_handed_over;
+    let mut end = End::Done;
+    let waits_to_end = is_handed_over && args.wait_for_sigterm;
     {
         let drained = pods.stop(Duration::from_secs(drain_seconds));
         tokio::pin!(drained);
@@ -336,6 +345,10 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
                 () = &mut drained => break,
                 _ = terminate.recv() => "SIGTERM",
                 _ = interrupt.recv() => "SIGINT",
+                () = abandoned(&args.run_dir), if waits_to_end && !is_told_to_end => {
+                    end = End::StartAgain;
+                    break;
+                }
             };
             if is_told_to_end {
                 warn!("a second signal ({signal}) ends the drain");
@@ -351,17 +364,21 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
     }
     stop.cancel();
     tasks.close();
-    if args.wait_for_sigterm && !is_told_to_end {
+    if waits_to_end && !is_told_to_end && end == End::Done {
         info!("nothing is left to do; SIGTERM is waited for");
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
+            () = abandoned(&args.run_dir) => end = End::StartAgain,
         }
+    }
+    if end == End::StartAgain {
+        error!("the agent that took over is gone, and none has come after it: this one starts again");
     }
     if tokio::time::timeout(TASKS_PATIENCE, tasks.wait()).await.is_err() {
         warn!("background tasks have not ended");
     }
-    result.map(|_| ())
+    result.map(|_| end)
 }
 
 /// The run directory's lock and socket: free, or taken over from the agent that runs there.

@@ -205,6 +205,7 @@ impl Capture {
         self.heartbeat.lock().take();
     }
 
+
     /// Takes over the Pods that an earlier agent enrolled; to be called once, after start. A Pod whose namespace is gone for sure is
     /// released. One that cannot be taken over stays closed, and may be tried again with [`Capture::take_over`].
     #[allow(clippy::result_large_err, reason = "the Pod comes back with its error; a handful at start")]
@@ -544,6 +545,14 @@ impl Capture {
             Ok(summary)
         })
         .await
+    }
+}
+
+/// Removes what probes have left at the cgroup root, and does nothing where there is none. For an uninstallation.
+pub fn sweep_probes(cgroup_root: Option<&Path>) {
+    let root = cgroup_root.map_or_else(cgroup_root::detect, |root| Ok(root.to_owned()));
+    if let Ok(root) = root {
+        probe_child::sweep_probe_cgroups(&root);
     }
 }
 
