@@ -44,29 +44,17 @@ fn main() -> ExitCode {
 
 fn join(cluster: &mut Cluster) -> Result<()> {
     // The negative control: without the label nothing is carried, and the wire between the nodes shows it all.
-    ensure!(
-        is_seen(cluster)?,
-        "the recorder does not see what goes in clear"
-    );
-    ensure!(
-        capture(cluster, "server")?.is_null(),
-        "a Pod of no mesh is called captured"
-    );
+    ensure!(is_seen(cluster)?, "the recorder does not see what goes in clear");
+    ensure!(capture(cluster, "server")?.is_null(), "a Pod of no mesh is called captured");
     ensure!(
         lines_of(cluster, "server")?.is_empty(),
         "a connection outside of the mesh is logged"
     );
     run_readme(cluster, "culvert.dev/mesh=enabled")?;
     for pod in ["client", "near", "server"] {
-        ensure!(
-            capture(cluster, pod)? == "proven",
-            "{pod} was waited for and is not proven"
-        );
+        ensure!(capture(cluster, pod)? == "proven", "{pod} was waited for and is not proven");
     }
-    ensure!(
-        !is_seen(cluster)?,
-        "what the client says can be read between the nodes"
-    );
+    ensure!(!is_seen(cluster)?, "what the client says can be read between the nodes");
     let said = run_readme(cluster, "mutual_tls")?;
     ensure!(said.contains(&format!("ns/{SHOP}/sa/client")), "{said}");
     Ok(())

@@ -205,7 +205,6 @@ impl Capture {
         self.heartbeat.lock().take();
     }
 
-
     /// Takes over the Pods that an earlier agent enrolled; to be called once, after start. A Pod whose namespace is gone for sure is
     /// released. One that cannot be taken over stays closed, and may be tried again with [`Capture::take_over`].
     #[allow(clippy::result_large_err, reason = "the Pod comes back with its error; a handful at start")]

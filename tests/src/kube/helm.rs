@@ -24,7 +24,10 @@ pub fn install(cluster: &Cluster) -> Result<()> {
     cluster
         .kubectl()
         .run(&["apply", "--server-side", "-f", crds.to_str().context("a path")?])?;
-    run(cluster, &command("install", &["--create-namespace"], &[], has_version_1(cluster)?))?;
+    run(
+        cluster,
+        &command("install", &["--create-namespace"], &[], has_version_1(cluster)?),
+    )?;
     cluster.kubectl().rolled_out(NAMESPACE, "deployment/mesh-control")?;
     cluster.kubectl().rolled_out(NAMESPACE, "daemonset/mesh-agent")
 }
