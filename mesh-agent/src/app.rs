@@ -254,11 +254,17 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
     let ready_pages: Pages = Arc::new(move |path| (path == "/healthz/ready").then(|| shown.readiness()));
     if let Some(path) = &args.ready_socket {
         let (shown, alone, listener) = (agent.clone(), alone.clone(), own_readiness::listen(path)?);
+        let stands_by = args.wait_for_sigterm;
         // For as long as the process lives: that it waits for its end is for whoever asks, too.
         tokio::spawn(own_readiness::serve(listener, move || {
             if alone.is_cancelled() {
-                let text = "missing: another agent has taken over\n".to_owned();
-                return Page::text(StatusCode::SERVICE_UNAVAILABLE, text);
+                // One that waits for its end would serve again, should the other fail: it is not to be ended before the other is ready.
+                let (status, missing) = if stands_by {
+                    (StatusCode::OK, "")
+                } else {
+                    (StatusCode::SERVICE_UNAVAILABLE, "missing: ")
+                };
+                return Page::text(status, format!("{missing}another agent has taken over\n"));
             }
             shown.readiness()
         }));
@@ -377,6 +383,15 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
     }
     if tokio::time::timeout(TASKS_PATIENCE, tasks.wait()).await.is_err() {
         warn!("background tasks have not ended");
+    }
+    if end == End::StartAgain {
+        // Not past an end that was asked for meanwhile.
+        tokio::select! {
+            biased;
+            _ = terminate.recv() => end = End::Done,
+            _ = interrupt.recv() => end = End::Done,
+            () = std::future::ready(()) => {}
+        }
     }
     result.map(|_| end)
 }

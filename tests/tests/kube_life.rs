@@ -31,6 +31,7 @@ fn main() -> ExitCode {
     suite::run(
         "kube_life",
         || {
+            helm::program()?;
             let cluster = Cluster::start(2)?;
             let ready = deploy(&cluster)
                 .and_then(|()| helm::install(&cluster))

@@ -8,7 +8,7 @@ use crate::helm::Helm;
 use crate::workspace::Workspace;
 
 /// Values that no installation can mean, and what the refusal names.
-const REFUSED: [(&str, &str); 9] = [
+const REFUSED: [(&str, &str); 10] = [
     ("agent.metric=0.0.0.0:1", "metric"),
     ("agent.metrics=15020", "/agent/metrics"),
     ("agent.drainSeconds=5s", "/agent/drainSeconds"),

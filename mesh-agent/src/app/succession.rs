@@ -32,8 +32,9 @@ pub(super) async fn abandoned(run_dir: &Path) {
 
 /// In place: whoever watches over this process would take its time to start another. Returns only if that fails.
 pub(super) fn start_again() -> anyhow::Result<()> {
-    let error = Command::new(std::env::current_exe()?)
-        .args(std::env::args_os().skip(1))
-        .exec();
+    // The program that this is, also where its file is gone by now.
+    let program = std::env::current_exe()?;
+    let program = if program.exists() { program } else { "/proc/self/exe".into() };
+    let error = Command::new(program).args(std::env::args_os().skip(1)).exec();
     Err(error).context("starting again")
 }

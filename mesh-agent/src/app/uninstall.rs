@@ -115,10 +115,19 @@ async fn pass(args: &UninstallArgs) -> Removed {
         removed.from_running = true;
         removed.lines.push("the agent that ran here is taken over from".to_owned());
         removed.note("the kernel", detach(&args.pin_path));
+        if !removed.failed.is_empty() {
+            // The agent has its Pods still, and puts back what is missing.
+            return removed;
+        }
+        if let Err(error) = local::leave(&args.run_dir) {
+            removed.failed.push(error.to_string());
+            return removed;
+        }
         tokio::time::sleep(ACCEPT_GRACE).await;
         // From here on it does not put the CNI plugin's entry back.
         if let Err(error) = inherited.serving() {
             removed.failed.push(format!("the agent that runs here: {error}"));
+            local::stay(&args.run_dir);
             return removed;
         }
     }
@@ -127,6 +136,8 @@ async fn pass(args: &UninstallArgs) -> Removed {
     let lock = claim.map(Claim::into_lock);
     if removed.from_running {
         tokio::time::sleep(Duration::from_secs(args.drain_seconds)).await;
+        // What that agent was about to write when it ended to follow the node.
+        removed.note("the CNI plugin", remove_plugin(args));
     }
     if lock.is_some() || args.pin_path.exists() {
         let released = release(args).await;

@@ -18,6 +18,8 @@ use tracing::warn;
 
 const SOCKET_FILE: &str = "agent.sock";
 const LOCK_FILE: &str = "agent.lock";
+/// There while the mesh leaves the node.
+const LEAVING_FILE: &str = "leaving";
 /// Who waits to be accepted.
 const BACKLOG: i32 = 1024;
 /// After a failed accept, before the next.
@@ -76,7 +78,21 @@ pub fn lock(run_dir: &Path) -> Result<File, SocketError> {
 #[must_use]
 pub fn is_abandoned(run_dir: &Path) -> bool {
     let lock = OpenOptions::new().write(true).open(run_dir.join(LOCK_FILE));
-    lock.is_ok_and(|lock| lock.try_lock().is_ok())
+    !run_dir.join(LEAVING_FILE).exists() && lock.is_ok_and(|lock| lock.try_lock().is_ok())
+}
+
+/// The mesh leaves the node: whoever was taken over from is not to come back, though nobody has the folder. Until an agent listens.
+///
+/// # Errors
+/// It cannot be written.
+pub fn leave(run_dir: &Path) -> std::io::Result<()> {
+    File::create(run_dir.join(LEAVING_FILE)).map(drop)
+}
+
+/// It does not leave.
+pub fn stay(run_dir: &Path) {
+    // What is not there need not be removed; what cannot be keeps an agent from coming back by itself, and no more.
+    drop(std::fs::remove_file(run_dir.join(LEAVING_FILE)));
 }
 
 impl LocalSocket {
@@ -90,6 +106,7 @@ impl LocalSocket {
             source,
         };
         let lock = lock(run_dir)?;
+        stay(run_dir);
         let path = socket_path(run_dir);
         // Ours to replace: we hold the lock. Should someone listen all the same, it is not an agent's, and not ours to break.
         if std::os::unix::net::UnixStream::connect(&path).is_ok() {

@@ -19,6 +19,14 @@ async fn a_folder_is_abandoned_when_its_last_agent_has_ended() {
     drop(successor);
     assert!(is_abandoned(&run_dir));
     drop(counter);
+    leave(&run_dir).unwrap();
+    assert!(
+        !is_abandoned(&run_dir),
+        "whoever was taken over from comes back to a node that the mesh leaves"
+    );
+    // An agent that comes all the same is there to stay.
+    drop(LocalSocket::listen(&run_dir).unwrap());
+    assert!(is_abandoned(&run_dir));
     std::fs::remove_dir_all(&run_dir).unwrap();
     assert!(!is_abandoned(&run_dir), "it was cleaned");
 }

@@ -1,5 +1,6 @@
 //! The mesh on a cluster by its chart.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, ensure};
@@ -40,16 +41,22 @@ pub fn upgrade(cluster: &Cluster, values: &[&str]) -> Result<String> {
     run(cluster, &command("upgrade", &[], values, has_version_1(cluster)?))
 }
 
+/// # Errors
+/// There is none: a skip.
+pub fn program() -> Result<OsString> {
+    std::env::var_os(VARIABLE).ok_or_else(|| {
+        suite::skip(&format!(
+            "{VARIABLE} is not set (`cargo xtask test kube` sets it, where there is a Helm)"
+        ))
+    })
+}
+
 /// Helm's command line, in the folder with the chart.
 ///
 /// # Errors
 /// As Helm says.
 pub fn run(cluster: &Cluster, arguments: &str) -> Result<String> {
-    let program = std::env::var_os(VARIABLE).ok_or_else(|| {
-        suite::skip(&format!(
-            "{VARIABLE} is not set (`cargo xtask test kube` sets it, where there is a Helm)"
-        ))
-    })?;
+    let program = program()?;
     let command = format!(
         "HELM_NO_PLUGINS=1 HELM_CACHE_HOME=./helm HELM_CONFIG_HOME=./helm HELM_DATA_HOME=./helm '{}' {arguments}",
         program.display()
@@ -68,7 +75,8 @@ fn command(verb: &str, flags: &[&str], values: &[&str], has_version_1: bool) -> 
         command += &format!(" --set agent.cgroupRoot={UNIFIED}");
     }
     for value in values {
-        command += &format!(" --set {value}");
+        // Helm has these after all of --set, whatever the order.
+        command += &format!(" --set-string {value}");
     }
     command
 }
@@ -77,11 +85,10 @@ fn command(verb: &str, flags: &[&str], values: &[&str], has_version_1: bool) -> 
 fn write_chart(cluster: &Cluster) -> Result<()> {
     let shipped = shipped()?.join("chart/culvert");
     let chart: PathBuf = cluster.folder().join("chart");
-    for folder in ["", "templates", "files", "files/dashboards"] {
+    for folder in ["", "templates"] {
         std::fs::create_dir_all(chart.join(folder))?;
         for file in std::fs::read_dir(shipped.join(folder))? {
             let file = file?;
-            // What it has by links is copied.
             if std::fs::metadata(file.path())?.is_file() {
                 std::fs::copy(file.path(), chart.join(folder).join(file.file_name()))?;
             }

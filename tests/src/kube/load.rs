@@ -29,7 +29,7 @@ pub fn inside(cluster: &Cluster, pod: &str) -> Result<Inside> {
         .as_str()
         .context("a container")?;
     let id = id.rsplit('/').next().context("a container's id")?;
-    let find = format!("grep -ls {id} /proc/[0-9]*/cgroup | head -n 1 | cut -d/ -f3");
+    let find = format!("grep -ls {id} /proc/[0-9]*/cgroup | cut -d/ -f3 | sort -n | head -n 1");
     let pid = cluster
         .node(node)
         .run(&["sh", "-c", &find], poll::SOON)?

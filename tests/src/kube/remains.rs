@@ -53,6 +53,13 @@ impl Remains {
         })
     }
 
+    /// Of this Pod nothing is compared.
+    #[must_use]
+    pub fn without(mut self, pod: &str) -> Self {
+        self.pods.remove(pod);
+        self
+    }
+
     /// Waits for what ends by itself, such as what was just deleted.
     ///
     /// # Errors

@@ -38,7 +38,10 @@ pub fn killed(cluster: &mut Cluster) -> Result<()> {
         ensure!(!is_seen, "in clear to a node that is away");
         let error = answer.err().context("a node that is away answers")?.to_string();
         // Its own patience, and so the mesh had none.
-        ensure!(!error.contains("timed out"), "the client hung: {error}");
+        ensure!(
+            !error.contains("timed out") && !error.contains("temporarily unavailable"),
+            "the client hung: {error}"
+        );
         told.push(error);
     }
     println!(

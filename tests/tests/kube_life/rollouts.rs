@@ -68,6 +68,15 @@ pub fn fail_once_they_serve(cluster: &mut Cluster) -> Result<()> {
                 status["restartCount"].as_u64().unwrap_or_default() >= 1 && status["started"] == false
             }))
         })?;
+        poll::until_true("who was taken over from serves again", PATIENCE, || {
+            let mut agents = cluster.pods(MESH, AGENTS)?.into_iter();
+            let is_back = |pod: &Value| -> Result<bool> {
+                let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+                let said = cluster.kubectl().logs(MESH, name).unwrap_or_default();
+                Ok(pod["metadata"]["deletionTimestamp"].is_null() && said.contains("this one starts again"))
+            };
+            agents.try_fold(false, |found, pod| Ok(found || is_back(&pod)?))
+        })?;
         cluster.kubectl().run(&["-n", MESH, "rollout", "undo", AGENT])?;
         cluster.kubectl().rolled_out(MESH, AGENT)
     })();
