@@ -2,7 +2,7 @@
 //! authority that signs for them.
 //!
 //! `registry` → `control_plane` (world and capture states) → `compile` → `discovery`. Pure: `registry` but for its folder,
-//! `accounts`, `capture_states`, `compile`, `discovery::subscription`.
+//! `accounts`, `capture_states`, `compile`, `discovery::subscription`, `enforcement`, `network_policy`.
 
 pub mod accounts;
 pub mod admin;

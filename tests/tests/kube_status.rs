@@ -13,15 +13,14 @@ mod disturbances;
 #[path = "kube_status/verdicts.rs"]
 mod verdicts;
 
-use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use mesh_tests::kube::ApiServer;
-use mesh_tests::process::{Place, Process, tail};
-use mesh_tests::{binaries, exposition, http, poll, suite};
+use mesh_tests::kube::{ApiServer, ControlProgram};
+use mesh_tests::process::tail;
+use mesh_tests::{exposition, http, poll, suite};
 use serde_json::Value;
 use tokio::runtime::Runtime;
 
@@ -39,7 +38,7 @@ fn main() -> ExitCode {
         Bench::set_up,
         |bench, error| {
             let control = bench.controls.iter().flatten();
-            let logs = control.map(|control| format!("{}:\n{}", control.process.name(), tail(control.process.log(), 15)));
+            let logs = control.map(|Control(program)| format!("{}:\n{}", program.process.name(), tail(&program.log, 15)));
             error.context(logs.collect::<Vec<_>>().join("\n"))
         },
         &[
@@ -79,39 +78,24 @@ struct Bench {
     runtime: Runtime,
 }
 
-/// A replica of the control plane: the program.
-struct Control {
-    process: Process,
-    listen: SocketAddr,
-    admin: SocketAddr,
-}
+/// A replica of the control plane.
+struct Control(ControlProgram);
 
 impl Control {
     fn start(server: &ApiServer, kubeconfig: &Path, name: &str) -> Result<Self> {
-        let place = Place {
-            netns: PathBuf::from("/proc/self/ns/net"),
-            cgroup: None,
-            unprivileged: false,
-        };
-        let [a, b, c] = rand::random::<[u8; 3]>();
-        let address = |port| SocketAddr::new(Ipv4Addr::new(127, a.max(1), b, c.clamp(1, 254)).into(), port);
-        let (listen, admin) = (address(15012), address(15014));
-        let flags = ["--kubernetes", "--listen", &listen.to_string(), "--admin", &admin.to_string()];
-        let mut command = place.command(&binaries::path("mesh-control")?, &flags)?;
-        command.env("KUBECONFIG", kubeconfig);
         let log = server.folder().join(format!("{name}.log"));
-        let process = Process::start(name, command, log)?;
-        let mut control = Self { process, listen, admin };
+        let mut program = ControlProgram::start(name, kubeconfig, log)?;
+        let admin = program.admin;
         poll::until_true(&format!("{name} is ready"), PATIENCE, || {
-            control.process.check_running()?;
+            program.process.check_running()?;
             Ok(http::request(admin, "/healthz/ready").is_ok_and(|response| response.status == 200))
         })?;
-        Ok(control)
+        Ok(Self(program))
     }
 
     /// A metric's value; with a label, of the series that has it.
     fn metric(&self, name: &str, label: &str) -> Result<f64> {
-        let page = http::request(self.admin, "/metrics")?.body;
+        let page = http::request(self.0.admin, "/metrics")?.body;
         ensure!(exposition::parse(&page).is_ok(), "{page}");
         let mut lines = page.lines().filter(|line| line.starts_with(name) && line.contains(label));
         let line = lines.next().with_context(|| format!("{name} is not there"))?;

@@ -26,6 +26,8 @@ mod selectors;
 mod workload_names;
 
 #[cfg(test)]
+mod testing;
+#[cfg(test)]
 mod tests;
 
 /// `enabled` on a Namespace opts in; `disabled` on a Pod opts out.

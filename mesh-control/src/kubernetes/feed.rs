@@ -118,15 +118,16 @@ pub async fn publish(feed: Arc<Feed>) {
         sleep_until((Instant::now() + CLUSTER_DEBOUNCE).max(feed.control.publish_after())).await;
         let feed = Arc::clone(&feed);
         let published = tokio::task::spawn_blocking(move || {
-            let (changed, world, rejections, marks) = {
+            let (news, marks) = {
                 let mut known = feed.world.lock();
                 if !known.is_complete() {
                     return;
                 }
-                let changed = known.decide();
-                (changed, known.world(), known.rejections().to_vec(), known.marks())
+                let is_new = known.decide() || !feed.control.is_ready();
+                let news = is_new.then(|| (known.world(), known.rejections().to_vec()));
+                (news, known.marks())
             };
-            if changed || !feed.control.is_ready() {
+            if let Some((world, rejections)) = news {
                 feed.control.set_objects(world, &rejections, 0);
             }
             feed.marks.send_replace(marks);

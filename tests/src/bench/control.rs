@@ -222,7 +222,7 @@ impl<'a> Bench<'a> {
 
     fn start(&self, name: &str) -> Result<Control> {
         let log = self.server.folder().join(format!("{name}.log"));
-        ControlProgram::start(self.server.kubeconfig(), log).map(Control)
+        ControlProgram::start(name, self.server.kubeconfig(), log).map(Control)
     }
 }
 

@@ -11,7 +11,8 @@ use crate::process::{Place, Process};
 /// It ends with this.
 pub struct ControlProgram {
     pub process: Process,
-    /// Its pages, at an address of its own.
+    /// Where agents reach it; at an address of its own, as its pages.
+    pub listen: SocketAddr,
     pub admin: SocketAddr,
     pub log: PathBuf,
 }
@@ -19,18 +20,24 @@ pub struct ControlProgram {
 impl ControlProgram {
     /// # Errors
     /// It cannot be started.
-    pub fn start(kubeconfig: &Path, log: PathBuf) -> Result<Self> {
+    pub fn start(name: &str, kubeconfig: &Path, log: PathBuf) -> Result<Self> {
         let place = Place {
             netns: PathBuf::from("/proc/self/ns/net"),
             cgroup: None,
             unprivileged: false,
         };
         let [a, b, c] = rand::random::<[u8; 3]>();
-        let admin = SocketAddr::new(Ipv4Addr::new(127, a.max(1), b, c.clamp(1, 254)).into(), 15014);
-        let flags = ["--kubernetes", "--listen", "127.0.0.1:0", "--admin", &admin.to_string()];
+        let address = |port| SocketAddr::new(Ipv4Addr::new(127, a.max(1), b, c.clamp(1, 254)).into(), port);
+        let (listen, admin) = (address(15012), address(15014));
+        let flags = ["--kubernetes", "--listen", &listen.to_string(), "--admin", &admin.to_string()];
         let mut command = place.command(&binaries::path("mesh-control")?, &flags)?;
         command.env("KUBECONFIG", kubeconfig);
-        let process = Process::start("mesh-control", command, log.clone())?;
-        Ok(Self { process, admin, log })
+        let process = Process::start(name, command, log.clone())?;
+        Ok(Self {
+            process,
+            listen,
+            admin,
+            log,
+        })
     }
 }

@@ -48,8 +48,11 @@ pub fn patience(bench: &mut Bench) -> Result<()> {
             );
         }
         ensure!(!is_accepted(bench, "authorizationpolicy", &name)?, "the fault met nobody");
+        let waiting = &control.metrics.status_writes_waiting;
+        ensure!(waiting.get() > 0, "what waits is not counted");
         control.proxy.heal();
         until_accepted(bench, "authorizationpolicy", &name)?;
+        poll::until_true("nothing waits any longer", PATIENCE, || Ok(waiting.get() == 0))?;
     }
     Ok(())
 }

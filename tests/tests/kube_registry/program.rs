@@ -14,7 +14,11 @@ pub fn serves(bench: &mut Bench) -> Result<()> {
     bench.install_kinds()?;
     bench.namespace("program")?;
     bench.pod("program", "a", &["10.244.5.1"])?;
-    let mut program = ControlProgram::start(&bench.kubeconfig, bench.server.folder().join("mesh-control.log"))?;
+    let mut program = ControlProgram::start(
+        "mesh-control",
+        &bench.kubeconfig,
+        bench.server.folder().join("mesh-control.log"),
+    )?;
     let admin = program.admin;
     let told = poll::until_true("the program tells the cluster's Pods", PATIENCE, || {
         program.process.check_running()?;

@@ -59,7 +59,7 @@ impl Drop for Agent {
 impl Bench {
     /// The agent of a node, served by a replica.
     pub fn agent(&self, node: usize, control: usize) -> Result<Agent> {
-        let listen = self.control(control)?.listen.to_string();
+        let listen = self.control(control)?.0.listen.to_string();
         let node = NODES[node];
         let pod = format!("mesh-agent-{node}");
         self.apply(&format!(

@@ -36,7 +36,7 @@ pub fn away(bench: &mut Bench) -> Result<()> {
     let without = poll::until_true("nobody writes", PATIENCE, || {
         let mut failures = 0.0;
         for control in bench.controls.iter_mut().flatten() {
-            control.process.check_running()?;
+            control.0.process.check_running()?;
             if control.is_writer()? {
                 return Ok(false);
             }
@@ -63,22 +63,13 @@ pub fn killed_reader(bench: &mut Bench) -> Result<()> {
     let writing = writer(bench)?;
     let place = 1 - writing;
     if let Some(control) = bench.controls[place].take() {
-        control.process.kill();
+        control.0.process.kill();
     }
     let mut seen = Seen::new(&before);
     // Its agent goes to the other one, within the time for which the dead one's word counts.
     let agent = bench.agent(place, writing)?;
     bench.agents[place] = agent;
-    poll::until_true("nothing is left of the dead one", PATIENCE, || {
-        seen.look(bench)?;
-        Ok(replicas(bench)? == 1)
-    })?;
-    let gone = Instant::now();
-    poll::until_true("the statuses were compared since", PATIENCE, || {
-        seen.look(bench)?;
-        Ok(gone.elapsed() > ROUNDS)
-    })?;
-    seen.nothing_changed()?;
+    seen.nothing_changes_while_the_dead_one_is_forgotten(bench)?;
     ensure!(writer(bench)? == writing, "the Lease went to another one");
     let again = Control::start(&bench.server, &bench.kubeconfig, "mesh-control-again")?;
     bench.controls[place] = Some(again);
@@ -93,7 +84,7 @@ pub fn killed(bench: &mut Bench) -> Result<()> {
     let other = 1 - place;
     let holder = lease(bench)?["spec"]["holderIdentity"].clone();
     if let Some(control) = bench.controls[place].take() {
-        control.process.kill();
+        control.0.process.kill();
     }
     let mut seen = Seen::new(&before);
     // While nobody writes; and its agent goes to the other one, as kube-proxy would have it.
@@ -112,17 +103,7 @@ pub fn killed(bench: &mut Bench) -> Result<()> {
         lease(bench)?["spec"]["holderIdentity"] != holder,
         "the dead one holds the Lease"
     );
-    // Until what the dead one has told runs out, and after.
-    poll::until_true("nothing is left of the dead one", PATIENCE, || {
-        seen.look(bench)?;
-        Ok(replicas(bench)? == 1)
-    })?;
-    let gone = Instant::now();
-    poll::until_true("the statuses were compared since", PATIENCE, || {
-        seen.look(bench)?;
-        Ok(gone.elapsed() > ROUNDS)
-    })?;
-    seen.nothing_changed()?;
+    seen.nothing_changes_while_the_dead_one_is_forgotten(bench)?;
     // Another one takes its place, and does not take the Lease from who holds it.
     let again = Control::start(&bench.server, &bench.kubeconfig, "mesh-control-3")?;
     bench.controls[place] = Some(again);
@@ -130,7 +111,7 @@ pub fn killed(bench: &mut Bench) -> Result<()> {
     ensure!(writer(bench)? == other, "the new replica writes, too");
     // One that ends as it should lets the Lease go: the other one need not wait for it.
     if let Some(control) = bench.controls[other].take() {
-        control.process.terminate(PATIENCE)?;
+        control.0.process.terminate(PATIENCE)?;
     }
     let holder = lease(bench)?["spec"]["holderIdentity"].clone();
     let new_holds = bench.control(place)?.is_writer()?;
@@ -170,6 +151,20 @@ impl Seen {
             self.others.push(said);
         }
         Ok(())
+    }
+
+    /// Until what a dead replica has told runs out, and some rounds after.
+    fn nothing_changes_while_the_dead_one_is_forgotten(&mut self, bench: &Bench) -> Result<()> {
+        poll::until_true("nothing is left of the dead one", PATIENCE, || {
+            self.look(bench)?;
+            Ok(replicas(bench)? == 1)
+        })?;
+        let gone = Instant::now();
+        poll::until_true("the statuses were compared since", PATIENCE, || {
+            self.look(bench)?;
+            Ok(gone.elapsed() > ROUNDS)
+        })?;
+        self.nothing_changed()
     }
 
     fn nothing_changed(&self) -> Result<()> {

@@ -234,30 +234,13 @@ pub fn broken(bench: &mut Bench) -> Result<()> {
 pub fn others(bench: &mut Bench) -> Result<()> {
     let before = bench.status("deny")?;
     let theirs = r#"[{"op": "add", "path": "/status/conditions/-", "value": {"type": "Theirs", "status": "True", "reason": "So", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"}}]"#;
-    let patch = [
-        "-n",
-        SHOP,
-        "patch",
-        "authorizationpolicy",
-        "deny",
-        "--subresource=status",
-        "--type=json",
-        "-p",
-    ];
-    bench.run(&[&patch[..], &[theirs]].concat())?;
+    let patch = |kind: &str, change: &str| {
+        let what = ["-n", SHOP, "patch", "authorizationpolicy", "deny", "--subresource=status"];
+        bench.run(&[&what[..], &[&format!("--type={kind}"), "-p", change]].concat())
+    };
+    patch("json", theirs)?;
     // What somebody else writes into ours is put right.
-    let wrong = r#"{"status": {"nodesEnforcing": 77}}"#;
-    let patch = [
-        "-n",
-        SHOP,
-        "patch",
-        "authorizationpolicy",
-        "deny",
-        "--subresource=status",
-        "--type=merge",
-        "-p",
-    ];
-    bench.run(&[&patch[..], &[wrong]].concat())?;
+    patch("merge", r#"{"status": {"nodesEnforcing": 77}}"#)?;
     let after = bench.until("it is put right", "deny", |said| said.nodes == Some(2))?;
     ensure!(after == before, "{after:?}");
     let object = bench.server.kubectl().get(&["-n", SHOP, "authorizationpolicy", "deny"])?;

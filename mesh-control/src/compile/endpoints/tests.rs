@@ -1,12 +1,10 @@
-use std::collections::BTreeSet;
-use std::sync::Arc;
-
 use mesh_proto::{ADDRESS_TYPE_URL, workload};
 use prost::Message as _;
 
-use super::super::{EndpointSource, Parameters, Snapshot, compile};
+use super::super::testing::{parameters, world};
+use super::super::{EndpointSource, Snapshot, compile};
 use crate::capture_states::CaptureStates;
-use crate::objects::{Kind, ObjectId, World};
+use crate::objects::{Kind, ObjectId};
 use crate::registry::convert;
 
 const SERVICE: &str = "shop/web.shop.svc.cluster.local";
@@ -42,39 +40,12 @@ spec:
   ports: [{name: http, port: 80, targetPort: http}, {name: raw, port: 90, targetPort: 91}]
 ";
 
-fn world(text: &str) -> World {
-    let mut world = World::new();
-    for document in text.split("---\n") {
-        let value: serde_json::Value = serde_norway::from_str(document).expect("YAML");
-        let kind = Kind::ALL
-            .into_iter()
-            .find(|kind| value["kind"] == kind.as_str())
-            .expect("a kind");
-        let text_of = |name: &str| value["metadata"][name].as_str().unwrap_or_default().to_owned();
-        let id = ObjectId {
-            kind,
-            namespace: text_of("namespace"),
-            name: text_of("name"),
-        };
-        let object = convert::parse(&id, &value).expect("it can stand");
-        world.insert(id, Arc::new(object));
-    }
-    world
-}
-
 fn compiled(slices: &[&str]) -> Snapshot {
     let text = std::iter::once(PODS)
         .chain(slices.iter().copied())
         .collect::<Vec<_>>()
         .join("---\n");
-    let parameters = Parameters {
-        trust_domain: "cluster.local".into(),
-        cluster: "Kubernetes".into(),
-        pod_ranges: vec![],
-        trust_bundle: vec![],
-        revoked: BTreeSet::new(),
-        endpoints: EndpointSource::Slices,
-    };
+    let parameters = parameters(EndpointSource::Slices);
     compile(&world(&text), &CaptureStates::default(), &parameters)
 }
 

@@ -2,7 +2,8 @@ use std::sync::Arc;
 
 use super::*;
 use crate::capture_states::CaptureStates;
-use crate::compile::{Parameters, Snapshot, compile};
+use crate::compile::testing::parameters;
+use crate::compile::{EndpointSource, Snapshot, compile};
 use crate::registry::{Registry, Scan};
 
 const NODES: &str = r#"
@@ -49,14 +50,7 @@ fn snapshot(pods: &[String]) -> Snapshot {
     let scan: Scan = [("all.yaml".to_owned(), Ok(Arc::from(text.as_str())))].into();
     registry.apply(&scan);
     assert_eq!(registry.rejections(), []);
-    let parameters = Parameters {
-        trust_domain: "cluster.local".into(),
-        cluster: "Kubernetes".into(),
-        pod_ranges: vec![],
-        trust_bundle: vec![],
-        revoked: BTreeSet::new(),
-        endpoints: crate::compile::EndpointSource::Selectors,
-    };
+    let parameters = parameters(EndpointSource::Selectors);
     compile(&registry.world(), &CaptureStates::default(), &parameters)
 }
 

@@ -1,10 +1,6 @@
-use std::sync::Arc;
-
 use super::*;
 use crate::capture_states::CaptureStates;
-use crate::compile::{EndpointSource, Parameters, compile};
-use crate::objects::Kind;
-use crate::registry::convert;
+use crate::compile::{EndpointSource, compile, testing};
 
 const MESH: &str = r#"
 kind: Namespace
@@ -34,32 +30,13 @@ metadata: {name: outsider, namespace: out, uid: o, labels: {app: web}}
 spec: {nodeName: n}
 "#;
 
+/// MESH, with these policies of `shop`.
 fn world(policies: &[&str]) -> World {
-    let mut world = World::new();
     let policies = policies
         .iter()
         .enumerate()
-        .map(|(i, spec)| format!("kind: NetworkPolicy\nmetadata: {{name: p{i}, namespace: shop}}\nspec: {spec}\n"));
-    for document in MESH.split("---\n").map(str::to_owned).chain(policies) {
-        add(&mut world, &document);
-    }
-    world
-}
-
-fn add(world: &mut World, document: &str) {
-    let value: serde_json::Value = serde_norway::from_str(document).expect("YAML");
-    let kind = Kind::ALL
-        .into_iter()
-        .find(|kind| value["kind"] == kind.as_str())
-        .expect("a kind");
-    let text_of = |name: &str| value["metadata"][name].as_str().unwrap_or_default().to_owned();
-    let id = ObjectId {
-        kind,
-        namespace: text_of("namespace"),
-        name: text_of("name"),
-    };
-    let object = convert::parse(&id, &value).unwrap_or_else(|error| panic!("{error}: {document}"));
-    world.insert(id, Arc::new(object));
+        .map(|(i, spec)| format!("---\nkind: NetworkPolicy\nmetadata: {{name: p{i}, namespace: shop}}\nspec: {spec}\n"));
+    testing::world(&std::iter::once(MESH.to_owned()).chain(policies).collect::<String>())
 }
 
 fn findings(policies: &[&str]) -> Findings {
@@ -71,14 +48,7 @@ fn findings_of(world: &World) -> Findings {
 }
 
 fn compiled(world: &World) -> Snapshot {
-    let parameters = Parameters {
-        trust_domain: "cluster.local".into(),
-        cluster: "Kubernetes".into(),
-        pod_ranges: vec![],
-        trust_bundle: vec![],
-        revoked: BTreeSet::new(),
-        endpoints: EndpointSource::Slices,
-    };
+    let parameters = testing::parameters(EndpointSource::Slices);
     compile(world, &CaptureStates::default(), &parameters)
 }
 
@@ -321,13 +291,11 @@ fn findings_are_named_within_a_bound_each_namespace_in_turn_and_counted_beyond()
 fn world_of(namespaces: usize, policies: &[&str]) -> World {
     let mut world = world(policies);
     for number in 0..namespaces {
-        for document in [
-            format!("kind: Namespace\nmetadata: {{name: n{number}, labels: {{culvert.dev/mesh: enabled}}}}\n"),
-            format!("kind: Pod\nmetadata: {{name: a, namespace: n{number}, uid: z{number}}}\nspec: {{nodeName: n}}\n"),
-            format!("kind: NetworkPolicy\nmetadata: {{name: p, namespace: n{number}}}\nspec: {ONE}\n"),
-        ] {
-            add(&mut world, &document);
-        }
+        world.extend(testing::world(&format!(
+            "kind: Namespace\nmetadata: {{name: n{number}, labels: {{culvert.dev/mesh: enabled}}}}\n---\n\
+             kind: Pod\nmetadata: {{name: a, namespace: n{number}, uid: z{number}}}\nspec: {{nodeName: n}}\n---\n\
+             kind: NetworkPolicy\nmetadata: {{name: p, namespace: n{number}}}\nspec: {ONE}\n"
+        )));
     }
     world
 }
@@ -336,7 +304,7 @@ const ONE: &str = "{podSelector: {}, ingress: [{ports: [{port: 8080}]}]}";
 
 #[test]
 fn a_namespace_that_is_too_much_to_compare_keeps_no_other_from_it() {
-    // Each rule is for somebody else, and none of them covers any other: what is to be compared is their product.
+    // Each rule that is shut is covered by one of those that are open, and compared with all before it until that is found.
     let rules = |port: u16| {
         let rule = |number: usize| {
             format!(
@@ -346,7 +314,6 @@ fn a_namespace_that_is_too_much_to_compare_keeps_no_other_from_it() {
         let rules: Vec<String> = (0..200).map(rule).collect();
         format!("{{podSelector: {{}}, ingress: [{}]}}", rules.join(", "))
     };
-    // (10.1.0.0/24 and the like are open, and so each of these is compared with many until it is found.)
     let (open, shut) = (rules(15008), rules(8080));
     let mut policies = vec![ONE, open.as_str()];
     policies.extend(std::iter::repeat_n(shut.as_str(), 10));

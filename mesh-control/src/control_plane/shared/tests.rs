@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::compile::{EndpointSource, Parameters};
-use crate::limits::Bounds;
+use crate::limits::{Bounds, CAPTURE_ECHO};
 use crate::proto::PodWord;
 use crate::registry::{Registry, Scan};
 
@@ -115,6 +115,27 @@ async fn proven_counts_once_it_is_written_and_lost_at_once() {
     assert_eq!((bench.write(), bench.annotation), (1, LOST));
     bench.read();
     assert_eq!((bench.state().as_str(), bench.write()), ("lost", 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_another_one_writes_over_a_write_counts_once_its_echo_had_its_time() {
+    let mut bench = Bench::new(None);
+    bench.say(Proof::Proven);
+    assert_eq!(bench.write(), 1);
+    // Before the write has come back somebody writes over it: the watch tells the newest alone.
+    bench.annotation = LOST;
+    bench.read();
+    assert_eq!(bench.state(), "proven", "what is read may be older than the write");
+    tokio::time::advance(CAPTURE_ECHO).await;
+    // And nothing else is told in a quiet cluster.
+    bench.control.look_at_capture("u");
+    assert_eq!(bench.state(), "lost");
+    // Where the echo came there is nothing to look for.
+    bench.say(Proof::Proven);
+    assert_eq!(bench.write(), 1);
+    bench.read();
+    bench.control.look_at_capture("u");
+    assert_eq!((bench.state().as_str(), bench.annotation), ("proven", PROVEN));
 }
 
 #[tokio::test]

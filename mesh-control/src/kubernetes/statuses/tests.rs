@@ -166,7 +166,7 @@ fn what_is_not_published_yet_is_not_said_to_be_in_force() {
     assert_eq!(changes(&marks, &state, Some(&tally), &at(1)), []);
 }
 
-/// What is due, by name, each for the first time or for a count.
+/// What is to be written of them: of those without a status all of it, of the others a count.
 fn due(marks: &[Mark]) -> Vec<Change> {
     found(marks, &[], 2)
 }
