@@ -13,18 +13,18 @@ use super::testbed::*;
 
 const PORT: u16 = 20_500;
 
-/// An application that holds one connection that it has not accepted, and no more.
-fn full_application(testbed: &Testbed) -> (TcpListener, TcpStream) {
-    within(&testbed.pod(), || {
+/// An application on `port` that holds one connection that it has not accepted, and no more.
+fn full_application(testbed: &Testbed, port: u16) -> (TcpListener, TcpStream) {
+    within(&testbed.pod(), move || {
         let socket = Socket::new(Domain::IPV6, Type::STREAM, None).unwrap();
         socket.set_only_v6(false).unwrap();
         socket.set_reuse_address(true).unwrap();
         socket
-            .bind(&SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 8080).into())
+            .bind(&SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port).into())
             .unwrap();
         socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         socket.listen(0).unwrap();
-        let held = TcpStream::connect(("127.0.0.1", 8080)).unwrap();
+        let held = TcpStream::connect(("127.0.0.1", port)).unwrap();
         (socket.into(), held)
     })
 }
@@ -35,8 +35,10 @@ hook_test! {
     fn while_a_connect_is_on_its_way_its_tuple_alone_passes(testbed) {
         let (kernel, _tunnel, plaintext) = steered(&testbed);
         return_path(&testbed);
-        for (client, address) in [(OUTSIDER_V4, POD_V4), (OUTSIDER_V6, POD_V6)] {
-            let (application, _held) = full_application(&testbed);
+        // A port each: a child that another test's thread forks holds the first one's listener until it executes, so its port is
+        // not free as soon as it is dropped.
+        for (client, address, application_port) in [(OUTSIDER_V4, POD_V4, 8080), (OUTSIDER_V6, POD_V6, 8081)] {
+            let (application, _held) = full_application(&testbed, application_port);
             let (ip, destination): (IpAddr, IpAddr) = (client.parse().unwrap(), address.parse().unwrap());
             let upstream = socket_in(&testbed.pod(), destination);
             let mark = AgentSocketValue { kind: socket_kind::INBOUND_UPSTREAM, slot: SLOT };
@@ -45,11 +47,11 @@ hook_test! {
             if ip.is_ipv4() { upstream.set_ip_transparent_v4(true).unwrap() } else { upstream.set_ip_transparent_v6(true).unwrap() }
             upstream.bind(&SockAddr::from(SocketAddr::new(ip, PORT))).unwrap();
             upstream.set_nonblocking(true).unwrap();
-            upstream.connect(&SocketAddr::new(destination, 8080).into()).unwrap_err();
+            upstream.connect(&SocketAddr::new(destination, application_port).into()).unwrap_err();
             assert_eq!(upstreams(&testbed).iter().count(), 1);
             let family = if ip.is_ipv4() { "4" } else { "6" };
             let connect = |port: u16| testbed.client(&testbed.outsider(), &["script", &format!(
-                "s = stream('{family}'); s.bind(('{client}', {port})); s.connect(('{address}', 8080)); ends(s); s.sendall(b'x'); told()"
+                "s = stream('{family}'); s.bind(('{client}', {port})); s.connect(('{address}', {application_port})); ends(s); s.sendall(b'x'); told()"
             )]);
             // The port beside it: to the agent.
             let beside = connect(PORT + 1);
