@@ -55,6 +55,8 @@ struct Machine {
 const KUBE_SUITES: &str = "kube";
 /// The suite that needs the other build as well, which takes minutes where much has changed.
 const UPGRADE_SUITE: &str = "upgrade";
+/// Where the suites have Helm from.
+const HELM_VARIABLE: &str = "CULVERT_HELM";
 
 pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCode> {
     let mut totals = Totals::default();
@@ -181,12 +183,16 @@ fn kube(workspace: &Workspace, filter: Option<&str>, totals: &mut Totals) -> Res
     };
     let mut cargo = suites(workspace, &ebpf::object(workspace)?, filter, is_kube)?;
     cargo.env(kube::DIR_VARIABLE, folder);
+    let helm = Helm::find(workspace);
+    if let Ok(Some(helm)) = &helm {
+        cargo.env(HELM_VARIABLE, helm.program());
+    }
     totals.count("the tests on a real Kubernetes", &mut cargo)?;
     if filter.is_some() {
         return Ok(());
     }
     heading("the chart");
-    match Helm::find(workspace) {
+    match helm {
         Ok(Some(helm)) => totals.try_add("the chart", chart::test(workspace, &helm)),
         Ok(None) => totals
             .skipped

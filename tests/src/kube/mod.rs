@@ -14,13 +14,17 @@ mod cluster;
 mod control_program;
 pub mod culvert;
 pub mod faults;
+pub mod helm;
 mod hierarchies;
 mod image;
 mod kubectl;
+pub mod load;
 pub mod manifests;
 mod node;
 mod node_config;
 pub mod node_init;
+pub mod remains;
+pub mod shop;
 mod tools;
 
 pub use api_server::{ApiServer, client};
