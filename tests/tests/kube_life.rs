@@ -17,12 +17,13 @@ mod reuse;
 #[path = "kube_life/rollouts.rs"]
 mod rollouts;
 
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
 use mesh_tests::kube::load::Counted;
 use mesh_tests::kube::shop::{SHOP, capture, deploy, is_on_the_wire, until_proven, with_logs};
-use mesh_tests::kube::{Cluster, helm};
+use mesh_tests::kube::{Cluster, culvert, helm};
 use mesh_tests::suite;
 
 const LABEL: &str = "culvert.dev/mesh=enabled";
@@ -78,12 +79,18 @@ fn expect_mesh(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
-fn report(what: &str, counted: &Counted) {
+fn report(cluster: &Cluster, what: &str, counted: &Counted) {
     println!("{what}: {} connections, {} failed", counted.made, counted.failed);
     if counted.failed > 0 {
-        println!(
-            "  of the errors: {}",
-            counted.errors.lines().take(3).collect::<Vec<_>>().join(" | ")
-        );
+        let some = counted.errors.lines().take(3).collect::<Vec<_>>().join(" | ");
+        println!("  of the errors: {some}");
+        let lines = culvert::access_log(cluster, |line| line["result"] != "ok").unwrap_or_default();
+        let mut reasons = BTreeMap::<String, usize>::new();
+        for line in lines {
+            *reasons
+                .entry(format!("{} {}", line["direction"], line["reason"]))
+                .or_default() += 1;
+        }
+        println!("  what agents have refused for, in five minutes: {reasons:?}");
     }
 }

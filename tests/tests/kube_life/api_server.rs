@@ -16,6 +16,8 @@ const AGENT_READY: u16 = 15021;
 const CONTROL_PAGES: u16 = 15014;
 /// Longer than watches need to notice, certificates' and reviews' short timers to pass, and far shorter than an agent can do without.
 const OUTAGE: Duration = Duration::from_secs(30);
+/// Every watch and every lease has been begun again.
+const RETURN: Duration = Duration::from_secs(10);
 const DENY: &str = r"
 apiVersion: culvert.dev/v1alpha1
 kind: AuthorizationPolicy
@@ -33,10 +35,18 @@ pub fn away(cluster: &mut Cluster) -> Result<()> {
     ensure!(controls.len() == 2, "expected two control planes, saw {controls:?}");
     // Found while there is somebody to ask.
     let client = inside(cluster, "client")?;
-    cluster.server_mut().stop();
+    cluster.stop_server();
     let during = during(cluster, &client, &controls);
-    cluster.server_mut().resume()?;
+    let return_of = Load::begin_in(cluster, client, "http://server/")?;
+    cluster.resume_server()?;
     during?;
+    for number in 1..=cluster.nodes().len() {
+        cluster.wait_until_ready(&format!("node-{number}"))?;
+    }
+    std::thread::sleep(RETURN);
+    let counted = return_of.end(cluster)?;
+    report(cluster, "the API server's return", &counted);
+    counted.none_failed("the API server's return")?;
     cluster.kubectl().apply(DENY)?;
     poll::until_true("the client is denied", PATIENCE, || {
         Ok(get(cluster, "http://server/").is_err())
@@ -73,7 +83,7 @@ fn during(cluster: &Cluster, client: &Inside, controls: &[Ipv4Addr]) -> Result<(
     }
     for (what, load) in [("to the other node", far), ("within the node", near)] {
         let counted = load.end(cluster)?;
-        report(&format!("the API server away for {OUTAGE:?}, {what}"), &counted);
+        report(cluster, &format!("the API server away for {OUTAGE:?}, {what}"), &counted);
         counted.none_failed(what)?;
     }
     // An agent that is killed now is started again by the kubelet, and has nobody to ask either.
@@ -86,11 +96,11 @@ fn during(cluster: &Cluster, client: &Inside, controls: &[Ipv4Addr]) -> Result<(
     })?;
     let said = page(node, Ipv4Addr::LOCALHOST, AGENT_READY)?.body;
     println!("an agent that was killed meanwhile says: {}", said.trim());
-    report("an agent killed while the API server is away", &load.end(cluster)?);
+    report(cluster, "an agent killed while the API server is away", &load.end(cluster)?);
     let after = Load::begin_in(cluster, client.clone(), "http://server/")?;
     std::thread::sleep(Duration::from_secs(3));
     let counted = after.end(cluster)?;
-    report("after that", &counted);
+    report(cluster, "after that", &counted);
     counted.none_failed("the time after an agent was killed without an API server")
 }
 

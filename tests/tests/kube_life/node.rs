@@ -57,8 +57,8 @@ pub fn killed(cluster: &mut Cluster) -> Result<()> {
     })?;
     poll::until_true("the client is answered again", PATIENCE, || Ok(get(cluster, &url).is_ok()))?;
     let (near, far) = (near.end(cluster)?, far.end(cluster)?);
-    report("a node killed and back, within the other node", &near);
-    report("a node killed and back, to it", &far);
+    report(cluster, "a node killed and back, within the other node", &near);
+    report(cluster, "a node killed and back, to it", &far);
     near.none_failed("a power failure of another node")?;
     ensure!(far.failed > 0, "the node was never away");
     until_proven(cluster, &["client", "near", "server"])?;
@@ -66,7 +66,7 @@ pub fn killed(cluster: &mut Cluster) -> Result<()> {
     let after = Load::begin(cluster, "client", "http://server/")?;
     std::thread::sleep(Duration::from_secs(3));
     let after = after.end(cluster)?;
-    report("after that", &after);
+    report(cluster, "after that", &after);
     after.none_failed("the time after the node was back")?;
     // The client never spoke in clear, whatever became of the node; nor did the server's agent take it so.
     let lines = lines_of(cluster, "server")?;

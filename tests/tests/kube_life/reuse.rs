@@ -87,7 +87,7 @@ fn changes_hands(cluster: &Cluster) -> Result<bool> {
             .any(|line| line["source_workload"] == "client" && line["result"] == "ok"))
     })?;
     let counted = load.end(cluster)?;
-    report("an address that changes hands", &counted);
+    report(cluster, "an address that changes hands", &counted);
     // Whoever answered was who both ends took it for.
     for server in ["one", "two"] {
         let answered = counted.answers.matches(&format!("server={server} ")).count();

@@ -21,7 +21,7 @@ pub fn fail_before_they_serve(cluster: &mut Cluster) -> Result<()> {
         let load = Load::begin(cluster, "client", "http://server/")?;
         let tried = roll_and_back(cluster, value, sign);
         let counted = load.end(cluster)?;
-        report(&format!("a rollout with {what}, and back"), &counted);
+        report(cluster, &format!("a rollout with {what}, and back"), &counted);
         tried?;
         counted.none_failed(what)?;
     }
@@ -81,7 +81,7 @@ pub fn fail_once_they_serve(cluster: &mut Cluster) -> Result<()> {
         cluster.kubectl().rolled_out(MESH, AGENT)
     })();
     let counted = load.end(cluster)?;
-    report("a rollout whose agents take over and are killed, and back", &counted);
+    report(cluster, "a rollout whose agents take over and are killed, and back", &counted);
     tried?;
     poll::until_true("the client is answered again", PATIENCE, || {
         Ok(get(cluster, "http://server/").is_ok())
@@ -89,7 +89,7 @@ pub fn fail_once_they_serve(cluster: &mut Cluster) -> Result<()> {
     let after = Load::begin(cluster, "client", "http://server/")?;
     std::thread::sleep(std::time::Duration::from_secs(3));
     let after = after.end(cluster)?;
-    report("after that", &after);
+    report(cluster, "after that", &after);
     after.none_failed("the time after the rollback")?;
     until_proven(cluster, &["client", "near", "server"])?;
     expect_mesh(cluster)
