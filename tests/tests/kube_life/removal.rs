@@ -24,8 +24,8 @@ pub fn leave_and_join(cluster: &mut Cluster) -> Result<()> {
     }
     std::thread::sleep(SETTLE);
     let (far, near) = (far.end(cluster)?, near.end(cluster)?);
-    report("the label removed, to the other node", &far);
-    report("the label removed, within the node", &near);
+    report(cluster, "the label removed, to the other node", &far);
+    report(cluster, "the label removed, within the node", &near);
     ensure!(
         get(cluster, "http://server/")?.starts_with("server=server "),
         "it does not work without the mesh"
@@ -34,8 +34,16 @@ pub fn leave_and_join(cluster: &mut Cluster) -> Result<()> {
     join(cluster)?;
     std::thread::sleep(SETTLE);
     let (far, near) = (far.end(cluster)?, near.end(cluster)?);
-    report("the label set, to the other node", &far);
-    report("the label set, within the node", &near);
+    report(cluster, "the label set, to the other node", &far);
+    report(cluster, "the label set, within the node", &near);
+    if near.failed + far.failed > 0 {
+        for w in ["daemonset/mesh-agent", "deployment/mesh-control"] {
+            let t = cluster
+                .kubectl()
+                .run(&["-n", MESH, "logs", w, "--all-pods=true", "--all-containers", "--prefix"])?;
+            std::fs::write(format!("/tmp/lj-{}-{}.log", w.replace('/', "-"), std::process::id()), t)?;
+        }
+    }
     until_proven(cluster, &["client", "near", "server"])
 }
 
@@ -62,8 +70,8 @@ pub fn uninstall(cluster: &mut Cluster) -> Result<()> {
     );
     std::thread::sleep(SETTLE);
     let (far, near) = (far.end(cluster)?, near.end(cluster)?);
-    report("the mesh uninstalled under Pods of it, to the other node", &far);
-    report("the mesh uninstalled under Pods of it, within the node", &near);
+    report(cluster, "the mesh uninstalled under Pods of it, to the other node", &far);
+    report(cluster, "the mesh uninstalled under Pods of it, within the node", &near);
     println!("helm said: {}", done?.trim());
     near.none_failed("the uninstallation")?;
     // Its Pod has been in another network namespace since its node lost its power.
