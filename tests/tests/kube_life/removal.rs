@@ -24,8 +24,11 @@ pub fn leave_and_join(cluster: &mut Cluster) -> Result<()> {
     }
     std::thread::sleep(SETTLE);
     let (far, near) = (far.end(cluster)?, near.end(cluster)?);
-    report(cluster, "the label removed, to the other node", &far);
-    report(cluster, "the label removed, within the node", &near);
+    for (what, counted) in [("to the other node", far), ("within the node", near)] {
+        let what = format!("the label removed, {what}");
+        report(cluster, &what, &counted);
+        counted.none_failed(&what)?;
+    }
     ensure!(
         get(cluster, "http://server/")?.starts_with("server=server "),
         "it does not work without the mesh"
@@ -34,15 +37,10 @@ pub fn leave_and_join(cluster: &mut Cluster) -> Result<()> {
     join(cluster)?;
     std::thread::sleep(SETTLE);
     let (far, near) = (far.end(cluster)?, near.end(cluster)?);
-    report(cluster, "the label set, to the other node", &far);
-    report(cluster, "the label set, within the node", &near);
-    if near.failed + far.failed > 0 {
-        for w in ["daemonset/mesh-agent", "deployment/mesh-control"] {
-            let t = cluster
-                .kubectl()
-                .run(&["-n", MESH, "logs", w, "--all-pods=true", "--all-containers", "--prefix"])?;
-            std::fs::write(format!("/tmp/lj-{}-{}.log", w.replace('/', "-"), std::process::id()), t)?;
-        }
+    for (what, counted) in [("to the other node", far), ("within the node", near)] {
+        let what = format!("the label set, {what}");
+        report(cluster, &what, &counted);
+        counted.none_failed(&what)?;
     }
     until_proven(cluster, &["client", "near", "server"])
 }
