@@ -1,6 +1,7 @@
 //! Which build the agents and the control plane on a cluster are, and changing it.
 
 use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
 
 use super::Cluster;
 use super::culvert::{self, NAMESPACE, image_name};
@@ -45,12 +46,22 @@ pub fn control_of(cluster: &Cluster, build: Build) -> Result<()> {
     expect_control(cluster, build)
 }
 
-/// Waits for the agents' rollout, and asks the kernel of each node: which version's maps are there.
+/// Waits for the agents' rollout, and asks the kernel of each node: which version's maps are there. `kubectl rollout status` would not
+/// do: it counts the oldest Pod of each node, also one that ends, and an agent that drains is that for as long as a connection is open.
 ///
 /// # Errors
 /// It is not rolled out, or one is still of another build.
 pub fn expect_agents(cluster: &Cluster, build: Build) -> Result<()> {
-    cluster.kubectl().rolled_out(NAMESPACE, "daemonset/mesh-agent")?;
+    let image = image_name("mesh-agent", build);
+    let is_good = |pod: &Value| {
+        let status = &pod["status"]["containerStatuses"][0];
+        pod["spec"]["containers"][0]["image"] == image && status["ready"] == true
+    };
+    poll::until_true(&format!("every node has one agent, ready and of {build:?}"), PATIENCE, || {
+        let mut agents = cluster.pods(NAMESPACE, "app.kubernetes.io/name=mesh-agent")?;
+        agents.retain(|pod| pod["metadata"]["deletionTimestamp"].is_null());
+        Ok(agents.len() == cluster.nodes().len() && agents.iter().all(is_good))
+    })?;
     for node in cluster.nodes() {
         pins::until_alone(&node.root()?.join(PIN_PATH), build, PATIENCE)
             .with_context(|| format!("{} has an agent of {build:?}", node.name()))?;
