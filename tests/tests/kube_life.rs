@@ -35,7 +35,7 @@ fn main() -> ExitCode {
             helm::program()?;
             let cluster = Cluster::start(2)?;
             let ready = deploy(&cluster)
-                .and_then(|()| helm::install(&cluster))
+                .and_then(|()| helm::install(&cluster, &[]))
                 .and_then(|()| join(&cluster));
             match ready {
                 Ok(()) => Ok(cluster),

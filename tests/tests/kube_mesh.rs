@@ -9,9 +9,10 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, ensure};
 use mesh_tests::kube::Cluster;
-use mesh_tests::kube::load::Load;
+use mesh_tests::kube::load::under_load;
 use mesh_tests::kube::shop::{
-    MESH, PATIENCE, SHOP, capture, deploy, get, install, is_on_the_wire, lines_of, pod, run_readme, until_proven, with_logs,
+    MESH, PATIENCE, SHOP, capture, deploy, get, install, is_on_the_wire, lines_of, pod, run_readme, until_enforced,
+    until_mutual_tls, until_proven, with_logs,
 };
 use mesh_tests::{poll, suite};
 
@@ -86,18 +87,7 @@ fn services(cluster: &mut Cluster) -> Result<()> {
             answer.contains(&format!("client={client} ")),
             "the application does not see {client}: {answer}"
         );
-        // Both ends say that it was mutual TLS, and between whom.
-        for direction in ["outbound", "inbound"] {
-            poll::until_true(&format!("{direction} to {server} by mutual TLS"), PATIENCE, || {
-                Ok(lines_of(cluster, server)?.iter().any(|line| {
-                    line["direction"] == direction
-                        && line["result"] == "ok"
-                        && line["connection_security_policy"] == "mutual_tls"
-                        && line["source_principal"] == format!("spiffe://cluster.local/ns/{SHOP}/sa/client")
-                        && line["destination_principal"] == format!("spiffe://cluster.local/ns/{SHOP}/sa/{server}")
-                }))
-            })?;
-        }
+        until_mutual_tls(cluster, server)?;
     }
     Ok(())
 }
@@ -150,11 +140,7 @@ fn policy(cluster: &mut Cluster) -> Result<()> {
         said.lines().any(|line| line.starts_with("NAME ") && line.contains("NODES")),
         "{said}"
     );
-    poll::until_true("both nodes enforce it", PATIENCE, || {
-        let policy = cluster.kubectl().get(&["-n", SHOP, "authorizationpolicy", "no-client"])?;
-        let status = &policy["status"];
-        Ok(status["nodesEnforcing"] == 2 && status["workloadsSelected"] == 1 && status["observedGeneration"] == 1)
-    })?;
+    until_enforced(cluster, "no-client", 1)?;
     ensure!(
         get(cluster, "http://server/").is_err(),
         "the client is let in by a policy that every node is said to enforce"
@@ -175,16 +161,6 @@ fn policy(cluster: &mut Cluster) -> Result<()> {
     poll::until_true("the client is let in again", PATIENCE, || {
         Ok(get(cluster, "http://server/").is_ok())
     })
-}
-
-/// New connections, one after another, while something is done: none fails.
-fn under_load(cluster: &Cluster, what: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
-    let load = Load::begin(cluster, "client", "http://server/")?;
-    let worked = work();
-    let counted = load.end(cluster)?;
-    worked?;
-    println!("{} connections during {what}, {} failed", counted.made, counted.failed);
-    counted.none_failed(what)
 }
 
 /// Every agent is replaced.

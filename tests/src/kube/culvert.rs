@@ -8,14 +8,13 @@ use serde_json::Value;
 
 use super::cluster::Cluster;
 use super::image::Image;
-use crate::binaries;
+use crate::binaries::{self, Build};
 use crate::poll::{self, SOON};
 
 /// The namespace of its own.
 pub const NAMESPACE: &str = "culvert-system";
 /// Of the images that are loaded here.
 pub(super) const IMAGE_PREFIX: &str = "culvert.test/";
-pub(super) const IMAGE_TAG: &str = "1";
 /// What a node of cgroup version 1 and 2 has beside the folders of version 1.
 pub(super) const UNIFIED: &str = "/sys/fs/cgroup/unified";
 /// Images are started, certificates signed, captures proven, and written to the API server.
@@ -23,18 +22,30 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// Of each agent, on its node's address.
 const METRICS_PORT: u16 = 15020;
 
+/// The tag of a build's images.
+#[must_use]
+pub fn image_tag(build: Build) -> &'static str {
+    match build {
+        Build::This => "1",
+        Build::Other => "2",
+    }
+}
+
+pub(super) fn image_name(name: &str, build: Build) -> String {
+    format!("{IMAGE_PREFIX}{name}:{}", image_tag(build))
+}
+
 /// Loads what was just built, as images.
 ///
 /// # Errors
 /// One cannot be made, or is refused.
-pub(super) fn load_images(cluster: &Cluster) -> Result<()> {
-    let image = |name: &str| Image::new(&format!("{IMAGE_PREFIX}{name}:{IMAGE_TAG}"));
-    let agent = image("mesh-agent")
-        .program(&binaries::path("mesh-agent")?, "/mesh-agent")?
-        .program(&binaries::path("mesh-cni")?, "/mesh-cni")?
+pub fn load_images(cluster: &Cluster, build: Build) -> Result<()> {
+    let agent = Image::new(&image_name("mesh-agent", build))
+        .program(&build.path("mesh-agent")?, "/mesh-agent")?
+        .program(&build.path("mesh-cni")?, "/mesh-cni")?
         .entrypoint(&["/mesh-agent"]);
-    let control = image("mesh-control")
-        .program(&binaries::path("mesh-control")?, "/mesh-control")?
+    let control = Image::new(&image_name("mesh-control", build))
+        .program(&build.path("mesh-control")?, "/mesh-control")?
         .entrypoint(&["/mesh-control"])
         .user(65532);
     cluster.load_image(&agent)?;
@@ -53,7 +64,7 @@ pub(super) fn shipped() -> Result<PathBuf> {
 /// # Errors
 /// The first step that failed, as it said.
 pub fn prepare(cluster: &Cluster) -> Result<PathBuf> {
-    load_images(cluster)?;
+    load_images(cluster, Build::This)?;
     let shipped = shipped()?;
     let folder = folder(cluster);
     let here = folder.join("deploy");
@@ -180,7 +191,7 @@ fn for_these_nodes(cluster: &Cluster, mut manifests: String, images: &[&str]) ->
     for name in images {
         let shipped = format!("image: {name}:{}", env!("CARGO_PKG_VERSION"));
         ensure!(manifests.contains(&shipped), "no {shipped}");
-        manifests = manifests.replace(&shipped, &format!("image: {IMAGE_PREFIX}{name}:{IMAGE_TAG}"));
+        manifests = manifests.replace(&shipped, &format!("image: {}", image_name(name, Build::This)));
     }
     if has_version_1(cluster)? {
         manifests = manifests.replace("path: /sys/fs/cgroup\n", &format!("path: {UNIFIED}\n"));

@@ -6,29 +6,28 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result, ensure};
 
 use super::Cluster;
-use super::culvert::{IMAGE_PREFIX, IMAGE_TAG, NAMESPACE, UNIFIED, has_sys_resource, has_version_1, load_images, shipped};
+use super::culvert::{IMAGE_PREFIX, NAMESPACE, UNIFIED, has_sys_resource, has_version_1, image_tag, load_images, shipped};
+use crate::binaries::Build;
 use crate::suite;
 
 /// Where `cargo xtask test kube` says Helm is.
 const VARIABLE: &str = "CULVERT_HELM";
 const AGENT_CAPABILITIES: &str = "\"SYS_PTRACE\" \"SYS_RESOURCE\"";
 
-/// By docs/DEPLOY.md, with the images that were just built.
+/// By docs/DEPLOY.md, with the images that were just built, and these flags more.
 ///
 /// # Errors
 /// It does not come up.
-pub fn install(cluster: &Cluster) -> Result<()> {
-    load_images(cluster)?;
+pub fn install(cluster: &Cluster, flags: &[&str]) -> Result<()> {
+    load_images(cluster, Build::This)?;
     let shipped = shipped()?;
     write_chart(cluster)?;
     let crds = shipped.join("crds");
     cluster
         .kubectl()
         .run(&["apply", "--server-side", "-f", crds.to_str().context("a path")?])?;
-    run(
-        cluster,
-        &command("install", &["--create-namespace"], &[], has_version_1(cluster)?),
-    )?;
+    let flags = [&["--create-namespace"], flags].concat();
+    run(cluster, &command("install", &flags, &[], has_version_1(cluster)?))?;
     cluster.kubectl().rolled_out(NAMESPACE, "deployment/mesh-control")?;
     cluster.kubectl().rolled_out(NAMESPACE, "daemonset/mesh-agent")
 }
@@ -38,7 +37,10 @@ pub fn install(cluster: &Cluster) -> Result<()> {
 /// # Errors
 /// As Helm says.
 pub fn upgrade(cluster: &Cluster, values: &[&str]) -> Result<String> {
-    run(cluster, &command("upgrade", &[], values, has_version_1(cluster)?))
+    run(
+        cluster,
+        &command("upgrade", &["--reset-then-reuse-values"], values, has_version_1(cluster)?),
+    )
 }
 
 /// # Errors
@@ -65,9 +67,9 @@ pub fn run(cluster: &Cluster, arguments: &str) -> Result<String> {
 }
 
 fn command(verb: &str, flags: &[&str], values: &[&str], has_version_1: bool) -> String {
-    let mut command = format!(
-        "{verb} culvert ./chart --namespace {NAMESPACE} --set image.prefix={IMAGE_PREFIX} --set-string image.tag={IMAGE_TAG}"
-    );
+    let tag = image_tag(Build::This);
+    let mut command =
+        format!("{verb} culvert ./chart --namespace {NAMESPACE} --set image.prefix={IMAGE_PREFIX} --set-string image.tag={tag}");
     for flag in flags {
         command += &format!(" {flag}");
     }

@@ -1,5 +1,6 @@
 //! New connections in Pods while something happens to them, and what became of each.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, ensure};
@@ -7,7 +8,8 @@ use anyhow::{Context as _, Result, ensure};
 use super::Cluster;
 use super::shop::{PATIENCE, SHOP};
 use crate::poll;
-use crate::process::Output;
+use crate::process::{Conversation, Output};
+use crate::suite;
 
 /// A Pod's only container, entered by its node: without the API server.
 #[derive(Clone, Debug)]
@@ -39,6 +41,11 @@ pub fn inside(cluster: &Cluster, pod: &str) -> Result<Inside> {
     Ok(Inside { node, pid })
 }
 
+/// Programs of the mesh are attached to cgroups: it is the container's that counts, not that of this test.
+const ENTER: &str = "for root in /sys/fs/cgroup/unified /sys/fs/cgroup; do [ ! -f $root/cgroup.controllers ] || break; done; \
+                     echo 0 > $root$(sed -n s/^0:://p /proc/$0/cgroup)/cgroup.procs && \
+                     exec nsenter -t $0 -m -n -u -i -p /bin/sh -c \"$1\"";
+
 impl Inside {
     /// Its network namespace, as this machine sees it.
     ///
@@ -52,12 +59,18 @@ impl Inside {
     /// # Errors
     /// It cannot start, or does not end.
     pub fn shell(&self, cluster: &Cluster, script: &str) -> Result<Output> {
-        // Programs of the mesh are attached to cgroups: it is the container's that counts, not that of this test.
-        let enter = "for root in /sys/fs/cgroup/unified /sys/fs/cgroup; do [ ! -f $root/cgroup.controllers ] || break; done; \
-                     echo 0 > $root$(sed -n s/^0:://p /proc/$0/cgroup)/cgroup.procs && \
-                     exec nsenter -t $0 -m -n -u -i -p /bin/sh -c \"$1\"";
-        let command = ["sh", "-c", enter, &self.pid, script];
+        let command = ["sh", "-c", ENTER, &self.pid, script];
         cluster.node(self.node).run(&command, PATIENCE)
+    }
+
+    /// One connection to an echo server, that is talked on.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub fn chat(&self, cluster: &Cluster, to: SocketAddr) -> Result<Conversation> {
+        let script = format!("exec /bin/mesh-test-app chat {to}");
+        let command = ["sh", "-c", ENTER, &self.pid, &script];
+        Conversation::chat(cluster.node(self.node).command(&command)?).with_context(|| format!("a conversation with {to}"))
     }
 }
 
@@ -66,6 +79,22 @@ impl Inside {
 pub struct Load {
     pod: Inside,
     folder: String,
+}
+
+/// New connections from the client to the server while something is done: none fails.
+///
+/// # Errors
+/// What is done does, or a connection.
+pub fn under_load(cluster: &Cluster, what: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    let load = Load::begin(cluster, "client", "http://server/")?;
+    let worked = work();
+    let counted = load.end(cluster)?;
+    worked?;
+    suite::say(&format!(
+        "{} connections during {what}, {} failed",
+        counted.made, counted.failed
+    ));
+    counted.none_failed(what)
 }
 
 #[derive(Debug)]

@@ -9,6 +9,7 @@
 
 pub mod agent_client;
 mod api_server;
+pub mod builds;
 mod certificates;
 mod cluster;
 mod control_program;

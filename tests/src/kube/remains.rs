@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -98,12 +98,8 @@ impl Remains {
     }
 }
 
-fn root(node: &Node) -> Result<PathBuf> {
-    Ok(Path::new("/proc").join(node.pid()?.to_string()).join("root"))
-}
-
 fn files(node: &Node) -> Result<Files> {
-    let root = root(node)?;
+    let root = node.root()?;
     let mut pins = Vec::new();
     walk(&root.join(BPF), "", &mut pins)?;
     let networks = names(&root.join(NETWORKS))?.into_iter().map(|name| {
@@ -160,7 +156,7 @@ impl KernelHalf {
     /// # Errors
     /// No agent has pinned anything there.
     pub fn of(node: &Node) -> Result<Self> {
-        let folder = root(node)?.join(BPF).join("culvert");
+        let folder = node.root()?.join(BPF).join("culvert");
         let mut maps = Vec::new();
         for version in names(&folder)? {
             for name in names(&folder.join(&version))? {

@@ -8,9 +8,8 @@ use serde_json::Value;
 
 use super::remains::Remains;
 use super::{Cluster, culvert, manifests};
-use crate::readme;
-use crate::suite;
 use crate::wire::Recorder;
+use crate::{poll, readme, suite};
 
 pub const MESH: &str = culvert::NAMESPACE;
 pub const SHOP: &str = "shop";
@@ -147,6 +146,39 @@ pub fn get(cluster: &Cluster, url: &str) -> Result<String> {
 /// The logs cannot be read.
 pub fn lines_of(cluster: &Cluster, pod: &str) -> Result<Vec<Value>> {
     culvert::access_log(cluster, |line| line["destination_workload"] == pod)
+}
+
+/// Waits until both ends say of a connection from the client to this Pod that it was mutual TLS, and between whom.
+///
+/// # Errors
+/// Not in time.
+pub fn until_mutual_tls(cluster: &Cluster, server: &str) -> Result<()> {
+    for direction in ["outbound", "inbound"] {
+        poll::until_true(&format!("{direction} to {server} by mutual TLS"), PATIENCE, || {
+            Ok(lines_of(cluster, server)?.iter().any(|line| {
+                line["direction"] == direction
+                    && line["result"] == "ok"
+                    && line["connection_security_policy"] == "mutual_tls"
+                    && line["source_principal"] == format!("spiffe://cluster.local/ns/{SHOP}/sa/client")
+                    && line["destination_principal"] == format!("spiffe://cluster.local/ns/{SHOP}/sa/{server}")
+            }))
+        })?;
+    }
+    Ok(())
+}
+
+/// Waits until the status of a policy says of this generation that it is in force on both nodes, for one workload.
+///
+/// # Errors
+/// Not in time: what it says.
+pub fn until_enforced(cluster: &Cluster, policy: &str, generation: u64) -> Result<()> {
+    let mut status = Value::Null;
+    poll::until_true("both nodes enforce it", PATIENCE, || {
+        let policy = cluster.kubectl().get(&["-n", SHOP, "authorizationpolicy", policy])?;
+        status = policy["status"].clone();
+        Ok(status["nodesEnforcing"] == 2 && status["workloadsSelected"] == 1 && status["observedGeneration"] == generation)
+    })
+    .with_context(|| format!("{policy}: {status}"))
 }
 
 /// Whether what the client asks for can be read on the wire between the nodes, and what it was answered.
