@@ -385,13 +385,7 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
         warn!("background tasks have not ended");
     }
     if end == End::StartAgain {
-        // Not past an end that was asked for meanwhile.
-        tokio::select! {
-            biased;
-            _ = terminate.recv() => end = End::Done,
-            _ = interrupt.recv() => end = End::Done,
-            () = std::future::ready(()) => {}
-        }
+        end = succession::unless_told_to_end(&mut terminate, &mut interrupt).await;
     }
     result.map(|_| end)
 }

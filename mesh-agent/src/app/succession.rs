@@ -6,6 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use tokio::signal::unix::Signal;
 
 use crate::local;
 
@@ -27,6 +28,16 @@ pub(super) async fn abandoned(run_dir: &Path) {
     while looks < ABANDONED_LOOKS {
         tokio::time::sleep(ABANDONED_LOOK).await;
         looks = if local::is_abandoned(run_dir) { looks + 1 } else { 0 };
+    }
+}
+
+/// An end that was asked for meanwhile is not passed over.
+pub(super) async fn unless_told_to_end(terminate: &mut Signal, interrupt: &mut Signal) -> End {
+    tokio::select! {
+        biased;
+        _ = terminate.recv() => End::Done,
+        _ = interrupt.recv() => End::Done,
+        () = std::future::ready(()) => End::StartAgain,
     }
 }
 
