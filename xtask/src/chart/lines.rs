@@ -64,6 +64,18 @@ pub const SHIPPED: &[Of] = &[
             ("/terminationGracePeriodSeconds", Exactly("60")),
             ("/initContainers/0/name", Exactly("install-cni")),
             ("/initContainers/0/securityContext/capabilities/add", Absent),
+            (
+                "/volumes/0/projected/sources",
+                Exactly("[{serviceAccountToken: {audience: culvert, expirationSeconds: 3600, path: token}}]"),
+            ),
+            (
+                "/containers/0/volumeMounts/0",
+                Exactly("{name: token, mountPath: /var/run/secrets/culvert, readOnly: true}"),
+            ),
+            (
+                "/containers/0/volumeMounts/1",
+                Exactly("{name: roots, mountPath: /var/run/culvert-roots, readOnly: true}"),
+            ),
             // An agent that is killed for want of memory resets every tunnel of its node.
             ("/containers/0/resources/limits", Absent),
             (
@@ -88,6 +100,14 @@ pub const SHIPPED: &[Of] = &[
                 ),
             ),
         ],
+    },
+    Of {
+        object: "DaemonSet/mesh-uninstall",
+        under: "/spec",
+        lines: &[(
+            "/updateStrategy",
+            Exactly("{type: RollingUpdate, rollingUpdate: {maxUnavailable: 100%}}"),
+        )],
     },
     Of {
         object: "DaemonSet/mesh-uninstall",
