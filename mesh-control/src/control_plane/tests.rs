@@ -50,6 +50,8 @@ fn word(proof: Proof) -> Vec<PodWord> {
         namespace: "shop".into(),
         name: "web".into(),
         proof,
+        problem: Problem::Other,
+        repaired: Repaired::default(),
     }]
 }
 

@@ -254,7 +254,7 @@ mod tests {
         assert_eq!(outcomes.took("x", Err((Failed::Refused, String::new()))), NOTICE_WRITE_PACE);
         assert_eq!(outcomes.took("x", Ok(())), NOTICE_WRITE_PACE);
         assert!(outcomes.took("x", busy()) < pauses[19]);
-        let text = metrics.render();
+        let text = metrics.text().expect("a text");
         assert!(
             text.contains(r#"mesh_control_notice_writes_failed_total{kind="event",reason="busy"} 22"#),
             "{text}"

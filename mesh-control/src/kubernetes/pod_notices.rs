@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::event_queue::Reason;
 use super::wishes::PodRef;
 use crate::capture_states::{CaptureState, Proof};
-use crate::limits::{MAX_PODS_IN_TROUBLE, NOT_ENROLLED_AFTER, NOT_PROVEN_AGAIN_AFTER, PROBLEM_PACE};
+use crate::limits::{CAPTURE_ECHO, MAX_PODS_IN_TROUBLE, NOT_ENROLLED_AFTER, NOT_PROVEN_AGAIN_AFTER, PROBLEM_PACE};
 use crate::registry::convert::problem_text;
 use crate::troubles::Problem;
 
@@ -107,7 +107,7 @@ impl PodNotices {
             None => known.capture == Some(CaptureState::Lost),
             Some(before) => matches!(before, Trouble::NotEnrolled(_) | Trouble::Lost(_) | Trouble::Refused(_)),
         };
-        if !had_trouble && is_read && known.problem.is_none() {
+        if !had_trouble && is_read && known.problem.is_none() && !self.problems.contains_key(&pod.uid) {
             self.forget(&pod.uid);
             return None;
         }
@@ -228,7 +228,8 @@ impl PodNotices {
     /// It could not be written, and may be later.
     pub fn again(&mut self, write: ProblemWrite, now: Instant) {
         let uid = write.pod.uid.clone();
-        if self.pods.contains_key(&uid) && !self.problems.contains_key(&uid) {
+        let is_true = self.pods.get(&uid).is_some_and(|of| of.trouble.text() == write.text);
+        if is_true && !self.problems.contains_key(&uid) {
             self.turns.insert((now, uid.clone()));
             self.problems.insert(uid, (now, write));
         }
@@ -275,7 +276,10 @@ impl PodNotices {
             self.due.insert((until, pod.uid.clone()));
             return;
         }
-        if known.problem == trouble.text() {
+        // What was written just now may not have been read yet.
+        let text = trouble.text();
+        let may_stand = text.is_none() && of.written.is_some_and(|written| now < written + CAPTURE_ECHO);
+        if known.problem == text && !may_stand {
             self.take_back(&pod.uid);
         } else {
             self.want(&pod.uid, now);

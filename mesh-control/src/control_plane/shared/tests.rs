@@ -5,6 +5,7 @@ use super::*;
 use crate::compile::{EndpointSource, Parameters};
 use crate::limits::{Bounds, CAPTURE_ECHO};
 use crate::proto::PodWord;
+use crate::troubles::{Problem, Repaired};
 use crate::registry::{Registry, Scan};
 
 /// A replica, and an API server that has one Pod: what is written to it is on its annotation.
@@ -73,6 +74,8 @@ impl Bench {
             namespace: "shop".into(),
             name: "web".into(),
             proof,
+            problem: Problem::Other,
+            repaired: Repaired::default(),
         };
         self.control.set_report("n", vec![word]);
     }
