@@ -137,7 +137,10 @@ impl Repaired {
     /// `whose`: "its", say.
     #[must_use]
     pub fn text(&self, whose: &str) -> String {
-        let mut text = format!("pieces of {whose} capture were missing and are put back: {}", self.named.join(", "));
+        let mut text = format!(
+            "pieces of {whose} capture were missing and are put back: {}",
+            self.named.join(", ")
+        );
         if self.others > 0 {
             let and = if self.named.is_empty() { "" } else { " and " };
             text.push_str(&format!("{and}{} more", self.others));
@@ -160,7 +163,11 @@ mod tests {
             assert_eq!(Problem::of(problem.word()), problem);
         }
         for word in PROBLEMS {
-            assert_ne!(Problem::of(word), Problem::Other, "agents say {word}, and nobody is told what it is");
+            assert_ne!(
+                Problem::of(word),
+                Problem::Other,
+                "agents say {word}, and nobody is told what it is"
+            );
         }
         assert_eq!(Problem::of("call +1 555 0100 to have it mended"), Problem::Other);
     }

@@ -242,7 +242,10 @@ mod tests {
         let noticed = Noticed::default();
         noticed.failing_by_cni(failing(&"a".into(), "shop", "a", "by cni", "io"));
         assert_eq!(noticed.failing(nobody).len(), 1);
-        assert!(noticed.failing(|uid| uid == "a").is_empty(), "what is enrolled is shown as failing");
+        assert!(
+            noticed.failing(|uid| uid == "a").is_empty(),
+            "what is enrolled is shown as failing"
+        );
         noticed.failing_by_list(BTreeMap::new(), |uid| uid != "a");
         assert!(noticed.failing(nobody).is_empty(), "it is remembered for ever");
     }

@@ -393,17 +393,16 @@ impl Pods {
             probes: self.capture.probes(),
         };
         let handle = self.proxy.serve(served, listeners);
-        self.insert(pod, netns_cookie, Some(handle), recovered, Why::new("not_proven_yet", "not proven yet"));
+        self.insert(
+            pod,
+            netns_cookie,
+            Some(handle),
+            recovered,
+            Why::new("not_proven_yet", "not proven yet"),
+        );
     }
 
-    fn insert(
-        self: &Arc<Self>,
-        pod: PodToEnroll,
-        netns_cookie: u64,
-        handle: Option<PodProxyHandle>,
-        recovered: bool,
-        why: Why,
-    ) {
+    fn insert(self: &Arc<Self>, pod: PodToEnroll, netns_cookie: u64, handle: Option<PodProxyHandle>, recovered: bool, why: Why) {
         let uid: Arc<str> = pod.uid.as_str().into();
         let identity = self.identity(&pod);
         self.certificates.want(&identity, &uid);

@@ -153,7 +153,9 @@ impl Notices {
             }
             for (id, pod) in super::shared::pods(world).filter(|(_, pod)| pod.problem.is_some()) {
                 if snapshot.pods.get(&pod.uid).is_some_and(|place| !place.is_member) && !is_refused(snapshot, id) {
-                    state.pods.outside(&super::shared::pod_ref(id, pod), &known(inner, pod), when.0);
+                    state
+                        .pods
+                        .outside(&super::shared::pod_ref(id, pod), &known(inner, pod), when.0);
                 }
             }
             for (name, refusal) in &snapshot.enrolment.refused {
@@ -317,7 +319,9 @@ fn is_followed(inner: &Inner, snapshot: &Snapshot, pod: &PodRef, is_writer: bool
     let Some(there) = pod_of(&inner.world, &id).filter(|there| there.uid == pod.uid) else {
         return false;
     };
-    let Some(place) = snapshot.pods.get(&pod.uid) else { return false };
+    let Some(place) = snapshot.pods.get(&pod.uid) else {
+        return false;
+    };
     if there.terminating || there.finished {
         return false;
     }

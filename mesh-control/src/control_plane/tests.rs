@@ -1,5 +1,6 @@
 use super::*;
 use crate::registry::Scan;
+use crate::troubles::{Problem, Repaired};
 
 const MESH: &str = r#"
 apiVersion: v1

@@ -50,6 +50,10 @@ mod tests {
         // Half an interval more is not lost between two looks.
         assert_eq!(taken(now + second * 3 / 2), 0);
         assert_eq!(taken(now + second * 2), 1);
-        assert_eq!(taken(now + second * 1000), 3, "what was not taken does not add up beyond the burst");
+        assert_eq!(
+            taken(now + second * 1000),
+            3,
+            "what was not taken does not add up beyond the burst"
+        );
     }
 }

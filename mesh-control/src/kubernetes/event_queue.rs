@@ -281,7 +281,10 @@ impl EventQueue {
             hash.update(part.as_bytes());
             hash.update([0]);
         }
-        hash.finalize().iter().take(8).fold(0, |all, byte| (all << 8) | u64::from(*byte))
+        hash.finalize()
+            .iter()
+            .take(8)
+            .fold(0, |all, byte| (all << 8) | u64::from(*byte))
     }
 }
 

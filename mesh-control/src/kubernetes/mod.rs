@@ -61,7 +61,11 @@ impl Following {
         tasks.spawn(Arc::clone(control).look_at_network_policies());
         tasks.spawn(Arc::clone(control).tell_as_writer());
         tasks.spawn(notice_writer::events(client.clone(), Arc::clone(control), Arc::clone(shared)));
-        tasks.spawn(notice_writer::problems(client.clone(), Arc::clone(control), Arc::clone(shared)));
+        tasks.spawn(notice_writer::problems(
+            client.clone(),
+            Arc::clone(control),
+            Arc::clone(shared),
+        ));
         tasks.spawn(accounts::keep(
             client.clone(),
             namespace.to_owned(),

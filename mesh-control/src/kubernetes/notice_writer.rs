@@ -102,7 +102,12 @@ impl Outcomes {
         let now = Instant::now();
         if failed != Failed::Gone && self.said.is_none_or(|said| now >= said + FAILURE_LOG_INTERVAL) {
             self.said = Some(now);
-            tracing::warn!(about, reason = failed.reason(), "not written ({}): {problem}", self.kind.as_str());
+            tracing::warn!(
+                about,
+                reason = failed.reason(),
+                "not written ({}): {problem}",
+                self.kind.as_str()
+            );
         }
         match failed.retry() {
             None => NOTICE_WRITE_PACE,

@@ -31,7 +31,10 @@ enum Trouble {
     /// Over, until that can be read.
     Over,
     /// May be nothing: it has just begun.
-    Maybe { until: Instant, problem: Problem },
+    Maybe {
+        until: Instant,
+        problem: Problem,
+    },
     NotEnrolled(Problem),
     Refused(String),
     Lost(Problem),
@@ -195,7 +198,9 @@ impl PodNotices {
         while self.due.first().is_some_and(|(due, _)| *due <= now) {
             let Some((_, uid)) = self.due.pop_first() else { break };
             let Some(of) = self.pods.get_mut(&uid) else { continue };
-            let Trouble::Maybe { problem, .. } = of.trouble else { continue };
+            let Trouble::Maybe { problem, .. } = of.trouble else {
+                continue;
+            };
             of.trouble = Trouble::NotEnrolled(problem);
             told.push(not_enrolled(&of.pod, problem));
             self.want(&uid, now);
@@ -243,15 +248,9 @@ impl PodNotices {
 
     fn forget(&mut self, uid: &str) {
         if let Some(of) = self.pods.remove(uid) {
-            self.not_due(uid, &of.trouble);
+            not_due(&mut self.due, uid, &of.trouble);
         }
         self.take_back(uid);
-    }
-
-    fn not_due(&mut self, uid: &str, trouble: &Trouble) {
-        if let Trouble::Maybe { until, .. } = trouble {
-            self.due.remove(&(*until, uid.to_owned()));
-        }
     }
 
     fn take_back(&mut self, uid: &str) {
@@ -271,7 +270,7 @@ impl PodNotices {
             written: None,
         });
         let before = std::mem::replace(&mut of.trouble, trouble.clone());
-        self.not_due(&pod.uid, &before);
+        not_due(&mut self.due, &pod.uid, &before);
         if let Trouble::Maybe { until, .. } = trouble {
             self.due.insert((until, pod.uid.clone()));
             return;
@@ -310,6 +309,12 @@ impl Trouble {
             Self::Lost(problem) => format!("lost: {}", problem.text()),
         };
         Some(problem_text(&text))
+    }
+}
+
+fn not_due(due: &mut BTreeSet<(Instant, String)>, uid: &str, trouble: &Trouble) {
+    if let Trouble::Maybe { until, .. } = trouble {
+        due.remove(&(*until, uid.to_owned()));
     }
 }
 

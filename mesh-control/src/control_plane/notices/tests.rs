@@ -118,7 +118,10 @@ async fn who_cannot_be_enrolled_is_told_by_the_replica_that_writes_and_who_leave
     assert_eq!(bench.told(), expected(&refused));
     assert!(Bench::new(WORLD, false).told().is_empty(), "each replica tells it");
     let text = "refused: its runtime class runs it in a machine of its own, whose sockets the node does not see";
-    let written = WORLD.replace("uid: vm}", &format!("uid: vm, annotations: {{culvert.dev/problem: '{text}'}}}}"));
+    let written = WORLD.replace(
+        "uid: vm}",
+        &format!("uid: vm, annotations: {{culvert.dev/problem: '{text}'}}}}"),
+    );
     bench.set(&written);
     assert_eq!(bench.told(), []);
     // What another replica has told, and this one finds when it comes to write.

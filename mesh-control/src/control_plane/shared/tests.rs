@@ -5,8 +5,8 @@ use super::*;
 use crate::compile::{EndpointSource, Parameters};
 use crate::limits::{Bounds, CAPTURE_ECHO};
 use crate::proto::PodWord;
-use crate::troubles::{Problem, Repaired};
 use crate::registry::{Registry, Scan};
+use crate::troubles::{Problem, Repaired};
 
 /// A replica, and an API server that has one Pod: what is written to it is on its annotation.
 struct Bench {

@@ -102,7 +102,10 @@ fn one_namespace_never_keeps_another_from_being_told() {
     // Nor in the long run, however much is said.
     while queue.take().is_some() {}
     let dropped = flood(&mut queue, "noisy", now + EVENTS_OF_NAMESPACE_INTERVAL);
-    assert_eq!(dropped.iter().filter(|dropped| **dropped == Dropped::NamespaceLimit).count(), 999);
+    assert_eq!(
+        dropped.iter().filter(|dropped| **dropped == Dropped::NamespaceLimit).count(),
+        999
+    );
     assert_eq!(said(&mut queue, lost("quiet", "web", "more"), now), None);
 }
 
@@ -152,7 +155,11 @@ fn names_and_notes_are_what_kubernetes_takes() {
     let note = "ä".repeat(MAX_EVENT_NOTE_BYTES);
     assert_eq!(said(&mut queue, lost("shop", &long, &note), now), None);
     let write = queue.take().expect("an Event");
-    assert!(write.name.len() <= MAX_NAME_BYTES && !write.name.contains("-."), "{}", write.name);
+    assert!(
+        write.name.len() <= MAX_NAME_BYTES && !write.name.contains("-."),
+        "{}",
+        write.name
+    );
     assert!(write.telling.note.len() <= MAX_EVENT_NOTE_BYTES);
     let of_cluster = Subject {
         namespace: String::new(),

@@ -86,7 +86,11 @@ fn one_that_stays_unproven_is_told_once_with_the_last_reason_and_when_it_is_well
 fn while_its_node_has_a_new_agent_a_proven_pod_is_not_told_to_be_outside() {
     let (mut notices, now) = (PodNotices::default(), Instant::now());
     assert_eq!(hear(&mut notices, Proof::Pending, Problem::Other, &proven(), now), None);
-    assert_eq!(notices.take_due(now + NOT_ENROLLED_AFTER * 2), [], "an agent was started again");
+    assert_eq!(
+        notices.take_due(now + NOT_ENROLLED_AFTER * 2),
+        [],
+        "an agent was started again"
+    );
     assert_eq!(hear(&mut notices, Proof::Proven, Problem::Other, &proven(), now), None);
     assert!(is_empty(&notices));
     // One that has come to stay so is told.
@@ -115,7 +119,11 @@ fn a_loss_is_told_at_once_and_once_whichever_replica_is_asked() {
     // Its agent is started again, and proves nothing yet.
     let stands = known(Some(CaptureState::Lost), Some(&text));
     assert_eq!(hear(&mut notices, Proof::Pending, WHY, &stands, now), None);
-    assert_eq!(notices.take_due(now + NOT_PROVEN_AGAIN_AFTER), [], "it is lost, which was told");
+    assert_eq!(
+        notices.take_due(now + NOT_PROVEN_AGAIN_AFTER),
+        [],
+        "it is lost, which was told"
+    );
     // The agent has gone to another replica.
     let mut other = PodNotices::default();
     assert_eq!(lost(&mut other, &stands), None);
