@@ -151,6 +151,8 @@ async fn who_comes_to_write_tells_what_nobody_has_told() {
 async fn an_agent_is_heard_of_the_pods_of_its_node_alone_and_not_of_those_that_are_refused() {
     let bench = Bench::new(WORLD, false);
     bench.say("another", Proof::Lost);
+    let told = bench.told();
+    assert!(told.is_empty(), "an agent's word on another node's Pod is told: {told:?}");
     bench.control.set_report("n", vec![word("another", "web", Proof::Lost)]);
     bench.control.set_report("n", vec![word("u", "vm", Proof::Lost)]);
     // Peers take it for a member, and another mesh's it is.
