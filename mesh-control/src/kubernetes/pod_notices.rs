@@ -44,8 +44,8 @@ enum Trouble {
 struct OfPod {
     pod: PodRef,
     trouble: Trouble,
-    /// When its annotation was last written.
-    written: Option<Instant>,
+    /// When its annotation was last written, and whether that was a text.
+    written: Option<(Instant, bool)>,
 }
 
 /// An annotation that is to be written.
@@ -225,7 +225,7 @@ impl PodNotices {
         let (_, uid) = self.turns.pop_first().ok_or(None)?;
         let (_, write) = self.problems.remove(&uid).ok_or(None)?;
         if let Some(of) = self.pods.get_mut(&uid) {
-            of.written = Some(now);
+            of.written = Some((now, write.text.is_some()));
         }
         Ok(write)
     }
@@ -277,7 +277,7 @@ impl PodNotices {
         }
         // What was written just now may not have been read yet.
         let text = trouble.text();
-        let may_stand = text.is_none() && of.written.is_some_and(|written| now < written + CAPTURE_ECHO);
+        let may_stand = text.is_none() && of.written.is_some_and(|(at, is_text)| is_text && now < at + CAPTURE_ECHO);
         if known.problem == text && !may_stand {
             self.take_back(&pod.uid);
         } else {
@@ -293,7 +293,7 @@ impl PodNotices {
             waiting.text = text;
             return;
         }
-        let due = of.written.map_or(now, |written| now.max(written + PROBLEM_PACE));
+        let due = of.written.map_or(now, |(at, _)| now.max(at + PROBLEM_PACE));
         self.turns.insert((due, uid.to_owned()));
         self.problems.insert(uid.to_owned(), (due, ProblemWrite { pod, text }));
     }
