@@ -134,10 +134,10 @@ impl Pods {
                 .lock()
                 .get(uid)
                 .and_then(|enrolled| enrolled.handle.as_ref()?.listeners());
-            if let Some([_, tunnel, plaintext]) = listeners {
-                if self.capture.restore_listeners(uid, [tunnel, plaintext]).await? {
-                    self.noticed.pod_repaired(uid, &["listeners_entry"]);
-                }
+            if let Some([_, tunnel, plaintext]) = listeners
+                && self.capture.restore_listeners(uid, [tunnel, plaintext]).await?
+            {
+                self.noticed.pod_repaired(uid, &["listeners_entry"]);
             }
             self.capture.prove(uid).await?;
         }
