@@ -292,6 +292,7 @@ impl ControlPlane {
             tracing::debug!(node, ignored, "reported Pods that are not of this node's mesh");
         }
         let changed = self.take_words(&mut inner, &snapshot, node, &words);
+        forget_who_left(&mut words, &snapshot);
         inner.reports.insert(node.to_owned(), words);
         if changed || inner.unsaved {
             self.publish_soon(&mut inner);
@@ -341,10 +342,11 @@ impl ControlPlane {
         let before = self.snapshot();
         let mut snapshot = compile_after(&inner.world, &inner.captures, &inner.parameters, &before);
         // A Pod that its agent proved before it was in the world, or that moved.
-        let reports = std::mem::take(&mut inner.reports);
+        let mut reports = std::mem::take(&mut inner.reports);
         let mut changed = false;
-        for (node, words) in &reports {
+        for (node, words) in &mut reports {
             changed |= self.take_words(inner, &snapshot, node, words);
+            forget_who_left(words, &snapshot);
         }
         inner.reports = reports;
         if inner.captures.prune(|key| match snapshot.pods.get(key) {
@@ -497,6 +499,13 @@ fn key_of(snapshot: &Snapshot, word: &PodWord) -> Option<PodKey> {
                 .get(key)
                 .is_some_and(|place| place.namespace == word.namespace && place.name == word.name)
         })
+}
+
+/// What an agent lets go it tells as lost. That is not to be taken for the Pod's capture should it join again before the agent's next
+/// report.
+fn forget_who_left(words: &mut Vec<PodWord>, snapshot: &Snapshot) {
+    let is_member = |word: &PodWord| key_of(snapshot, word).is_none_or(|key| snapshot.pods[&key].is_member);
+    words.retain(|word| word.proof != Proof::Lost || is_member(word));
 }
 
 fn is_of_node(snapshot: &Snapshot, node: &str, word: &PodWord) -> bool {

@@ -20,6 +20,8 @@ const MESH: &str = culvert::NAMESPACE;
 const SHOP: &str = "shop";
 /// Images are started, certificates signed, captures proven, and written to the API server.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// An agent's change is reported at once, and then only with the next one, or after half a minute.
+const REPORTED: Duration = Duration::from_secs(3);
 
 fn main() -> ExitCode {
     suite::run(
@@ -40,6 +42,7 @@ fn main() -> ExitCode {
             ("a_rollout_of_the_agents_fails_no_connection", rollout),
             ("control_planes_restart_and_forget_nothing", restart),
             ("pods_leave_when_the_label_is_removed", leave),
+            ("pods_that_left_join_again_and_no_connection_fails", join_again),
         ],
     )
 }
@@ -338,6 +341,26 @@ fn leave(cluster: &mut Cluster) -> Result<()> {
         // The annotations go first; then the agents release their Pods.
         poll::until_true("what the client says is in clear on the wire again", PATIENCE, || {
             is_on_the_wire(cluster, "left")
+        })
+    })
+}
+
+/// What the agents have last said, that the Pods which they let go are lost, must not count.
+fn join_again(cluster: &mut Cluster) -> Result<()> {
+    for node in 1..=2 {
+        poll::until_true(&format!("the Pods of node {node} are let go"), PATIENCE, || {
+            let metrics = culvert::metrics(cluster, node)?;
+            let pods = metrics.lines().filter(|line| line.starts_with("mesh_pods{"));
+            Ok(pods.clone().count() > 0 && pods.into_iter().all(|line| line.ends_with("} 0")))
+        })?;
+    }
+    std::thread::sleep(REPORTED);
+    under_load(cluster, "the label's return", || {
+        let label = ["label", "--overwrite", "namespace", SHOP, "culvert.dev/mesh=enabled"];
+        cluster.kubectl().run(&label)?;
+        culvert::until_proven(cluster, SHOP, &["client", "near", "server", "early"])?;
+        poll::until_true("what the client says is hidden on the wire again", PATIENCE, || {
+            Ok(!is_on_the_wire(cluster, "joined")?)
         })
     })
 }

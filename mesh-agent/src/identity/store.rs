@@ -10,6 +10,8 @@ use parking_lot::RwLock;
 use rustls::RootCertStore;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use sha2::{Digest, Sha256};
+use tokio::sync::Notify;
+use tokio::time::timeout;
 
 use super::Identity;
 
@@ -60,6 +62,7 @@ impl fmt::Debug for CertifiedKeyPair {
 #[derive(Debug, Default)]
 pub struct CertificateStore {
     certificates: RwLock<HashMap<Identity, Arc<CertifiedKeyPair>>>,
+    inserted: Notify,
 }
 
 impl CertificateStore {
@@ -73,9 +76,31 @@ impl CertificateStore {
         self.certificates.read().get(identity).cloned()
     }
 
+    /// As [`CertificateStore::current`]; what is not there is waited for as long: a Pod that ran before it was enrolled opens
+    /// connections while its first certificate is being signed.
+    pub async fn current_within(&self, patience: Duration, identity: &Identity) -> Option<Arc<CertifiedKeyPair>> {
+        if let Some(pair) = self.current(identity) {
+            return Some(pair);
+        }
+        let arrives = async {
+            loop {
+                let inserted = self.inserted.notified();
+                tokio::pin!(inserted);
+                // Before the look: what comes in between is heard of.
+                inserted.as_mut().enable();
+                if let Some(pair) = self.current(identity) {
+                    return pair;
+                }
+                inserted.await;
+            }
+        };
+        timeout(patience, arrives).await.ok()
+    }
+
     /// New tunnels use it from now on.
     pub fn insert(&self, pair: Arc<CertifiedKeyPair>) {
         self.certificates.write().insert(pair.identity.clone(), pair);
+        self.inserted.notify_waiters();
     }
 
     pub fn remove(&self, identity: &Identity) -> Option<Arc<CertifiedKeyPair>> {

@@ -81,6 +81,9 @@ pub const ENDPOINT_TRIES: usize = 2;
 pub const AFFINITIES_PER_POD: usize = 1_024;
 /// An unknown address inside the Pod ranges, or a Pod whose protection is lost, waits this long for discovery.
 pub const DISCOVERY_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a connection waits for the first certificate of its Pod's identity before it is refused.
+pub const CERTIFICATE_PATIENCE: Duration = Duration::from_secs(2);
 /// A peer whose identity contradicts discovery, and a policy that has not arrived, wait this long for something fresher.
 pub const FRESHNESS_PATIENCE: Duration = Duration::from_secs(2);
 

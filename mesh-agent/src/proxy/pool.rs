@@ -20,7 +20,8 @@ use tokio::time::{Instant, sleep, timeout};
 use super::buffers::Windows;
 use super::error::{Phase, ProxyError, Refusal, UNANSWERED, count_end};
 use super::limits::{
-    CONNECTION_WINDOW_BYTES, FRAME_BYTES, HEADER_LIST_BYTES, Limits, SEND_BUFFER_BYTES, STREAMS_PER_OUTBOUND_TUNNEL,
+    CERTIFICATE_PATIENCE, CONNECTION_WINDOW_BYTES, FRAME_BYTES, HEADER_LIST_BYTES, Limits, SEND_BUFFER_BYTES,
+    STREAMS_PER_OUTBOUND_TUNNEL,
 };
 use super::measured::Measured;
 use super::pod::PodContext;
@@ -146,7 +147,8 @@ impl Pool {
     ) -> Result<StreamGuard, ProxyError> {
         let pair = self
             .certificates
-            .current(&key.source)
+            .current_within(CERTIFICATE_PATIENCE, &key.source)
+            .await
             .ok_or(ProxyError::Refused(Refusal::CertificateMissing))?;
         if pair.is_expired(SystemTime::now()) {
             return Err(Refusal::CertificateExpired.into());

@@ -53,6 +53,20 @@ async fn an_expired_certificate_opens_nothing() {
 }
 
 #[tokio::test]
+async fn the_first_certificate_is_waited_for() {
+    let mesh = Mesh::new();
+    let client = mesh.pod(&mesh.near, "client").await;
+    let server = mesh.pod(&mesh.far, "server").await;
+    let _echo = server.echo().await;
+    let pair = mesh.near.certificates.remove(&identity("client")).unwrap();
+    let mut stream = client.connect(server.application()).await;
+    let early = timeout(Duration::from_millis(100), stream.read(&mut [0])).await;
+    assert!(early.is_err(), "refused before the certificate came: {early:?}");
+    mesh.near.certificates.insert(pair);
+    assert_echo(&mut stream, "hello").await;
+}
+
+#[tokio::test]
 async fn a_tunnel_that_fails_leaves_nothing() {
     let mesh = Mesh::new();
     let client = mesh.pod(&mesh.near, "client").await;

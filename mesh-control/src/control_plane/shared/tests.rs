@@ -117,6 +117,31 @@ async fn proven_counts_once_it_is_written_and_lost_at_once() {
     assert_eq!((bench.state().as_str(), bench.write()), ("lost", 0));
 }
 
+/// In either order: the replica may hear of the label first, or of the agent.
+#[tokio::test]
+async fn a_pod_that_left_and_joins_again_is_not_lost() {
+    for label_first in [true, false] {
+        let mut bench = Bench::new(PROVEN);
+        if !label_first {
+            bench.say(Proof::Lost);
+        }
+        bench.enabled = false;
+        bench.read();
+        if label_first {
+            bench.say(Proof::Lost);
+        }
+        while bench.write() > 0 {
+            bench.read();
+        }
+        assert_eq!((bench.state().as_str(), bench.annotation), ("no member", None));
+        bench.enabled = true;
+        bench.read();
+        assert_eq!((bench.state().as_str(), bench.write()), ("pending", 0), "{label_first}");
+        bench.say(Proof::Lost);
+        assert_eq!(bench.state(), "lost", "{label_first}: what is said of a member counts");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn what_another_one_writes_over_a_write_counts_once_its_echo_had_its_time() {
     let mut bench = Bench::new(None);
