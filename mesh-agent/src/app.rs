@@ -4,12 +4,15 @@
 mod enrolment;
 mod metrics;
 pub mod own_readiness;
+mod succession;
 mod trust;
+pub mod uninstall;
 
 use std::io;
 use std::net::TcpListener;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
@@ -42,6 +45,7 @@ use crate::proxy::{Buffers, Limits, Proxy};
 use crate::state::{SharedState, State, service_name};
 use crate::telemetry::{AccessLog, Metrics};
 use metrics::AgentMetrics;
+use succession::{End, abandoned};
 use trust::Trust;
 
 /// How long background tasks may take to end after the drain.
@@ -66,7 +70,7 @@ struct Agent {
     node: Arc<str>,
     control: String,
     capture: Arc<Capture>,
-    socket: Arc<LocalSocket>,
+    local_refused: Arc<AtomicU64>,
     state: Arc<SharedState>,
     store: Arc<CertificateStore>,
     certificates: Arc<Certificates>,
@@ -91,10 +95,13 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     let result = runtime.block_on(agent(args, credentials, limits));
     // Blocking tasks (a probe's child, say) end by themselves; the process need not wait for them.
     runtime.shutdown_timeout(TASKS_PATIENCE);
-    result
+    match result? {
+        End::Done => Ok(()),
+        End::StartAgain => succession::start_again(),
+    }
 }
 
-async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyhow::Result<()> {
+async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyhow::Result<End> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let stop = CancellationToken::new();
     // What only one agent does: it ends when another takes over.
@@ -231,7 +238,7 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
         node: node.clone(),
         control: control.address().to_owned(),
         capture: capture.clone(),
-        socket: socket.clone(),
+        local_refused: socket.refused(),
         state,
         store,
         certificates,
@@ -247,11 +254,17 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
     let ready_pages: Pages = Arc::new(move |path| (path == "/healthz/ready").then(|| shown.readiness()));
     if let Some(path) = &args.ready_socket {
         let (shown, alone, listener) = (agent.clone(), alone.clone(), own_readiness::listen(path)?);
+        let stands_by = args.wait_for_sigterm;
         // For as long as the process lives: that it waits for its end is for whoever asks, too.
         tokio::spawn(own_readiness::serve(listener, move || {
             if alone.is_cancelled() {
-                let text = "missing: another agent has taken over\n".to_owned();
-                return Page::text(StatusCode::SERVICE_UNAVAILABLE, text);
+                // One that waits for its end would serve again, should the other fail: it is not to be ended before the other is ready.
+                let (status, missing) = if stands_by {
+                    (StatusCode::OK, "")
+                } else {
+                    (StatusCode::SERVICE_UNAVAILABLE, "missing: ")
+                };
+                return Page::text(status, format!("{missing}another agent has taken over\n"));
             }
             shown.readiness()
         }));
@@ -328,6 +341,8 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
     // Discovery goes on while connections drain. Whoever was taken over is told to end as soon as the other is ready, where Kubernetes
     // rolls it out; its drain goes on then. A signal after that ends it.
     let mut is_told_to_end = !is_handed_over;
+    let mut end = End::Done;
+    let waits_to_end = is_handed_over && args.wait_for_sigterm;
     {
         let drained = pods.stop(Duration::from_secs(drain_seconds));
         tokio::pin!(drained);
@@ -336,6 +351,10 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
                 () = &mut drained => break,
                 _ = terminate.recv() => "SIGTERM",
                 _ = interrupt.recv() => "SIGINT",
+                () = abandoned(&args.run_dir), if waits_to_end && !is_told_to_end => {
+                    end = End::StartAgain;
+                    break;
+                }
             };
             if is_told_to_end {
                 warn!("a second signal ({signal}) ends the drain");
@@ -351,17 +370,24 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
     }
     stop.cancel();
     tasks.close();
-    if args.wait_for_sigterm && !is_told_to_end {
+    if waits_to_end && !is_told_to_end && end == End::Done {
         info!("nothing is left to do; SIGTERM is waited for");
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
+            () = abandoned(&args.run_dir) => end = End::StartAgain,
         }
+    }
+    if end == End::StartAgain {
+        error!("the agent that took over is gone, and none has come after it: this one starts again");
     }
     if tokio::time::timeout(TASKS_PATIENCE, tasks.wait()).await.is_err() {
         warn!("background tasks have not ended");
     }
-    result.map(|_| ())
+    if end == End::StartAgain {
+        end = succession::unless_told_to_end(&mut terminate, &mut interrupt).await;
+    }
+    result.map(|_| end)
 }
 
 /// The run directory's lock and socket: free, or taken over from the agent that runs there.

@@ -43,7 +43,7 @@ pub fn install(places: &CniPlaces, run_dir: &Path, binary: Option<&Path>) -> any
         None => std::env::current_exe()?.with_file_name(PLUGIN),
     };
     let content = fs::read(&source).with_context(|| format!("the plugin's binary {}", source.display()))?;
-    let target = places.bin_dir.join(PLUGIN);
+    let target = plugin(places);
     if fs::read(&target).is_ok_and(|there| there == content) {
         fs::set_permissions(&target, fs::Permissions::from_mode(0o755))?;
     } else {
@@ -86,11 +86,17 @@ pub fn uninstall(places: &CniPlaces) -> anyhow::Result<Vec<PathBuf>> {
     }
     ensure!(failed.is_empty(), "{}", failed.join("; "));
     // Last: a runtime cannot start a Pod by an entry whose binary is gone.
-    remove_file(&places.bin_dir.join(PLUGIN)).context("--cni-bin-dir")?;
+    remove_file(&plugin(places)).context("--cni-bin-dir")?;
     if let Some(list) = &places.namespace_list {
         remove_file(list).context("--cni-namespace-list")?;
     }
     Ok(changed)
+}
+
+/// Where its binary is on the node.
+#[must_use]
+pub fn plugin(places: &CniPlaces) -> PathBuf {
+    places.bin_dir.join(PLUGIN)
 }
 
 fn remove_file(path: &Path) -> io::Result<()> {

@@ -48,6 +48,10 @@ pub enum Command {
     List(LocalArgs),
     /// Releases every Pod and removes every program, map and file of any version, without a running agent. Needs root.
     Cleanup(CleanupArgs),
+    /// Leaves this node as it was before the mesh: takes over from the agent that runs, if one does, releases every Pod, and removes the
+    /// CNI plugin, every program, map, pin and file of any version. Says what it removed; what it could not, it names, and fails.
+    /// Needs root; doing it again changes nothing.
+    Uninstall(UninstallArgs),
     /// Asks one agent by its --ready-socket whether it is ready; fails if it is not, and says why.
     Ready(ReadyArgs),
     /// Puts the CNI plugin onto this node: its binary, and its entry into the first network configuration list. Pods of the mesh then
@@ -221,6 +225,34 @@ pub struct CleanupArgs {
     /// The --pin-path that the agent had.
     #[arg(long, env = "CULVERT_PIN_PATH", value_name = "DIR", default_value = "/sys/fs/bpf/culvert")]
     pub pin_path: PathBuf,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct UninstallArgs {
+    /// The --run-dir that the agent has; it is removed with all that is in it.
+    #[arg(long, env = "CULVERT_RUN_DIR", value_name = "DIR", default_value = "/run/culvert")]
+    pub run_dir: PathBuf,
+    /// The --pin-path that the agent has.
+    #[arg(long, env = "CULVERT_PIN_PATH", value_name = "DIR", default_value = "/sys/fs/bpf/culvert")]
+    pub pin_path: PathBuf,
+    /// The --cgroup-root that the agent has [default: where cgroup2 is mounted].
+    #[arg(long, env = "CULVERT_CGROUP_ROOT", value_name = "DIR")]
+    pub cgroup_root: Option<PathBuf>,
+    /// The --sysctl-root that the agent has.
+    #[arg(long, env = "CULVERT_SYSCTL_ROOT", value_name = "DIR", default_value = "/proc/sys")]
+    pub sysctl_root: PathBuf,
+    #[command(flatten)]
+    pub places: CniPlaces,
+    /// The name of this node, as its agent has it: without it, a running agent is not taken over.
+    #[arg(long, env = "CULVERT_NODE", value_name = "NAME", value_parser = node_name)]
+    pub node: Option<String>,
+    /// How long the connections that a running agent carries may go on, in seconds.
+    #[arg(long, env = "CULVERT_DRAIN_SECONDS", value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=3600))]
+    pub drain_seconds: u64,
+    /// Stay until SIGTERM, and tell `mesh-agent ready` by this Unix socket that the node is clean; what comes back meanwhile (an agent
+    /// that is started again, say) is removed as well. For a DaemonSet.
+    #[arg(long, env = "CULVERT_READY_SOCKET", value_name = "PATH")]
+    pub ready_socket: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, Args)]

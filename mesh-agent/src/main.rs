@@ -43,6 +43,7 @@ fn main() -> ExitCode {
             ))
         }),
         Command::Cleanup(args) => blocking(cleanup(args)),
+        Command::Uninstall(args) => blocking(app::uninstall::run(args, say)),
         Command::Ready(args) => blocking(async { say(&app::own_readiness::ask(&args.ready_socket, args.alive).await?) }),
     };
     match result {

@@ -44,6 +44,20 @@ pub enum Command {
     /// (half of their lifetime), and give each node a new token. (In a cluster, with --kubernetes, the agents read the new root from
     /// the ConfigMap `culvert-roots` by themselves.)
     RotateRoot(RotateRootArgs),
+    /// Waits until the DaemonSet `mesh-uninstall` has cleaned every node; fails, naming those that are not, when its time is over.
+    ///
+    /// By KUBECONFIG, or as the service account of the Pod that this is.
+    AwaitUninstall(AwaitUninstallArgs),
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct AwaitUninstallArgs {
+    /// The mesh's own namespace.
+    #[arg(long, env = "CULVERT_NAMESPACE", value_name = "NAME", default_value = "culvert-system", value_parser = namespace)]
+    pub namespace: String,
+    /// How long to wait, in seconds.
+    #[arg(long, env = "CULVERT_TIMEOUT_SECONDS", value_name = "SECONDS", default_value_t = 240, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub timeout_seconds: u64,
 }
 
 #[derive(Clone, Debug, Args)]

@@ -21,6 +21,7 @@ fn main() -> ExitCode {
     let done = match cli.command {
         Some(Command::NodeToken(args)) => app::node_token(&args),
         Some(Command::RotateRoot(args)) => app::rotate_root(&args),
+        Some(Command::AwaitUninstall(args)) => blocking(mesh_control::kubernetes::uninstall::wait(&args)),
         None => serve(&cli.serve),
     };
     match done {
@@ -30,6 +31,13 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn blocking(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(work)
 }
 
 fn serve(args: &mesh_control::config::ServeArgs) -> anyhow::Result<()> {

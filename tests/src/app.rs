@@ -196,13 +196,8 @@ impl App {
     /// # Errors
     /// It cannot be opened.
     pub fn chat(&self, place: &Place, address: IpAddr) -> Result<Conversation> {
-        let conversation =
-            Conversation::start(place.command(&self.binary, &["chat", &SocketAddr::new(address, ECHO_PORT).to_string()])?)?;
-        let first = conversation.hear(poll::SOON)?;
-        if first != "connected" {
-            bail!("the conversation with {address} began with {first:?}");
-        }
-        Ok(conversation)
+        let to = SocketAddr::new(address, ECHO_PORT).to_string();
+        Conversation::chat(place.command(&self.binary, &["chat", &to])?).with_context(|| format!("a conversation with {to}"))
     }
 }
 

@@ -551,7 +551,9 @@ impl Mesh {
     }
 }
 
-fn sum_of_series(page: &str, name: &str, labels: &[(&str, &str)]) -> f64 {
+/// Of the series of a page of metrics that have these labels.
+#[must_use]
+pub fn sum_of_series(page: &str, name: &str, labels: &[(&str, &str)]) -> f64 {
     let wanted: Vec<String> = labels.iter().map(|(label, value)| format!("{label}=\"{value}\"")).collect();
     page.lines()
         .filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])))

@@ -14,6 +14,8 @@ use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::poll::SOON;
+
 /// "nobody": what an application in a Pod runs as.
 const UNPRIVILEGED_UID: u32 = 65_534;
 
@@ -256,6 +258,19 @@ impl Conversation {
             }
         });
         Ok(Self { child, answers })
+    }
+
+    /// With a `mesh-test-app chat`, whose connection is open then.
+    ///
+    /// # Errors
+    /// It cannot start, or cannot connect.
+    pub fn chat(command: Command) -> Result<Self> {
+        let conversation = Self::start(command)?;
+        let first = conversation.hear(SOON)?;
+        if first != "connected" {
+            bail!("it began with {first:?}");
+        }
+        Ok(conversation)
     }
 
     /// # Errors

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::netns::Netns;
+use crate::netns::{self, Netns};
 
 const COMMANDS: [&[&str]; 7] = [
     &["ip", "-d", "addr"],
@@ -21,8 +21,16 @@ const COMMANDS: [&[&str]; 7] = [
 /// # Errors
 /// A command is missing or fails.
 pub fn of(netns: &Netns) -> Result<String> {
+    at(&netns.path())
+}
+
+/// The same of a namespace by its path.
+///
+/// # Errors
+/// As [`of`].
+pub fn at(path: &Path) -> Result<String> {
     let mut text = String::new();
-    netns.run(|| {
+    netns::within(path, || {
         for command in COMMANDS {
             let output = Command::new(command[0])
                 .args(&command[1..])

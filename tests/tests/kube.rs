@@ -282,7 +282,7 @@ fn outage(bed: &mut Bed) -> Result<()> {
     let cluster = cluster(bed)?;
     let service = cluster.kubectl().get(&["service", "far"])?;
     let address = service["spec"]["clusterIP"].as_str().context("a cluster address")?.to_owned();
-    cluster.server_mut().stop();
+    cluster.stop_server();
     ensure!(
         cluster
             .kubectl()
@@ -298,7 +298,7 @@ fn outage(bed: &mut Bed) -> Result<()> {
         mesh_tests::http::request(address, "/")
     })?;
     ensure!(answer.status == 200 && answer.body.starts_with("server=far "), "{answer:?}");
-    cluster.server_mut().resume()?;
+    cluster.resume_server()?;
     cluster.wait_until_ready("node-1")?;
     expect_answer(cluster, "http://near/", "near")
 }

@@ -5,9 +5,8 @@
 mod interrupted;
 #[path = "upgrade/skew.rs"]
 mod skew;
-#[path = "upgrade/stream.rs"]
-mod stream;
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -21,13 +20,12 @@ use mesh_tests::mesh::Mesh;
 use mesh_tests::poll::{self, SOON};
 use mesh_tests::process::Process;
 use mesh_tests::snapshot::count_below;
-use mesh_tests::suite;
+use mesh_tests::stream::Stream;
 use mesh_tests::topology::NodeName;
 use mesh_tests::wire::Recorder;
+use mesh_tests::{pins, suite};
 
 use nix::sys::signal::Signal;
-
-use stream::Stream;
 
 /// Where an agent first waits for something better, or a drain for the end of idle connections.
 const PATIENTLY: Duration = Duration::from_secs(40);
@@ -66,12 +64,11 @@ fn main() -> ExitCode {
 
 /// Where a node's pins are.
 fn pins(mesh: &Mesh, node: NodeName) -> PathBuf {
-    let version = format!("v{}", mesh_common::STORAGE_VERSION);
-    mesh.topology.node(node).pin_path().join(version)
+    pins::folder(&mesh.topology.node(node).pin_path())
 }
 
 fn pods_of(mesh: &Mesh, node: NodeName, build: Build) -> PathBuf {
-    pins(mesh, node).join(format!("abi{}", build.abi_version())).join("PODS")
+    pins::own_folder(&mesh.topology.node(node).pin_path(), build).join("PODS")
 }
 
 fn log_of(mesh: &Mesh, node: NodeName) -> PathBuf {
@@ -99,18 +96,8 @@ fn succeed(mesh: &mut Mesh, node: NodeName, build: Build) -> Result<Process> {
     Ok(before)
 }
 
-/// Of all ABI versions' maps only this build's are pinned.
 fn wait_until_alone(mesh: &Mesh, node: NodeName, build: Build) -> Result<()> {
-    let own = format!("abi{}", build.abi_version());
-    let mut last = Vec::new();
-    poll::until_true("the other version's maps are gone", SOON, || {
-        let entries = std::fs::read_dir(pins(mesh, node))?;
-        let names = entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
-        last = names.collect::<Result<Vec<_>>>()?;
-        last.retain(|name| name.starts_with("abi"));
-        Ok(last == [own.clone()])
-    })
-    .with_context(|| format!("{last:?} are there"))
+    pins::until_alone(&mesh.topology.node(node).pin_path(), build, SOON)
 }
 
 /// An agent of that build with a long drain, whatever ran before.
@@ -163,6 +150,12 @@ fn expect_traces(mesh: &Mesh, node: NodeName, build: Build, before: &[(&'static 
     .with_context(|| format!("before {before:?}, after {last:?}"))
 }
 
+fn stream(mesh: &Mesh, from: &str, to: IpAddr, marker: &str) -> Result<Stream> {
+    let chat = mesh.app.chat(&mesh.pod(from).place(), to)?;
+    let ends = [mesh.pod(from).own_address(to), to].map(|end| end.to_string());
+    Stream::start(chat, ends, marker)
+}
+
 fn there_and_back(shared: &mut Shared) -> Result<()> {
     let mesh = &mut shared.mesh;
     begin_all(mesh, Build::This)?;
@@ -174,7 +167,7 @@ fn there_and_back(shared: &mut Shared) -> Result<()> {
         .pod("server")
         .addresses()
         .into_iter()
-        .map(|address| Stream::start(mesh, "client", address, &marker))
+        .map(|address| stream(mesh, "client", address, &marker))
         .collect::<Result<_>>()?;
     let load = Load::start(mesh, "client", "server")?;
 

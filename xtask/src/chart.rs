@@ -1,5 +1,5 @@
 //! What must hold of `deploy/chart`: Helm's own rules, that bad values are refused with their name, that what can be turned off and on
-//! is, and that deploy/culvert.yaml is what it renders.
+//! is, and that deploy/culvert.yaml and deploy/uninstall.yaml are what it renders.
 
 use anyhow::{Result, bail};
 
@@ -8,12 +8,13 @@ use crate::helm::Helm;
 use crate::workspace::Workspace;
 
 /// Values that no installation can mean, and what the refusal names.
-const REFUSED: [(&str, &str); 9] = [
+const REFUSED: [(&str, &str); 10] = [
     ("agent.metric=0.0.0.0:1", "metric"),
     ("agent.metrics=15020", "/agent/metrics"),
     ("agent.drainSeconds=5s", "/agent/drainSeconds"),
     ("agent.cgroupRoot=cgroup", "/agent/cgroupRoot"),
     ("agent.kubeletCgroup=/", "/agent/kubeletCgroup"),
+    ("uninstall.timeoutSeconds=0", "/uninstall/timeoutSeconds"),
     ("control.replicas=0", "/control/replicas"),
     ("mesh.trustDomain=Cluster.Local", "/mesh/trustDomain"),
     ("image.prefix=example.org", "/image/prefix"),
@@ -21,7 +22,7 @@ const REFUSED: [(&str, &str); 9] = [
 ];
 
 /// Values, what is rendered with them, and what is not.
-const RENDERED: [(&str, &str, &str); 9] = [
+const RENDERED: [(&str, &str, &str); 10] = [
     (
         "agent.kubeletCgroup=/system.slice/k3s.service",
         "- --kubelet-cgroup=/system.slice/k3s.service",
@@ -29,8 +30,9 @@ const RENDERED: [(&str, &str, &str); 9] = [
     ),
     ("agent.kubeletCgroup=", "kind: DaemonSet", "--kubelet-cgroup"),
     ("cni.enabled=true", "name: install-cni", "name: no-such-thing"),
-    ("cni.enabled=false", "name: mesh-agent", "cni"),
+    ("cni.enabled=false", "name: mesh-agent", "install-cni"),
     ("namespace.create=false", "kind: DaemonSet", "kind: Namespace"),
+    ("uninstall.onDelete=false", "name: mesh-agent", "mesh-uninstall"),
     ("podMonitor.enabled=true", "replacement: \"$1:15020\"", "kind: Namespace"),
     (
         "networkPolicy.enabled=false",
@@ -64,8 +66,10 @@ pub fn test(workspace: &Workspace, helm: &Helm) -> Result<()> {
             bail!("with {value}: {there:?} must be rendered, and {absent:?} must not");
         }
     }
-    match generate::manifests(workspace, helm, true)? {
-        Some(stale) => bail!("{stale} is stale: cargo xtask generate"),
-        None => Ok(()),
+    let stale = generate::manifests(workspace, helm, true)?;
+    if stale.is_empty() {
+        Ok(())
+    } else {
+        bail!("{} is stale: cargo xtask generate", stale.join(", "))
     }
 }

@@ -1,5 +1,5 @@
 //! `cargo xtask generate`: what is committed and made from something else: the definitions in deploy/crds, from mesh-api, and
-//! deploy/culvert.yaml, from the chart.
+//! deploy/culvert.yaml and deploy/uninstall.yaml, from the chart.
 
 use std::fs;
 use std::path::Path;
@@ -21,6 +21,13 @@ pub struct Arguments {
 
 const DEFINITIONS: &str = "deploy/crds";
 const MANIFESTS: &str = "deploy/culvert.yaml";
+const UNINSTALL: &str = "deploy/uninstall.yaml";
+const UNINSTALL_HEAD: &str = "# Rendered from deploy/chart/culvert by `cargo xtask generate`, for clusters without Helm. It leaves every node as it was:\n\
+                              #   kubectl apply --server-side -f deploy/uninstall.yaml\n\
+                              #   kubectl -n culvert-system rollout status daemonset/mesh-uninstall\n\
+                              # Then delete it, with what is left of deploy/culvert.yaml.\n";
+/// By which Helm runs something before it deletes; others would apply it with the rest.
+const HOOK: &str = "helm.sh/hook";
 const HEAD: &str = "# Rendered from deploy/chart/culvert by `cargo xtask generate`, for clusters without Helm:\n\
                     #   kubectl apply --server-side -f deploy/crds -f deploy/culvert.yaml\n";
 
@@ -66,19 +73,36 @@ fn definitions(workspace: &Workspace, only_check: bool) -> Result<Vec<String>> {
     Ok(stale)
 }
 
-/// Writes the rendered chart, or only says whether it differs.
-pub fn manifests(workspace: &Workspace, helm: &Helm, only_check: bool) -> Result<Option<String>> {
-    let text = format!("{HEAD}{}", plain(&helm.render(&["namespace.create=true"])?));
-    let differs = put(&workspace.root.join(MANIFESTS), &text, only_check)?;
-    Ok(differs.then(|| MANIFESTS.to_owned()))
+/// Writes the rendered chart, or only says what differs.
+pub fn manifests(workspace: &Workspace, helm: &Helm, only_check: bool) -> Result<Vec<String>> {
+    let render = |arguments: &[&str]| helm.template(&["namespace.create=true"], arguments);
+    let uninstall = ["namespace", "uninstall"].map(|name| format!("--show-only=templates/{name}.yaml"));
+    let mut stale = Vec::new();
+    for (file, head, rendered) in [
+        (MANIFESTS, HEAD, render(&["--no-hooks"])?),
+        (UNINSTALL, UNINSTALL_HEAD, render(&uninstall.each_ref().map(String::as_str))?),
+    ] {
+        let text = format!("{head}{}", plain(&rendered));
+        if put(&workspace.root.join(file), &text, only_check)? {
+            stale.push(file.to_owned());
+        }
+    }
+    Ok(stale)
 }
 
-/// What Helm adds for itself is not for who has none.
+/// What Helm adds for itself, or is told, is not for who has none.
 fn plain(rendered: &str) -> String {
-    let lines = rendered.lines().filter(|line| !line.starts_with("# Source: "));
-    lines
-        .map(|line| line.replace("app.kubernetes.io/managed-by: Helm", "app.kubernetes.io/managed-by: kubectl") + "\n")
-        .collect()
+    let mut text = String::new();
+    let mut lines = rendered.lines().peekable();
+    while let Some(line) = lines.next() {
+        let only_hooks = line.trim() == "annotations:" && lines.peek().is_some_and(|next| next.trim().starts_with(HOOK));
+        if only_hooks || line.trim().starts_with(HOOK) || line.starts_with("# Source: ") {
+            continue;
+        }
+        text += &line.replace("app.kubernetes.io/managed-by: Helm", "app.kubernetes.io/managed-by: kubectl");
+        text.push('\n');
+    }
+    text
 }
 
 fn put(path: &Path, text: &str, only_check: bool) -> Result<bool> {

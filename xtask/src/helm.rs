@@ -52,12 +52,23 @@ impl Helm {
         tools::output(command.arg(&self.chart).args(ALL)).map(drop)
     }
 
-    /// What the chart makes of these values.
+    #[must_use]
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
+    /// What the chart makes of these values, hooks included.
     pub fn render(&self, values: &[&str]) -> Result<String> {
+        self.template(values, &[])
+    }
+
+    /// The same with more of `helm template`'s arguments.
+    pub fn template(&self, values: &[&str], arguments: &[&str]) -> Result<String> {
         let mut command = self.command(&["template", "culvert"]);
         command
             .arg(&self.chart)
-            .args(["--namespace", NAMESPACE, "--kube-version", "1.32.0"]);
+            .args(["--namespace", NAMESPACE, "--kube-version", "1.32.0"])
+            .args(arguments);
         for value in values {
             command.args(["--set", value]);
         }

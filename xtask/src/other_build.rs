@@ -16,7 +16,7 @@ use crate::workspace::Workspace;
 /// Names the folder of its binaries.
 pub const FOLDER_VARIABLE: &str = "CULVERT_OTHER_BIN_DIR";
 
-const BINARIES: [&str; 2] = ["mesh-agent", "mesh-control"];
+const BINARIES: [&str; 3] = ["mesh-agent", "mesh-cni", "mesh-control"];
 
 /// What the next version may have: each kind of change that is additive.
 const NEXT: Mutant = Mutant {

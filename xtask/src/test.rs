@@ -53,8 +53,11 @@ struct Machine {
 
 /// How the names of the suites begin that stand on a real Kubernetes.
 const KUBE_SUITES: &str = "kube";
-/// The suite that needs the other build as well, which takes minutes where much has changed.
+/// The suites that need the other build as well, which takes minutes where much has changed.
 const UPGRADE_SUITE: &str = "upgrade";
+const KUBE_UPGRADE_SUITE: &str = "kube_upgrade";
+/// Where the suites have Helm from.
+const HELM_VARIABLE: &str = "CULVERT_HELM";
 
 pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCode> {
     let mut totals = Totals::default();
@@ -136,17 +139,7 @@ fn net(workspace: &Workspace, filter: Option<&str>, totals: &mut Totals) -> Resu
         Err(error) => tools::say(&format!("no Prometheus: {error:#}")),
     }
     totals.count("the integration tests", &mut cargo)?;
-    let upgrades = || suites(workspace, &object, filter, |name| name == UPGRADE_SUITE);
-    if filter.is_none() || tools::output(upgrades()?.arg("--list"))?.contains(": test") {
-        heading("upgrades to another build, and back");
-        match other_build::folder(workspace) {
-            Ok(folder) => totals.count(
-                "the upgrade between builds",
-                upgrades()?.env(other_build::FOLDER_VARIABLE, folder),
-            )?,
-            Err(error) => totals.add(&format!("the other build: {error:#}"), false),
-        }
-    }
+    upgrades(workspace, &object, filter, UPGRADE_SUITE, &[], totals)?;
     if filter.is_some() {
         return Ok(());
     }
@@ -179,14 +172,20 @@ fn kube(workspace: &Workspace, filter: Option<&str>, totals: &mut Totals) -> Res
             return Ok(());
         }
     };
-    let mut cargo = suites(workspace, &ebpf::object(workspace)?, filter, is_kube)?;
-    cargo.env(kube::DIR_VARIABLE, folder);
-    totals.count("the tests on a real Kubernetes", &mut cargo)?;
+    let object = ebpf::object(workspace)?;
+    let mut environment = vec![(kube::DIR_VARIABLE, folder)];
+    let helm = Helm::find(workspace);
+    if let Ok(Some(helm)) = &helm {
+        environment.push((HELM_VARIABLE, helm.program().to_owned()));
+    }
+    let mut cargo = suites(workspace, &object, filter, |name| is_kube(name) && name != KUBE_UPGRADE_SUITE)?;
+    totals.count("the tests on a real Kubernetes", cargo.envs(environment.clone()))?;
+    upgrades(workspace, &object, filter, KUBE_UPGRADE_SUITE, &environment, totals)?;
     if filter.is_some() {
         return Ok(());
     }
     heading("the chart");
-    match Helm::find(workspace) {
+    match helm {
         Ok(Some(helm)) => totals.try_add("the chart", chart::test(workspace, &helm)),
         Ok(None) => totals
             .skipped
@@ -194,6 +193,34 @@ fn kube(workspace: &Workspace, filter: Option<&str>, totals: &mut Totals) -> Res
         Err(error) => totals.try_add("the chart", Err(error)),
     }
     Ok(())
+}
+
+/// A suite that goes to the other build and back. That is built only if a test of the suite is wanted.
+fn upgrades(
+    workspace: &Workspace,
+    object: &Path,
+    filter: Option<&str>,
+    suite: &str,
+    environment: &[(&str, PathBuf)],
+    totals: &mut Totals,
+) -> Result<()> {
+    let cargo = || suites(workspace, object, filter, |name| name == suite);
+    if filter.is_some() && !tools::output(cargo()?.arg("--list"))?.contains(": test") {
+        return Ok(());
+    }
+    heading("upgrades to another build, and back");
+    match other_build::folder(workspace) {
+        Ok(folder) => totals.count(
+            suite,
+            cargo()?
+                .envs(environment.iter().cloned())
+                .env(other_build::FOLDER_VARIABLE, folder),
+        ),
+        Err(error) => {
+            totals.add(&format!("the other build: {error:#}"), false);
+            Ok(())
+        }
+    }
 }
 
 fn is_kube(suite: &str) -> bool {

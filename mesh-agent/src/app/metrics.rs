@@ -208,7 +208,7 @@ impl AgentMetrics {
             let is_so = matches!(&kubelet, Kubelet::Unknown(why) if why.reason() == reason);
             self.kubelet_unknown.with_label_values(&[reason]).set(i64::from(is_so));
         }
-        take_over(&self.local_refused, agent.socket.refused());
+        take_over(&self.local_refused, agent.local_refused.load(Ordering::Relaxed));
         self.buffered_bytes.set(size(agent.buffers.held_bytes()));
         let settings = agent.state.read(|state| state.settings().clone());
         for (kind, count) in [

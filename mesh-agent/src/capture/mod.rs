@@ -547,6 +547,14 @@ impl Capture {
     }
 }
 
+/// Removes what probes have left at the cgroup root, and does nothing where there is none. For an uninstallation.
+pub fn sweep_probes(cgroup_root: Option<&Path>) {
+    let root = cgroup_root.map_or_else(cgroup_root::detect, |root| Ok(root.to_owned()));
+    if let Ok(root) = root {
+        probe_child::sweep_probe_cgroups(&root);
+    }
+}
+
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, CaptureError> + Send + 'static) -> Result<T, CaptureError> {
     tokio::task::spawn_blocking(work)
         .await

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -17,6 +18,8 @@ use tracing::warn;
 
 const SOCKET_FILE: &str = "agent.sock";
 const LOCK_FILE: &str = "agent.lock";
+/// There while the mesh leaves the node.
+const LEAVING_FILE: &str = "leaving";
 /// Who waits to be accepted.
 const BACKLOG: i32 = 1024;
 /// After a failed accept, before the next.
@@ -39,7 +42,7 @@ pub fn socket_path(run_dir: &Path) -> PathBuf {
 #[derive(Debug)]
 pub struct LocalSocket {
     listener: UnixListener,
-    refused: AtomicU64,
+    refused: Arc<AtomicU64>,
     path: PathBuf,
     /// Unlocked by the kernel, with the last descriptor of it: one may be a successor's.
     lock: File,
@@ -71,6 +74,27 @@ pub fn lock(run_dir: &Path) -> Result<File, SocketError> {
     Ok(lock)
 }
 
+/// Whether agents have been in the folder, and none is any more. Makes nothing: a folder that is gone was cleaned.
+#[must_use]
+pub fn is_abandoned(run_dir: &Path) -> bool {
+    let lock = OpenOptions::new().write(true).open(run_dir.join(LOCK_FILE));
+    !run_dir.join(LEAVING_FILE).exists() && lock.is_ok_and(|lock| lock.try_lock().is_ok())
+}
+
+/// The mesh leaves the node: whoever was taken over from is not to come back, though nobody has the folder. Until an agent listens.
+///
+/// # Errors
+/// It cannot be written.
+pub fn leave(run_dir: &Path) -> std::io::Result<()> {
+    File::create(run_dir.join(LEAVING_FILE)).map(drop)
+}
+
+/// It does not leave.
+pub fn stay(run_dir: &Path) {
+    // What is not there need not be removed; what cannot be keeps an agent from coming back by itself, and no more.
+    drop(std::fs::remove_file(run_dir.join(LEAVING_FILE)));
+}
+
 impl LocalSocket {
     /// Makes the folder, takes its lock, and listens.
     ///
@@ -82,6 +106,7 @@ impl LocalSocket {
             source,
         };
         let lock = lock(run_dir)?;
+        stay(run_dir);
         let path = socket_path(run_dir);
         // Ours to replace: we hold the lock. Should someone listen all the same, it is not an agent's, and not ours to break.
         if std::os::unix::net::UnixStream::connect(&path).is_ok() {
@@ -90,7 +115,7 @@ impl LocalSocket {
         let listener = listen_at(&path).map_err(io)?;
         Ok(Self {
             listener,
-            refused: AtomicU64::new(0),
+            refused: Arc::default(),
             path,
             lock,
             is_handed_over: AtomicBool::new(false),
@@ -113,7 +138,7 @@ impl LocalSocket {
         listener.set_nonblocking(true).map_err(io)?;
         Ok(Self {
             listener: UnixListener::from_std(listener).map_err(io)?,
-            refused: AtomicU64::new(0),
+            refused: Arc::default(),
             path: socket_path(run_dir),
             lock,
             is_handed_over: AtomicBool::new(false),
@@ -135,10 +160,10 @@ impl LocalSocket {
         self.refused.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Connections that were not root's.
+    /// Connections that were not root's. Whoever shows it need not hold the socket: its lock is a successor's with the last holder's end.
     #[must_use]
-    pub fn refused(&self) -> u64 {
-        self.refused.load(Ordering::Relaxed)
+    pub fn refused(&self) -> Arc<AtomicU64> {
+        self.refused.clone()
     }
 
     /// Hands root's connections on, and closes everyone else's, until nobody takes them.

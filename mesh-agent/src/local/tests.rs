@@ -1,7 +1,35 @@
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::sync::atomic::Ordering;
 
 use super::socket::{is_allowed, socket_path};
 use super::*;
+
+#[tokio::test]
+async fn a_folder_is_abandoned_when_its_last_agent_has_ended() {
+    let dir = tempfile::tempdir().unwrap();
+    let run_dir = dir.path().join("run");
+    assert!(!is_abandoned(&run_dir), "nobody has ever been there");
+    assert!(!run_dir.exists(), "who only looks makes nothing");
+    let socket = LocalSocket::listen(&run_dir).unwrap();
+    // A successor has the lock by another descriptor, and goes on holding it when this agent lets go.
+    let successor = socket.with_descriptors(|lock, _| lock.try_clone_to_owned().unwrap());
+    let counter = socket.refused();
+    drop(socket);
+    assert!(!is_abandoned(&run_dir));
+    drop(successor);
+    assert!(is_abandoned(&run_dir));
+    drop(counter);
+    leave(&run_dir).unwrap();
+    assert!(
+        !is_abandoned(&run_dir),
+        "whoever was taken over from comes back to a node that the mesh leaves"
+    );
+    // An agent that comes all the same is there to stay.
+    drop(LocalSocket::listen(&run_dir).unwrap());
+    assert!(is_abandoned(&run_dir));
+    std::fs::remove_dir_all(&run_dir).unwrap();
+    assert!(!is_abandoned(&run_dir), "it was cleaned");
+}
 
 #[tokio::test]
 async fn the_socket_is_its_owners_only() {
@@ -53,12 +81,12 @@ async fn connections_pass_by_the_credentials_that_the_kernel_tells() {
     let mut client = UnixStream::connect(socket_path(dir.path())).await.unwrap();
     if nix::unistd::geteuid().is_root() {
         assert!(accepted.recv().await.unwrap().is_ok());
-        assert_eq!(socket.refused(), 0);
+        assert_eq!(socket.refused().load(Ordering::Relaxed), 0);
     } else {
         // Closed without a byte.
         let mut byte = [0];
         assert_eq!(tokio::io::AsyncReadExt::read(&mut client, &mut byte).await.unwrap(), 0);
-        assert_eq!(socket.refused(), 1);
+        assert_eq!(socket.refused().load(Ordering::Relaxed), 1);
         assert!(accepted.try_recv().is_err(), "handed on to the server");
     }
     task.abort();

@@ -19,6 +19,7 @@ pub mod root;
 pub mod root_secret;
 mod status_writer;
 mod statuses;
+pub mod uninstall;
 mod watch;
 pub mod wishes;
 pub mod world;

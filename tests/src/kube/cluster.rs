@@ -186,9 +186,18 @@ impl Cluster {
         &self.server
     }
 
-    /// To stop and resume it; the API server is away meanwhile, and the nodes go on.
-    pub fn server_mut(&mut self) -> &mut ApiServer {
-        &mut self.server
+    /// The API server is away until [`Cluster::resume_server`], and the nodes go on. The controllers end with it, as they do where
+    /// several of them are elected: those that lived through it would take every node for dead, whose lease is older than their patience.
+    pub fn stop_server(&mut self) {
+        self.controllers.clear();
+        self.server.stop();
+    }
+
+    /// # Errors
+    /// It, or the controllers, do not come up again.
+    pub fn resume_server(&mut self) -> Result<()> {
+        self.server.resume()?;
+        self.start_controllers()
     }
 
     /// The administrator's.

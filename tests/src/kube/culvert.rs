@@ -8,37 +8,64 @@ use serde_json::Value;
 
 use super::cluster::Cluster;
 use super::image::Image;
-use crate::binaries;
+use crate::binaries::{self, Build};
 use crate::poll::{self, SOON};
 
 /// The namespace of its own.
 pub const NAMESPACE: &str = "culvert-system";
+/// Of the images that are loaded here.
+pub(super) const IMAGE_PREFIX: &str = "culvert.test/";
 /// What a node of cgroup version 1 and 2 has beside the folders of version 1.
-const UNIFIED: &str = "/sys/fs/cgroup/unified";
+pub(super) const UNIFIED: &str = "/sys/fs/cgroup/unified";
 /// Images are started, certificates signed, captures proven, and written to the API server.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Of each agent, on its node's address.
 const METRICS_PORT: u16 = 15020;
+
+/// The tag of a build's images.
+#[must_use]
+pub fn image_tag(build: Build) -> &'static str {
+    match build {
+        Build::This => "1",
+        Build::Other => "2",
+    }
+}
+
+pub(super) fn image_name(name: &str, build: Build) -> String {
+    format!("{IMAGE_PREFIX}{name}:{}", image_tag(build))
+}
+
+/// Loads what was just built, as images.
+///
+/// # Errors
+/// One cannot be made, or is refused.
+pub fn load_images(cluster: &Cluster, build: Build) -> Result<()> {
+    let agent = Image::new(&image_name("mesh-agent", build))
+        .program(&build.path("mesh-agent")?, "/mesh-agent")?
+        .program(&build.path("mesh-cni")?, "/mesh-cni")?
+        .entrypoint(&["/mesh-agent"]);
+    let control = Image::new(&image_name("mesh-control", build))
+        .program(&build.path("mesh-control")?, "/mesh-control")?
+        .entrypoint(&["/mesh-control"])
+        .user(65532);
+    cluster.load_image(&agent)?;
+    cluster.load_image(&control)?;
+    Ok(())
+}
+
+/// What is deployed from.
+pub(super) fn shipped() -> Result<PathBuf> {
+    let checkout = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the checkout")?;
+    Ok(checkout.join("deploy"))
+}
 
 /// Loads the images and writes `deploy` for these nodes. Answers the folder where it is, as on the README's reader's machine.
 ///
 /// # Errors
 /// The first step that failed, as it said.
 pub fn prepare(cluster: &Cluster) -> Result<PathBuf> {
-    let agent = Image::new("culvert.test/mesh-agent:1")
-        .program(&binaries::path("mesh-agent")?, "/mesh-agent")?
-        .program(&binaries::path("mesh-cni")?, "/mesh-cni")?
-        .entrypoint(&["/mesh-agent"]);
-    let control = Image::new("culvert.test/mesh-control:1")
-        .program(&binaries::path("mesh-control")?, "/mesh-control")?
-        .entrypoint(&["/mesh-control"])
-        .user(65532);
-    cluster.load_image(&agent)?;
-    cluster.load_image(&control)?;
-    let shipped = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .context("the checkout")?
-        .join("deploy");
+    load_images(cluster, Build::This)?;
+    let shipped = shipped()?;
     let folder = folder(cluster);
     let here = folder.join("deploy");
     std::fs::create_dir_all(here.join("crds"))?;
@@ -46,8 +73,14 @@ pub fn prepare(cluster: &Cluster) -> Result<PathBuf> {
         let file = file?;
         std::fs::copy(file.path(), here.join("crds").join(file.file_name()))?;
     }
-    let manifests = std::fs::read_to_string(shipped.join("culvert.yaml"))?;
-    std::fs::write(here.join("culvert.yaml"), for_these_nodes(cluster, manifests)?)?;
+    for (file, images) in [
+        ("culvert.yaml", &["mesh-agent", "mesh-control"][..]),
+        ("uninstall.yaml", &["mesh-agent"]),
+    ] {
+        let manifests = std::fs::read_to_string(shipped.join(file))?;
+        let manifests = for_these_nodes(cluster, manifests, images).with_context(|| file.to_owned())?;
+        std::fs::write(here.join(file), manifests)?;
+    }
     Ok(folder)
 }
 
@@ -137,7 +170,7 @@ pub fn say_logs(cluster: &Cluster) {
         let said = said.unwrap_or_else(|error| format!("none: {error:#}"));
         crate::suite::say(&format!("--- {what}:\n{said}"));
     };
-    for workload in ["daemonset/mesh-agent", "deployment/mesh-control"] {
+    for workload in ["daemonset/mesh-agent", "deployment/mesh-control", "daemonset/mesh-uninstall"] {
         let arguments = [
             "-n",
             NAMESPACE,
@@ -154,13 +187,13 @@ pub fn say_logs(cluster: &Cluster) {
 }
 
 /// The shipped manifests with the images of here, and what this machine has and has not.
-fn for_these_nodes(cluster: &Cluster, mut manifests: String) -> Result<String> {
-    for name in ["mesh-agent", "mesh-control"] {
+fn for_these_nodes(cluster: &Cluster, mut manifests: String, images: &[&str]) -> Result<String> {
+    for name in images {
         let shipped = format!("image: {name}:{}", env!("CARGO_PKG_VERSION"));
-        ensure!(manifests.contains(&shipped), "deploy/culvert.yaml has no {shipped}");
-        manifests = manifests.replace(&shipped, &format!("image: culvert.test/{name}:1"));
+        ensure!(manifests.contains(&shipped), "no {shipped}");
+        manifests = manifests.replace(&shipped, &format!("image: {}", image_name(name, Build::This)));
     }
-    if cluster.node(1).run(&["test", "-d", UNIFIED], SOON)?.status.success() {
+    if has_version_1(cluster)? {
         manifests = manifests.replace("path: /sys/fs/cgroup\n", &format!("path: {UNIFIED}\n"));
     }
     if !has_sys_resource()? {
@@ -171,7 +204,12 @@ fn for_these_nodes(cluster: &Cluster, mut manifests: String) -> Result<String> {
     Ok(manifests)
 }
 
-fn has_sys_resource() -> Result<bool> {
+/// Whether its nodes have cgroups of version 1, too.
+pub(super) fn has_version_1(cluster: &Cluster) -> Result<bool> {
+    Ok(cluster.node(1).run(&["test", "-d", UNIFIED], SOON)?.status.success())
+}
+
+pub(super) fn has_sys_resource() -> Result<bool> {
     const CAP_SYS_RESOURCE: u32 = 24;
     let status = std::fs::read_to_string("/proc/self/status")?;
     let bounding = status

@@ -15,9 +15,9 @@ use tar::{Builder, EntryType, Header};
 use super::tools::Tools;
 
 /// What the shell of an image answers to.
-const BUSYBOX_APPLETS: [&str; 22] = [
+const BUSYBOX_APPLETS: [&str; 23] = [
     "cat", "cp", "echo", "env", "grep", "head", "hostname", "id", "ip", "kill", "ln", "ls", "mkdir", "mv", "nc", "nslookup",
-    "ps", "rm", "sh", "sleep", "touch", "true",
+    "ps", "rm", "sh", "sleep", "tail", "touch", "true",
 ];
 /// Every image has these folders; a runtime mounts on some of them.
 const FOLDERS: [&str; 6] = ["bin", "dev", "etc", "proc", "sys", "tmp"];

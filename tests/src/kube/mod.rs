@@ -9,18 +9,23 @@
 
 pub mod agent_client;
 mod api_server;
+pub mod builds;
 mod certificates;
 mod cluster;
 mod control_program;
 pub mod culvert;
 pub mod faults;
+pub mod helm;
 mod hierarchies;
 mod image;
 mod kubectl;
+pub mod load;
 pub mod manifests;
 mod node;
 mod node_config;
 pub mod node_init;
+pub mod remains;
+pub mod shop;
 mod tools;
 
 pub use api_server::{ApiServer, client};

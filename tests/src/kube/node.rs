@@ -220,6 +220,14 @@ impl Node {
         &self.folder
     }
 
+    /// Its file system, as this machine sees it.
+    ///
+    /// # Errors
+    /// As [`Node::pid`].
+    pub fn root(&self) -> Result<PathBuf> {
+        Ok(Path::new("/proc").join(self.pid()?.to_string()).join("root"))
+    }
+
     /// Its first process, as this machine sees it; `/proc/<pid>/root` is the node's file system.
     ///
     /// # Errors

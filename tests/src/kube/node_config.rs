@@ -126,6 +126,8 @@ pub(super) fn kubelet(authority: &Path) -> String {
         "evictionHard": {"memory.available": "1Mi", "nodefs.available": "0%", "nodefs.inodesFree": "0%", "imagefs.available": "0%"},
         "imageGCHighThresholdPercent": 100,
         "imageMinimumGCAge": "24h",
+        // `kubectl logs` shows the last file alone, and an access log has a line for every connection of a test.
+        "containerLogMaxSize": "200Mi",
         // A crashed node is noticed soon, with the controllers' own settings.
         "nodeStatusUpdateFrequency": "4s",
         "nodeLeaseDurationSeconds": 16,

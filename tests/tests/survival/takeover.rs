@@ -131,7 +131,7 @@ pub fn each_tells_of_itself(shared: &mut Shared) -> Result<()> {
     })?;
     let said = ask(mesh, &sockets[0], &[])?;
     ensure!(
-        !said.status.success() && said.stderr.contains("another agent has taken over"),
+        said.status.success() && said.stdout.contains("another agent has taken over"),
         "it was taken over, and says {said:?}"
     );
     ensure!(ask(mesh, &sockets[0], &["--alive"])?.status.success(), "it lives");

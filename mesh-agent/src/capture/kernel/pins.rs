@@ -105,8 +105,23 @@ pub(super) fn names_in(directory: &Path) -> io::Result<Vec<String>> {
         .collect()
 }
 
+/// In which order pins go, so that a Pod's connection works at every moment: who drops what the agent has not made goes before who
+/// has the agent make it; who redirects before who remembers where to; links before the maps that they read.
+fn rank(name: &str) -> u8 {
+    match name {
+        super::backstop::DIRECTORY => 0,
+        "connect4" | "connect6" => 1,
+        "links" => 2,
+        "pods" => 3,
+        "connection_events" => 5,
+        _ => 4,
+    }
+}
+
 fn remove_pins(directory: &Path, report: &mut CleanupReport) -> io::Result<()> {
-    for name in names_in(directory)? {
+    let mut names = names_in(directory)?;
+    names.sort_by_key(|name| rank(name));
+    for name in names {
         let path = directory.join(name);
         if path.is_dir() {
             remove_pins(&path, report)?;
