@@ -1,6 +1,11 @@
 //! What must hold of `deploy/chart`: Helm's own rules, that bad values are refused with their name, that what can be turned off and on
 //! is, and that deploy/culvert.yaml and deploy/uninstall.yaml are what it renders.
 
+mod documents;
+mod lines;
+mod monitoring;
+mod shipped;
+
 use anyhow::{Result, bail};
 
 use crate::generate;
@@ -8,7 +13,7 @@ use crate::helm::Helm;
 use crate::workspace::Workspace;
 
 /// Values that no installation can mean, and what the refusal names.
-const REFUSED: [(&str, &str); 10] = [
+const REFUSED: [(&str, &str); 12] = [
     ("agent.metric=0.0.0.0:1", "metric"),
     ("agent.metrics=15020", "/agent/metrics"),
     ("agent.drainSeconds=5s", "/agent/drainSeconds"),
@@ -19,10 +24,12 @@ const REFUSED: [(&str, &str); 10] = [
     ("mesh.trustDomain=Cluster.Local", "/mesh/trustDomain"),
     ("image.prefix=example.org", "/image/prefix"),
     ("image.pullPolicy=Sometimes", "/image/pullPolicy"),
+    ("dashboards.namespace=No_Such", "/dashboards/namespace"),
+    ("dashboards.labels.grafana_dashboard=null", "/dashboards/labels"),
 ];
 
 /// Values, what is rendered with them, and what is not.
-const RENDERED: [(&str, &str, &str); 10] = [
+const RENDERED: [(&str, &str, &str); 13] = [
     (
         "agent.kubeletCgroup=/system.slice/k3s.service",
         "- --kubelet-cgroup=/system.slice/k3s.service",
@@ -34,6 +41,21 @@ const RENDERED: [(&str, &str, &str); 10] = [
     ("namespace.create=false", "kind: DaemonSet", "kind: Namespace"),
     ("uninstall.onDelete=false", "name: mesh-agent", "mesh-uninstall"),
     ("podMonitor.enabled=true", "replacement: \"$1:15020\"", "kind: Namespace"),
+    (
+        "dashboards.enabled=true,dashboards.namespace=grafana",
+        "namespace: grafana\n  labels:",
+        "kind: PrometheusRule",
+    ),
+    (
+        "dashboards.enabled=true,dashboards.annotations.grafana_folder=Culvert",
+        "  annotations:\n    grafana_folder: Culvert\ndata:",
+        "kind: PrometheusRule",
+    ),
+    (
+        "prometheusRule.enabled=true,prometheusRule.labels.release=prometheus",
+        "    release: prometheus\nspec:",
+        "grafana_dashboard",
+    ),
     (
         "networkPolicy.enabled=false",
         "kind: PodDisruptionBudget",
@@ -66,6 +88,8 @@ pub fn test(workspace: &Workspace, helm: &Helm) -> Result<()> {
             bail!("with {value}: {there:?} must be rendered, and {absent:?} must not");
         }
     }
+    shipped::test(workspace, helm)?;
+    monitoring::test(workspace, helm)?;
     let stale = generate::manifests(workspace, helm, true)?;
     if stale.is_empty() {
         Ok(())

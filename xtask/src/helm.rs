@@ -57,6 +57,18 @@ impl Helm {
         &self.program
     }
 
+    /// The same with the chart as `helm package` packs it, into this folder.
+    pub fn packed(&self, folder: &Path) -> Result<Self> {
+        let _ = std::fs::remove_dir_all(folder);
+        let mut command = self.command(&["package", "--destination"]);
+        tools::output(command.arg(folder).arg(&self.chart))?;
+        let mut files = std::fs::read_dir(folder)?;
+        Ok(Self {
+            program: self.program.clone(),
+            chart: files.next().context("helm has packed nothing")??.path(),
+        })
+    }
+
     /// What the chart makes of these values, hooks included.
     pub fn render(&self, values: &[&str]) -> Result<String> {
         self.template(values, &[])
@@ -91,7 +103,10 @@ impl Helm {
 }
 
 /// Values that turn on what is off.
-const ALL: [&str; 4] = ["--set", "namespace.create=true", "--set", "podMonitor.enabled=true"];
+const ALL: [&str; 2] = [
+    "--set",
+    "namespace.create=true,podMonitor.enabled=true,prometheusRule.enabled=true,dashboards.enabled=true",
+];
 
 fn is_wanted(helm: &Path) -> bool {
     let version = Command::new(helm).args(["version", "--template", "{{.Version}}"]).output();

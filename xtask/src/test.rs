@@ -53,6 +53,8 @@ struct Machine {
 
 /// How the names of the suites begin that stand on a real Kubernetes.
 const KUBE_SUITES: &str = "kube";
+/// The part of `kube` that is no suite, and needs no cluster.
+const CHART: &str = "chart";
 /// The suites that need the other build as well, which takes minutes where much has changed.
 const UPGRADE_SUITE: &str = "upgrade";
 const KUBE_UPGRADE_SUITE: &str = "kube_upgrade";
@@ -157,6 +159,11 @@ fn net(workspace: &Workspace, filter: Option<&str>, totals: &mut Totals) -> Resu
 }
 
 fn kube(workspace: &Workspace, filter: Option<&str>, totals: &mut Totals) -> Result<()> {
+    if filter == Some(CHART) {
+        let helm = Helm::find(workspace);
+        try_chart(workspace, helm, totals);
+        return Ok(());
+    }
     heading("tests on a real Kubernetes");
     if !tools::is_root() {
         totals
@@ -181,9 +188,13 @@ fn kube(workspace: &Workspace, filter: Option<&str>, totals: &mut Totals) -> Res
     let mut cargo = suites(workspace, &object, filter, |name| is_kube(name) && name != KUBE_UPGRADE_SUITE)?;
     totals.count("the tests on a real Kubernetes", cargo.envs(environment.clone()))?;
     upgrades(workspace, &object, filter, KUBE_UPGRADE_SUITE, &environment, totals)?;
-    if filter.is_some() {
-        return Ok(());
+    if filter.is_none() {
+        try_chart(workspace, helm, totals);
     }
+    Ok(())
+}
+
+fn try_chart(workspace: &Workspace, helm: Result<Option<Helm>>, totals: &mut Totals) {
     heading("the chart");
     match helm {
         Ok(Some(helm)) => totals.try_add("the chart", chart::test(workspace, &helm)),
@@ -192,7 +203,6 @@ fn kube(workspace: &Workspace, filter: Option<&str>, totals: &mut Totals) -> Res
             .push("kube: the chart: no Helm, and no Go to build it with".to_owned()),
         Err(error) => totals.try_add("the chart", Err(error)),
     }
-    Ok(())
 }
 
 /// A suite that goes to the other build and back. That is built only if a test of the suite is wanted.

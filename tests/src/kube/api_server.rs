@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::Signal;
+use serde_json::Value;
 
 use super::certificates::Authority;
 use super::kubectl::Kubectl;
@@ -28,6 +29,8 @@ const KUBERNETES_SERVICE: &str = "10.96.0.1";
 /// What it tells Pods as its own address when it is on loopback, where nobody else can reach it: one for documentation.
 const NOWHERE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 const ADDRESSES_TRIED: usize = 20;
+const AUDIT_POLICY: &str = "audit-policy.json";
+const AUDIT_LOG: &str = "audit.log";
 
 /// Where the servers listen, and how they behave there.
 #[derive(Debug)]
@@ -72,6 +75,37 @@ impl ApiServer {
     /// # Errors
     /// The tools are missing, or it does not become ready: with the end of its log.
     pub fn start() -> Result<Self> {
+        Self::start_in(RunFolder::create(RunId::new().folder())?)
+    }
+
+    /// The same, which writes down what these users ask of it; see [`ApiServer::audit`].
+    ///
+    /// # Errors
+    /// As [`ApiServer::start`].
+    pub fn start_audited(users: &[&str]) -> Result<Self> {
+        let folder = RunFolder::create(RunId::new().folder())?;
+        let policy = serde_json::json!({
+            "apiVersion": "audit.k8s.io/v1",
+            "kind": "Policy",
+            "omitStages": ["RequestReceived"],
+            "rules": [{"level": "Metadata", "users": users}],
+        });
+        std::fs::write(folder.path().join(AUDIT_POLICY), policy.to_string())?;
+        Self::start_in(folder)
+    }
+
+    /// What an audited user has asked, as it was answered (`audit.k8s.io/v1`); a watch is there from its beginning.
+    ///
+    /// # Errors
+    /// Nobody is audited.
+    pub fn audit(&self, user: &str) -> Result<Vec<Value>> {
+        let text = std::fs::read_to_string(self.folder.path().join(AUDIT_LOG)).context("the audit log")?;
+        // The last line may be in the making.
+        let whole = text.lines().filter_map(|line| serde_json::from_str(line).ok());
+        Ok(whole.filter(|event: &Value| event["user"]["username"] == user).collect())
+    }
+
+    fn start_in(folder: RunFolder) -> Result<Self> {
         sweep();
         let seat = Seat {
             place: Place {
@@ -83,7 +117,7 @@ impl ApiServer {
             advertised: NOWHERE,
             has_controllers: false,
         };
-        Self::start_at(seat, RunFolder::create(RunId::new().folder())?)
+        Self::start_at(seat, folder)
     }
 
     pub(super) fn start_at(seat: Seat, folder: RunFolder) -> Result<Self> {
@@ -252,6 +286,11 @@ impl ApiServer {
             ),
             "--allow-privileged=true".to_owned(),
         ];
+        if self.folder.path().join(AUDIT_POLICY).exists() {
+            let folder = self.folder.path().display();
+            flags.push(format!("--audit-policy-file={folder}/{AUDIT_POLICY}"));
+            flags.push(format!("--audit-log-path={folder}/{AUDIT_LOG}"));
+        }
         if !self.seat.has_controllers {
             flags.push("--disable-admission-plugins=ServiceAccount".to_owned());
         }
