@@ -31,6 +31,7 @@ use crate::admin::{self, Page, Pages};
 use crate::capture::kernel::KernelConfig;
 use crate::capture::{self, Capture, CaptureConfig, Kubelet, boot_id, heap};
 use crate::config::{Credentials, LogFormat, RunArgs};
+use crate::discovery::noticed::Noticed;
 use crate::discovery::transport::ControlPlane;
 use crate::discovery::{self, DiscoveryStatus, NodeName, Subscriptions, report};
 use crate::identity::renewal::Certificates;
@@ -79,6 +80,7 @@ struct Agent {
     buffers: Arc<Buffers>,
     discovery: watch::Receiver<DiscoveryStatus>,
     followed: Arc<Mutex<Followed>>,
+    noticed: Arc<Noticed>,
 }
 
 /// Runs the agent until SIGTERM or SIGINT.
@@ -148,7 +150,10 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
     }
 
     // Another agent that takes over keeps it whole from then on.
-    tasks.spawn(until(alone.clone(), capture.clone().keep_whole()));
+    let noticed = Arc::new(Noticed::default());
+    let tell = noticed.clone();
+    let whole = capture.clone().keep_whole(move |repaired| tell.node_repaired(repaired));
+    tasks.spawn(until(alone.clone(), whole));
     let kubelet = capture.clone().follow_kubelet(args.kubelet_cgroup.clone());
     tasks.spawn(until(alone.clone(), kubelet));
 
@@ -222,7 +227,7 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
     );
     tasks.spawn(until(stop.clone(), trust.follow(proxy.clone())));
     let buffers = proxy.registry().buffers().clone();
-    let pods = Pods::new(capture.clone(), proxy, certificates.clone(), metrics.clone(), trust_domain);
+    let pods = Pods::new(capture.clone(), proxy, certificates.clone(), trust_domain, noticed.clone());
     pods.recover().await;
     certificates.forget_remembered();
     // From here on it is this agent's: what the Pods of before have taken up is in it again.
@@ -230,7 +235,13 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
         alone.clone(),
         memory.clone().keep([state.changed(), certificates.changed()]),
     ));
-    tasks.spawn(report::run(control.clone(), pods.status(), discovery.clone(), alone.clone()));
+    tasks.spawn(report::run(
+        control.clone(),
+        pods.status(),
+        discovery.clone(),
+        noticed.clone(),
+        alone.clone(),
+    ));
 
     let followed = Arc::new(Mutex::new(Followed::default()));
 
@@ -246,6 +257,7 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
         pods: pods.clone(),
         buffers,
         discovery,
+        noticed,
         followed: followed.clone(),
     });
     let shown = agent.clone();

@@ -28,6 +28,7 @@ const ACCOUNTS: &str = "service-accounts.json";
 
 mod advice;
 mod enforced;
+mod notices;
 mod pace;
 mod shared;
 mod status;
@@ -291,11 +292,17 @@ impl ControlPlane {
         if ignored > 0 {
             tracing::debug!(node, ignored, "reported Pods that are not of this node's mesh");
         }
+        // Before the words change what is known.
+        let heard = (self.shared.is_some()).then(|| Self::heard(&inner, &snapshot, node, &mut words));
         let changed = self.take_words(&mut inner, &snapshot, node, &words);
         forget_who_left(&mut words, &snapshot);
         inner.reports.insert(node.to_owned(), words);
         if changed || inner.unsaved {
             self.publish_soon(&mut inner);
+        }
+        drop(inner);
+        if let (Some(shared), Some(heard)) = (&self.shared, heard) {
+            shared.notices.hear(heard, &self.metrics);
         }
     }
 
@@ -362,6 +369,7 @@ impl ControlPlane {
         self.save_captures(inner);
         if let Some(shared) = &self.shared {
             shared.mend(inner, &inner.world, &snapshot, &self.metrics);
+            shared.notices.look(inner, &snapshot, &self.metrics);
         }
         let count = |wanted: Option<CaptureState>| {
             snapshot

@@ -33,4 +33,5 @@ pub mod roots;
 pub mod serving;
 pub mod state_dir;
 pub mod tokens;
+pub mod troubles;
 pub mod trust;

@@ -262,6 +262,40 @@ pub const MAX_NETWORK_POLICY_PARTS: usize = 4096;
 /// the last look took.
 pub const NETWORK_POLICY_PACE: Duration = Duration::from_secs(2);
 
+/// Bytes of the annotation that tells why a Pod is not protected, and of an Event's note (Kubernetes takes 1,024).
+pub const MAX_PROBLEM_BYTES: usize = 512;
+pub const MAX_EVENT_NOTE_BYTES: usize = 1000;
+/// Pieces of a capture that a report names as put back, of a Pod and of the node. The others are a number.
+pub const MAX_PIECES_NAMED: usize = 32;
+/// Pods with which something is wrong, about 512 B each, and annotations that wait, about 1 KiB each: 24 MiB. Of further ones nobody is
+/// told but the metrics; counted.
+pub const MAX_PODS_IN_TROUBLE: usize = 16_384;
+/// A Pod that is not proven for this long is told to be so: CNI ADD waits 10 s for it. One that was proven before has a new agent, or
+/// its node a new start.
+pub const NOT_ENROLLED_AFTER: Duration = Duration::from_secs(15);
+pub const NOT_PROVEN_AGAIN_AFTER: Duration = Duration::from_secs(60);
+/// A Pod's annotation is written at most this often.
+pub const PROBLEM_PACE: Duration = Duration::from_secs(10);
+/// Events, and annotations: one write at a time of each, and the pause after it: at most 50 a second of a replica.
+pub const NOTICE_WRITE_PACE: Duration = Duration::from_millis(20);
+/// Events of a Pod (or whatever they are about): so many at once, then one in each interval. Others are dropped, and counted in the next.
+pub const EVENTS_OF_SUBJECT_BURST: u32 = 8;
+pub const EVENTS_OF_SUBJECT_INTERVAL: Duration = Duration::from_secs(60);
+/// The same of a namespace, so that none takes the API server, or the others' turns.
+pub const EVENTS_OF_NAMESPACE_BURST: u32 = 32;
+pub const EVENTS_OF_NAMESPACE_INTERVAL: Duration = Duration::from_secs(2);
+/// Namespaces that Events are remembered of. At the bound that one is forgotten of which nothing waits and of which nothing was said for
+/// longest; where each has something waiting, further ones' Events are dropped, counted.
+pub const MAX_EVENT_NAMESPACES: usize = 512;
+/// Of each: Events that wait (about 1.5 KiB) and what Events were about (about 0.5 KiB, at the bound the one that is idle for longest is
+/// forgotten): 512 × (32 × 1.5 KiB + 64 × 0.5 KiB) = 40 MiB.
+pub const MAX_EVENTS_WAITING_OF_NAMESPACE: usize = 32;
+pub const MAX_EVENT_SUBJECTS_OF_NAMESPACE: usize = 64;
+/// Different Events of one subject that are counted up; of more, the oldest begins anew.
+pub const MAX_EVENT_KINDS_OF_SUBJECT: usize = 8;
+/// An Event that could not be written for so long is dropped, counted: an API server may be away for minutes.
+pub const EVENT_LIFE: Duration = Duration::from_secs(15 * 60);
+
 /// Admin connections at once. 256 × about 20 KiB = 5 MiB.
 pub const MAX_ADMIN_CONNECTIONS: usize = 256;
 /// Of those, from one address (IPv6: one /64). The kubelet asks there whether to end the control plane: no Pod may take all places.

@@ -4,6 +4,8 @@ use prometheus::{Counter, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts
 
 use crate::compile::membership::{Enrolment, Refusal};
 use crate::compile::network_policies::Direction;
+use crate::kubernetes::event_queue::Dropped;
+use crate::kubernetes::notice_writer::Failed as NoticeFailed;
 use crate::objects::Kind;
 use crate::registry::{Reason, Rejection};
 use crate::tokens::Refusal as TokenRefusal;
@@ -94,6 +96,9 @@ pub struct Metrics {
     pub enforcement_left_out: IntGaugeVec,
     network_policies_in_the_way: IntGaugeVec,
     pub network_policies_not_compared: IntGauge,
+    pub events_written: IntCounter,
+    events_dropped: IntCounterVec,
+    notice_writes_failed: IntCounterVec,
     pub watches: IntGaugeVec,
     pub watch_failures: IntCounterVec,
     pub lists: IntCounterVec,
@@ -104,6 +109,25 @@ pub struct Metrics {
     pub roots_unpublished: IntGauge,
     trusted_roots: IntGauge,
     revoked_identities: IntGauge,
+}
+
+/// Label of what people are told by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoticeKind {
+    Event,
+    Annotation,
+}
+
+impl NoticeKind {
+    pub const ALL: [Self; 2] = [Self::Event, Self::Annotation];
+
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Event => "event",
+            Self::Annotation => "annotation",
+        }
+    }
 }
 
 impl Metrics {
@@ -286,6 +310,21 @@ impl Metrics {
                 "mesh_control_network_policies_not_compared",
                 "Namespaces with too many NetworkPolicies and Pods to compare them all",
             )?,
+            events_written: counter("mesh_control_events_total", "Kubernetes Events written, or counted up")?,
+            events_dropped: counters(
+                "mesh_control_events_dropped_total",
+                "What people are not told by a Kubernetes Event",
+                "reason",
+            )?,
+            notice_writes_failed: {
+                let opts = Opts::new(
+                    "mesh_control_notice_writes_failed_total",
+                    "Writes of Events, and of annotations that tell why a Pod is not protected, that failed",
+                );
+                let metric = IntCounterVec::new(opts, &["kind", "reason"])?;
+                registry.register(Box::new(metric.clone()))?;
+                metric
+            },
             watches: gauges(
                 "mesh_control_watches",
                 "1 while objects of the kind are followed in the API server",
@@ -356,6 +395,14 @@ impl Metrics {
         for direction in Direction::ALL {
             metrics.network_policies(direction.as_str(), 0);
         }
+        for dropped in Dropped::ALL {
+            metrics.events_dropped.with_label_values(&[dropped.as_str()]);
+        }
+        for kind in NoticeKind::ALL {
+            for reason in NoticeFailed::REASONS {
+                metrics.notice_writes_failed.with_label_values(&[kind.as_str(), reason]);
+            }
+        }
         for kind in Kind::ALL {
             metrics.lists.with_label_values(&[kind.as_str()]);
             metrics.watch_failures.with_label_values(&[kind.as_str()]);
@@ -366,6 +413,14 @@ impl Metrics {
         }
         metrics.set_known_tokens((0, 0));
         Ok(metrics)
+    }
+
+    pub fn event_dropped(&self, dropped: Dropped) {
+        self.events_dropped.with_label_values(&[dropped.as_str()]).inc();
+    }
+
+    pub fn notice_failed(&self, kind: NoticeKind, reason: &str) {
+        self.notice_writes_failed.with_label_values(&[kind.as_str(), reason]).inc();
     }
 
     pub fn network_policies(&self, direction: &str, count: usize) {
@@ -447,6 +502,6 @@ mod tests {
             counters += 1;
         }
         // A family without a series is not in the text at all.
-        assert_eq!(counters, 27, "{text}");
+        assert_eq!(counters, 30, "{text}");
     }
 }

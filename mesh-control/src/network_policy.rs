@@ -12,6 +12,8 @@ use crate::objects::Labels;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NetworkPolicy {
+    pub uid: String,
+    pub generation: i64,
     /// Of Pods of its namespace.
     pub selector: Selector,
     /// `None`: it says nothing of this direction.
@@ -141,8 +143,12 @@ impl Expression {
 /// The field that cannot stand.
 pub fn convert(policy: networking::NetworkPolicy) -> Result<NetworkPolicy, String> {
     let spec = policy.spec.unwrap_or_default();
+    let uid = policy.metadata.uid.unwrap_or_default();
+    let generation = policy.metadata.generation.unwrap_or_default();
     if parts(&spec) > MAX_NETWORK_POLICY_PARTS {
         return Ok(NetworkPolicy {
+            uid,
+            generation,
             is_too_large: true,
             ..NetworkPolicy::default()
         });
@@ -163,6 +169,8 @@ pub fn convert(policy: networking::NetworkPolicy) -> Result<NetworkPolicy, Strin
     let is_of_ingress = types.is_empty() || has("Ingress");
     let is_of_egress = has("Egress") || (types.is_empty() && !egress.is_empty());
     Ok(NetworkPolicy {
+        uid,
+        generation,
         selector: spec.pod_selector.map(selector).transpose()?.unwrap_or_default(),
         ingress: is_of_ingress.then_some(ingress),
         egress: is_of_egress.then_some(egress),

@@ -15,6 +15,7 @@ use crate::control_plane::ControlPlane;
 use crate::limits::{MAX_REJECTED, MAX_REPORTED_PODS, MAX_TYPES, RECEIPTS_WAITING, REPORT_PACE};
 use crate::node_streams::{NodeStream, StreamKind};
 use crate::proto;
+use crate::troubles::Repaired;
 
 pub struct Reports {
     pub control: Arc<ControlPlane>,
@@ -93,6 +94,7 @@ async fn serve(
 /// disk before.
 async fn take(control: &Arc<ControlPlane>, node: &str, report: NodeReport) -> Result<(), Status> {
     let words = proto::pod_words(&report.pods);
+    control.node_repaired(node, &Repaired::of(&report.repaired));
     let enforced = report
         .enforced_versions
         .into_iter()

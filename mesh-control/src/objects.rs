@@ -168,6 +168,8 @@ pub struct Pod {
     pub annotated: Option<CaptureState>,
     /// It has that annotation in a form that says nothing: of another Pod's uid, or no state's name.
     pub is_annotation_foreign: bool,
+    /// What its annotation tells people of why it is not protected; nothing is decided by it but whether it is written again.
+    pub problem: Option<String>,
     /// What shows that it brings the proxy of another mesh along.
     pub sidecar: Option<&'static str>,
     /// Its node's kubelet has it from a file, and shows it to the API server under another uid.

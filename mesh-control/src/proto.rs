@@ -17,6 +17,7 @@ use crate::compile::{Capture, OwnerKind, SettingsView, WorkloadView};
 use crate::discovery::subscription::{Request, Response};
 use crate::limits::MAX_NACK_BYTES;
 use crate::objects::{ObjectId, Service, TargetPort};
+use crate::troubles::{Problem, Repaired};
 
 /// Which workloads a policy applies to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -381,6 +382,10 @@ pub struct PodWord {
     pub namespace: String,
     pub name: String,
     pub proof: Proof,
+    /// Why it is not proven.
+    pub problem: Problem,
+    /// Pieces of its capture that were put back.
+    pub repaired: Repaired,
 }
 
 #[must_use]
@@ -395,6 +400,8 @@ pub fn pod_words(pods: &[node::PodReport]) -> Vec<PodWord> {
                 node::Proof::Lost => Proof::Lost,
                 node::Proof::Pending | node::Proof::Unspecified => Proof::Pending,
             },
+            problem: Problem::of(&pod.problem),
+            repaired: Repaired::of(&pod.repaired),
         })
         .collect()
 }

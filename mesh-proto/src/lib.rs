@@ -7,6 +7,10 @@
     reason = "generated code"
 )]
 
+mod words;
+
+pub use words::{PIECES, PROBLEMS};
+
 /// Delta discovery, `envoy.service.discovery.v3`.
 pub mod discovery {
     tonic::include_proto!("envoy.service.discovery.v3");

@@ -12,6 +12,8 @@ mod callers;
 mod control;
 #[path = "kube_faults/large.rs"]
 mod large;
+#[path = "kube_faults/notices.rs"]
+mod notices;
 #[path = "kube_faults/statuses.rs"]
 mod statuses;
 #[path = "kube_faults/watches.rs"]
@@ -49,6 +51,11 @@ fn main() -> ExitCode {
                 statuses::refused,
             ),
             ("leases_are_written_at_their_pace_whatever_changes", statuses::leases),
+            ("events_wait_as_long_as_the_api_server_asks", notices::patience),
+            (
+                "an_event_that_is_forbidden_keeps_no_other_from_being_told",
+                notices::forbidden,
+            ),
             ("reviews_that_fail_or_hang_cut_no_stream", callers::reviews),
             ("a_token_that_is_over_is_refused_until_its_file_is_new", callers::expired),
         ],

@@ -34,6 +34,7 @@ fn main() -> ExitCode {
             ("pods_that_run_join_when_their_namespace_is_labelled", join),
             ("services_work_through_the_mesh_across_nodes_and_within_one", services),
             ("a_new_pod_is_in_the_mesh_before_it_starts", new_pod),
+            ("a_piece_that_is_taken_away_is_put_back_and_told", repaired),
             ("a_policy_denies_once_it_is_applied", policy),
             ("a_rollout_of_the_agents_fails_no_connection", rollout),
             ("control_planes_restart_and_forget_nothing", restart),
@@ -126,6 +127,33 @@ fn new_pod(cluster: &mut Cluster) -> Result<()> {
             Ok(first.is_some_and(|line| line["connection_security_policy"] == "mutual_tls"))
         })?;
     }
+    Ok(())
+}
+
+/// As a careless hand on the node does it.
+fn repaired(cluster: &mut Cluster) -> Result<()> {
+    let pod = cluster.kubectl().get(&["-n", SHOP, "pod", "server"])?;
+    let uid = pod["metadata"]["uid"].as_str().context("a uid")?;
+    let pin = format!("/sys/fs/bpf/culvert/v{}/pods/{uid}", mesh_common::ABI_VERSION);
+    cluster
+        .node(2)
+        .run(&["rm", &pin], poll::SOON)?
+        .ok("removing the pin of its sk_lookup")?;
+    poll::until_true("its owner is told", PATIENCE, || {
+        let list = [
+            "-n",
+            SHOP,
+            "get",
+            "events",
+            "--field-selector",
+            "involvedObject.name=server,reason=MeshProtectionRepaired",
+        ];
+        Ok(cluster.kubectl().run(&list)?.contains("sk_lookup"))
+    })?;
+    ensure!(
+        capture(cluster, "server")? == "proven" && get(cluster, "http://server/")?.starts_with("server=server "),
+        "it is not as it was"
+    );
     Ok(())
 }
 

@@ -13,6 +13,8 @@ mod endpoints;
 mod large;
 #[path = "kube_registry/network_policies.rs"]
 mod network_policies;
+#[path = "kube_registry/notices.rs"]
+mod notices;
 #[path = "kube_registry/outages.rs"]
 mod outages;
 #[path = "kube_registry/program.rs"]
@@ -53,6 +55,7 @@ rules:
 - {apiGroups: [""], resources: [pods], verbs: [patch]}
 - {apiGroups: [discovery.k8s.io], resources: [endpointslices], verbs: [list, watch]}
 - {apiGroups: [networking.k8s.io], resources: [networkpolicies], verbs: [list, watch]}
+- {apiGroups: [events.k8s.io], resources: [events], verbs: [create, patch]}
 - {apiGroups: [culvert.dev], resources: [authorizationpolicies, meshconfigs], verbs: [list, watch]}
 - {apiGroups: [culvert.dev], resources: [authorizationpolicies/status, meshconfigs/status], verbs: [patch]}
 - apiGroups: [apiextensions.k8s.io]
@@ -108,6 +111,10 @@ fn main() -> ExitCode {
             ("a_pod_that_leaves_the_mesh_keeps_no_annotation", captures::leaves),
             ("a_deleted_account_stays_deleted_over_a_restart", captures::accounts),
             ("a_network_policy_without_the_meshs_port_is_named", network_policies::named),
+            ("owners_of_pods_are_told_what_is_wrong", notices::told),
+            ("the_end_of_a_pod_is_told_as_no_loss", notices::ended),
+            ("what_all_replicas_see_is_told_by_one_and_once", notices::refused),
+            ("a_network_policy_in_the_way_is_told_once_in_each_form", notices::blocked),
             ("many_objects_are_few_lists_and_few_compilations", large::many),
             ("an_api_server_that_is_lost_takes_nothing_out_of_force", outages::lost),
             ("the_program_serves_from_a_cluster", program::serves),

@@ -1,5 +1,6 @@
 //! The agent's own metrics, beside those of connections: read from where they are counted whenever they are asked for.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
@@ -10,12 +11,15 @@ use tokio::time::Instant;
 
 use super::Agent;
 use crate::capture::{Kubelet, Unknown};
+use crate::discovery::report::{PodStatus, Proof};
 use crate::pods::PodView;
 use crate::telemetry::{MetricsPrefix, take_over};
 
 /// Identities whose certificates are shown, those that end first: as many as a node has Pods. The store keeps no more
 /// (`mesh_common::limits::MAX_PODS`); were there more, `mesh_certificates` would tell.
 const MAX_CERTIFICATES_SHOWN: usize = mesh_common::limits::MAX_PODS as usize;
+/// Pods of `mesh_pod_protected`: as many as a node has.
+const MAX_PODS_SHOWN: usize = mesh_common::limits::MAX_PODS as usize;
 /// Bytes of a version, which another maker's control plane writes as it likes.
 const MAX_VERSION_BYTES: usize = 64;
 /// Of the source, where the build was told.
@@ -43,6 +47,8 @@ pub struct AgentMetrics {
     pods_without_backstop: IntGaugeVec,
     unprotected: IntGaugeVec,
     kubelet_unknown: IntGaugeVec,
+    protected: IntGaugeVec,
+    not_shown: IntGauge,
     following: IntGaugeVec,
     following_failures: IntCounterVec,
     local_refused: IntCounter,
@@ -129,6 +135,15 @@ impl AgentMetrics {
                 "1 while the kubelet's probes are taken for anybody's plaintext, by the reason.",
                 &["reason"],
             )?,
+            protected: gauges(
+                "mesh_pod_protected",
+                "1 while the capture of the Pod's traffic is proven.",
+                &["namespace", "pod"],
+            )?,
+            not_shown: gauge(
+                "mesh_pods_not_shown",
+                "Pods that mesh_pod_protected has no room for; those that are protected are left out first.",
+            )?,
             following: gauges(
                 "mesh_following_pods",
                 "Pods of this node in the control plane's list, by what stands in the way of their enrolment.",
@@ -202,6 +217,15 @@ impl AgentMetrics {
                 .count();
             self.pods_without_backstop.with_label_values(&[reason]).set(size(count));
         }
+        let failing = agent.noticed.failing(|uid| pods.iter().any(|pod| pod.uid == uid));
+        let (shown, left_out) = protection(&pods, &failing, MAX_PODS_SHOWN);
+        // Those of Pods that are gone go.
+        self.protected.reset();
+        for ((namespace, pod), is_protected) in &shown {
+            let gauge = self.protected.with_label_values(&[namespace, pod]);
+            gauge.set(i64::from(*is_protected));
+        }
+        self.not_shown.set(size(left_out));
         self.show_following(agent, &pods);
         let kubelet = agent.capture.kubelet();
         for reason in Unknown::REASONS {
@@ -270,6 +294,28 @@ impl AgentMetrics {
     }
 }
 
+/// `(namespace, name)` → whether it is protected, for enrolled Pods and for members that are not; and how many found no room. Of two
+/// Pods with one name, as when one is made anew, the one counts that is not.
+fn protection(enrolled: &[PodView], failing: &[PodStatus], most: usize) -> (BTreeMap<(String, String), bool>, usize) {
+    let enrolled = enrolled
+        .iter()
+        .map(|pod| ((pod.namespace.clone(), pod.name.clone()), pod.proof == Proof::Proven.as_str()));
+    let failing = failing
+        .iter()
+        .map(|pod| ((pod.namespace.to_string(), pod.name.to_string()), false));
+    let mut all = BTreeMap::new();
+    for (pod, is_protected) in enrolled.chain(failing) {
+        all.entry(pod)
+            .and_modify(|before| *before &= is_protected)
+            .or_insert(is_protected);
+    }
+    let left_out = all.len().saturating_sub(most);
+    let mut worst_first: Vec<_> = all.into_iter().collect();
+    worst_first.sort_by_key(|(_, is_protected)| *is_protected);
+    worst_first.truncate(most);
+    (worst_first.into_iter().collect(), left_out)
+}
+
 fn shortened(version: &str) -> &str {
     &version[..version.floor_char_boundary(MAX_VERSION_BYTES)]
 }
@@ -292,6 +338,43 @@ mod tests {
         let long = "ü1".repeat(1_000);
         let cut = shortened(&long).len();
         assert!((MAX_VERSION_BYTES - 3..=MAX_VERSION_BYTES).contains(&cut), "{cut}");
+    }
+
+    #[test]
+    fn pods_that_are_not_protected_are_shown_first_and_what_finds_no_room_is_counted() {
+        let view = |name: &str, proof: &'static str| PodView {
+            uid: format!("uid-{name}-{proof}"),
+            namespace: "shop".to_owned(),
+            name: name.to_owned(),
+            identity: String::new(),
+            addresses: vec![],
+            netns_cookie: 1,
+            proof,
+            origin: "cni",
+            reason: String::new(),
+            served: true,
+            connections: 0,
+        };
+        let enrolled = [
+            view("a", "proven"),
+            view("b", "lost"),
+            view("c", "pending"),
+            view("anew", "proven"),
+            view("anew", "lost"),
+        ];
+        let failing = [crate::discovery::noticed::failing(&"u".into(), "shop", "z", "why", "io")];
+        let shown = |most| {
+            let (shown, left_out) = protection(&enrolled, &failing, most);
+            let names: Vec<(String, bool)> = shown.into_iter().map(|((_, name), protected)| (name, protected)).collect();
+            (names, left_out)
+        };
+        let named = |list: &[(&str, bool)]| list.iter().map(|(name, is)| ((*name).to_owned(), *is)).collect::<Vec<_>>();
+        let all = named(&[("a", true), ("anew", false), ("b", false), ("c", false), ("z", false)]);
+        assert_eq!(shown(10), (all, 0));
+        assert_eq!(
+            shown(4),
+            (named(&[("anew", false), ("b", false), ("c", false), ("z", false)]), 1)
+        );
     }
 
     #[test]

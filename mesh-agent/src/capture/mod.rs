@@ -270,16 +270,15 @@ impl Capture {
         blocking(move || inner.repair_node()).await
     }
 
-    /// Repairs what all Pods share, for ever.
-    pub async fn keep_whole(self: Arc<Self>) {
+    /// Repairs what all Pods share, for ever. `tell` is told what was put back.
+    pub async fn keep_whole(self: Arc<Self>, tell: impl Fn(&[String])) {
         let mut last = String::new();
         loop {
-            let now = self
-                .repair_node()
-                .await
-                .err()
-                .map(|error| error.to_string())
-                .unwrap_or_default();
+            let repaired = self.repair_node().await;
+            if let Ok(repaired) = &repaired {
+                tell(repaired);
+            }
+            let now = repaired.err().map(|error| error.to_string()).unwrap_or_default();
             if !now.is_empty() && now != last {
                 tracing::error!(error = now, "what is missing of the node's capture cannot be put back");
             }

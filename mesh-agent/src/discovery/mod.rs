@@ -3,6 +3,7 @@
 
 pub mod backoff;
 pub mod node_pods;
+pub mod noticed;
 pub mod report;
 pub mod subscription;
 #[cfg(test)]

@@ -12,6 +12,7 @@ use tonic::Code;
 use tracing::{debug, info};
 
 use super::backoff::Backoff;
+use super::noticed::Noticed;
 use super::transport::ControlPlane;
 use super::{DiscoveryStatus, MAX_REJECTED_NAMED};
 
@@ -57,6 +58,8 @@ pub struct PodStatus {
     pub proof: Proof,
     /// Why the proof is missing; empty when proven.
     pub reason: String,
+    /// The same as one word, by which people are told.
+    pub problem: &'static str,
 }
 
 /// Pods as they are, and those that were released while the control plane may still believe them proven: their peers would
@@ -78,6 +81,7 @@ impl Told {
             let released = PodStatus {
                 proof: Proof::Lost,
                 reason: RELEASED.to_owned(),
+                problem: RELEASED,
                 ..pod.clone()
             };
             (0, released)
@@ -86,13 +90,18 @@ impl Told {
         self.released.drain(..surplus);
     }
 
-    fn report(&mut self, sequence: u64, status: &DiscoveryStatus) -> NodeReport {
+    fn report(&mut self, sequence: u64, status: &DiscoveryStatus, noticed: &Noticed) -> NodeReport {
         let room = (MAX_PODS as usize).saturating_sub(self.pods.len()).min(self.released.len());
         let released = &mut self.released[..room];
         for (told_in, _) in released.iter_mut().filter(|(told_in, _)| *told_in == 0) {
             *told_in = sequence;
         }
-        report(sequence, self.pods.iter().chain(released.iter().map(|(_, pod)| pod)), status)
+        let room = (MAX_PODS as usize).saturating_sub(self.pods.len() + released.len());
+        // What is enrolled by now says it by its proof.
+        let mut failing = noticed.failing(|uid| self.pods.iter().any(|pod| &*pod.uid == uid));
+        failing.truncate(room);
+        let pods = self.pods.iter().chain(released.iter().map(|(_, pod)| pod)).chain(&failing);
+        report(sequence, pods, status, noticed)
     }
 
     fn received(&mut self, sequence: u64) {
@@ -112,12 +121,13 @@ pub async fn run(
     control: ControlPlane,
     mut pods: watch::Receiver<Arc<Vec<PodStatus>>>,
     mut status: watch::Receiver<DiscoveryStatus>,
+    noticed: Arc<Noticed>,
     stop: CancellationToken,
 ) {
     let mut backoff = Backoff::new(FIRST_RETRY, LONGEST_RETRY);
     let mut told = Told::default();
     loop {
-        let session = session(&control, &mut pods, &mut status, &mut told, &mut backoff);
+        let session = session(&control, &mut pods, &mut status, &noticed, &mut told, &mut backoff);
         let ended = tokio::select! {
             () = stop.cancelled() => return,
             ended = session => ended,
@@ -141,14 +151,17 @@ async fn session(
     control: &ControlPlane,
     pods: &mut watch::Receiver<Arc<Vec<PodStatus>>>,
     status: &mut watch::Receiver<DiscoveryStatus>,
+    noticed: &Noticed,
     told: &mut Told,
     backoff: &mut Backoff,
 ) -> tonic::Status {
     let (reports, receiver) = mpsc::channel(1);
     let mut sequence = 1;
     told.start();
+    noticed.start();
+    let mut more = noticed.changed();
     told.update(pods.borrow_and_update().clone());
-    let first = told.report(sequence, &status.borrow_and_update());
+    let first = told.report(sequence, &status.borrow_and_update(), noticed);
     // The channel has room for one: this cannot wait, and the request needs a first message to start the stream.
     if reports.try_send(first).is_err() {
         return tonic::Status::internal("no room for the first report");
@@ -165,6 +178,7 @@ async fn session(
                 Ok(Some(receipt)) => {
                     backoff.reset();
                     told.received(receipt.sequence);
+                    noticed.received(receipt.sequence);
                     debug!(receipt.sequence, "node report received by the control plane");
                     continue;
                 }
@@ -178,6 +192,12 @@ async fn session(
                 }
                 tokio::time::sleep(GATHER).await;
             }
+            changed = more.changed() => {
+                if changed.is_err() {
+                    return tonic::Status::cancelled("the agent stops");
+                }
+                tokio::time::sleep(GATHER).await;
+            }
             changed = status.changed() => {
                 if changed.is_err() {
                     return tonic::Status::cancelled("the agent stops");
@@ -186,15 +206,22 @@ async fn session(
             }
         }
         sequence += 1;
+        more.mark_unchanged();
         told.update(pods.borrow_and_update().clone());
-        let next = told.report(sequence, &status.borrow_and_update());
+        let next = told.report(sequence, &status.borrow_and_update(), noticed);
         if reports.send(next).await.is_err() {
             return tonic::Status::unavailable("the control plane stopped reading reports");
         }
     }
 }
 
-fn report<'a>(sequence: u64, pods: impl Iterator<Item = &'a PodStatus>, status: &DiscoveryStatus) -> NodeReport {
+fn report<'a>(
+    sequence: u64,
+    pods: impl Iterator<Item = &'a PodStatus>,
+    status: &DiscoveryStatus,
+    noticed: &Noticed,
+) -> NodeReport {
+    let (repaired, mut of_pods) = noticed.pieces(sequence);
     NodeReport {
         sequence,
         pods: pods
@@ -209,8 +236,11 @@ fn report<'a>(sequence: u64, pods: impl Iterator<Item = &'a PodStatus>, status: 
                 }
                 .into(),
                 reason: pod.reason.clone(),
+                problem: pod.problem.to_owned(),
+                repaired: of_pods.remove(&pod.uid).unwrap_or_default(),
             })
             .collect(),
+        repaired,
         enforced_versions: status
             .enforced_versions
             .iter()
@@ -222,6 +252,7 @@ fn report<'a>(sequence: u64, pods: impl Iterator<Item = &'a PodStatus>, status: 
 
 #[cfg(test)]
 mod tests {
+    use super::super::noticed::failing;
     use super::*;
 
     fn pods(uids: &[&str]) -> Arc<Vec<PodStatus>> {
@@ -232,12 +263,13 @@ mod tests {
             netns_cookie: 1,
             proof: Proof::Proven,
             reason: String::new(),
+            problem: "",
         };
         Arc::new(uids.iter().map(pod).collect())
     }
 
     fn told(told: &mut Told, sequence: u64) -> Vec<(String, WireProof)> {
-        let report = told.report(sequence, &DiscoveryStatus::default());
+        let report = told.report(sequence, &DiscoveryStatus::default(), &Noticed::default());
         report.pods.iter().map(|pod| (pod.uid.clone(), pod.proof())).collect()
     }
 
@@ -265,6 +297,26 @@ mod tests {
         state.update(pods(&[]));
         state.update(pods(&["b"]));
         assert_eq!(told(&mut state, 3), expected(&[("b", WireProof::Proven)]));
+    }
+
+    #[test]
+    fn members_that_are_not_enrolled_are_told_with_their_reason_and_never_as_lost() {
+        let noticed = Noticed::default();
+        for uid in ["a", "b"] {
+            noticed.failing_by_cni(failing(&uid.into(), "shop", uid, "no room", "limit"));
+        }
+        let mut state = Told::default();
+        state.update(pods(&["b"]));
+        let all = |state: &mut Told| {
+            let report = state.report(1, &DiscoveryStatus::default(), &noticed);
+            let pods = report.pods.iter();
+            pods.map(|pod| (pod.uid.clone(), pod.proof(), pod.problem.clone()))
+                .collect::<Vec<_>>()
+        };
+        let a = ("a".to_owned(), WireProof::Pending, "limit".to_owned());
+        assert_eq!(all(&mut state), [("b".to_owned(), WireProof::Proven, String::new()), a]);
+        noticed.enrolled_by_cni("a");
+        assert_eq!(all(&mut state).len(), 1);
     }
 
     #[test]

@@ -8,10 +8,12 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 
+use super::standing::Why;
 use super::{ENROLMENT_PATIENCE, Pods, validate};
 use crate::capture::netns::NetNamespace;
 use crate::capture::{Origin, PodToEnroll};
 use crate::discovery::node_pods::{ListedPod, NodeList, NodeLists};
+use crate::discovery::noticed::failing;
 
 /// How long a Pod of the mesh waits for the control plane to tell of it: the kubelet may hear of it first.
 const LIST_PATIENCE: Duration = Duration::from_secs(10);
@@ -42,14 +44,22 @@ impl Pods {
             Ok(listed) => listed,
             Err(verdict) => return verdict,
         };
-        match self.enroll_made(pod, listed).await {
-            Ok(()) => Verdict::Done,
-            Err(why) => Verdict::Failed(why),
+        let uid = pod.uid.clone();
+        match self.clone().enroll_made(pod, listed.clone()).await {
+            Ok(()) => {
+                self.noticed.enrolled_by_cni(&uid);
+                Verdict::Done
+            }
+            Err(why) => {
+                self.noticed
+                    .failing_by_cni(failing(&uid, &listed.namespace, &listed.name, &why.text, why.problem));
+                Verdict::Failed(why.text)
+            }
         }
     }
 
-    async fn enroll_made(self: Arc<Self>, pod: CniPod, listed: ListedPod) -> Result<(), String> {
-        let netns = NetNamespace::open(&pod.netns).map_err(|error| error.to_string())?;
+    async fn enroll_made(self: Arc<Self>, pod: CniPod, listed: ListedPod) -> Result<(), Why> {
+        let netns = NetNamespace::open(&pod.netns)?;
         let to_enroll = PodToEnroll {
             uid: pod.uid.to_string(),
             namespace: listed.namespace,
@@ -60,27 +70,21 @@ impl Pods {
             cgroup_path: None,
             origin: Origin::Cni,
         };
-        validate(&to_enroll).map_err(|error| error.to_string())?;
+        validate(&to_enroll)?;
         // Its processes tell whose a namespace is, whatever we are told.
-        if let Some(other) = self
-            .capture
-            .other_pod_in(&netns, &pod.uid)
-            .await
-            .map_err(|error| error.to_string())?
-        {
-            return Err(format!("processes of Pod {other} run in its network namespace"));
+        if let Some(other) = self.capture.other_pod_in(&netns, &pod.uid).await? {
+            let text = format!("processes of Pod {other} run in its network namespace");
+            return Err(Why::new("another_pod", text));
         }
         self.ended.lock().remove(&pod.uid);
         if self.has_other_namespace(&pod.uid, &netns) {
             info!(uid = %pod.uid, "the Pod's sandbox is made anew: the one before is released");
-            self.clone().release(&pod.uid).await.map_err(|error| error.to_string())?;
+            self.clone().release(&pod.uid).await?;
         }
         self.trust_domain.known(ENROLMENT_PATIENCE).await;
-        self.capture_in(&pod.uid, to_enroll, netns)
-            .await
-            .map_err(|error| error.to_string())?;
-        let proven = self.wait_until_proven(&pod.uid, Instant::now() + ENROLMENT_PATIENCE).await;
-        proven.map(|_| ()).map_err(|error| error.to_string())
+        self.capture_in(&pod.uid, to_enroll, netns).await?;
+        self.wait_until_proven(&pod.uid, Instant::now() + ENROLMENT_PATIENCE).await?;
+        Ok(())
     }
 
     fn has_other_namespace(&self, uid: &str, netns: &NetNamespace) -> bool {

@@ -16,6 +16,7 @@ use super::{LEAVING_GRACE, PodError, Pods};
 use crate::capture::{FindError, Found, Origin, PodToEnroll, Wanted};
 use crate::discovery::backoff::Backoff;
 use crate::discovery::node_pods::{ListedPod, NodeList, NodeLists};
+use crate::discovery::noticed::failing as failing_member;
 use crate::discovery::report::Proof;
 
 /// After something failed, before it is tried again.
@@ -51,7 +52,10 @@ pub struct Followed {
 struct Attempt {
     backoff: Backoff,
     due: Instant,
+    /// Empty: it was done.
     why: String,
+    /// The same as one word.
+    problem: &'static str,
 }
 
 #[derive(Debug)]
@@ -224,6 +228,7 @@ impl Following {
             backoff: Backoff::new(FIRST_RETRY, LONGEST_RETRY),
             due: Instant::now(),
             why: String::new(),
+            problem: "",
         });
         // Also after a success: one that stays unproven is looked for again, with pauses.
         attempt.due = Instant::now() + attempt.backoff.after_failure();
@@ -235,7 +240,7 @@ impl Following {
                     let pod = list.pods.get(&uid).map(name_of).unwrap_or_default();
                     warn!(%uid, pod, reason, "a Pod's enrolment is not what it should be: {why}");
                 }
-                attempt.why = why;
+                (attempt.why, attempt.problem) = (why, reason);
             }
         }
     }
@@ -252,6 +257,15 @@ impl Following {
                 (pod, attempt.why.clone())
             })
             .collect();
+        let failing = self.attempts.iter().filter(|(_, attempt)| !attempt.why.is_empty());
+        let members = failing.filter_map(|(uid, attempt)| {
+            let pod = list.pods.get(uid).filter(|pod| pod.is_member)?;
+            let told = failing_member(uid, &pod.namespace, &pod.name, &attempt.why, attempt.problem);
+            Some((uid.clone(), told))
+        });
+        let enrolled = self.pods.known();
+        let waits = |uid: &str| !enrolled.contains_key(uid) && list.pods.get(uid).is_some_and(|pod| pod.is_member);
+        self.pods.noticed.failing_by_list(members.collect(), waits);
         let refused: BTreeMap<String, String> = (list.pods.values())
             .filter(|pod| !pod.refused.is_empty())
             .map(|pod| (name_of(pod), pod.refused.clone()))

@@ -8,7 +8,7 @@ mod proving;
 mod standing;
 mod trust_domain;
 
-use standing::Standing;
+use standing::{Standing, Why};
 pub use trust_domain::TrustDomain;
 
 use std::collections::{BTreeMap, HashSet};
@@ -26,11 +26,11 @@ use tracing::{error, info, warn};
 
 use crate::capture::netns::NetNamespace;
 use crate::capture::{Capture, CaptureError, CapturedPod, PodToEnroll};
+use crate::discovery::noticed::Noticed;
 use crate::discovery::report::{PodStatus, Proof};
 use crate::identity::Identity;
 use crate::identity::renewal::Certificates;
 use crate::proxy::{PodProxyHandle, Proxy, ProxyPod};
-use crate::telemetry::Metrics;
 
 /// An enrolment is answered after this, whatever is still missing; the Pod stays enrolled and pending.
 const ENROLMENT_PATIENCE: Duration = Duration::from_secs(10);
@@ -117,8 +117,8 @@ pub struct Pods {
     capture: Arc<Capture>,
     proxy: Arc<Proxy>,
     certificates: Arc<Certificates>,
-    metrics: Arc<Metrics>,
     trust_domain: Arc<TrustDomain>,
+    noticed: Arc<Noticed>,
     enrolled: Mutex<BTreeMap<Arc<str>, Enrolled>>,
     /// Whose sandbox the CNI plugin has taken away: the control plane lists them for a while longer.
     ended: Mutex<HashSet<Arc<str>>>,
@@ -137,15 +137,15 @@ impl Pods {
         capture: Arc<Capture>,
         proxy: Arc<Proxy>,
         certificates: Arc<Certificates>,
-        metrics: Arc<Metrics>,
         trust_domain: Arc<TrustDomain>,
+        noticed: Arc<Noticed>,
     ) -> Arc<Self> {
         Arc::new(Self {
             capture,
             proxy,
             certificates,
-            metrics,
             trust_domain,
+            noticed,
             enrolled: Mutex::default(),
             ended: Mutex::default(),
             busy: Mutex::default(),
@@ -172,7 +172,7 @@ impl Pods {
                 }
                 Err((pod, error)) => {
                     error!(pod = %pod.name, namespace = %pod.namespace, %error, "an enrolled Pod cannot be taken over; its connections are refused until it can");
-                    self.insert(pod, 0, None, true, error.to_string());
+                    self.insert(pod, 0, None, true, error.into());
                 }
             }
         }
@@ -246,8 +246,6 @@ impl Pods {
             enrolled.stop.cancel();
             enrolled.is_leaving = true;
             enrolled.standing.leave();
-            self.metrics
-                .set_pod_protected(&enrolled.pod.namespace, &enrolled.pod.name, false);
         }
         // Whatever fails from here on: nobody takes it for protected.
         self.publish();
@@ -271,7 +269,6 @@ impl Pods {
         self.proxy.forget(&self.certificates.unwant(uid));
         let Some(enrolled) = enrolled else { return false };
         enrolled.stop.cancel();
-        self.metrics.forget_pod(&enrolled.pod.namespace, &enrolled.pod.name);
         info!(pod = %enrolled.pod.name, namespace = %enrolled.pod.namespace, %uid, "Pod released");
         true
     }
@@ -396,28 +393,26 @@ impl Pods {
             probes: self.capture.probes(),
         };
         let handle = self.proxy.serve(served, listeners);
-        self.insert(pod, netns_cookie, Some(handle), recovered, "not proven yet".to_owned());
+        self.insert(
+            pod,
+            netns_cookie,
+            Some(handle),
+            recovered,
+            Why::new("not_proven_yet", "not proven yet"),
+        );
     }
 
-    fn insert(
-        self: &Arc<Self>,
-        pod: PodToEnroll,
-        netns_cookie: u64,
-        handle: Option<PodProxyHandle>,
-        recovered: bool,
-        reason: String,
-    ) {
+    fn insert(self: &Arc<Self>, pod: PodToEnroll, netns_cookie: u64, handle: Option<PodProxyHandle>, recovered: bool, why: Why) {
         let uid: Arc<str> = pod.uid.as_str().into();
         let identity = self.identity(&pod);
         self.certificates.want(&identity, &uid);
-        self.metrics.set_pod_protected(&pod.namespace, &pod.name, false);
         let stop = CancellationToken::new();
         let enrolled = Enrolled {
             pod,
             uid: uid.clone(),
             identity,
             netns_cookie,
-            standing: Standing::new(recovered, reason),
+            standing: Standing::new(recovered, why),
             handle,
             stop: stop.clone(),
             is_leaving: false,
@@ -450,6 +445,7 @@ impl Pods {
                 netns_cookie: enrolled.netns_cookie,
                 proof: enrolled.standing.proof(),
                 reason: enrolled.standing.reason().to_owned(),
+                problem: enrolled.standing.problem(),
             })
             .collect();
         self.status.send_if_modified(|current| {

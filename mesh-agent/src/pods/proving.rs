@@ -7,7 +7,7 @@ use tokio::time::sleep;
 use tracing::{error, info, warn};
 
 use super::Pods;
-use super::standing::Turn;
+use super::standing::{Turn, Why};
 use crate::discovery::report::Proof;
 
 /// Proven Pods are proven again this often; others are tried as often, after some quick attempts.
@@ -73,7 +73,7 @@ impl Pods {
                 }
                 Err(error) => {
                     if let Some(enrolled) = pods.enrolled.lock().get_mut(&uid) {
-                        enrolled.standing.explain(error.to_string());
+                        enrolled.standing.explain(error.into());
                     }
                 }
             }
@@ -96,12 +96,10 @@ impl Pods {
             handle.shutdown().await;
             match pods.capture.reopen(&uid).await {
                 Ok(captured) => {
+                    pods.noticed.pod_repaired(&uid, &["listener"]);
                     pods.serve(captured, true);
                     // What it was proven to be does not start anew.
                     if let Some(enrolled) = pods.enrolled.lock().get_mut(&uid) {
-                        let is_proven = standing.proof() == Proof::Proven;
-                        pods.metrics
-                            .set_pod_protected(&enrolled.pod.namespace, &enrolled.pod.name, is_proven);
                         enrolled.standing = standing;
                     }
                 }
@@ -110,7 +108,7 @@ impl Pods {
                     // Its handle is gone: what it is now is what a failed recovery is.
                     pods.capture.give_up(&uid);
                     if let Some(enrolled) = pods.enrolled.lock().get_mut(&uid) {
-                        enrolled.standing.settle(Err(error.to_string()));
+                        enrolled.standing.settle(Err(error.into()));
                     }
                 }
             }
@@ -119,27 +117,29 @@ impl Pods {
     }
 
     /// A Pod is proven by its capture; for the first time only once it has a certificate to be reached by.
-    async fn prove(self: &Arc<Self>, uid: &Arc<str>) -> Result<(), String> {
+    async fn prove(self: &Arc<Self>, uid: &Arc<str>) -> Result<(), Why> {
         {
             // Held for the probes alone: a Pod without a certificate must not keep others from being proven.
             let Ok(_permit) = self.proofs.acquire().await else {
-                return Err("the agent stops".to_owned());
+                return Err(Why::new("stops", "the agent stops"));
             };
-            let repairs = self.capture.repair(uid).await.map_err(|error| error.to_string())?;
+            let repairs = self.capture.repair(uid).await?;
+            self.noticed.pod_repaired(uid, &repairs.repaired);
             if repairs.is_listener_lost {
                 self.reopen(uid);
-                return Err("a listener of the agent in the Pod was closed".to_owned());
+                return Err(Why::new("listener_closed", "a listener of the agent in the Pod was closed"));
             }
             let listeners = self
                 .enrolled
                 .lock()
                 .get(uid)
                 .and_then(|enrolled| enrolled.handle.as_ref()?.listeners());
-            if let Some([_, tunnel, plaintext]) = listeners {
-                let restored = self.capture.restore_listeners(uid, [tunnel, plaintext]).await;
-                restored.map_err(|error| error.to_string())?;
+            if let Some([_, tunnel, plaintext]) = listeners
+                && self.capture.restore_listeners(uid, [tunnel, plaintext]).await?
+            {
+                self.noticed.pod_repaired(uid, &["listeners_entry"]);
             }
-            self.capture.prove(uid).await.map_err(|error| error.to_string())?;
+            self.capture.prove(uid).await?;
         }
         let identity = self
             .enrolled
@@ -148,17 +148,20 @@ impl Pods {
             .filter(|enrolled| enrolled.standing.proof() != Proof::Proven)
             .map(|enrolled| enrolled.identity.clone());
         match identity {
-            Some(identity) => self.certificates.ready(&identity, PROOF_INTERVAL).await.map(|_| ()),
+            Some(identity) => {
+                let ready = self.certificates.ready(&identity, PROOF_INTERVAL).await;
+                ready.map(|_| ()).map_err(|text| Why::new("no_certificate", text))
+            }
             None => Ok(()),
         }
     }
 
-    fn settle(&self, uid: &str, result: Result<(), String>) {
+    fn settle(&self, uid: &str, result: Result<(), Why>) {
         {
             let mut enrolled = self.enrolled.lock();
             let Some(enrolled) = enrolled.get_mut(uid) else { return };
             let (namespace, name) = (&enrolled.pod.namespace, &enrolled.pod.name);
-            let reason = result.as_ref().err().cloned().unwrap_or_default();
+            let reason = result.as_ref().err().map(|why| why.text.clone()).unwrap_or_default();
             let turn = enrolled.standing.settle(result);
             if !reason.is_empty() {
                 warn!(%namespace, pod = %name, %reason, failures = enrolled.standing.failures(), "the Pod cannot be proven to be in the mesh");
@@ -166,11 +169,9 @@ impl Pods {
             match turn {
                 Turn::Proven => {
                     info!(%namespace, pod = %name, "the Pod's capture is proven");
-                    self.metrics.set_pod_protected(namespace, name, true);
                 }
                 Turn::Lost => {
                     error!(%namespace, pod = %name, %reason, "the proof of the Pod's capture is LOST: the mesh refuses its connections until it is proven again");
-                    self.metrics.set_pod_protected(namespace, name, false);
                 }
                 Turn::None => {}
             }

@@ -1,15 +1,54 @@
 //! Where a Pod stands, decided from nothing but the outcomes of its proofs.
 
+use super::PodError;
+use crate::capture::CaptureError;
+use crate::capture::probe::ProofError;
 use crate::discovery::report::Proof;
 
 /// A proof that fails so often in a row is lost.
 const FAILURES_UNTIL_LOST: u32 = 2;
 
+/// Why a Pod is not proven.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Why {
+    /// One of `mesh_proto::PROBLEMS`, or another word, which people are told nothing of but where to look.
+    pub problem: &'static str,
+    /// For logs and the admin dump.
+    pub text: String,
+}
+
+impl Why {
+    pub(super) fn new(problem: &'static str, text: impl Into<String>) -> Self {
+        Self {
+            problem,
+            text: text.into(),
+        }
+    }
+}
+
+impl From<CaptureError> for Why {
+    fn from(error: CaptureError) -> Self {
+        Self::new(error.reason(), error.to_string())
+    }
+}
+
+impl From<ProofError> for Why {
+    fn from(error: ProofError) -> Self {
+        Self::new(error.reason(), error.to_string())
+    }
+}
+
+impl From<PodError> for Why {
+    fn from(error: PodError) -> Self {
+        Self::new(error.reason(), error.to_string())
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Standing {
     proof: Proof,
     /// Why it is not proven; empty when it is.
-    reason: String,
+    why: Why,
     /// An earlier agent may have proven it, so a failed proof is a lost one.
     was_proven: bool,
     failures: u32,
@@ -26,10 +65,10 @@ pub(super) enum Turn {
 
 impl Standing {
     /// `recovered`: found at the start, with a past that is not known.
-    pub(super) fn new(recovered: bool, reason: String) -> Self {
+    pub(super) fn new(recovered: bool, why: Why) -> Self {
         Self {
             proof: Proof::Pending,
-            reason,
+            why,
             was_proven: recovered,
             failures: 0,
         }
@@ -40,7 +79,11 @@ impl Standing {
     }
 
     pub(super) fn reason(&self) -> &str {
-        &self.reason
+        &self.why.text
+    }
+
+    pub(super) fn problem(&self) -> &'static str {
+        self.why.problem
     }
 
     /// In a row.
@@ -49,9 +92,9 @@ impl Standing {
     }
 
     /// Why it is not even tried.
-    pub(super) fn explain(&mut self, reason: String) {
+    pub(super) fn explain(&mut self, why: Why) {
         if self.proof != Proof::Proven {
-            self.reason = reason;
+            self.why = why;
         }
     }
 
@@ -60,22 +103,22 @@ impl Standing {
         if self.proof == Proof::Proven {
             self.proof = Proof::Lost;
         }
-        self.reason = "it is being released".to_owned();
+        self.why = Why::new("released", "it is being released");
     }
 
-    pub(super) fn settle(&mut self, outcome: Result<(), String>) -> Turn {
+    pub(super) fn settle(&mut self, outcome: Result<(), Why>) -> Turn {
         match outcome {
             Ok(()) => {
                 self.failures = 0;
                 self.was_proven = true;
-                self.reason.clear();
+                self.why = Why::default();
                 if std::mem::replace(&mut self.proof, Proof::Proven) == Proof::Proven {
                     Turn::None
                 } else {
                     Turn::Proven
                 }
             }
-            Err(reason) => {
+            Err(why) => {
                 self.failures = self.failures.saturating_add(1);
                 let is_lost = self.was_proven && self.failures >= FAILURES_UNTIL_LOST;
                 let turn = if is_lost && self.proof != Proof::Lost {
@@ -84,7 +127,7 @@ impl Standing {
                 } else {
                     Turn::None
                 };
-                self.explain(reason);
+                self.explain(why);
                 turn
             }
         }
@@ -94,14 +137,42 @@ impl Standing {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::capture::FindError;
+
+    fn why(text: &str) -> Why {
+        Why::new("io", text)
+    }
+
+    #[test]
+    fn what_people_can_mend_is_told_by_a_word_that_the_control_plane_knows() {
+        let destination = "127.0.0.1:1".parse().expect("an address");
+        let (text, found) = (String::new(), 2);
+        let words = [
+            FindError::NoProcess.reason(),
+            FindError::HostNetwork.reason(),
+            FindError::NoAddress.reason(),
+            FindError::Ambiguous(found).reason(),
+            PodError::AnotherNamespace.reason(),
+            ProofError::Outbound {
+                destination,
+                why: text.clone(),
+            }
+            .reason(),
+            ProofError::Inbound { destination, why: text }.reason(),
+        ];
+        for word in words {
+            assert!(mesh_proto::PROBLEMS.contains(&word), "{word}");
+        }
+    }
 
     #[test]
     fn one_that_leaves_is_protected_no_longer() {
-        for (outcome, left) in [(Ok(()), Proof::Lost), (Err("why".to_owned()), Proof::Pending)] {
-            let mut standing = Standing::new(false, "new".to_owned());
+        for (outcome, left) in [(Ok(()), Proof::Lost), (Err(why("why")), Proof::Pending)] {
+            let mut standing = Standing::new(false, why("new"));
             standing.settle(outcome);
             standing.leave();
-            assert_eq!((standing.proof(), standing.reason()), (left, "it is being released"));
+            let told = (standing.proof(), standing.reason(), standing.problem());
+            assert_eq!(told, (left, "it is being released", "released"));
         }
     }
 
@@ -128,10 +199,10 @@ mod tests {
             (false, "--+-", &[Pending, Pending, Proven, Proven]),
         ];
         for (recovered, outcomes, expected) in table {
-            let mut standing = Standing::new(*recovered, "new".to_owned());
+            let mut standing = Standing::new(*recovered, why("new"));
             let mut before = standing.proof();
             for (step, (outcome, expected)) in outcomes.chars().zip(*expected).enumerate() {
-                let turn = standing.settle(if outcome == '+' { Ok(()) } else { Err("why".to_owned()) });
+                let turn = standing.settle(if outcome == '+' { Ok(()) } else { Err(why("why")) });
                 let at = format!("{outcomes} at {step}, recovered: {recovered}");
                 assert_eq!(standing.proof(), *expected, "{at}");
                 let told = match (before, *expected) {
@@ -149,11 +220,11 @@ mod tests {
 
     #[test]
     fn a_proven_pod_needs_no_reason() {
-        let mut standing = Standing::new(true, "cannot be taken over".to_owned());
-        standing.explain("still not".to_owned());
+        let mut standing = Standing::new(true, why("cannot be taken over"));
+        standing.explain(why("still not"));
         assert_eq!(standing.reason(), "still not");
         standing.settle(Ok(()));
-        standing.explain("late".to_owned());
-        assert_eq!(standing.reason(), "");
+        standing.explain(why("late"));
+        assert_eq!((standing.reason(), standing.problem()), ("", ""));
     }
 }

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use prometheus::{Encoder, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder};
+use prometheus::{Encoder, IntCounter, IntCounterVec, Opts, Registry, TextEncoder};
 
 use super::prefix::MetricsPrefix;
 use super::tunnels::Tunnels;
@@ -157,7 +157,6 @@ pub struct Metrics {
     pub(super) access_log_dropped: IntCounter,
     capture_events: IntCounterVec,
     taking_over: Mutex<()>,
-    pod_protected: IntGaugeVec,
 }
 
 /// Brings a counter to where something that counts by itself is; one that has begun again begins again here, too. For one caller
@@ -186,15 +185,6 @@ impl Default for Metrics {
         let counter = |name: &str, help: &str| counters(name, help, &[]).with_label_values::<&str>(&[]);
         let mut failed_labels = CONNECTION_LABELS.to_vec();
         failed_labels.push("reason");
-        let pod_protected = IntGaugeVec::new(
-            Opts::new("mesh_pod_protected", "1 while the capture of the Pod's traffic is proven"),
-            &["namespace", "pod"],
-        )
-        .expect("constant names and labels are valid");
-        registry
-            .register(Box::new(pod_protected.clone()))
-            .expect("each name is registered once");
-
         let metrics = Self {
             opened: counters(
                 "mesh_tcp_connections_opened_total",
@@ -264,7 +254,6 @@ impl Default for Metrics {
             ),
             capture_events: counters("mesh_capture_events_total", "What the kernel programs counted", &["event"]),
             taking_over: Mutex::default(),
-            pod_protected,
             registry,
         };
         metrics.show_zeros();
@@ -435,16 +424,5 @@ impl Metrics {
         for (event, count) in read() {
             take_over(&self.capture_events.with_label_values(&[event]), count);
         }
-    }
-
-    pub fn set_pod_protected(&self, namespace: &str, pod: &str, protected: bool) {
-        self.pod_protected
-            .with_label_values(&[namespace, pod])
-            .set(i64::from(protected));
-    }
-
-    pub fn forget_pod(&self, namespace: &str, pod: &str) {
-        // An error says only that there was no such series.
-        let _ = self.pod_protected.remove_label_values(&[namespace, pod]);
     }
 }

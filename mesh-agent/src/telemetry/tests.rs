@@ -91,7 +91,6 @@ fn hostile_names_stay_in_their_line_of_the_log_and_in_their_label() {
         metrics.count_denied(Some(&name.as_str().into()));
         metrics.count_cut(Some(&name.as_str().into()));
         metrics.count_dry_run(&name.as_str().into());
-        metrics.set_pod_protected(name, name, true);
         metrics.tunnels().opened(pair(name)).measured(Duration::from_millis(1), 1, 0);
     }
     let lines = lines(&path, names.len());
@@ -110,7 +109,6 @@ fn hostile_names_stay_in_their_line_of_the_log_and_in_their_label() {
         ("mesh_policy_denied_total", "policy"),
         ("mesh_policy_cut_total", "policy"),
         ("mesh_policy_dry_run_matches_total", "policy"),
-        ("mesh_pod_protected", "pod"),
         ("mesh_tcp_retransmitted_segments_total", "source_workload"),
     ] {
         let shown = values(&metrics, family, label);

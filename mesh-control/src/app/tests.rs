@@ -304,7 +304,7 @@ async fn a_restarted_control_plane_resumes_its_clients_and_keeps_proofs() {
             namespace: "shop".into(),
             name: "web".into(),
             proof: proof.into(),
-            reason: String::new(),
+            ..PodReport::default()
         }],
         ..NodeReport::default()
     };

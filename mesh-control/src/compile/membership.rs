@@ -120,15 +120,19 @@ pub struct NodePod {
     pub probe_ports: Vec<u16>,
 }
 
+/// What is said of a namespace that is kept out.
+#[must_use]
+pub fn kept_out_because() -> String {
+    format!(
+        "its label {MESH_LABEL}=enabled is ignored, since DNS and the control plane could not start before each other: remove it"
+    )
+}
+
 impl Enrolment {
     /// What operators should hear of, one line each.
     pub fn warnings(&self) -> impl Iterator<Item = String> {
-        let kept_out = self.kept_out.iter().map(|namespace| {
-            format!(
-                "namespace {namespace}: its label {MESH_LABEL}=enabled is ignored: DNS and the control plane could not start before \
-                 each other"
-            )
-        });
+        let kept_out = self.kept_out.iter();
+        let kept_out = kept_out.map(|namespace| format!("namespace {namespace}: {}", kept_out_because()));
         let refused = self
             .refused
             .iter()

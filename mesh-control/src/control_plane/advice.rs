@@ -8,14 +8,18 @@ use tokio::time::{Instant, sleep};
 use super::ControlPlane;
 use crate::compile::network_policies::{Direction, Finding, Findings, in_the_way};
 use crate::limits::{MAX_NETWORK_POLICIES_LOGGED, NETWORK_POLICY_PACE};
+use crate::objects::World;
 
 impl ControlPlane {
     /// Looks at NetworkPolicies after each change, for ever.
     pub async fn look_at_network_policies(self: Arc<Self>) {
         let mut snapshots = self.subscribe();
+        let Some(mut writer) = self.writer() else { return };
         loop {
-            if snapshots.changed().await.is_err() {
-                return;
+            tokio::select! {
+                changed = snapshots.changed() => if changed.is_err() { return },
+                // Whoever tells it from now on has told nothing yet.
+                changed = writer.changed() => if changed.is_err() { return },
             }
             sleep(NETWORK_POLICY_PACE).await;
             let snapshot = Arc::clone(&snapshots.borrow_and_update());
@@ -23,20 +27,23 @@ impl ControlPlane {
             let began = Instant::now();
             let looked = tokio::task::spawn_blocking(move || {
                 let world = Arc::clone(&control.inner.lock().world);
-                control.advise(in_the_way(&world, &snapshot));
+                control.advise(&world, in_the_way(&world, &snapshot));
             });
             drop(looked.await);
             sleep(began.elapsed() * 4).await;
         }
     }
 
-    fn advise(&self, findings: Findings) {
+    fn advise(&self, world: &World, findings: Findings) {
         for direction in Direction::ALL {
             let count = findings.count.get(&direction).copied().unwrap_or_default();
             self.metrics.network_policies(direction.as_str(), count);
         }
         let cut = i64::try_from(findings.cut).unwrap_or(i64::MAX);
         self.metrics.network_policies_not_compared.set(cut);
+        if let Some(shared) = &self.shared {
+            shared.notices.policies(world, &findings.policies, &self.metrics);
+        }
         let mut known = self.findings.lock();
         let told: BTreeSet<_> = known.policies.iter().map(key).collect();
         let new = findings.policies.iter().filter(|finding| !told.contains(&key(finding)));

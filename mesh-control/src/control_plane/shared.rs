@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
+use super::notices::Notices;
 use super::{ControlPlane, Inner};
 use crate::accounts::Accounts;
 use crate::capture_states::{CaptureState, Proof};
@@ -26,6 +27,7 @@ pub struct Shared {
     wishes: Mutex<Wishes>,
     wished: Notify,
     accounts: watch::Sender<Option<Accounts>>,
+    pub notices: Notices,
 }
 
 impl Default for Shared {
@@ -34,6 +36,7 @@ impl Default for Shared {
             wishes: Mutex::default(),
             wished: Notify::new(),
             accounts: watch::Sender::new(None),
+            notices: Notices::default(),
         }
     }
 }
@@ -194,14 +197,14 @@ impl ControlPlane {
     }
 }
 
-fn pods(world: &World) -> impl Iterator<Item = (&ObjectId, &Pod)> {
+pub(super) fn pods(world: &World) -> impl Iterator<Item = (&ObjectId, &Pod)> {
     world.iter().filter_map(|(id, object)| match object.as_ref() {
         Object::Pod(pod) => Some((id, pod.as_ref())),
         _ => None,
     })
 }
 
-fn pod_ref(id: &ObjectId, pod: &Pod) -> PodRef {
+pub(super) fn pod_ref(id: &ObjectId, pod: &Pod) -> PodRef {
     PodRef {
         namespace: id.namespace.clone(),
         name: id.name.clone(),

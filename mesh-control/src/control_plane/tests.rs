@@ -1,5 +1,6 @@
 use super::*;
 use crate::registry::Scan;
+use crate::troubles::{Problem, Repaired};
 
 const MESH: &str = r#"
 apiVersion: v1
@@ -50,6 +51,8 @@ fn word(proof: Proof) -> Vec<PodWord> {
         namespace: "shop".into(),
         name: "web".into(),
         proof,
+        problem: Problem::Other,
+        repaired: Repaired::default(),
     }]
 }
 

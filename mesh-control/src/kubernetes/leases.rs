@@ -103,6 +103,7 @@ impl Leases {
             }
             let is_writer = self.is_writer();
             self.control.metrics.status_writer.set(i64::from(is_writer));
+            self.control.set_writer(is_writer);
             if before != is_writer {
                 tracing::info!(is_writer, identity = self.identity(), "the Lease of who writes statuses");
             }
@@ -172,6 +173,7 @@ impl Leases {
         }
         self.election.lock().lost();
         self.control.metrics.status_writer.set(0);
+        self.control.set_writer(false);
         let Ok(Some(lease)) = answered(self.api.get_opt(ELECTION)).await else {
             return;
         };

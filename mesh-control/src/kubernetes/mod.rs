@@ -1,17 +1,23 @@
 //! The registry over the API server: it follows Kubernetes objects, and compiles them as those of a folder are.
 //!
 //! `watch` (lists and watches) → `world` (pure: last good forms, what is complete) → `registry::decision` → `control_plane`; and
-//! back: `captures` writes what agents have proven on their Pods, `accounts` keeps deleted service accounts; `leases` tells the other
+//! back: `captures` writes what agents have proven on their Pods, `accounts` keeps deleted service accounts; `notice_writer` writes what
+//! people are told, which `pod_notices` and `event_queue` (pure) decide; `leases` tells the other
 //! replicas what agents enforce and chooses one of them, whose `status_writer` writes what `statuses` (pure) finds. Beside it, whom to believe:
 //! `reviews` asks whose a token is, `root_secret` follows the root of trust.
 
 mod accounts;
+mod allowance;
 mod answers;
 mod captures;
 pub mod client;
 mod election;
+pub mod event_queue;
+mod events;
 mod feed;
 mod leases;
+pub mod notice_writer;
+pub mod pod_notices;
 pub mod review_cache;
 mod review_lanes;
 pub mod reviews;
@@ -53,6 +59,13 @@ impl Following {
         tasks.spawn(status_writer::write(client.clone(), feed, Arc::clone(&leases)));
         tasks.spawn(captures::write(client.clone(), Arc::clone(control), Arc::clone(shared)));
         tasks.spawn(Arc::clone(control).look_at_network_policies());
+        tasks.spawn(Arc::clone(control).tell_as_writer());
+        tasks.spawn(notice_writer::events(client.clone(), Arc::clone(control), Arc::clone(shared)));
+        tasks.spawn(notice_writer::problems(
+            client.clone(),
+            Arc::clone(control),
+            Arc::clone(shared),
+        ));
         tasks.spawn(accounts::keep(
             client.clone(),
             namespace.to_owned(),

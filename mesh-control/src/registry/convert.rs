@@ -17,6 +17,7 @@ use serde_json::Value;
 use super::enrolment::{asks_best_effort, sidecar};
 use super::probe_ports;
 use crate::capture_states::CaptureState;
+use crate::limits::MAX_PROBLEM_BYTES;
 use crate::network_policy;
 use crate::objects::{Endpoint, EndpointSlice, Kind, Node, Object, ObjectId, Pod, Service, ServicePort, TargetPort};
 
@@ -35,6 +36,9 @@ pub const CAPTURE_ANNOTATION: &str = "culvert.dev/capture";
 /// The uid of the Pod that [`CAPTURE_ANNOTATION`] is of. With another one it says nothing: it was copied along with the manifest of another
 /// Pod, and this one has proven nothing.
 pub const CAPTURE_UID_ANNOTATION: &str = "culvert.dev/capture-uid";
+
+/// Why a Pod that asks for the mesh is not protected, for people.
+pub const PROBLEM_ANNOTATION: &str = "culvert.dev/problem";
 
 /// Of an EndpointSlice: the Service whose endpoints it lists.
 const SERVICE_LABEL: &str = "kubernetes.io/service-name";
@@ -441,6 +445,7 @@ fn pod(pod: core::Pod) -> Result<Pod, String> {
         annotated,
         is_annotation_foreign: annotated.is_none()
             && (annotations.contains_key(CAPTURE_ANNOTATION) || annotations.contains_key(CAPTURE_UID_ANNOTATION)),
+        problem: annotations.get(PROBLEM_ANNOTATION).map(|text| problem_text(text)),
         captured_elsewhere: annotations
             .get(REDIRECTION_ANNOTATION)
             .is_some_and(|value| value == "enabled"),
@@ -463,6 +468,12 @@ fn pod(pod: core::Pod) -> Result<Pod, String> {
         named_ports,
         probe_ports: probe_ports.into_iter().collect(),
     })
+}
+
+/// As it is kept: what somebody else wrote there may be of any length.
+#[must_use]
+pub fn problem_text(text: &str) -> String {
+    text[..text.floor_char_boundary(MAX_PROBLEM_BYTES)].to_owned()
 }
 
 fn endpoint_slice(slice: slices::EndpointSlice) -> Result<EndpointSlice, String> {

@@ -39,6 +39,8 @@ pub enum Target {
     Secrets,
     /// What is written back of objects.
     Statuses,
+    /// What people are told.
+    Events,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -195,6 +197,7 @@ fn target_of(request: &Request<Incoming>) -> (Target, String) {
     let target = match resource.as_str() {
         "tokenreviews" => Target::TokenReviews,
         "secrets" => Target::Secrets,
+        "events" => Target::Events,
         _ if query.contains("watch=true") || query.contains("watch=1") => Target::Watches,
         _ if request.method() == hyper::Method::GET && parts.len() == 1 => Target::Lists,
         _ if parts.get(2) == Some(&"status") => Target::Statuses,

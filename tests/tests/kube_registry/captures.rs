@@ -3,6 +3,7 @@
 use anyhow::{Context as _, Result, ensure};
 use mesh_control::capture_states::Proof;
 use mesh_control::proto::PodWord;
+use mesh_control::troubles::{Problem, Repaired};
 use mesh_tests::poll::{self, SOON};
 
 use crate::{Bench, NAMESPACE, Replica};
@@ -24,6 +25,8 @@ impl Bench {
             namespace,
             name,
             proof,
+            problem: Problem::Other,
+            repaired: Repaired::default(),
         }])
     }
 }

@@ -101,7 +101,7 @@ impl Bench {
             stop.clone(),
         ));
         let (no_pods, pods) = watch::channel(Arc::default());
-        tokio::spawn(report::run(control, pods, tells, stop.clone()));
+        tokio::spawn(report::run(control, pods, tells, Arc::default(), stop.clone()));
         let passing = pass_on(status.clone(), says, told, stop.clone());
         tokio::spawn(async move {
             passing.await;

@@ -56,3 +56,10 @@ fn a_directory_that_is_no_bpffs_is_refused_by_name() {
     let error = prepare_pins(&directory.path().join("culvert")).unwrap_err().to_string();
     assert!(error.contains("not on a BPF file system"), "{error}");
 }
+
+#[test]
+fn programs_that_are_put_back_are_told_by_words_that_the_control_plane_knows() {
+    for (name, ..) in NODE_PROGRAMS {
+        assert!(mesh_proto::PIECES.contains(&name), "{name}");
+    }
+}

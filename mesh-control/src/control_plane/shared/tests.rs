@@ -6,6 +6,7 @@ use crate::compile::{EndpointSource, Parameters};
 use crate::limits::{Bounds, CAPTURE_ECHO};
 use crate::proto::PodWord;
 use crate::registry::{Registry, Scan};
+use crate::troubles::{Problem, Repaired};
 
 /// A replica, and an API server that has one Pod: what is written to it is on its annotation.
 struct Bench {
@@ -73,6 +74,8 @@ impl Bench {
             namespace: "shop".into(),
             name: "web".into(),
             proof,
+            problem: Problem::Other,
+            repaired: Repaired::default(),
         };
         self.control.set_report("n", vec![word]);
     }

@@ -375,6 +375,20 @@ pub const CAPTURE: Group = Group {
             )],
         },
         Mutant {
+            name: "foreign-notice",
+            attacks: &["an Event about another node's Pod"],
+            without: "the look whose node's a Pod is that people are told of",
+            edits: &[Edit {
+                file: "mesh-control/src/control_plane/notices.rs",
+                from: "if !is_of_node(snapshot, node, word) {",
+                to: "if !is_of_node(snapshot, node, word) && node.is_empty() {",
+            }],
+            noticed_by: &[control(
+                "control_plane::notices::tests::an_agent_is_heard_of_the_pods_of_its_node_alone_and_not_of_those_that_are_refused",
+                "an agent's word on another node's Pod is told",
+            )],
+        },
+        Mutant {
             name: "token-account",
             attacks: &["a token of another service account"],
             without: "the look whether a token is of the agents' service account",

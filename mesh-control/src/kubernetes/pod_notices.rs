@@ -1,0 +1,329 @@
+//! What a Pod's owner is told of its protection: which Events there are, and what its annotation says. Pure.
+//!
+//! Only Pods with which something is wrong, or was a moment ago, are remembered, each once and by its uid.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use tokio::time::Instant;
+
+use super::event_queue::Reason;
+use super::wishes::PodRef;
+use crate::capture_states::{CaptureState, Proof};
+use crate::limits::{CAPTURE_ECHO, MAX_PODS_IN_TROUBLE, NOT_ENROLLED_AFTER, NOT_PROVEN_AGAIN_AFTER, PROBLEM_PACE};
+use crate::registry::convert::problem_text;
+use crate::troubles::Problem;
+
+#[cfg(test)]
+mod tests;
+
+/// What is known of a Pod beside what is said now.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Known {
+    pub capture: Option<CaptureState>,
+    /// Its annotation, as the API server has it.
+    pub problem: Option<String>,
+    /// It is being deleted, or has run to its end: what ends with it is no loss.
+    pub is_ending: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Trouble {
+    /// Over, until that can be read.
+    Over,
+    /// May be nothing: it has just begun.
+    Maybe {
+        until: Instant,
+        problem: Problem,
+    },
+    NotEnrolled(Problem),
+    Refused(String),
+    Lost(Problem),
+}
+
+#[derive(Debug)]
+struct OfPod {
+    pod: PodRef,
+    trouble: Trouble,
+    /// When its annotation was last written, and whether that was a text.
+    written: Option<(Instant, bool)>,
+}
+
+/// An annotation that is to be written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProblemWrite {
+    pub pod: PodRef,
+    /// `None`: it is to be removed.
+    pub text: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Said {
+    pub pod: PodRef,
+    pub reason: Reason,
+    pub note: String,
+}
+
+#[derive(Debug, Default)]
+pub struct PodNotices {
+    pods: BTreeMap<String, OfPod>,
+    /// When [`Trouble::Maybe`] of a uid has lasted long enough.
+    due: BTreeSet<(Instant, String)>,
+    /// By uid, each with its place in `turns`.
+    problems: BTreeMap<String, (Instant, ProblemWrite)>,
+    turns: BTreeSet<(Instant, String)>,
+    /// How often there was no room.
+    left_out: u64,
+}
+
+impl PodNotices {
+    /// An agent's word on a Pod of its node.
+    pub fn hear(&mut self, pod: &PodRef, proof: Proof, problem: Problem, known: &Known, now: Instant) -> Option<Said> {
+        if known.is_ending || problem == Problem::Released {
+            self.forget(&pod.uid);
+            return None;
+        }
+        let before = self.pods.get(&pod.uid).map(|of| of.trouble.clone());
+        match proof {
+            Proof::Proven => self.hear_proven(pod, before.as_ref(), known, now),
+            Proof::Lost => {
+                let trouble = Trouble::Lost(problem);
+                // Another replica has told it, before its agent came to this one; or this one, before it was started again.
+                let is_told = match &before {
+                    Some(before) => matches!(before, Trouble::Lost(_)),
+                    None => known.problem == trouble.text(),
+                };
+                self.set(pod, trouble, known, now);
+                let note = format!(
+                    "the proof of its capture is lost, and the mesh refuses its connections until it is proven again: {}",
+                    problem.text()
+                );
+                (!is_told).then(|| said(pod, Reason::ProtectionLost, note))
+            }
+            Proof::Pending => self.hear_pending(pod, problem, before, known, now),
+        }
+    }
+
+    fn hear_proven(&mut self, pod: &PodRef, before: Option<&Trouble>, known: &Known, now: Instant) -> Option<Said> {
+        // While the proof is on its way to the API server, what stands there may still say that it was lost.
+        let is_read = known.capture == Some(CaptureState::Proven) || before != Some(&Trouble::Over);
+        let had_trouble = match before {
+            None => known.capture == Some(CaptureState::Lost),
+            Some(before) => matches!(before, Trouble::NotEnrolled(_) | Trouble::Lost(_) | Trouble::Refused(_)),
+        };
+        if !had_trouble && is_read && known.problem.is_none() && !self.problems.contains_key(&pod.uid) {
+            self.forget(&pod.uid);
+            return None;
+        }
+        self.set(pod, Trouble::Over, known, now);
+        let note = "its capture is proven: what it sends to the mesh and takes from it is protected";
+        had_trouble.then(|| said(pod, Reason::Protected, note.to_owned()))
+    }
+
+    fn hear_pending(
+        &mut self,
+        pod: &PodRef,
+        problem: Problem,
+        before: Option<Trouble>,
+        known: &Known,
+        now: Instant,
+    ) -> Option<Said> {
+        match before {
+            Some(Trouble::NotEnrolled(told)) => {
+                self.set(pod, Trouble::NotEnrolled(problem), known, now);
+                (told != problem).then(|| not_enrolled(pod, problem))
+            }
+            // It was lost, and is not proven by the agent that came after.
+            Some(lost @ Trouble::Lost(_)) => {
+                self.set(pod, lost, known, now);
+                None
+            }
+            Some(Trouble::Maybe { until, .. }) => {
+                self.set(pod, Trouble::Maybe { until, problem }, known, now);
+                None
+            }
+            Some(Trouble::Refused(_) | Trouble::Over) | None => {
+                let told = Trouble::NotEnrolled(problem);
+                let patience = if known.capture == Some(CaptureState::Proven) {
+                    NOT_PROVEN_AGAIN_AFTER
+                } else {
+                    NOT_ENROLLED_AFTER
+                };
+                let until = now + patience;
+                let is_told = known.problem.is_some() && known.problem == told.text();
+                let trouble = if is_told { told } else { Trouble::Maybe { until, problem } };
+                self.set(pod, trouble, known, now);
+                None
+            }
+        }
+    }
+
+    /// It asks to be in the mesh and cannot be.
+    pub fn refused(&mut self, pod: &PodRef, why: &str, known: &Known, now: Instant) -> Option<Said> {
+        if known.is_ending {
+            self.forget(&pod.uid);
+            return None;
+        }
+        let trouble = Trouble::Refused(why.to_owned());
+        let is_told = match self.pods.get(&pod.uid) {
+            Some(of) => of.trouble == trouble,
+            None => known.problem == trouble.text(),
+        };
+        self.set(pod, trouble, known, now);
+        let note = format!("it asks to be in the mesh and cannot be: {why}");
+        (!is_told).then(|| said(pod, Reason::NotEnrolled, note))
+    }
+
+    /// It does not ask to be in the mesh.
+    pub fn outside(&mut self, pod: &PodRef, known: &Known, now: Instant) {
+        if known.problem.is_none() || known.is_ending {
+            self.forget(&pod.uid);
+        } else {
+            self.set(pod, Trouble::Over, known, now);
+        }
+    }
+
+    /// Keeps those of which `is_ours` holds: others are gone, or another replica hears their agents.
+    pub fn retain(&mut self, is_ours: impl Fn(&PodRef) -> bool) {
+        self.pods.retain(|_, of| is_ours(&of.pod));
+        let pods = &self.pods;
+        self.due.retain(|(_, uid)| pods.contains_key(uid));
+        self.problems.retain(|uid, _| pods.contains_key(uid));
+        let problems = &self.problems;
+        self.turns.retain(|(_, uid)| problems.contains_key(uid));
+    }
+
+    /// What has lasted long enough to be told.
+    pub fn take_due(&mut self, now: Instant) -> Vec<Said> {
+        let mut told = Vec::new();
+        while self.due.first().is_some_and(|(due, _)| *due <= now) {
+            let Some((_, uid)) = self.due.pop_first() else { break };
+            let Some(of) = self.pods.get_mut(&uid) else { continue };
+            let Trouble::Maybe { problem, .. } = of.trouble else {
+                continue;
+            };
+            of.trouble = Trouble::NotEnrolled(problem);
+            told.push(not_enrolled(&of.pod, problem));
+            self.want(&uid, now);
+        }
+        told
+    }
+
+    #[must_use]
+    pub fn due(&self) -> Option<Instant> {
+        self.due.first().map(|(due, _)| *due)
+    }
+
+    /// The next annotation to be written.
+    ///
+    /// # Errors
+    /// When there may be one.
+    pub fn take_problem(&mut self, now: Instant) -> Result<ProblemWrite, Option<Instant>> {
+        let due = self.turns.first().map(|(due, _)| *due);
+        if due.is_none_or(|due| due > now) {
+            return Err(due);
+        }
+        let (_, uid) = self.turns.pop_first().ok_or(None)?;
+        let (_, write) = self.problems.remove(&uid).ok_or(None)?;
+        if let Some(of) = self.pods.get_mut(&uid) {
+            of.written = Some((now, write.text.is_some()));
+        }
+        Ok(write)
+    }
+
+    /// It could not be written, and may be later.
+    pub fn again(&mut self, write: ProblemWrite, now: Instant) {
+        let uid = write.pod.uid.clone();
+        let is_true = self.pods.get(&uid).is_some_and(|of| of.trouble.text() == write.text);
+        if is_true && !self.problems.contains_key(&uid) {
+            self.turns.insert((now, uid.clone()));
+            self.problems.insert(uid, (now, write));
+        }
+    }
+
+    /// How often there was no room to remember a Pod.
+    #[must_use]
+    pub fn left_out(&self) -> u64 {
+        self.left_out
+    }
+
+    fn forget(&mut self, uid: &str) {
+        if let Some(of) = self.pods.remove(uid) {
+            not_due(&mut self.due, uid, &of.trouble);
+        }
+        self.take_back(uid);
+    }
+
+    fn take_back(&mut self, uid: &str) {
+        if let Some((due, _)) = self.problems.remove(uid) {
+            self.turns.remove(&(due, uid.to_owned()));
+        }
+    }
+
+    fn set(&mut self, pod: &PodRef, trouble: Trouble, known: &Known, now: Instant) {
+        if !self.pods.contains_key(&pod.uid) && self.pods.len() >= MAX_PODS_IN_TROUBLE {
+            self.left_out += 1;
+            return;
+        }
+        let of = self.pods.entry(pod.uid.clone()).or_insert_with(|| OfPod {
+            pod: pod.clone(),
+            trouble: Trouble::Over,
+            written: None,
+        });
+        let before = std::mem::replace(&mut of.trouble, trouble.clone());
+        not_due(&mut self.due, &pod.uid, &before);
+        if let Trouble::Maybe { until, .. } = trouble {
+            self.due.insert((until, pod.uid.clone()));
+            return;
+        }
+        // What was written just now may not have been read yet.
+        let text = trouble.text();
+        let may_stand = text.is_none() && of.written.is_some_and(|(at, is_text)| is_text && now < at + CAPTURE_ECHO);
+        if known.problem == text && !may_stand {
+            self.take_back(&pod.uid);
+        } else {
+            self.want(&pod.uid, now);
+        }
+    }
+
+    /// Its annotation is to say what is wrong now.
+    fn want(&mut self, uid: &str, now: Instant) {
+        let Some(of) = self.pods.get(uid) else { return };
+        let (pod, text) = (of.pod.clone(), of.trouble.text());
+        if let Some((_, waiting)) = self.problems.get_mut(uid) {
+            waiting.text = text;
+            return;
+        }
+        let due = of.written.map_or(now, |(at, _)| now.max(at + PROBLEM_PACE));
+        self.turns.insert((due, uid.to_owned()));
+        self.problems.insert(uid.to_owned(), (due, ProblemWrite { pod, text }));
+    }
+}
+
+impl Trouble {
+    /// What the annotation says.
+    fn text(&self) -> Option<String> {
+        let text = match self {
+            Self::Over | Self::Maybe { .. } => return None,
+            Self::NotEnrolled(problem) => format!("not enrolled: {}", problem.text()),
+            Self::Refused(why) => format!("refused: {why}"),
+            Self::Lost(problem) => format!("lost: {}", problem.text()),
+        };
+        Some(problem_text(&text))
+    }
+}
+
+fn not_due(due: &mut BTreeSet<(Instant, String)>, uid: &str, trouble: &Trouble) {
+    if let Trouble::Maybe { until, .. } = trouble {
+        due.remove(&(*until, uid.to_owned()));
+    }
+}
+
+fn said(pod: &PodRef, reason: Reason, note: String) -> Said {
+    let pod = pod.clone();
+    Said { pod, reason, note }
+}
+
+fn not_enrolled(pod: &PodRef, problem: Problem) -> Said {
+    let note = format!("the mesh does not protect it yet: {}", problem.text());
+    said(pod, Reason::NotEnrolled, note)
+}
