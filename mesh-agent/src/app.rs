@@ -4,6 +4,7 @@
 mod enrolment;
 mod metrics;
 pub mod own_readiness;
+mod pages;
 mod succession;
 mod trust;
 pub mod uninstall;
@@ -13,13 +14,12 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use http::StatusCode;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use parking_lot::Mutex;
-use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -29,7 +29,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::admin::{self, Page, Pages};
 use crate::capture::kernel::KernelConfig;
-use crate::capture::{self, Capture, CaptureConfig, Kubelet, boot_id, heap};
+use crate::capture::{self, Capture, CaptureConfig, boot_id, heap};
 use crate::config::{Credentials, LogFormat, RunArgs};
 use crate::discovery::noticed::Noticed;
 use crate::discovery::transport::ControlPlane;
@@ -43,7 +43,7 @@ use crate::pods::following::Followed;
 use crate::pods::{Pods, TrustDomain};
 use crate::proxy::limits::{CONNECTIONS_PER_POD, DESCRIPTORS_RESERVED};
 use crate::proxy::{Buffers, Limits, Proxy};
-use crate::state::{SharedState, State, service_name};
+use crate::state::{SharedState, State};
 use crate::telemetry::{AccessLog, Metrics};
 use metrics::AgentMetrics;
 use succession::{End, abandoned};
@@ -483,90 +483,6 @@ async fn retry_when_connected(certificates: Arc<Certificates>, mut discovery: wa
     while discovery.wait_for(|status| status.connections > connections).await.is_ok() {
         connections = discovery.borrow_and_update().connections;
         certificates.retry_failed();
-    }
-}
-
-impl Agent {
-    fn readiness(&self) -> Page {
-        // Attached since before this server runs, unless somebody's hand detached it.
-        let detached = self.capture.detached_programs();
-        if !detached.is_empty() {
-            let missing = format!(
-                "missing: kernel programs are detached ({}); the agent attaches them again, or says in its log why it cannot\n",
-                detached.join(", ")
-            );
-            return Page::text(StatusCode::SERVICE_UNAVAILABLE, missing);
-        }
-        let discovery = self.discovery.borrow();
-        if discovery.from_memory {
-            // It serves its Pods by what was last known, as an agent does that has lost its control plane.
-            let body = format!("ready, from memory: discovery has not answered yet ({})\n", self.control);
-            Page::text(StatusCode::OK, body)
-        } else if discovery.synced {
-            Page::text(StatusCode::OK, "ready\n".to_owned())
-        } else {
-            let missing = format!("missing: discovery has not answered yet ({})\n", self.control);
-            Page::text(StatusCode::SERVICE_UNAVAILABLE, missing)
-        }
-    }
-
-    fn dump(&self) -> Page {
-        let seconds = |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-        let failures = self.certificates.failures();
-        let certificates: Vec<_> = self
-            .store
-            .identities()
-            .into_iter()
-            .filter_map(|identity| self.store.current(&identity))
-            .map(|pair| {
-                json!({
-                    "identity": pair.identity.to_string(),
-                    "fingerprint": pair.fingerprint(),
-                    "not_before_unix_seconds": seconds(pair.not_before),
-                    "not_after_unix_seconds": seconds(pair.not_after),
-                    "roots": pair.roots.len(),
-                })
-            })
-            .collect();
-        let known = self.state.read(|state| {
-            let settings = state.settings();
-            json!({
-                "workloads": state.workloads().count(),
-                "services": state.services().map(|service| service_name(service)).collect::<std::collections::BTreeSet<_>>(),
-                "policies": state.policies().map(|policy| policy.name.to_string()).collect::<std::collections::BTreeSet<_>>(),
-                "trust_domain": settings.trust_domain,
-                "pod_ranges": settings.pod_ranges,
-                "mtls": settings.mtls.as_str(),
-                "mtls_of_namespaces": settings.namespaces.iter().map(|(namespace, mtls)| (namespace.to_string(), mtls.as_str())).collect::<std::collections::BTreeMap<_, _>>(),
-                "excluded_ports": settings.excluded.ports,
-                "excluded_ranges": settings.excluded.ranges,
-                "trusted_roots": settings.trust_bundle.as_ref().map(|bundle| bundle.len()),
-                "revoked_identities": settings.revoked.iter().map(ToString::to_string).collect::<Vec<_>>(),
-            })
-        });
-        let discovery = self.discovery.borrow().clone();
-        Page::json(&json!({
-            "node": &*self.node,
-            "control": self.control,
-            "discovery": {
-                "connected": discovery.connected,
-                "synced": discovery.synced,
-                "from_memory": discovery.from_memory,
-                "enforced_versions": discovery.enforced_versions,
-                "rejected": discovery.rejected,
-                "denying_stand_ins": discovery.stand_ins,
-            },
-            "state": known,
-            "pods": self.pods.list(),
-            "following": *self.followed.lock(),
-            "kubelet": match self.capture.kubelet() {
-                Kubelet::Known { cgroup, id } => json!({ "cgroup": cgroup, "cgroup_id": id }),
-                Kubelet::Unknown(why) => json!({ "unknown": why.to_string() }),
-            },
-            "connections": self.pods.connections(),
-            "certificates": certificates,
-            "certificate_failures": failures.iter().map(|(identity, why)| (identity.to_string(), why)).collect::<std::collections::BTreeMap<_, _>>(),
-        }))
     }
 }
 

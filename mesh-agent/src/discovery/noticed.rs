@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use mesh_common::limits::MAX_PODS;
-use mesh_proto::PIECES;
+pub use mesh_proto::{PIECES, PROBLEMS};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 

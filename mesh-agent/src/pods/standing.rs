@@ -11,7 +11,7 @@ const FAILURES_UNTIL_LOST: u32 = 2;
 /// Why a Pod is not proven.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Why {
-    /// One of `mesh_proto::PROBLEMS`, or another word, which people are told nothing of but where to look.
+    /// One of `discovery::noticed::PROBLEMS`, or another word, which people are told nothing of but where to look.
     pub problem: &'static str,
     /// For logs and the admin dump.
     pub text: String,
@@ -138,6 +138,7 @@ impl Standing {
 mod tests {
     use super::*;
     use crate::capture::FindError;
+    use crate::discovery::noticed::PROBLEMS;
 
     fn why(text: &str) -> Why {
         Why::new("io", text)
@@ -161,7 +162,7 @@ mod tests {
             ProofError::Inbound { destination, why: text }.reason(),
         ];
         for word in words {
-            assert!(mesh_proto::PROBLEMS.contains(&word), "{word}");
+            assert!(PROBLEMS.contains(&word), "{word}");
         }
     }
 

@@ -75,6 +75,7 @@ const STEPS: &[Step] = &[
     ("the mesh's kinds are installed later", kinds),
     ("an agent has a certificate", certificate),
     ("an agent's proof is kept", proof),
+    ("what befalls a Pod is told", events),
     ("a policy and a MeshConfig have a status", statuses),
     ("a killed replica is forgotten", killed_replica),
     ("the root is replaced", root),
@@ -191,22 +192,53 @@ fn certificate(life: &Life<'_>) -> Result<()> {
 fn proof(life: &Life<'_>) -> Result<()> {
     let agent = life.agent()?;
     let (pods, discovery) = life.reported.clone();
-    agent
-        .runtime
-        .spawn(report::run(agent.control.clone(), pods, discovery, life.stop.clone()));
+    agent.runtime.spawn(report::run(
+        agent.control.clone(),
+        pods,
+        discovery,
+        Arc::default(),
+        life.stop.clone(),
+    ));
+    say(life, Proof::Proven, "")?;
+    poll::until_true("it is written on the Pod", PATIENCE, || {
+        let pod = life.get(&["-n", "shop", "pod", "web"])?;
+        Ok(pod["metadata"]["annotations"]["culvert.dev/capture"] == "proven")
+    })
+}
+
+/// What the agent says of the Pod.
+fn say(life: &Life<'_>, proof: Proof, problem: &'static str) -> Result<()> {
     let pod = life.get(&["-n", "shop", "pod", "web"])?;
-    let proven = PodStatus {
+    let word = PodStatus {
         uid: pod["metadata"]["uid"].as_str().context("a uid")?.into(),
         namespace: "shop".into(),
         name: "web".into(),
         netns_cookie: 1,
-        proof: Proof::Proven,
+        proof,
         reason: String::new(),
+        problem,
     };
-    life.pods.send_replace(Arc::new(vec![proven]));
-    poll::until_true("it is written on the Pod", PATIENCE, || {
-        let pod = life.get(&["-n", "shop", "pod", "web"])?;
-        Ok(pod["metadata"]["annotations"]["culvert.dev/capture"] == "proven")
+    life.pods.send_replace(Arc::new(vec![word]));
+    Ok(())
+}
+
+/// The same for the second time is counted in the first one's Event.
+fn events(life: &Life<'_>) -> Result<()> {
+    for count in 1..=2 {
+        say(life, Proof::Lost, "inbound_not_captured")?;
+        until_told(life, "MeshProtectionLost", count)?;
+        say(life, Proof::Proven, "")?;
+        until_told(life, "MeshProtected", count)?;
+    }
+    Ok(())
+}
+
+fn until_told(life: &Life<'_>, reason: &str, count: u64) -> Result<()> {
+    poll::until_true(&format!("{reason} is told, {count}"), PATIENCE, || {
+        let events = life.get(&["-n", "shop", "events.events.k8s.io"])?;
+        let events = events["items"].as_array().context("a list")?;
+        let mut told = events.iter().filter(|event| event["reason"] == reason);
+        Ok(told.any(|event| event["series"]["count"].as_u64().unwrap_or(1) == count))
     })
 }
 

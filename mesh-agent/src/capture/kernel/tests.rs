@@ -60,6 +60,6 @@ fn a_directory_that_is_no_bpffs_is_refused_by_name() {
 #[test]
 fn programs_that_are_put_back_are_told_by_words_that_the_control_plane_knows() {
     for (name, ..) in NODE_PROGRAMS {
-        assert!(mesh_proto::PIECES.contains(&name), "{name}");
+        assert!(crate::discovery::noticed::PIECES.contains(&name), "{name}");
     }
 }
