@@ -266,17 +266,11 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
     let ready_pages: Pages = Arc::new(move |path| (path == "/healthz/ready").then(|| shown.readiness()));
     if let Some(path) = &args.ready_socket {
         let (shown, alone, listener) = (agent.clone(), alone.clone(), own_readiness::listen(path)?);
-        let stands_by = args.wait_for_sigterm;
+        let run_dir = args.wait_for_sigterm.then(|| args.run_dir.clone());
         // For as long as the process lives: that it waits for its end is for whoever asks, too.
         tokio::spawn(own_readiness::serve(listener, move || {
             if alone.is_cancelled() {
-                // One that waits for its end would serve again, should the other fail: it is not to be ended before the other is ready.
-                let (status, missing) = if stands_by {
-                    (StatusCode::OK, "")
-                } else {
-                    (StatusCode::SERVICE_UNAVAILABLE, "missing: ")
-                };
-                return Page::text(status, format!("{missing}another agent has taken over\n"));
+                return succession::readiness(run_dir.as_deref());
             }
             shown.readiness()
         }));

@@ -104,7 +104,7 @@ fn finished<T>(result: Result<Result<T, PodError>, tokio::task::JoinError>) -> R
                 PodError::Invalid { .. } => Code::InvalidArgument,
                 PodError::Busy => Code::Aborted,
                 PodError::Capture(_) | PodError::AnotherNamespace => Code::FailedPrecondition,
-                PodError::Pending(_) => Code::Unavailable,
+                PodError::Pending { .. } => Code::Unavailable,
             };
             Err(Status::new(code, error.to_string()))
         }

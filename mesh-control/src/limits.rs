@@ -270,6 +270,8 @@ pub const MAX_PIECES_NAMED: usize = 32;
 /// Pods with which something is wrong, about 512 B each, and annotations that wait, about 1 KiB each: 24 MiB. Of further ones nobody is
 /// told but the metrics; counted.
 pub const MAX_PODS_IN_TROUBLE: usize = 16_384;
+/// Of them in one namespace: whose owner makes thousands of such Pods takes nobody else's room.
+pub const MAX_PODS_IN_TROUBLE_OF_NAMESPACE: usize = 1_024;
 /// A Pod that is not proven for this long is told to be so: CNI ADD waits 10 s for it. One that was proven before has a new agent, or
 /// its node a new start.
 pub const NOT_ENROLLED_AFTER: Duration = Duration::from_secs(15);

@@ -2,10 +2,14 @@
 
 use std::path::Path;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::kube::Kubectl;
 
 /// Who runs a block: `<!-- run by NAME -->`.
 const MARK: &str = "<!-- run by ";
+/// The suite that runs the quick start on a real Kubernetes, and nothing else; `kube_mesh` runs the same with more around it.
+const ON_KUBERNETES: &str = "kube_readme";
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Block {
@@ -34,6 +38,24 @@ pub fn run_by(name: &str) -> Result<Vec<Block>> {
         .collect();
     ensure!(!blocks.is_empty(), "no block of the README is marked `{MARK}{name} -->`");
     Ok(blocks)
+}
+
+/// Runs the block that has this in it, of those that are run on Kubernetes, in a folder that has `deploy`; answers what it printed. A
+/// manifest is saved there as `deny.yaml`.
+///
+/// # Errors
+/// There is not just one, or it fails.
+pub fn run_block(kubectl: &Kubectl, folder: &Path, with: &str) -> Result<String> {
+    let blocks = run_by(ON_KUBERNETES)?;
+    let mut chosen = blocks.iter().filter(|block| block.text.contains(with));
+    let (Some(block), None) = (chosen.next(), chosen.next()) else {
+        bail!("not one block of the README that {ON_KUBERNETES} runs has {with:?}");
+    };
+    if block.language == "yaml" {
+        std::fs::write(folder.join("deny.yaml"), &block.text)?;
+        return Ok(String::new());
+    }
+    kubectl.shell(folder, &block.text)?.ok(&block.text)
 }
 
 fn parse(text: &str) -> Vec<Block> {
@@ -85,7 +107,7 @@ mod tests {
 
     #[test]
     fn every_command_of_the_readme_is_run_by_something() {
-        let runners = ["demo", "hand", "fresh", "kube_mesh"];
+        let runners = ["demo", "hand", "fresh", ON_KUBERNETES];
         for block in blocks().unwrap() {
             let runner = block.run_by.as_deref().unwrap_or_default();
             assert!(runners.contains(&runner), "nothing runs this block:\n{}", block.text);

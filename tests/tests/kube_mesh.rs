@@ -5,6 +5,7 @@
     reason = "a test: a panic is its failure, and standard output its report"
 )]
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, ensure};
@@ -14,7 +15,7 @@ use mesh_tests::kube::shop::{
     MESH, PATIENCE, SHOP, capture, deploy, get, install, is_on_the_wire, lines_of, pod, run_readme, until_enforced,
     until_mutual_tls, until_proven, with_logs,
 };
-use mesh_tests::{poll, suite};
+use mesh_tests::{pins, poll, suite};
 
 #[path = "kube_mesh/remove.rs"]
 mod remove;
@@ -134,22 +135,21 @@ fn new_pod(cluster: &mut Cluster) -> Result<()> {
 fn repaired(cluster: &mut Cluster) -> Result<()> {
     let pod = cluster.kubectl().get(&["-n", SHOP, "pod", "server"])?;
     let uid = pod["metadata"]["uid"].as_str().context("a uid")?;
-    let pin = format!("/sys/fs/bpf/culvert/v{}/pods/{uid}", mesh_common::ABI_VERSION);
-    cluster
-        .node(2)
-        .run(&["rm", &pin], poll::SOON)?
-        .ok("removing the pin of its sk_lookup")?;
-    poll::until_true("its owner is told", PATIENCE, || {
-        let list = [
-            "-n",
-            SHOP,
-            "get",
-            "events",
-            "--field-selector",
-            "involvedObject.name=server,reason=MeshProtectionRepaired",
-        ];
-        Ok(cluster.kubectl().run(&list)?.contains("sk_lookup"))
-    })?;
+    let pins = pins::folder(Path::new("/sys/fs/bpf/culvert"));
+    for pin in [pins.join("pods").join(uid), pins.join("connect4")] {
+        let pin = pin.display().to_string();
+        cluster
+            .node(2)
+            .run(&["rm", &pin], poll::SOON)?
+            .ok("removing a pin")?;
+    }
+    for (namespace, name, piece) in [(SHOP, "server", "sk_lookup"), ("default", "node-2", "connect4")] {
+        let about = format!("involvedObject.name={name},reason=MeshProtectionRepaired");
+        poll::until_true(&format!("who looks after {name} is told"), PATIENCE, || {
+            let list = ["-n", namespace, "get", "events", "--field-selector", &about];
+            Ok(cluster.kubectl().run(&list)?.contains(piece))
+        })?;
+    }
     ensure!(
         capture(cluster, "server")? == "proven" && get(cluster, "http://server/")?.starts_with("server=server "),
         "it is not as it was"

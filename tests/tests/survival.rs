@@ -80,6 +80,10 @@ fn main() -> ExitCode {
                 takeover::released_while_draining,
             ),
             (
+                "what_is_said_while_the_mesh_leaves_a_node_is_never_in_clear",
+                takeover::uninstalled_under_a_connection,
+            ),
+            (
                 "an_agent_that_does_not_answer_is_not_replaced",
                 takeover::hung_agent_keeps_its_folder,
             ),

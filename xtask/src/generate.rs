@@ -25,7 +25,8 @@ const UNINSTALL: &str = "deploy/uninstall.yaml";
 const UNINSTALL_HEAD: &str = "# Rendered from deploy/chart/culvert by `cargo xtask generate`, for clusters without Helm. It leaves every node as it was:\n\
                               #   kubectl apply --server-side -f deploy/uninstall.yaml\n\
                               #   kubectl -n culvert-system rollout status daemonset/mesh-uninstall\n\
-                              # Then delete it, with what is left of deploy/culvert.yaml.\n";
+                              # Then delete the namespace, with what is left of deploy/culvert.yaml. Where the mesh is to come back, only\n\
+                              #   kubectl -n culvert-system delete daemonset,serviceaccount mesh-uninstall\n";
 /// By which Helm runs something before it deletes; others would apply it with the rest.
 const HOOK: &str = "helm.sh/hook";
 const HEAD: &str = "# Rendered from deploy/chart/culvert by `cargo xtask generate`, for clusters without Helm:\n\

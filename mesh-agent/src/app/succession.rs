@@ -6,8 +6,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use http::StatusCode;
 use tokio::signal::unix::Signal;
 
+use crate::admin::Page;
 use crate::local;
 
 /// A successor that was killed and is started again has as long before its predecessor takes its place.
@@ -29,6 +31,17 @@ pub(super) async fn abandoned(run_dir: &Path) {
         tokio::time::sleep(ABANDONED_LOOK).await;
         looks = if local::is_abandoned(run_dir) { looks + 1 } else { 0 };
     }
+}
+
+/// Of one that was taken over from. `stands_by`: the run directory, of which it waits whether somebody has it; it would serve again,
+/// should the other fail, and is not to be ended before the other is ready.
+pub(super) fn readiness(stands_by: Option<&Path>) -> Page {
+    let (status, text) = match stands_by {
+        Some(run_dir) if local::has_left(run_dir) => (StatusCode::SERVICE_UNAVAILABLE, "missing: the mesh has left this node\n"),
+        Some(_) => (StatusCode::OK, "another agent has taken over\n"),
+        None => (StatusCode::SERVICE_UNAVAILABLE, "missing: another agent has taken over\n"),
+    };
+    Page::text(status, text.to_owned())
 }
 
 /// An end that was asked for meanwhile is not passed over.

@@ -140,9 +140,12 @@ impl Enrolments {
             .step(STEP)
     }
 
-    /// What cannot be seen is taken to be there.
-    pub(super) fn is_recorded(&self, uid: &str) -> bool {
-        self.path(uid).try_exists().unwrap_or(true)
+    /// Neither released nor about to be. What cannot be read is taken to be kept.
+    pub(super) fn is_kept(&self, uid: &str) -> bool {
+        match read(&self.path(uid)) {
+            Ok(record) => !record.is_leaving,
+            Err(error) => error.kind() != io::ErrorKind::NotFound,
+        }
     }
 
     pub(super) fn remove(&self, uid: &str) -> Result<(), CaptureError> {
@@ -257,10 +260,10 @@ mod tests {
             .mode();
         assert_eq!(mode & 0o777, 0o600);
 
-        assert!(enrolments.is_recorded("a-1"));
+        assert!(enrolments.is_kept("a-1"));
         enrolments.remove("a-1").unwrap();
         enrolments.remove("a-1").unwrap();
-        assert!(!enrolments.is_recorded("a-1"));
+        assert!(!enrolments.is_kept("a-1"));
         assert!(enrolments.load().unwrap().is_empty());
     }
 

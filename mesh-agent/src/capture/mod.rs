@@ -122,6 +122,9 @@ impl std::fmt::Debug for Capture {
     }
 }
 
+/// How often a draining agent looks for Pods that leave the mesh meanwhile: it reads a small file for each.
+pub const LEAVING_LOOK: Duration = Duration::from_millis(500);
+
 /// What [`Capture::cleanup`] undid.
 #[derive(Debug)]
 pub struct CleanupSummary {
@@ -305,8 +308,8 @@ impl Capture {
 
     /// Whether the Pod is still on record: an agent that has taken over may have released it.
     #[must_use]
-    pub fn is_recorded(&self, uid: &str) -> bool {
-        self.inner.enrolments.is_recorded(uid)
+    pub fn is_kept(&self, uid: &str) -> bool {
+        self.inner.enrolments.is_kept(uid)
     }
 
     /// The same Pod again (same uid and namespace, listeners in use) is [`CaptureError::AlreadyEnrolled`] and changes nothing.
@@ -530,7 +533,19 @@ impl Capture {
             };
             let boot_id = boot_id()?;
             let enrolments = Enrolments::open(&run_dir)?;
-            for (uid, record) in enrolments.load()? {
+            let mut leaving = Vec::new();
+            for (uid, mut record) in enrolments.load()? {
+                record.is_leaving = true;
+                match enrolments.save(&record) {
+                    Ok(()) => leaving.push((uid, record)),
+                    Err(error) => summary.failed.push((uid, error)),
+                }
+            }
+            // An agent that drains cuts what it carries for them, before their answers would go another way, in clear.
+            if !leaving.is_empty() {
+                std::thread::sleep(2 * LEAVING_LOOK);
+            }
+            for (uid, record) in leaving {
                 let undone = match recovery::find(&record, &boot_id) {
                     Some(netns) => netns.run(|| routing::undo(&record.before)),
                     None => Ok(()),

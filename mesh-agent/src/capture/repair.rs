@@ -53,9 +53,13 @@ impl Inner {
         let inode = nix::sys::stat::fstat(netns.as_fd())
             .map_err(|error| CaptureError::Other(format!("the Pod's network namespace: {error}")))?
             .st_ino;
-        if self.kernel.lookup_target(uid)? != LookupTarget::Netns(inode) || !self.kernel.has_own_lookup(uid)? {
+        if self.kernel.lookup_target(uid)? != LookupTarget::Netns(inode) {
             self.kernel.attach_lookup(record.slot, uid, netns.as_fd())?;
             repairs.repaired.push("sk_lookup");
+        } else if !self.kernel.has_own_lookup(uid)? {
+            // No hand has been there: an agent that began to take over, and failed.
+            self.kernel.attach_lookup(record.slot, uid, netns.as_fd())?;
+            tracing::info!(uid, "the Pod's sk_lookup had another agent's program: it has this one's again");
         }
         if let (_, true) = self.set_up_backstop(&record, netns, false) {
             repairs.repaired.push("backstop");

@@ -24,7 +24,8 @@ const FIRST_RETRY: Duration = Duration::from_millis(200);
 const LONGEST_RETRY: Duration = Duration::from_secs(10);
 /// Released Pods that wait to be told; beyond, those released first are not, and stay proven until their manifests go.
 const MAX_RELEASED: usize = 256;
-const RELEASED: &str = "released";
+/// What people are told nothing of: it has left the mesh.
+pub const RELEASED: &str = "released";
 /// Another control plane may not know this service; it is asked again, in case it is replaced.
 const UNIMPLEMENTED_RETRY: Duration = Duration::from_secs(300);
 
@@ -97,8 +98,12 @@ impl Told {
             *told_in = sequence;
         }
         let room = (MAX_PODS as usize).saturating_sub(self.pods.len() + released.len());
-        // What is enrolled by now says it by its proof.
-        let mut failing = noticed.failing(|uid| self.pods.iter().any(|pod| &*pod.uid == uid));
+        // What is enrolled by now says it by its proof; and of what was just released, that is to be heard first.
+        let is_told = |uid: &str| {
+            let released = self.released.iter().map(|(_, pod)| pod);
+            self.pods.iter().chain(released).any(|pod| &*pod.uid == uid)
+        };
+        let mut failing = noticed.failing(is_told);
         failing.truncate(room);
         let pods = self.pods.iter().chain(released.iter().map(|(_, pod)| pod)).chain(&failing);
         report(sequence, pods, status, noticed)

@@ -81,6 +81,12 @@ pub fn is_abandoned(run_dir: &Path) -> bool {
     !run_dir.join(LEAVING_FILE).exists() && lock.is_ok_and(|lock| lock.try_lock().is_ok())
 }
 
+/// Whether the mesh leaves the node, or has left it: nobody is to take its Pods up again.
+#[must_use]
+pub fn has_left(run_dir: &Path) -> bool {
+    run_dir.join(LEAVING_FILE).exists() || !run_dir.join(LOCK_FILE).exists()
+}
+
 /// The mesh leaves the node: whoever was taken over from is not to come back, though nobody has the folder. Until an agent listens.
 ///
 /// # Errors

@@ -25,9 +25,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::capture::netns::NetNamespace;
-use crate::capture::{Capture, CaptureError, CapturedPod, PodToEnroll};
+use crate::capture::{Capture, CaptureError, CapturedPod, LEAVING_LOOK, PodToEnroll};
 use crate::discovery::noticed::Noticed;
-use crate::discovery::report::{PodStatus, Proof};
+use crate::discovery::report::{PodStatus, Proof, RELEASED};
 use crate::identity::Identity;
 use crate::identity::renewal::Certificates;
 use crate::proxy::{PodProxyHandle, Proxy, ProxyPod};
@@ -40,8 +40,6 @@ const BUSY_PATIENCE: Duration = Duration::from_secs(30);
 const LEAVING_GRACE: Duration = Duration::from_secs(2);
 const FREEZE_POLL: Duration = Duration::from_millis(5);
 const DRAIN_POLL: Duration = Duration::from_millis(50);
-/// How often a draining agent looks for Pods that its successor has released: a stat for each.
-const RELEASE_POLL: Duration = Duration::from_millis(500);
 /// Proofs at a time on the node; each starts a process for each family of addresses.
 const CONCURRENT_PROOFS: usize = 4;
 
@@ -54,8 +52,12 @@ pub enum PodError {
     #[error(transparent)]
     Capture(#[from] CaptureError),
     /// The Pod is enrolled and closed to what cannot be protected; the agent goes on trying.
-    #[error("enrolled, but not in the mesh yet: {0}")]
-    Pending(String),
+    #[error("enrolled, but not in the mesh yet: {text}")]
+    Pending {
+        /// As [`PodStatus::problem`].
+        problem: &'static str,
+        text: String,
+    },
     /// Processes of a Pod can make namespaces with its address: the one that is captured is not let go for such a one.
     #[error(
         "another network namespace has its address, while processes run in the one that is enrolled: that one stays captured"
@@ -70,7 +72,7 @@ impl PodError {
             Self::Invalid { .. } => "invalid",
             Self::Busy => "busy",
             Self::Capture(error) => error.reason(),
-            Self::Pending(_) => "pending",
+            Self::Pending { problem, .. } => problem,
             Self::AnotherNamespace => "another_namespace",
         }
     }
@@ -225,8 +227,14 @@ impl Pods {
         };
         match last {
             Some(pod) if pod.proof == Proof::Proven => Ok(pod.netns_cookie),
-            Some(pod) => Err(PodError::Pending(pod.reason)),
-            None => Err(PodError::Pending("released meanwhile".to_owned())),
+            Some(pod) => Err(PodError::Pending {
+                problem: pod.problem,
+                text: pod.reason,
+            }),
+            None => Err(PodError::Pending {
+                problem: RELEASED,
+                text: "released meanwhile".to_owned(),
+            }),
         }
     }
 
@@ -321,11 +329,11 @@ impl Pods {
             // Peers close their tunnels when they are told of the end, and those without a connection at once.
             while self.connections() > 0 || !handles.iter().all(|(_, handle)| handle.is_drained()) {
                 sleep(DRAIN_POLL).await;
-                if looked.elapsed() < RELEASE_POLL {
+                if looked.elapsed() < LEAVING_LOOK {
                     continue;
                 }
                 looked = Instant::now();
-                for (uid, handle) in handles.extract_if(.., |(uid, _)| !self.capture.is_recorded(uid)) {
+                for (uid, handle) in handles.extract_if(.., |(uid, _)| !self.capture.is_kept(uid)) {
                     info!(%uid, "a Pod was released while this agent drains: its connections are cut");
                     handle.shutdown().await;
                 }

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::event_queue::Reason;
 use super::wishes::PodRef;
 use crate::capture_states::{CaptureState, Proof};
-use crate::limits::{CAPTURE_ECHO, MAX_PODS_IN_TROUBLE, NOT_ENROLLED_AFTER, NOT_PROVEN_AGAIN_AFTER, PROBLEM_PACE};
+use crate::limits::{CAPTURE_ECHO, MAX_PODS_IN_TROUBLE, MAX_PODS_IN_TROUBLE_OF_NAMESPACE, NOT_ENROLLED_AFTER, NOT_PROVEN_AGAIN_AFTER, PROBLEM_PACE};
 use crate::registry::convert::problem_text;
 use crate::troubles::Problem;
 
@@ -66,6 +66,8 @@ pub struct Said {
 #[derive(Debug, Default)]
 pub struct PodNotices {
     pods: BTreeMap<String, OfPod>,
+    /// How many of them are in each namespace: none takes the others' room.
+    of_namespace: BTreeMap<String, usize>,
     /// When [`Trouble::Maybe`] of a uid has lasted long enough.
     due: BTreeSet<(Instant, String)>,
     /// By uid, each with its place in `turns`.
@@ -184,7 +186,14 @@ impl PodNotices {
 
     /// Keeps those of which `is_ours` holds: others are gone, or another replica hears their agents.
     pub fn retain(&mut self, is_ours: impl Fn(&PodRef) -> bool) {
-        self.pods.retain(|_, of| is_ours(&of.pod));
+        let of_namespace = &mut self.of_namespace;
+        self.pods.retain(|_, of| {
+            let is_kept = is_ours(&of.pod);
+            if !is_kept {
+                one_less(of_namespace, &of.pod.namespace);
+            }
+            is_kept
+        });
         let pods = &self.pods;
         self.due.retain(|(_, uid)| pods.contains_key(uid));
         self.problems.retain(|uid, _| pods.contains_key(uid));
@@ -249,6 +258,7 @@ impl PodNotices {
     fn forget(&mut self, uid: &str) {
         if let Some(of) = self.pods.remove(uid) {
             not_due(&mut self.due, uid, &of.trouble);
+            one_less(&mut self.of_namespace, &of.pod.namespace);
         }
         self.take_back(uid);
     }
@@ -260,9 +270,13 @@ impl PodNotices {
     }
 
     fn set(&mut self, pod: &PodRef, trouble: Trouble, known: &Known, now: Instant) {
-        if !self.pods.contains_key(&pod.uid) && self.pods.len() >= MAX_PODS_IN_TROUBLE {
-            self.left_out += 1;
-            return;
+        if !self.pods.contains_key(&pod.uid) {
+            let of_namespace = self.of_namespace.get(&pod.namespace).copied().unwrap_or_default();
+            if self.pods.len() >= MAX_PODS_IN_TROUBLE || of_namespace >= MAX_PODS_IN_TROUBLE_OF_NAMESPACE {
+                self.left_out += 1;
+                return;
+            }
+            self.of_namespace.insert(pod.namespace.clone(), of_namespace + 1);
         }
         let of = self.pods.entry(pod.uid.clone()).or_insert_with(|| OfPod {
             pod: pod.clone(),
@@ -309,6 +323,15 @@ impl Trouble {
             Self::Lost(problem) => format!("lost: {}", problem.text()),
         };
         Some(problem_text(&text))
+    }
+}
+
+fn one_less(of_namespace: &mut BTreeMap<String, usize>, namespace: &str) {
+    if let Some(count) = of_namespace.get_mut(namespace) {
+        *count -= 1;
+        if *count == 0 {
+            of_namespace.remove(namespace);
+        }
     }
 }
 

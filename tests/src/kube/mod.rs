@@ -15,6 +15,7 @@ mod cluster;
 mod control_program;
 pub mod culvert;
 pub mod faults;
+pub mod given;
 pub mod helm;
 mod hierarchies;
 mod image;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use super::remains::Remains;
@@ -61,24 +61,12 @@ pub fn install(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
-/// Runs the block of the README that has this in it, of those that kube_mesh runs, and answers what it printed.
+/// As [`readme::run_block`].
 ///
 /// # Errors
 /// There is not just one, or it fails.
 pub fn run_readme(cluster: &Cluster, with: &str) -> Result<String> {
-    let blocks = readme::run_by("kube_mesh")?;
-    let mut chosen = blocks.iter().filter(|block| block.text.contains(with));
-    let (Some(block), None) = (chosen.next(), chosen.next()) else {
-        bail!("not one block of the README that kube_mesh runs has {with:?}");
-    };
-    if block.language == "yaml" {
-        std::fs::write(culvert::folder(cluster).join("deny.yaml"), &block.text)?;
-        return Ok(String::new());
-    }
-    cluster
-        .kubectl()
-        .shell(&culvert::folder(cluster), &block.text)?
-        .ok(&block.text)
+    readme::run_block(cluster.kubectl(), &culvert::folder(cluster), with)
 }
 
 /// A Pod of a service account of its own.

@@ -15,7 +15,7 @@ use super::{expect_mesh, report};
 const AGENT_READY: u16 = 15021;
 const CONTROL_PAGES: u16 = 15014;
 /// Longer than watches need to notice, certificates' and reviews' short timers to pass, and far shorter than an agent can do without.
-const OUTAGE: Duration = Duration::from_secs(30);
+const OUTAGE: Duration = Duration::from_secs(120);
 /// Every watch and every lease has been begun again.
 const RETURN: Duration = Duration::from_secs(10);
 const DENY: &str = r"

@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
+use mesh_tests::dashboards::checkout;
 use mesh_tests::kube::load::Load;
 use mesh_tests::kube::remains::KernelHalf;
 use mesh_tests::kube::shop::{MESH, PATIENCE, SHOP, before, capture, get, is_on_the_wire, pod, until_proven};
-use mesh_tests::kube::{Cluster, helm};
+use mesh_tests::kube::{Cluster, culvert, helm};
 use mesh_tests::poll;
 
 use super::{expect_mesh, join, report};
@@ -20,6 +21,14 @@ pub fn leave_and_join(cluster: &mut Cluster) -> Result<()> {
     for pod in ["client", "near", "server"] {
         poll::until_true(&format!("{pod} is out of the mesh"), PATIENCE, || {
             Ok(capture(cluster, pod)?.is_null())
+        })?;
+    }
+    // What the agents have last said, that the Pods which they let go are lost, must not count when these come back.
+    for node in 1..=cluster.nodes().len() {
+        poll::until_true(&format!("the Pods of node {node} are let go"), PATIENCE, || {
+            let metrics = culvert::metrics(cluster, node)?;
+            let mut pods = metrics.lines().filter(|line| line.starts_with("mesh_pods{"));
+            Ok(pods.clone().count() > 0 && pods.all(|line| line.ends_with("} 0")))
         })?;
     }
     std::thread::sleep(SETTLE);
@@ -94,9 +103,25 @@ pub fn uninstall(cluster: &mut Cluster) -> Result<()> {
         "--wait=true",
         "--timeout=60s",
     ])?;
+    forget_what_was_said(cluster)?;
     let left = cluster
         .kubectl()
         .run(&["-n", MESH, "get", "all,role,rolebinding,serviceaccount", "-o", "name"])?;
     ensure!(!left.contains("mesh-"), "left in {MESH}:\n{left}");
+    Ok(())
+}
+
+/// By the command of docs/DEPLOY.md.
+fn forget_what_was_said(cluster: &Cluster) -> Result<()> {
+    ensure!(
+        capture(cluster, "client")? == "proven",
+        "nothing stays on Pods, and docs/DEPLOY.md says that it does"
+    );
+    let text = std::fs::read_to_string(checkout("docs/DEPLOY.md"))?;
+    let command = text.lines().find(|line| line.starts_with("kubectl annotate pods"));
+    let command = command.context("docs/DEPLOY.md has no such command")?;
+    cluster.kubectl().shell(cluster.folder(), command)?.ok(command)?;
+    let pods = cluster.kubectl().run(&["get", "pods", "-A", "-o", "yaml"])?;
+    ensure!(!pods.contains("culvert.dev/"), "left on Pods:\n{pods}");
     Ok(())
 }

@@ -3,15 +3,19 @@
 use std::io::Read as _;
 use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use mesh_tests::app::ECHO_PORT;
 use mesh_tests::binaries;
+use mesh_tests::demo::PODS;
 use mesh_tests::manifests::policy;
 use mesh_tests::mesh::{Mesh, PodSpec};
 use mesh_tests::poll::{self, SOON};
 use mesh_tests::process::{Process, tail};
+use mesh_tests::suite;
 use mesh_tests::topology::NodeName;
+use mesh_tests::wire::Recorder;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -265,6 +269,70 @@ pub fn silent_successor(shared: &mut Shared) -> Result<()> {
     let heard = String::from_utf8_lossy(&heard);
     ensure!(heard.contains("goes on"), "expected to be told, saw {heard:?}");
     succeed(mesh, node)?.wait(PATIENTLY)?;
+    mesh.wait_for_tunnel("client", "server")
+}
+
+/// Of a connection that is open when the mesh leaves the node: it goes on for the drain, and then it ends at both Pods before anything of
+/// it finds another way.
+pub fn uninstalled_under_a_connection(shared: &mut Shared) -> Result<()> {
+    const DRAIN: &str = "1";
+    let mesh = &mut shared.mesh;
+    let node = NodeName::Two;
+    let marker = format!("marker-{:016x}", rand::random::<u64>());
+    let recorder = Recorder::start(&mesh.topology.node(NodeName::One).netns, "uplink")?;
+    let mut chat = mesh.app.chat(&mesh.pod("client").place(), mesh.pod("server").v4.into())?;
+    let said = marker.clone();
+    let talk = std::thread::spawn(move || {
+        let mut answers = 0_u32;
+        while chat.ask(&said, SOON).is_ok_and(|answer| answer == said) {
+            answers += 1;
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        answers
+    });
+    let place = mesh.topology.node(node);
+    let (pin_path, no_cni) = (place.pin_path(), place.folder.join("no-cni"));
+    let (pin_path, no_cni) = (pin_path.to_str().context("a path")?, no_cni.to_str().context("a path")?);
+    let cgroup = place.cgroup.path().to_str().context("a path")?.to_owned();
+    let gone = mesh.take_agent(node)?;
+    let begun = Instant::now();
+    let output = mesh.agent_command(
+        node,
+        "uninstall",
+        &[
+            "--pin-path",
+            pin_path,
+            "--cgroup-root",
+            &cgroup,
+            "--cni-conf-dir",
+            no_cni,
+            "--cni-bin-dir",
+            no_cni,
+            "--node",
+            node.as_str(),
+            "--drain-seconds",
+            DRAIN,
+        ],
+    )?;
+    ensure!(output.contains("Pods released"), "{output}");
+    let took = begun.elapsed();
+    let answers = talk.join().map_err(|_| anyhow::anyhow!("the talk panicked"))?;
+    let recording = recorder.finish()?;
+    suite::say(&format!(
+        "{answers} answers on the connection while the mesh left in {took:.1?}, {} bytes on the wire",
+        recording.len_bytes()
+    ));
+    ensure!(answers > 100, "it was cut at once, after {answers} answers");
+    ensure!(
+        !recording.contains(marker.as_bytes()),
+        "what was said under mutual TLS went in clear when the mesh left the node"
+    );
+    gone.wait(PATIENTLY)?;
+    // As before, for the checks that come.
+    mesh.launch_agent(node)?;
+    mesh.wait_until_ready(node)?;
+    let meshed: Vec<&str> = PODS.iter().filter(|pod| pod.meshed && pod.node == node).map(|pod| pod.name).collect();
+    meshed.iter().try_for_each(|pod| mesh.enroll(pod))?;
     mesh.wait_for_tunnel("client", "server")
 }
 

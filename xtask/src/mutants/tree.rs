@@ -1,6 +1,7 @@
 //! A copy of the checkout in which defences are removed. The checkout itself is only read.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
@@ -39,6 +40,10 @@ impl Tree {
         let mut mutated = self.mutated(mutants)?;
         for file in &self.files {
             let from = self.root.join(file);
+            if from.is_symlink() {
+                link(&std::fs::read_link(&from)?, &self.folder.join(file))?;
+                continue;
+            }
             let bytes = match mutated.remove(file.as_path()) {
                 Some(text) => text.into_bytes(),
                 None => std::fs::read(&from).with_context(|| format!("reading {}", from.display()))?,
@@ -96,7 +101,19 @@ pub fn edited(text: &str, edit: &Edit) -> Result<String> {
     }
 }
 
-/// Every file below, sorted.
+fn link(target: &Path, at: &Path) -> Result<()> {
+    if std::fs::read_link(at).is_ok_and(|there| there == target) {
+        return Ok(());
+    }
+    std::fs::create_dir_all(at.parent().context("a link lies in a folder")?)?;
+    // A copy of before, when it was no link.
+    if at.exists() {
+        std::fs::remove_file(at)?;
+    }
+    symlink(target, at).with_context(|| format!("linking {}", at.display()))
+}
+
+/// Every file and link below, sorted.
 fn list(root: &Path, below: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     let folder = root.join(below);
     let mut names = Vec::new();

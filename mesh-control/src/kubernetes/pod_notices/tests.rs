@@ -212,13 +212,36 @@ fn what_could_not_be_written_is_written_later_unless_it_is_not_true_any_more() {
 #[test]
 fn pods_that_find_no_room_are_counted() {
     let (mut notices, now) = (PodNotices::default(), Instant::now());
-    for n in 0..MAX_PODS_IN_TROUBLE + 2 {
-        let pod = PodRef {
-            uid: n.to_string(),
-            ..pod()
-        };
-        notices.hear(&pod, Proof::Pending, WHY, &unknown(), now);
+    let of = |namespace: usize, n: usize| PodRef {
+        uid: format!("{namespace}-{n}"),
+        namespace: namespace.to_string(),
+        ..pod()
+    };
+    let mut hear = |notices: &mut PodNotices, pod: &PodRef| notices.hear(pod, Proof::Pending, WHY, &unknown(), now);
+    for n in 0..MAX_PODS_IN_TROUBLE_OF_NAMESPACE + 2 {
+        hear(&mut notices, &of(0, n));
     }
-    assert_eq!((notices.pods.len(), notices.left_out()), (MAX_PODS_IN_TROUBLE, 2));
+    assert_eq!(
+        (notices.pods.len(), notices.left_out()),
+        (MAX_PODS_IN_TROUBLE_OF_NAMESPACE, 2),
+        "one namespace takes the others' room"
+    );
+    for namespace in 1..=MAX_PODS_IN_TROUBLE / MAX_PODS_IN_TROUBLE_OF_NAMESPACE {
+        for n in 0..MAX_PODS_IN_TROUBLE_OF_NAMESPACE {
+            hear(&mut notices, &of(namespace, n));
+        }
+    }
+    let left_out = 2 + MAX_PODS_IN_TROUBLE_OF_NAMESPACE as u64;
+    assert_eq!((notices.pods.len(), notices.left_out()), (MAX_PODS_IN_TROUBLE, left_out));
     assert_eq!(notices.due.len(), MAX_PODS_IN_TROUBLE);
+    // Whoever goes makes room in his namespace.
+    notices.hear(&of(0, 0), Proof::Pending, Problem::Released, &unknown(), now);
+    hear(&mut notices, &of(0, MAX_PODS_IN_TROUBLE_OF_NAMESPACE));
+    assert_eq!(notices.left_out(), left_out);
+    notices.retain(|pod| pod.namespace != "0");
+    for n in 0..MAX_PODS_IN_TROUBLE_OF_NAMESPACE {
+        hear(&mut notices, &of(17, n));
+    }
+    assert_eq!(notices.left_out(), left_out);
+    assert_eq!(notices.of_namespace.values().sum::<usize>(), notices.pods.len());
 }
