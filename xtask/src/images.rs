@@ -58,6 +58,13 @@ pub const IMAGES: [Content; 2] = [
     },
 ];
 
+/// What the quick start's Pods run on a cluster of others.
+pub const APP_IMAGE: Content = Content {
+    name: "mesh-test-app",
+    binaries: &["mesh-test-app"],
+    user: "65532:65532",
+};
+
 const ACCOUNTS: &str = "root:x:0:0::/:/\nnonroot:x:65532:65532::/:/\n";
 const GROUPS: &str = "root:x:0:\nnonroot:x:65532:\n";
 /// What a Pod's /etc/hosts says counts before its name server.
@@ -118,7 +125,8 @@ fn try_image(content: &Content, binaries: &Path, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-fn write(content: &Content, binaries: &Path, folder: &Path, tag: &str) -> Result<(PathBuf, Written)> {
+/// `<folder>/<name>.tar`.
+pub fn write(content: &Content, binaries: &Path, folder: &Path, tag: &str) -> Result<(PathBuf, Written)> {
     tools::ensure_command("strip", "binutils", "an image has no use for symbols")?;
     std::fs::create_dir_all(folder)?;
     let stripped = folder.join(format!("{}.stripped", content.name));

@@ -9,6 +9,7 @@ mod fuzz;
 mod generate;
 mod helm;
 mod images;
+mod kind;
 mod kube;
 mod mutants;
 mod other_build;

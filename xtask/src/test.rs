@@ -4,12 +4,12 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use clap::{Args, ValueEnum};
 
 use crate::helm::Helm;
 use crate::workspace::{USER_HALF, Workspace};
-use crate::{chart, demo, ebpf, fuzz, images, kube, mutants, other_build, prometheus, tools};
+use crate::{chart, demo, ebpf, fuzz, images, kind, kube, mutants, other_build, prometheus, tools};
 
 #[derive(Args)]
 pub struct Arguments {
@@ -18,6 +18,15 @@ pub struct Arguments {
     /// Only tests whose name contains this
     #[arg(requires = "part")]
     filter: Option<String>,
+    /// With `kube`: the README's quick start on a cluster that is made for it by another maker's tool, and no other suite
+    #[arg(long, requires = "part", conflicts_with = "filter")]
+    cluster: Option<Maker>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Maker {
+    /// Kubernetes in Docker: <https://kind.sigs.k8s.io>. Docker runs, `kind` and `kubectl` are in PATH
+    Kind,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -84,8 +93,11 @@ pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCode> {
     if wants(Part::Mutants) {
         mutants(workspace, filter, &mut totals)?;
     }
-    if wants(Part::Kube) {
-        kube(workspace, filter, &mut totals)?;
+    match arguments.cluster {
+        Some(Maker::Kind) if arguments.part == Some(Part::Kube) => on_kind(workspace, &mut totals)?,
+        Some(Maker::Kind) => bail!("--cluster is for `cargo xtask test kube`"),
+        None if wants(Part::Kube) => kube(workspace, filter, &mut totals)?,
+        None => {}
     }
     let machine = Machine {
         root: tools::is_root(),
@@ -192,6 +204,18 @@ fn kube(workspace: &Workspace, filter: Option<&str>, totals: &mut Totals) -> Res
         try_chart(workspace, helm, totals);
     }
     Ok(())
+}
+
+/// A cluster of kind, which is gone at the end.
+fn on_kind(workspace: &Workspace, totals: &mut Totals) -> Result<()> {
+    kind::expect_tools()?;
+    prepare(workspace)?;
+    let object = ebpf::object(workspace)?;
+    heading("a cluster of kind");
+    let cluster = kind::Cluster::create(workspace)?;
+    heading("the README's quick start on it");
+    let mut cargo = suites(workspace, &object, None, |name| name == kind::SUITE)?;
+    totals.count(kind::SUITE, cargo.env(kind::KUBECONFIG_VARIABLE, cluster.kubeconfig()))
 }
 
 fn try_chart(workspace: &Workspace, helm: Result<Option<Helm>>, totals: &mut Totals) {

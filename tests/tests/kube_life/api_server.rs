@@ -33,6 +33,7 @@ pub fn away(cluster: &mut Cluster) -> Result<()> {
     let controls = controls.iter().map(|pod| pod["status"]["podIP"].as_str()?.parse().ok());
     let controls: Vec<Ipv4Addr> = controls.collect::<Option<_>>().context("addresses of mesh-control")?;
     ensure!(controls.len() == 2, "expected two control planes, saw {controls:?}");
+    let restarts = restarts_of_controls(cluster)?;
     // Found while there is somebody to ask.
     let client = inside(cluster, "client")?;
     cluster.stop_server();
@@ -47,6 +48,9 @@ pub fn away(cluster: &mut Cluster) -> Result<()> {
     let counted = return_of.end(cluster)?;
     report(cluster, "the API server's return", &counted);
     counted.none_failed("the API server's return")?;
+    cluster.kubectl().rolled_out(MESH, "deployment/mesh-control")?;
+    let more = restarts_of_controls(cluster)? - restarts;
+    ensure!(more == 1, "the control plane that was killed was started {more} times");
     cluster.kubectl().apply(DENY)?;
     poll::until_true("the client is denied", PATIENCE, || {
         Ok(get(cluster, "http://server/").is_err())
@@ -59,6 +63,12 @@ pub fn away(cluster: &mut Cluster) -> Result<()> {
     expect_mesh(cluster)
 }
 
+fn restarts_of_controls(cluster: &Cluster) -> Result<u64> {
+    let pods = cluster.pods(MESH, "app.kubernetes.io/name=mesh-control")?;
+    let restarts = pods.iter().map(|pod| pod["status"]["containerStatuses"][0]["restartCount"].as_u64());
+    restarts.sum::<Option<u64>>().context("restarts of mesh-control")
+}
+
 fn during(cluster: &Cluster, client: &Inside, controls: &[Ipv4Addr]) -> Result<()> {
     ensure!(
         !cluster.kubectl().output(&["get", "--raw", "/readyz"])?.status.success(),
@@ -66,6 +76,9 @@ fn during(cluster: &Cluster, client: &Inside, controls: &[Ipv4Addr]) -> Result<(
     );
     let far = Load::begin_in(cluster, client.clone(), "http://server/")?;
     let near = Load::begin_in(cluster, client.clone(), "http://near/")?;
+    // The kubelet starts it again. It waits for the API server then, and is left to wait.
+    let killed = cluster.node(1).run(&["sh", "-c", "kill -9 $(pgrep -x mesh-control)"], SOON)?;
+    killed.ok("killing a control plane")?;
     std::thread::sleep(OUTAGE);
     for node in cluster.nodes() {
         let page = page(node, Ipv4Addr::LOCALHOST, AGENT_READY)?;
@@ -77,10 +90,13 @@ fn during(cluster: &Cluster, client: &Inside, controls: &[Ipv4Addr]) -> Result<(
             page.body
         );
     }
-    for address in controls {
-        let page = page(cluster.node(1), *address, CONTROL_PAGES)?;
-        ensure!(page.status == 200, "mesh-control at {address}: {} {}", page.status, page.body);
-    }
+    // The one that was killed does not listen before it has the root.
+    let ready = controls.iter().filter(|address| {
+        let page = page(cluster.node(1), **address, CONTROL_PAGES);
+        page.is_ok_and(|page| page.status == 200)
+    });
+    let ready = ready.count();
+    ensure!(ready == 1, "{ready} of two control planes are ready, of which one was killed");
     for (what, load) in [("to the other node", far), ("within the node", near)] {
         let counted = load.end(cluster)?;
         report(cluster, &format!("the API server away for {OUTAGE:?}, {what}"), &counted);
