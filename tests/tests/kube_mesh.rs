@@ -138,10 +138,7 @@ fn repaired(cluster: &mut Cluster) -> Result<()> {
     let pins = pins::folder(Path::new("/sys/fs/bpf/culvert"));
     for pin in [pins.join("pods").join(uid), pins.join("connect4")] {
         let pin = pin.display().to_string();
-        cluster
-            .node(2)
-            .run(&["rm", &pin], poll::SOON)?
-            .ok("removing a pin")?;
+        cluster.node(2).run(&["rm", &pin], poll::SOON)?.ok("removing a pin")?;
     }
     for (namespace, name, piece) in [(SHOP, "server", "sk_lookup"), ("default", "node-2", "connect4")] {
         let about = format!("involvedObject.name={name},reason=MeshProtectionRepaired");

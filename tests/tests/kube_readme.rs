@@ -6,7 +6,6 @@
     reason = "a test: a panic is its failure, and standard output its report"
 )]
 
-use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -23,7 +22,7 @@ const APP: &str = "/mesh-test-app";
 
 enum Bed {
     Given(Given),
-    Own(Cluster),
+    Own(Box<Cluster>),
 }
 
 impl Bed {
@@ -35,7 +34,7 @@ impl Bed {
             culvert::prepare(&cluster)?;
             let app = Image::new(APP_IMAGE).program(&binaries::path("mesh-test-app")?, APP)?;
             cluster.load_image(&app.entrypoint(&[APP]))?;
-            Self::Own(cluster)
+            Self::Own(Box::new(cluster))
         };
         bed.deploy().map_err(|error| explain(&bed, error))?;
         Ok(bed)
@@ -92,8 +91,25 @@ fn explain(bed: &Bed, error: anyhow::Error) -> anyhow::Error {
     for arguments in [
         &["get", "pods", "-A", "-o", "wide"][..],
         &["-n", SHOP, "describe", "pods"],
-        &["-n", MESH, "logs", "daemonset/mesh-agent", "--all-pods=true", "--all-containers", "--prefix", "--tail=25"],
-        &["-n", MESH, "logs", "deployment/mesh-control", "--all-pods=true", "--prefix", "--tail=25"],
+        &[
+            "-n",
+            MESH,
+            "logs",
+            "daemonset/mesh-agent",
+            "--all-pods=true",
+            "--all-containers",
+            "--prefix",
+            "--tail=25",
+        ],
+        &[
+            "-n",
+            MESH,
+            "logs",
+            "deployment/mesh-control",
+            "--all-pods=true",
+            "--prefix",
+            "--tail=25",
+        ],
     ] {
         let said = bed.kubectl().run(arguments);
         suite::say(&said.unwrap_or_else(|error| format!("none: {error:#}")));
@@ -104,7 +120,9 @@ fn explain(bed: &Bed, error: anyhow::Error) -> anyhow::Error {
 /// Names of two nodes on which any Pod may be.
 fn two_workers(nodes: &Value) -> Result<[String; 2]> {
     let nodes = nodes["items"].as_array().context("a list of nodes")?;
-    let workers = nodes.iter().filter(|node| node["spec"]["taints"].as_array().is_none_or(Vec::is_empty));
+    let workers = nodes
+        .iter()
+        .filter(|node| node["spec"]["taints"].as_array().is_none_or(Vec::is_empty));
     let mut names = workers.filter_map(|node| node["metadata"]["name"].as_str().map(str::to_owned));
     match (names.next(), names.next()) {
         (Some(one), Some(other)) => Ok([one, other]),
@@ -158,7 +176,9 @@ fn see(bed: &mut Bed) -> Result<()> {
     // `grep` fails until there is such a line.
     poll::until_true("who spoke with whom is seen", PATIENCE, || {
         let said = bed.readme("mutual_tls").unwrap_or_default();
-        Ok(said.lines().any(|line| principals.iter().all(|principal| line.contains(principal))))
+        Ok(said
+            .lines()
+            .any(|line| principals.iter().all(|principal| line.contains(principal))))
     })
 }
 
@@ -174,7 +194,9 @@ fn deny(bed: &mut Bed) -> Result<()> {
 fn remove(bed: &mut Bed) -> Result<()> {
     bed.readme("culvert.dev/mesh-")?;
     for pod in ["client", "server"] {
-        poll::until_true(&format!("{pod} is out of the mesh"), PATIENCE, || Ok(bed.capture(pod)?.is_null()))?;
+        poll::until_true(&format!("{pod} is out of the mesh"), PATIENCE, || {
+            Ok(bed.capture(pod)?.is_null())
+        })?;
     }
     let said = bed.readme("mesh-uninstall")?;
     ensure!(said.contains("successfully rolled out"), "it was not waited for");

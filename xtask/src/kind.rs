@@ -1,7 +1,7 @@
 //! A cluster of kind, Kubernetes in Docker, for the README's quick start. Docker, kind and kubectl are a person's own, and neither
 //! installed nor started.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Result, bail};
@@ -84,26 +84,19 @@ impl Cluster {
     }
 
     fn kind(&self, arguments: &[&str]) -> Command {
-        kind(&self.name, arguments)
+        let mut kind = Command::new("kind");
+        kind.args(arguments).args(["--name", &self.name]);
+        kind
     }
 }
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        delete(&self.name, &self.kubeconfig());
+        let deleted = tools::run(self.kind(&["delete", "cluster"]).arg("--kubeconfig").arg(self.kubeconfig()));
+        if let Err(error) = deleted {
+            let name = &self.name;
+            tools::say(&format!("the cluster is left ({error:#}): kind delete cluster --name {name}"));
+        }
         let _ = std::fs::remove_dir_all(&self.folder);
     }
-}
-
-fn delete(name: &str, kubeconfig: &Path) {
-    let deleted = tools::run(kind(name, &["delete", "cluster"]).arg("--kubeconfig").arg(kubeconfig));
-    if let Err(error) = deleted {
-        tools::say(&format!("the cluster is left ({error:#}): kind delete cluster --name {name}"));
-    }
-}
-
-fn kind(name: &str, arguments: &[&str]) -> Command {
-    let mut kind = Command::new("kind");
-    kind.args(arguments).args(["--name", name]);
-    kind
 }

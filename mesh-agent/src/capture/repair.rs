@@ -59,7 +59,10 @@ impl Inner {
         } else if !self.kernel.has_own_lookup(uid)? {
             // No hand has been there: an agent that began to take over, and failed.
             self.kernel.attach_lookup(record.slot, uid, netns.as_fd())?;
-            tracing::info!(uid, "the Pod's sk_lookup had another agent's program: it has this one's again");
+            tracing::info!(
+                uid,
+                "the Pod's sk_lookup had another agent's program: it has this one's again"
+            );
         }
         if let (_, true) = self.set_up_backstop(&record, netns, false) {
             repairs.repaired.push("backstop");

@@ -93,10 +93,10 @@ impl Told {
 
     fn report(&mut self, sequence: u64, status: &DiscoveryStatus, noticed: &Noticed) -> NodeReport {
         let room = (MAX_PODS as usize).saturating_sub(self.pods.len()).min(self.released.len());
-        let released = &mut self.released[..room];
-        for (told_in, _) in released.iter_mut().filter(|(told_in, _)| *told_in == 0) {
+        for (told_in, _) in self.released[..room].iter_mut().filter(|(told_in, _)| *told_in == 0) {
             *told_in = sequence;
         }
+        let released = &self.released[..room];
         let room = (MAX_PODS as usize).saturating_sub(self.pods.len() + released.len());
         // What is enrolled by now says it by its proof; and of what was just released, that is to be heard first.
         let is_told = |uid: &str| {
@@ -322,6 +322,13 @@ mod tests {
         assert_eq!(all(&mut state), [("b".to_owned(), WireProof::Proven, String::new()), a]);
         noticed.enrolled_by_cni("a");
         assert_eq!(all(&mut state).len(), 1);
+        // CNI ADD has failed of one that was enrolled, and it was released: first that, so that each report has a Pod once.
+        state.update(pods(&[]));
+        let released = ("b".to_owned(), WireProof::Lost, RELEASED.to_owned());
+        assert_eq!(all(&mut state), [released]);
+        state.received(1);
+        let failing = ("b".to_owned(), WireProof::Pending, "limit".to_owned());
+        assert_eq!(all(&mut state), [failing]);
     }
 
     #[test]

@@ -9,7 +9,9 @@ use tokio::time::Instant;
 use super::event_queue::Reason;
 use super::wishes::PodRef;
 use crate::capture_states::{CaptureState, Proof};
-use crate::limits::{CAPTURE_ECHO, MAX_PODS_IN_TROUBLE, MAX_PODS_IN_TROUBLE_OF_NAMESPACE, NOT_ENROLLED_AFTER, NOT_PROVEN_AGAIN_AFTER, PROBLEM_PACE};
+use crate::limits::{
+    CAPTURE_ECHO, MAX_PODS_IN_TROUBLE, MAX_PODS_IN_TROUBLE_OF_NAMESPACE, NOT_ENROLLED_AFTER, NOT_PROVEN_AGAIN_AFTER, PROBLEM_PACE,
+};
 use crate::registry::convert::problem_text;
 use crate::troubles::Problem;
 

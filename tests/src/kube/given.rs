@@ -29,7 +29,11 @@ impl Given {
         let Some(kubeconfig) = std::env::var_os(KUBECONFIG_VARIABLE).map(PathBuf::from) else {
             return Ok(None);
         };
-        ensure!(kubeconfig.is_file(), "{KUBECONFIG_VARIABLE}: {} is no file", kubeconfig.display());
+        ensure!(
+            kubeconfig.is_file(),
+            "{KUBECONFIG_VARIABLE}: {} is no file",
+            kubeconfig.display()
+        );
         let folders = std::env::var_os("PATH").unwrap_or_default();
         let binary = std::env::split_paths(&folders)
             .map(|folder| folder.join("kubectl"))

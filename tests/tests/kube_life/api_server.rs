@@ -65,7 +65,9 @@ pub fn away(cluster: &mut Cluster) -> Result<()> {
 
 fn restarts_of_controls(cluster: &Cluster) -> Result<u64> {
     let pods = cluster.pods(MESH, "app.kubernetes.io/name=mesh-control")?;
-    let restarts = pods.iter().map(|pod| pod["status"]["containerStatuses"][0]["restartCount"].as_u64());
+    let restarts = pods
+        .iter()
+        .map(|pod| pod["status"]["containerStatuses"][0]["restartCount"].as_u64());
     restarts.sum::<Option<u64>>().context("restarts of mesh-control")
 }
 

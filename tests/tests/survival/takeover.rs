@@ -331,7 +331,11 @@ pub fn uninstalled_under_a_connection(shared: &mut Shared) -> Result<()> {
     // As before, for the checks that come.
     mesh.launch_agent(node)?;
     mesh.wait_until_ready(node)?;
-    let meshed: Vec<&str> = PODS.iter().filter(|pod| pod.meshed && pod.node == node).map(|pod| pod.name).collect();
+    let meshed: Vec<&str> = PODS
+        .iter()
+        .filter(|pod| pod.meshed && pod.node == node)
+        .map(|pod| pod.name)
+        .collect();
     meshed.iter().try_for_each(|pod| mesh.enroll(pod))?;
     mesh.wait_for_tunnel("client", "server")
 }

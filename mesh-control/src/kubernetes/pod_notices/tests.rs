@@ -217,7 +217,7 @@ fn pods_that_find_no_room_are_counted() {
         namespace: namespace.to_string(),
         ..pod()
     };
-    let mut hear = |notices: &mut PodNotices, pod: &PodRef| notices.hear(pod, Proof::Pending, WHY, &unknown(), now);
+    let hear = |notices: &mut PodNotices, pod: &PodRef| notices.hear(pod, Proof::Pending, WHY, &unknown(), now);
     for n in 0..MAX_PODS_IN_TROUBLE_OF_NAMESPACE + 2 {
         hear(&mut notices, &of(0, n));
     }
