@@ -25,7 +25,10 @@ use mesh_tests::kube::load::Counted;
 use mesh_tests::kube::shop::{SHOP, capture, deploy, is_on_the_wire, until_proven, with_logs};
 use mesh_tests::kube::{Cluster, culvert, helm};
 use mesh_tests::suite;
+use serde_json::Value;
 
+/// Of the access log, where a connection failed.
+const LAST_LINES: usize = 3;
 const LABEL: &str = "culvert.dev/mesh=enabled";
 
 fn main() -> ExitCode {
@@ -85,6 +88,10 @@ fn report(cluster: &Cluster, what: &str, counted: &Counted) {
         let some = counted.errors.lines().take(3).collect::<Vec<_>>().join(" | ");
         println!("  of the errors: {some}");
         let lines = culvert::access_log(cluster, |line| line["result"] != "ok").unwrap_or_default();
+        let of_connections = lines.iter().filter(|line| !line["direction"].is_null());
+        let mut last: Vec<Value> = of_connections.cloned().collect();
+        last.sort_by_key(|line| line["time"].to_string());
+        last.drain(..last.len().saturating_sub(LAST_LINES));
         let mut reasons = BTreeMap::<String, usize>::new();
         for line in lines {
             *reasons
@@ -92,5 +99,8 @@ fn report(cluster: &Cluster, what: &str, counted: &Counted) {
                 .or_default() += 1;
         }
         println!("  what agents have refused for, in five minutes: {reasons:?}");
+        for line in last {
+            println!("  the last: {line}");
+        }
     }
 }

@@ -136,7 +136,7 @@ fn repaired(cluster: &mut Cluster) -> Result<()> {
     let pod = cluster.kubectl().get(&["-n", SHOP, "pod", "server"])?;
     let uid = pod["metadata"]["uid"].as_str().context("a uid")?;
     let pins = pins::folder(Path::new("/sys/fs/bpf/culvert"));
-    for pin in [pins.join("pods").join(uid), pins.join("connect4")] {
+    for pin in [pins.join("pods").join(uid), pins.join("links/connect4")] {
         let pin = pin.display().to_string();
         cluster.node(2).run(&["rm", &pin], poll::SOON)?.ok("removing a pin")?;
     }
