@@ -143,6 +143,12 @@ impl ProxyError {
         }
     }
 
+    /// What it was to be let out to in clear takes nothing in clear any more.
+    #[must_use]
+    pub(super) fn is_protected_meanwhile(&self) -> bool {
+        matches!(self, Self::Reset(ResetBy::Protection))
+    }
+
     /// The label in metrics and the field in logs.
     #[must_use]
     pub fn reason(&self) -> &'static str {

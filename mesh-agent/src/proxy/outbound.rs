@@ -84,13 +84,16 @@ async fn carry(
             destination.socket_addr(),
         ),
     )?;
-    let far = match resolve(proxy, destination).await? {
-        Destination::ServiceVip(service) => {
-            record.service(&service);
-            reach_service(proxy, context, client, destination, &service, &registered, record).await?
-        }
-        standing => reach(proxy, context, client, destination, standing, &registered, record).await?,
-    };
+    let mut far = open(proxy, context, client, destination, &registered, record).await;
+    if far.as_ref().is_err_and(ProxyError::is_protected_meanwhile) && registered.cut_by().is_none() {
+        // Nothing was sent yet, and now there is somebody to open a tunnel to.
+        registered.goes_not_in_clear();
+        far = open(proxy, context, client, destination, &registered, record).await;
+    }
+    if far.as_ref().is_err_and(ProxyError::is_protected_meanwhile) && registered.cut_by().is_none() {
+        proxy.metrics.count_proof_cut(PROTECTED);
+    }
+    let far = far?;
     record.opened();
     match far {
         Far::Plain(outside) => copy::plain(application, outside, record, &registered).await,
@@ -100,6 +103,24 @@ async fn carry(
             drop(stream.guard);
             result
         }
+    }
+}
+
+/// Opens the far half to whatever stands at the destination.
+async fn open(
+    proxy: &Arc<Proxy>,
+    context: &PodContext,
+    client: ClientAddr,
+    destination: OriginalDst,
+    registered: &Registered,
+    record: &mut ConnectionRecord,
+) -> Result<Far, ProxyError> {
+    match resolve(proxy, destination).await? {
+        Destination::ServiceVip(service) => {
+            record.service(&service);
+            reach_service(proxy, context, client, destination, &service, registered, record).await
+        }
+        standing => reach(proxy, context, client, destination, standing, registered, record).await,
     }
 }
 
@@ -132,7 +153,7 @@ async fn reach(
     registered: &Registered,
     record: &mut ConnectionRecord,
 ) -> Result<Far, ProxyError> {
-    let unprotected = match standing {
+    let (unprotected, holder) = match standing {
         Destination::Mesh(workload) => {
             if mesh_common::is_agent_port(destination.port()) {
                 return Err(Refusal::AgentPort.into());
@@ -151,24 +172,23 @@ async fn reach(
             if proxy.state.read(|state| state.settings().is_strict(&workload.namespace)) {
                 return Err(Refusal::DestinationPending.into());
             }
-            "pending"
+            ("pending", Some(workload))
         }
-        Destination::Excluded(_) => {
+        Destination::Excluded(holder) => {
             record.path(ConnectionPath::Excluded, SecurityPolicy::None);
-            "excluded"
+            ("excluded", holder)
         }
-        Destination::Outside(_) => "outside",
+        Destination::Outside(holder) => ("outside", holder),
     };
     proxy.steps.done(Step::Resolved);
     proxy.metrics.count_passthrough(unprotected);
     let socket = context.pod.network.outbound_socket(destination.ip())?;
-    registered.goes_in_clear(destination);
+    registered.goes_in_clear(destination, holder);
     // Cut from here on when the destination comes under protection; it may have come just before.
     if proxy
         .state
         .read(|state| takes_nothing_in_clear(state, registered.asked(), destination))
     {
-        proxy.metrics.count_proof_cut(PROTECTED);
         return Err(ProxyError::Reset(ResetBy::Protection));
     }
     proxy.steps.done(Step::LetOut);

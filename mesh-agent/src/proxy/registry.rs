@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::buffers::{Account, Buffers, PodBuffers};
@@ -17,6 +18,18 @@ use super::review::CutBy;
 use crate::addr::OriginalDst;
 use crate::identity::Identity;
 use crate::telemetry::{ConnectionPath, Direction};
+use crate::workload::Workload;
+
+/// Where a connection goes that was let out in clear.
+#[derive(Clone, Debug)]
+pub(super) struct InClear {
+    /// For a service's address, an endpoint of it.
+    pub to: OriginalDst,
+    /// Who had that address by then.
+    pub holder: Option<Arc<Workload>>,
+    /// When it was first seen that the same holder is in the mesh by now.
+    pub protected_at: Option<Instant>,
+}
 
 /// What a decision to cut needs to know.
 #[derive(Clone, Debug)]
@@ -27,8 +40,8 @@ pub struct ConnectionInfo {
     pub source: Option<Identity>,
     pub source_address: SocketAddr,
     pub destination: SocketAddr,
-    /// Outbound, and not in a tunnel: where it goes, which for a service's address is an endpoint of it.
-    pub(super) in_clear: Option<OriginalDst>,
+    /// Outbound, and not in a tunnel.
+    pub(super) in_clear: Option<InClear>,
     /// Of the tunnel that carries it; none before there is one.
     pub(super) proof: Option<Arc<Proof>>,
     /// Its source was found at its address.
@@ -156,13 +169,17 @@ impl Registry {
     }
 
     /// Cuts those of a Pod's connections that `denied_by` names a reason for, and says by what each was.
-    pub fn cut(&self, pod_uid: &str, denied_by: impl Fn(&ConnectionInfo) -> Option<CutBy>) -> Vec<CutBy> {
-        let inner = self.inner.lock();
-        let entries = inner.pods.get(pod_uid).into_iter().flat_map(|pod| pod.entries.values());
+    pub fn cut(&self, pod_uid: &str, mut denied_by: impl FnMut(&mut ConnectionInfo) -> Option<CutBy>) -> Vec<CutBy> {
+        let mut inner = self.inner.lock();
+        let entries = inner
+            .pods
+            .get_mut(pod_uid)
+            .into_iter()
+            .flat_map(|pod| pod.entries.values_mut());
         entries
             .filter(|entry| !entry.cut.token.is_cancelled())
             .filter_map(|entry| {
-                let by = denied_by(&entry.info)?;
+                let by = denied_by(&mut entry.info)?;
                 // Before the token: whoever sees the connection cut finds the reason.
                 let by = entry.cut.by.get_or_init(|| by).clone();
                 entry.cut.token.cancel();
@@ -247,10 +264,25 @@ impl Registered {
     }
 
     /// From now on it is cut when what it asked for, or this, takes nothing in clear. Whoever calls looks at that once more afterwards.
-    pub(super) fn goes_in_clear(&self, to: OriginalDst) {
+    /// `holder`: who has the address.
+    pub(super) fn goes_in_clear(&self, to: OriginalDst, holder: Option<Arc<Workload>>) {
+        let in_clear = InClear {
+            to,
+            holder,
+            protected_at: None,
+        };
+        self.is_in_clear(Some(in_clear));
+    }
+
+    /// It does not after all.
+    pub(super) fn goes_not_in_clear(&self) {
+        self.is_in_clear(None);
+    }
+
+    fn is_in_clear(&self, in_clear: Option<InClear>) {
         self.registry.change(self, |connections, id| {
             if let Some(entry) = connections.entries.get_mut(&id) {
-                entry.info.in_clear = Some(to);
+                entry.info.in_clear = in_clear;
             }
         });
     }

@@ -11,16 +11,19 @@ use tokio::time::{Instant, sleep_until};
 use super::Proxy;
 use super::pod::PodContext;
 use super::proof::Broken;
-use super::registry::{ConnectionInfo, Registered};
+use super::registry::{ConnectionInfo, InClear, Registered};
 use super::step::Step;
 use crate::addr::OriginalDst;
 use crate::policy::{self, Connection, Decision, Policy};
 use crate::state::{Destination, Settings, State};
 use crate::telemetry::{ConnectionRecord, Direction, IDENTITY_REVOKED, NEW_HOLDER, PROTECTED, ROOT_REMOVED};
+use crate::workload::{Membership, Workload};
 
 /// At least between two reviews of a Pod because somebody's address has another holder: each looks at all of its connections, and Pods
 /// come and go. Policies and settings do not wait.
 pub(super) const PACE: Duration = Duration::from_millis(50);
+/// How long a connection in clear may go on to a Pod that has joined the mesh since: longer than most requests take.
+pub(super) const PROTECTION_GRACE: Duration = Duration::from_secs(2);
 
 /// What a Pod's connections are decided by.
 struct Rules {
@@ -37,16 +40,19 @@ struct Rules {
 pub(super) async fn run(proxy: Arc<Proxy>, context: Arc<PodContext>) {
     let mut changed = proxy.state.changed();
     let mut reviewed: Option<(Rules, Instant)> = None;
+    let mut due: Option<Instant> = None;
     loop {
         changed.mark_unchanged();
         proxy.steps.done(Step::Reviewing);
         let rules = proxy.state.read(|state| applicable(state, &context));
-        let mut again_at = None;
+        let is_due = due.is_some_and(|due| due <= Instant::now());
+        let mut again_at = due;
         match &reviewed {
-            Some((before, _)) if before.same(&rules) => {}
+            Some((before, _)) if before.same(&rules) && !is_due => {}
             Some((before, at)) if before.same_but_for_holders(&rules) && at.elapsed() < PACE => again_at = Some(*at + PACE),
             _ => {
-                review(&proxy, &context, &rules);
+                due = review(&proxy, &context, &rules);
+                again_at = due;
                 reviewed = Some((rules, Instant::now()));
             }
         }
@@ -90,12 +96,14 @@ impl Rules {
     }
 }
 
-fn review(proxy: &Proxy, context: &PodContext, rules: &Rules) {
+/// When it is to be done again, whatever changes.
+fn review(proxy: &Proxy, context: &PodContext, rules: &Rules) -> Option<Instant> {
+    let (now, mut again) = (Instant::now(), None);
     let cut = proxy.state.read(|state| {
         let registry = &proxy.registry;
         registry.cut(&context.pod.pod_uid, |info| {
             unproven(rules, info, state)
-                .or_else(|| unprotected(info, state))
+                .or_else(|| unprotected(info, state, now, &mut again))
                 .or_else(|| denied_by(rules, &context.pod.namespace, info, state))
         })
     });
@@ -114,6 +122,7 @@ fn review(proxy: &Proxy, context: &PodContext, rules: &Rules) {
         let pod = &context.pod.name;
         tracing::info!(%pod, connections = cut.len(), first_by = ?by, "changed policies, settings or addresses deny connections that were open: cut");
     }
+    again
 }
 
 /// The record of a connection that was cut tells by what.
@@ -153,9 +162,34 @@ fn unproven(rules: &Rules, info: &ConnectionInfo, state: &State) -> Option<CutBy
     }
 }
 
-fn unprotected(info: &ConnectionInfo, state: &State) -> Option<CutBy> {
-    let to = info.in_clear?;
-    takes_nothing_in_clear(state, info.destination, to).then_some(CutBy::Protection)
+/// At once, but where the same Pod has come under protection and would be spoken to in clear a moment ago: a label that is set is no
+/// reason for a request on its way to fail. `again`: when there is more to cut.
+fn unprotected(info: &mut ConnectionInfo, state: &State, now: Instant, again: &mut Option<Instant>) -> Option<CutBy> {
+    let asked = info.destination;
+    let clear = info.in_clear.as_mut()?;
+    if !takes_nothing_in_clear(state, asked, clear.to) {
+        clear.protected_at = None;
+        return None;
+    }
+    if !has_just_joined(state, clear) {
+        return Some(CutBy::Protection);
+    }
+    let due = *clear.protected_at.get_or_insert(now) + PROTECTION_GRACE;
+    if due <= now {
+        return Some(CutBy::Protection);
+    }
+    *again = Some(again.map_or(due, |at| at.min(due)));
+    None
+}
+
+fn has_just_joined(state: &State, clear: &InClear) -> bool {
+    let same = |now: &Arc<Workload>| {
+        let before = clear.holder.as_ref();
+        now.membership == Membership::Proven
+            && !state.settings().is_strict(&now.namespace)
+            && before.is_some_and(|before| (&before.uid, &before.pod_uid) == (&now.uid, &now.pod_uid))
+    };
+    state.by_address(clear.to.ip()).as_ref().is_some_and(same)
 }
 
 /// Whether a connection to what was asked for, that goes to `to`, would not be let out in clear. Where nothing is known nothing is cut:

@@ -241,6 +241,11 @@ async fn what_is_open_in_clear_ends_with_its_destinations_protection() {
         workload.membership = membership;
         Change::Workload(workload)
     };
+    let of_another_pod = |membership| {
+        let mut workload = server.workload.clone();
+        (workload.membership, workload.pod_uid) = (membership, "another".into());
+        Change::Workload(workload)
+    };
     let permissive = || Change::Settings(settings(Mtls::Permissive));
     let excluded = || Change::Settings(excluding(APPLICATION_PORT));
     // Who decides is the source: the far side is told nothing.
@@ -251,33 +256,60 @@ async fn what_is_open_in_clear_ends_with_its_destinations_protection() {
         (
             "proven",
             standing(&server, Membership::Pending),
-            standing(&server, Membership::Proven),
+            vec![standing(&server, Membership::Proven)],
+            true,
         ),
         (
             "lost",
             standing(&server, Membership::Pending),
-            standing(&server, Membership::Lost),
+            vec![standing(&server, Membership::Lost)],
+            false,
         ),
         (
             "strict",
             standing(&server, Membership::Pending),
-            Change::Settings(settings(Mtls::Strict)),
+            vec![Change::Settings(settings(Mtls::Strict))],
+            false,
         ),
-        ("included", excluded(), permissive()),
+        (
+            "proven and strict",
+            standing(&server, Membership::Pending),
+            vec![
+                standing(&server, Membership::Proven),
+                Change::Settings(settings(Mtls::Strict)),
+            ],
+            false,
+        ),
+        ("included", excluded(), vec![permissive()], true),
         (
             "in the mesh after all",
             standing(&server, Membership::Outside),
-            standing(&server, Membership::Proven),
+            vec![standing(&server, Membership::Proven)],
+            true,
+        ),
+        (
+            "another Pod's",
+            standing(&server, Membership::Pending),
+            vec![of_another_pod(Membership::Proven)],
+            false,
         ),
     ];
-    for (nth, (what, before, after)) in table.into_iter().enumerate() {
+    for (nth, (what, before, after, has_grace)) in table.into_iter().enumerate() {
         mesh.near
             .state
             .apply(vec![permissive(), standing(&server, Membership::Proven), before]);
         let mut stream = client.connect(server.application()).await;
         assert_echo(&mut stream, "in clear").await;
-        mesh.near.state.apply(vec![after]);
-        assert_cut(&mut stream).await;
+        mesh.near.state.apply(after);
+        if has_grace {
+            // A request on its way is answered; what goes on is cut all the same.
+            sleep(2 * crate::proxy::review::PACE).await;
+            assert_echo(&mut stream, what).await;
+            assert_cut(&mut stream).await;
+        } else {
+            let soon = crate::proxy::review::PROTECTION_GRACE / 2;
+            timeout(soon, assert_cut(&mut stream)).await.expect(what);
+        }
         let counted = || metric(&mesh.near, r#"mesh_policy_cut_total{policy="_destination_protected"}"#);
         assert_eq!(counted(), nth as u64 + 1, "{what}");
         assert_echo(&mut outside, "goes on").await;
@@ -331,11 +363,16 @@ async fn protection_that_comes_while_a_connection_is_let_out_in_clear_still_hold
             std::thread::sleep(2 * crate::proxy::review::PACE);
         };
         steps.at(step, Box::new(meanwhile));
-        match client.try_connect(server.application()).await {
-            Ok(mut stream) => assert_cut(&mut stream).await,
-            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset),
+        let mut stream = client.connect(server.application()).await;
+        if step == Step::Resolved {
+            // Nothing was sent: it goes by the tunnel that there can be now, and stays.
+            assert_echo(&mut stream, "by the tunnel").await;
+            sleep(crate::proxy::review::PROTECTION_GRACE + 2 * crate::proxy::review::PACE).await;
+            assert_echo(&mut stream, "still").await;
+        } else {
+            assert_cut(&mut stream).await;
+            mesh.near.logs_reason("cut_by_protection").await;
         }
         assert!(!steps.is_waiting(), "{step:?}: never let out");
-        mesh.near.logs_reason("cut_by_protection").await;
     }
 }
