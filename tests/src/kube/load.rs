@@ -1,7 +1,7 @@
 //! New connections in Pods while something happens to them, and what became of each.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -53,7 +53,8 @@ impl Inside {
     /// The node is off.
     pub fn netns(&self, cluster: &Cluster) -> Result<PathBuf> {
         let node = cluster.node(self.node).pid()?;
-        Ok(PathBuf::from(format!("/proc/{node}/root/proc/{}/ns/net", self.pid)))
+        let seen_by_node = Path::new("proc").join(&self.pid).join("ns/net");
+        Ok(Path::new("/proc").join(node.to_string()).join("root").join(seen_by_node))
     }
 
     /// # Errors
