@@ -67,6 +67,8 @@ const CHART: &str = "chart";
 /// The suites that need the other build as well, which takes minutes where much has changed.
 const UPGRADE_SUITE: &str = "upgrade";
 const KUBE_UPGRADE_SUITE: &str = "kube_upgrade";
+/// Those that mostly wait: how patient a control plane is, they try. They run beside the others, and are shown after them.
+const PATIENT_SUITES: [&str; 1] = ["kube_faults"];
 /// Where the suites have Helm from.
 const HELM_VARIABLE: &str = "CULVERT_HELM";
 
@@ -197,9 +199,27 @@ fn kube(workspace: &Workspace, filter: Option<&str>, totals: &mut Totals) -> Res
     if let Ok(Some(helm)) = &helm {
         environment.push((HELM_VARIABLE, helm.program().to_owned()));
     }
-    let mut cargo = suites(workspace, &object, filter, |name| is_kube(name) && name != KUBE_UPGRADE_SUITE)?;
-    totals.count("the tests on a real Kubernetes", cargo.envs(environment.clone()))?;
-    upgrades(workspace, &object, filter, KUBE_UPGRADE_SUITE, &environment, totals)?;
+    let is_patient = |name: &str| PATIENT_SUITES.contains(&name);
+    let mut patient = suites(workspace, &object, filter, is_patient)?;
+    patient.envs(environment.clone()).stderr(Stdio::inherit());
+    let mut cargo = suites(workspace, &object, filter, |name| {
+        is_kube(name) && name != KUBE_UPGRADE_SUITE && !is_patient(name)
+    })?;
+    cargo.envs(environment.clone());
+    let beside = std::thread::scope(|scope| {
+        let beside = scope.spawn(|| patient.output());
+        totals.count("the tests on a real Kubernetes", &mut cargo)?;
+        upgrades(workspace, &object, filter, KUBE_UPGRADE_SUITE, &environment, totals)?;
+        anyhow::Ok(beside.join())
+    })?;
+    let beside = beside
+        .map_err(|_| anyhow::anyhow!("the thread that ran them panicked"))?
+        .context("starting cargo")?;
+    heading("what ran beside them");
+    totals.read(beside.stdout.as_slice(), &mut std::io::stdout())?;
+    if !beside.status.success() {
+        totals.broken.push(PATIENT_SUITES.join(", "));
+    }
     if filter.is_none() {
         try_chart(workspace, helm, totals);
     }

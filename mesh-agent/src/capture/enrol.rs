@@ -54,6 +54,8 @@ pub(super) struct Enrolment {
     pub(super) unprotected: Vec<u64>,
     /// `None` until it is recovered: its listeners are not ours yet, and its connections are refused.
     pub(super) active: Option<Arc<PodNamespace>>,
+    /// Its programs may be those of an agent that began to take over and did not: exchanging them is no repair.
+    pub(super) may_be_exchanged: bool,
 }
 
 /// What an enrolment has made, before the runtime has it.
@@ -72,6 +74,7 @@ impl Enrolment {
             unprotected: record.open_before.clone(),
             record,
             active: None,
+            may_be_exchanged: false,
         }
     }
 }

@@ -306,7 +306,7 @@ impl Capture {
         }
     }
 
-    /// Whether the Pod is still on record: an agent that has taken over may have released it.
+    /// Whether the Pod stays in the mesh: an agent that has taken over may have released it, or be about to.
     #[must_use]
     pub fn is_kept(&self, uid: &str) -> bool {
         self.inner.enrolments.is_kept(uid)

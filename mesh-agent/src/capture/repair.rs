@@ -28,13 +28,13 @@ impl Inner {
         if self.is_offered.load(Ordering::Relaxed) {
             return Ok(Repairs::default());
         }
-        let (record, network, listeners) = {
+        let (record, network, listeners, may_be_exchanged) = {
             let pods = self.pods.lock();
             let enrolment = pods.get(uid);
             if enrolment.is_some_and(|e| e.record.is_leaving) {
                 return Ok(Repairs::default());
             }
-            let served = enrolment.and_then(|e| Some((e.record.clone(), e.active.clone()?, e.listeners)));
+            let served = enrolment.and_then(|e| Some((e.record.clone(), e.active.clone()?, e.listeners, e.may_be_exchanged)));
             served.ok_or_else(|| CaptureError::Other(format!("Pod {uid} is not served")))?
         };
         let netns = network.netns();
@@ -53,19 +53,20 @@ impl Inner {
         let inode = nix::sys::stat::fstat(netns.as_fd())
             .map_err(|error| CaptureError::Other(format!("the Pod's network namespace: {error}")))?
             .st_ino;
-        if self.kernel.lookup_target(uid)? != LookupTarget::Netns(inode) {
+        let is_attached = self.kernel.lookup_target(uid)? == LookupTarget::Netns(inode);
+        if !is_attached || !self.kernel.has_own_lookup(uid)? {
             self.kernel.attach_lookup(record.slot, uid, netns.as_fd())?;
-            repairs.repaired.push("sk_lookup");
-        } else if !self.kernel.has_own_lookup(uid)? {
-            // No hand has been there: an agent that began to take over, and failed.
-            self.kernel.attach_lookup(record.slot, uid, netns.as_fd())?;
-            tracing::info!(
-                uid,
-                "the Pod's sk_lookup had another agent's program: it has this one's again"
-            );
+            if !is_attached || !may_be_exchanged {
+                repairs.repaired.push("sk_lookup");
+            }
         }
-        if let (_, true) = self.set_up_backstop(&record, netns, false) {
+        if let (_, true) = self.set_up_backstop(&record, netns, false)
+            && !may_be_exchanged
+        {
             repairs.repaired.push("backstop");
+        }
+        if let Some(enrolment) = self.pods.lock().get_mut(uid) {
+            enrolment.may_be_exchanged = false;
         }
         let (added, are_listening) = netns.run(|| Ok((routing::set_up(&record.before)?, sockets::are_listening(&listeners)?)))?;
         repairs.repaired.extend(added);
@@ -147,11 +148,14 @@ impl Inner {
 
     /// Nobody took over, but somebody may have begun to: the node's programs may be another ABI version's, and look into maps in which
     /// this agent enrols no Pod. They are exchanged before any is; those of the Pods that are here see the same, and are exchanged by
-    /// their next repair.
+    /// their next repair, which tells nobody.
     pub(super) fn take_back(&self) {
         let _change = self.change.lock();
         if !self.is_offered.swap(false, Ordering::Relaxed) {
             return;
+        }
+        for enrolment in self.pods.lock().values_mut() {
+            enrolment.may_be_exchanged = true;
         }
         match self.kernel.repair() {
             Ok(repaired) if repaired.is_empty() => {}

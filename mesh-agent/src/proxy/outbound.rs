@@ -181,7 +181,6 @@ async fn reach(
         Destination::Outside(holder) => ("outside", holder),
     };
     proxy.steps.done(Step::Resolved);
-    proxy.metrics.count_passthrough(unprotected);
     let socket = context.pod.network.outbound_socket(destination.ip())?;
     registered.goes_in_clear(destination, holder);
     // Cut from here on when the destination comes under protection; it may have come just before.
@@ -191,6 +190,7 @@ async fn reach(
     {
         return Err(ProxyError::Reset(ResetBy::Protection));
     }
+    proxy.metrics.count_passthrough(unprotected);
     proxy.steps.done(Step::LetOut);
     let outside = tokio::select! {
         outside = Carried::connect(socket, destination.socket_addr(), "passthrough") => outside?,

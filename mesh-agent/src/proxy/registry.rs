@@ -27,7 +27,7 @@ pub(super) struct InClear {
     pub to: OriginalDst,
     /// Who had that address by then.
     pub holder: Option<Arc<Workload>>,
-    /// When it was first seen that the same holder is in the mesh by now.
+    /// When a review first found that it would go by a tunnel now, to the same holder.
     pub protected_at: Option<Instant>,
 }
 

@@ -1,6 +1,7 @@
 //! Policy covers the living: whenever the policies of a Pod change, or the mesh's settings, or who has which address, its connections
 //! are decided again, and those that are now denied are cut: inbound ones by policy, those of either direction whose tunnel's proof
-//! counts no longer, and outbound ones in clear whose destination is protected now. A connection is registered before its first decision, so none slips between.
+//! counts no longer, and outbound ones in clear whose destination is protected now (after
+//! [`PROTECTION_GRACE`], where the same Pod is at the other end still). A connection is registered before its first decision, so none slips between.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use crate::workload::{Membership, Workload};
 /// At least between two reviews of a Pod because somebody's address has another holder: each looks at all of its connections, and Pods
 /// come and go. Policies and settings do not wait.
 pub(super) const PACE: Duration = Duration::from_millis(50);
-/// How long a connection in clear may go on to a Pod that has joined the mesh since: longer than most requests take.
+/// How long a connection in clear may go on to a Pod that is to be spoken to by tunnel since: longer than most requests take.
 pub(super) const PROTECTION_GRACE: Duration = Duration::from_secs(2);
 
 /// What a Pod's connections are decided by.
@@ -162,8 +163,8 @@ fn unproven(rules: &Rules, info: &ConnectionInfo, state: &State) -> Option<CutBy
     }
 }
 
-/// At once, but where the same Pod has come under protection and would be spoken to in clear a moment ago: a label that is set is no
-/// reason for a request on its way to fail. `again`: when there is more to cut.
+/// At once, but where there is a tunnel by now to the same Pod, and nothing forbids what is in clear: a label that is set is no reason
+/// for a request on its way to fail. `again`: when there is more to cut.
 fn unprotected(info: &mut ConnectionInfo, state: &State, now: Instant, again: &mut Option<Instant>) -> Option<CutBy> {
     let asked = info.destination;
     let clear = info.in_clear.as_mut()?;
@@ -171,7 +172,7 @@ fn unprotected(info: &mut ConnectionInfo, state: &State, now: Instant, again: &m
         clear.protected_at = None;
         return None;
     }
-    if !has_just_joined(state, clear) {
+    if !may_still_end_in_clear(state, clear) {
         return Some(CutBy::Protection);
     }
     let due = *clear.protected_at.get_or_insert(now) + PROTECTION_GRACE;
@@ -182,7 +183,7 @@ fn unprotected(info: &mut ConnectionInfo, state: &State, now: Instant, again: &m
     None
 }
 
-fn has_just_joined(state: &State, clear: &InClear) -> bool {
+fn may_still_end_in_clear(state: &State, clear: &InClear) -> bool {
     let same = |now: &Arc<Workload>| {
         let before = clear.holder.as_ref();
         now.membership == Membership::Proven

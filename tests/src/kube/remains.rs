@@ -148,34 +148,51 @@ fn walk(folder: &Path, prefix: &str, found: &mut Vec<String>) -> Result<()> {
     Ok(())
 }
 
+/// Folders there hold links, or another version's maps.
+fn maps_in(folder: &Path) -> Result<Vec<OwnedFd>> {
+    let pins = names(folder)?.into_iter().map(|name| folder.join(name));
+    pins.filter(|pin| !pin.is_dir()).map(|pin| bpf::open(&pin)).collect()
+}
+
 /// The kernel's half of the mesh on a node, held by its maps: whether any program or link uses one is seen also when every pin is gone.
 #[derive(Debug)]
 pub struct KernelHalf(Vec<OwnedFd>);
 
 impl KernelHalf {
+    /// Of each node, where there is one by now.
+    ///
     /// # Errors
-    /// No agent has pinned anything there.
+    /// A node has no maps of it, or no program and link that uses them.
+    pub fn of_all(cluster: &Cluster) -> Result<Vec<Self>> {
+        cluster.nodes().iter().map(Self::of).collect()
+    }
+
+    /// As [`KernelHalf::of_all`], of one node.
+    ///
+    /// # Errors
+    /// As there.
     pub fn of(node: &Node) -> Result<Self> {
         let folder = node.root()?.join(BPF).join("culvert");
         let mut maps = Vec::new();
         for version in names(&folder)? {
-            for name in names(&folder.join(&version))? {
-                let pin = folder.join(&version).join(&name);
-                // The others are folders of links.
-                if !pin.is_dir() {
-                    maps.push(bpf::open(&pin)?);
-                }
+            let version = folder.join(version);
+            maps.extend(maps_in(&version)?);
+            for own in names(&version)?.iter().filter(|name| name.starts_with("abi")) {
+                maps.extend(maps_in(&version.join(own))?);
             }
         }
-        ensure!(!maps.is_empty(), "{}: no map is pinned", node.name());
-        Ok(Self(maps))
+        let half = Self(maps);
+        let (programs, links) = half.users()?;
+        ensure!(
+            programs > 0 && links > 0,
+            "{}: expected programs and links that use the mesh's maps, saw {programs} and {links}",
+            node.name()
+        );
+        Ok(half)
     }
 
     /// Programs, and their links.
-    ///
-    /// # Errors
-    /// No rights.
-    pub fn users(&self) -> Result<(usize, usize)> {
+    fn users(&self) -> Result<(usize, usize)> {
         let users = self.0.iter().map(bpf::users).collect::<Result<Vec<_>>>()?;
         Ok(users.into_iter().fold((0, 0), |sum, each| (sum.0 + each.0, sum.1 + each.1)))
     }

@@ -32,12 +32,7 @@ pub fn leave_and_join(cluster: &mut Cluster) -> Result<()> {
         })?;
     }
     std::thread::sleep(SETTLE);
-    let (far, near) = (far.end(cluster)?, near.end(cluster)?);
-    for (what, counted) in [("to the other node", far), ("within the node", near)] {
-        let what = format!("the label removed, {what}");
-        report(cluster, &what, &counted);
-        counted.none_failed(&what)?;
-    }
+    none_failed(cluster, "the label removed", far, near)?;
     ensure!(
         get(cluster, "http://server/")?.starts_with("server=server "),
         "it does not work without the mesh"
@@ -45,12 +40,7 @@ pub fn leave_and_join(cluster: &mut Cluster) -> Result<()> {
     let (far, near) = loads(cluster)?;
     join(cluster)?;
     std::thread::sleep(SETTLE);
-    let (far, near) = (far.end(cluster)?, near.end(cluster)?);
-    for (what, counted) in [("to the other node", far), ("within the node", near)] {
-        let what = format!("the label set, {what}");
-        report(cluster, &what, &counted);
-        counted.none_failed(&what)?;
-    }
+    none_failed(cluster, "the label set", far, near)?;
     until_proven(cluster, &["client", "near", "server"])
 }
 
@@ -59,17 +49,23 @@ fn loads(cluster: &Cluster) -> Result<(Load, Load)> {
     Ok((far, Load::begin(cluster, "client", "http://near/")?))
 }
 
+fn none_failed(cluster: &Cluster, during: &str, far: Load, near: Load) -> Result<()> {
+    let counted = [
+        ("to the other node", far.end(cluster)?),
+        ("within the node", near.end(cluster)?),
+    ];
+    for (where_to, counted) in counted {
+        let what = format!("{during}, {where_to}");
+        report(cluster, &what, &counted);
+        counted.none_failed(&what)?;
+    }
+    Ok(())
+}
+
 /// With Pods that are in the mesh until the last moment.
 pub fn uninstall(cluster: &mut Cluster) -> Result<()> {
     expect_mesh(cluster)?;
-    let halves: Vec<KernelHalf> = cluster.nodes().iter().map(KernelHalf::of).collect::<Result<_>>()?;
-    for half in &halves {
-        let (programs, links) = half.users()?;
-        ensure!(
-            programs > 0 && links > 0,
-            "expected programs and links, saw {programs} and {links}"
-        );
-    }
+    let halves = KernelHalf::of_all(cluster)?;
     let (far, near) = loads(cluster)?;
     let done = helm::run(
         cluster,

@@ -7,14 +7,7 @@ use mesh_tests::kube::remains::KernelHalf;
 use mesh_tests::kube::shop::{MESH, SHOP, before, get, pod, run_readme};
 
 pub fn all(cluster: &mut Cluster) -> Result<()> {
-    let halves: Vec<KernelHalf> = cluster.nodes().iter().map(KernelHalf::of).collect::<Result<_>>()?;
-    for half in &halves {
-        let (programs, links) = half.users()?;
-        ensure!(
-            programs > 0 && links > 0,
-            "expected programs and links, saw {programs} and {links}"
-        );
-    }
+    let halves = KernelHalf::of_all(cluster)?;
     let load = Load::begin(cluster, "client", "http://server/")?;
     let said = run_readme(cluster, "mesh-uninstall");
     let counted = load.end(cluster)?;

@@ -12,7 +12,8 @@ use mesh_tests::poll::{self, SOON};
 use mesh_tests::topology::NodeName;
 
 use super::{
-    LONG_DRAIN, PATIENTLY, Shared, begin, begin_all, expect_traces, log_of, pins, pods_of, said_since, traces, wait_until_alone,
+    LONG_DRAIN, METRIC, PATIENTLY, Shared, begin, begin_all, expect_traces, log_of, pins, pods_of, said_since, traces,
+    wait_until_alone,
 };
 use mesh_tests::load::Load;
 
@@ -87,6 +88,8 @@ pub fn successor_killed(shared: &mut Shared) -> Result<()> {
         let links = bpf::users(&bpf::open(&pods_of(mesh, NODE, running))?)?.1;
         let load = Load::start(mesh, "client", "server")?;
         let mut chat = mesh.app.chat(&mesh.pod("client").place(), mesh.pod("server").v4.into())?;
+        let repaired = |mesh: &Mesh| mesh.metric(NODE, METRIC, &[("event", "repaired")]);
+        let repaired_before = repaired(mesh)?;
         for moment in moments {
             let at = format!("{next:?} is killed at {moment:?}");
             let mut agent = mesh.take_agent(NODE)?;
@@ -108,6 +111,11 @@ pub fn successor_killed(shared: &mut Shared) -> Result<()> {
             agent.check_running().context("the running agent has ended as well")?;
             mesh.put_agent(NODE, agent);
             expect_programs_of(mesh, running, links).context(at.clone())?;
+            let told = repaired(mesh)? - repaired_before;
+            ensure!(
+                told == 0.0,
+                "{at}: the takeover is told as {told} pieces that somebody took away"
+            );
             ensure!(chat.ask("still", SOON)? == "still", "{at}");
             load.wait_for(200).context(at.clone())?;
             // A Pod that is new is seen by the programs: it is not open, and is proven.
