@@ -15,7 +15,7 @@ pub const PROBLEMS: [&str; 10] = [
 ];
 
 /// `PodReport.repaired` and `NodeReport.repaired`: pieces of a capture.
-pub const PIECES: [&str; 22] = [
+pub const PIECES: [&str; 25] = [
     // Of a Pod.
     "pods_entry",
     "original_destinations",
@@ -23,6 +23,8 @@ pub const PIECES: [&str; 22] = [
     "backstop",
     "listener",
     "listeners_entry",
+    "probe_ports",
+    "probe_vouches",
     "return_route",
     "return_rule",
     "setting",
@@ -39,5 +41,6 @@ pub const PIECES: [&str; 22] = [
     "socket_create",
     "pin",
     "heartbeat",
+    "kubelet",
     "mesh_destinations",
 ];

@@ -9,6 +9,10 @@ pub const BIN_DIR_VARIABLE: &str = "CULVERT_BIN_DIR";
 /// Of the build with another eBPF ABI version.
 pub const OTHER_BIN_DIR_VARIABLE: &str = "CULVERT_OTHER_BIN_DIR";
 
+/// Where the images of `cargo xtask images` are, of either build.
+pub const IMAGE_DIR_VARIABLE: &str = "CULVERT_IMAGE_DIR";
+pub const OTHER_IMAGE_DIR_VARIABLE: &str = "CULVERT_OTHER_IMAGE_DIR";
+
 /// Two builds that an upgrade goes between.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Build {
@@ -27,6 +31,18 @@ impl Build {
             Self::This => mesh_common::ABI_VERSION,
             Self::Other => mesh_common::ABI_VERSION + 1,
         }
+    }
+
+    /// Its image of this name, as an archive.
+    ///
+    /// # Errors
+    /// The variable that names the folder is not set (only `cargo xtask test kube` does), or the folder lacks it.
+    pub fn image(self, name: &str) -> Result<PathBuf> {
+        let variable = match self {
+            Self::This => IMAGE_DIR_VARIABLE,
+            Self::Other => OTHER_IMAGE_DIR_VARIABLE,
+        };
+        within(variable, &format!("{name}.tar"))
     }
 
     /// # Errors

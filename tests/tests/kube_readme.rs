@@ -9,11 +9,12 @@
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use mesh_tests::binaries::Build;
 use mesh_tests::kube::given::Given;
 use mesh_tests::kube::shop::{MESH, PATIENCE, SHOP};
-use mesh_tests::kube::{Cluster, Image, Kubectl, culvert};
+use mesh_tests::kube::{Cluster, Kubectl, culvert};
 use mesh_tests::readme::run_block;
-use mesh_tests::{binaries, poll, suite};
+use mesh_tests::{poll, suite};
 use serde_json::{Value, json};
 
 /// As `cargo xtask images` names and fills it.
@@ -32,8 +33,7 @@ impl Bed {
         } else {
             let cluster = Cluster::start(2)?;
             culvert::prepare(&cluster)?;
-            let app = Image::new(APP_IMAGE).program(&binaries::path("mesh-test-app")?, APP)?;
-            cluster.load_image(&app.entrypoint(&[APP]))?;
+            cluster.load_archive(&Build::This.image("mesh-test-app")?)?;
             Self::Own(Box::new(cluster))
         };
         bed.deploy().map_err(|error| explain(&bed, error))?;

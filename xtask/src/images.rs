@@ -1,7 +1,8 @@
 //! `cargo xtask images`: container images without a container engine: a binary, the shared objects that it names, and nothing else.
 //!
-//! Not linked statically: name resolution of a static glibc looks for shared objects all the same, and with another C library
-//! than the one that everything is tested with, what is shipped would not be what was tested.
+//! Not linked statically, but for the CNI plugin, which is copied to the node ([`Workspace::build_plugin`]): name resolution of a
+//! static glibc looks for shared objects all the same, and with another C library than the one that everything is tested with, what is
+//! shipped would not be what was tested.
 
 mod archive;
 mod check;
@@ -16,7 +17,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::Args;
 
 use crate::tools;
-use crate::workspace::Workspace;
+use crate::workspace::{PLUGIN, Workspace};
 use archive::{Image, Written};
 use layer::Layer;
 
@@ -114,6 +115,31 @@ pub fn test(workspace: &Workspace, content: &Content) -> Result<()> {
     tried
 }
 
+/// Images of binaries that are built already, for the suites that run them; removed with this.
+pub struct Made(pub PathBuf);
+
+impl Made {
+    /// `what` tells it from others at the same time.
+    pub fn of(workspace: &Workspace, contents: &[&Content], binaries: &Path, what: &str) -> Result<Self> {
+        let made = Self(
+            workspace
+                .target
+                .join("images-kube")
+                .join(format!("{what}-{}", std::process::id())),
+        );
+        for content in contents {
+            write(content, binaries, &made.0, env!("CARGO_PKG_VERSION"))?;
+        }
+        Ok(made)
+    }
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
 fn try_image(content: &Content, binaries: &Path, folder: &Path) -> Result<()> {
     let (path, _) = write(content, binaries, folder, "test")?;
     check::archive(&path)?;
@@ -155,7 +181,11 @@ fn base<'a>(binaries: impl Iterator<Item = &'a Path>) -> Result<Layer> {
     let mut objects = BTreeSet::new();
     for binary in binaries {
         let said = tools::output(Command::new("ldd").arg(binary))?;
-        objects.extend(shared_objects(&said).with_context(|| format!("what {} needs", binary.display()))?);
+        let needed = shared_objects(&said).with_context(|| format!("what {} needs", binary.display()))?;
+        if binary.ends_with(PLUGIN) && !needed.is_empty() {
+            bail!("{PLUGIN} needs {needed:?}, which a node may not have: it is to be linked statically");
+        }
+        objects.extend(needed);
     }
     let mut layer = Layer::default();
     for (path, text) in [

@@ -159,6 +159,7 @@ pub fn folder(workspace: &Workspace) -> Result<PathBuf> {
     let object = crate::ebpf::build(&built)?;
     let mut cargo = build::cargo(workspace, &built, &object, &["build", "--locked", "--quiet"]);
     tools::run(cargo.args(BINARIES.iter().flat_map(|name| ["--bin", name])))?;
+    built.build_plugin()?;
     tools::say(&format!("-- the other build: {} s", start.elapsed().as_secs()));
     Ok(built.binaries())
 }

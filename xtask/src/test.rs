@@ -69,6 +69,9 @@ const UPGRADE_SUITE: &str = "upgrade";
 const KUBE_UPGRADE_SUITE: &str = "kube_upgrade";
 /// Those that mostly wait: how patient a control plane is, they try. They run beside the others, and are shown after them.
 const PATIENT_SUITES: [&str; 1] = ["kube_faults"];
+/// Where the suites have the images from, of this build and of the other.
+const IMAGES_VARIABLE: &str = "CULVERT_IMAGE_DIR";
+const OTHER_IMAGES_VARIABLE: &str = "CULVERT_OTHER_IMAGE_DIR";
 /// Where the suites have Helm from.
 const HELM_VARIABLE: &str = "CULVERT_HELM";
 
@@ -194,7 +197,14 @@ fn kube(workspace: &Workspace, filter: Option<&str>, totals: &mut Totals) -> Res
         }
     };
     let object = ebpf::object(workspace)?;
-    let mut environment = vec![(kube::DIR_VARIABLE, folder)];
+    let [agent, control] = &images::IMAGES;
+    let images = images::Made::of(
+        workspace,
+        &[agent, control, &images::APP_IMAGE],
+        &workspace.binaries(),
+        "this",
+    )?;
+    let mut environment = vec![(kube::DIR_VARIABLE, folder), (IMAGES_VARIABLE, images.0.clone())];
     let helm = Helm::find(workspace);
     if let Ok(Some(helm)) = &helm {
         environment.push((HELM_VARIABLE, helm.program().to_owned()));
@@ -263,13 +273,21 @@ fn upgrades(
         return Ok(());
     }
     heading("upgrades to another build, and back");
-    match other_build::folder(workspace) {
-        Ok(folder) => totals.count(
-            suite,
-            cargo()?
+    let other = other_build::folder(workspace).and_then(|folder| {
+        let images = is_kube(suite).then(|| images::Made::of(workspace, &images::IMAGES.each_ref(), &folder, "other"));
+        Ok((folder, images.transpose()?))
+    });
+    match other {
+        Ok((folder, images)) => {
+            let mut cargo = cargo()?;
+            cargo
                 .envs(environment.iter().cloned())
-                .env(other_build::FOLDER_VARIABLE, folder),
-        ),
+                .env(other_build::FOLDER_VARIABLE, folder);
+            if let Some(images) = &images {
+                cargo.env(OTHER_IMAGES_VARIABLE, &images.0);
+            }
+            totals.count(suite, &mut cargo)
+        }
         Err(error) => {
             totals.add(&format!("the other build: {error:#}"), false);
             Ok(())

@@ -11,6 +11,9 @@ use crate::{ebpf, tools};
 /// another selection builds many of them again.
 pub const USER_HALF: [&str; 3] = ["--workspace", "--exclude", "mesh-ebpf"];
 
+/// The CNI plugin's package and binary.
+pub const PLUGIN: &str = "mesh-cni";
+
 pub struct Workspace {
     pub root: PathBuf,
     pub target: PathBuf,
@@ -75,7 +78,25 @@ impl Workspace {
         let object = ebpf::object(self)?;
         let mut cargo = self.cargo(&["build", "--locked", "--bins", "--profile", self.profile]);
         tools::run(cargo.args(USER_HALF).env(ebpf::OBJECT_VARIABLE, object))?;
+        self.build_plugin()?;
         Ok(self.binaries())
+    }
+
+    /// The CNI plugin once more, and linked statically: it is copied out of its image to the node, which may have another C library or
+    /// none. It resolves no names, for which a static one would look for shared objects all the same.
+    pub fn build_plugin(&self) -> Result<()> {
+        let own = Self {
+            target: self.target.join("static"),
+            root: self.root.clone(),
+            profile: self.profile,
+        };
+        let mut cargo = own.cargo(&["rustc", "--locked", "--quiet", "--package", PLUGIN, "--bin", PLUGIN]);
+        tools::run(cargo.args(["--profile", self.profile, "--", "-C", "target-feature=+crt-static"]))?;
+        // What is there is a link to what cargo keeps, and may be running.
+        let (made, place) = (own.binaries().join(PLUGIN), self.binaries().join(PLUGIN));
+        let beside = place.with_extension(std::process::id().to_string());
+        std::fs::copy(&made, &beside).with_context(|| format!("copying {}", made.display()))?;
+        std::fs::rename(&beside, &place).with_context(|| place.display().to_string())
     }
 
     pub fn binaries(&self) -> PathBuf {

@@ -156,13 +156,28 @@ impl Inner {
         };
         let values: Vec<PodValue> = records.iter().map(pod_value).collect();
         let pods: Vec<PodProbePorts<'_>> = (records.iter().zip(&values))
-            .map(|(record, value)| PodProbePorts {
-                slot: record.slot,
-                addresses: &value.addresses[..value.address_count as usize],
-                ports: ports.get(record.pod.uid.as_str()).map(Vec::as_slice).unwrap_or_default(),
+            .map(|(record, value)| {
+                let ports = ports.get(record.pod.uid.as_str()).map(Vec::as_slice).unwrap_or_default();
+                probe_ports(record, value, ports)
             })
             .collect();
         self.kernel.set_probe_ports(&pods)
+    }
+
+    /// The pieces that were missing.
+    pub(super) fn repair_probes(&self, record: &EnrolmentRecord) -> Result<Vec<&'static str>, CaptureError> {
+        let ports = self.probe_ports.lock().clone();
+        let ports = ports.as_ref().and_then(|ports| ports.get(record.pod.uid.as_str()));
+        let ports = ports.map(Vec::as_slice).unwrap_or_default();
+        self.kernel.repair_probes(&probe_ports(record, &pod_value(record), ports))
+    }
+}
+
+fn probe_ports<'a>(record: &EnrolmentRecord, value: &'a PodValue, ports: &'a [u16]) -> PodProbePorts<'a> {
+    PodProbePorts {
+        slot: record.slot,
+        addresses: &value.addresses[..value.address_count as usize],
+        ports,
     }
 }
 

@@ -68,6 +68,7 @@ impl Inner {
         if let Some(enrolment) = self.pods.lock().get_mut(uid) {
             enrolment.may_be_exchanged = false;
         }
+        repairs.repaired.extend(self.repair_probes(&record)?);
         let (added, are_listening) = netns.run(|| Ok((routing::set_up(&record.before)?, sockets::are_listening(&listeners)?)))?;
         repairs.repaired.extend(added);
         repairs.is_listener_lost = !are_listening;

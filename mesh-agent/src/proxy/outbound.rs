@@ -87,7 +87,6 @@ async fn carry(
     let mut far = open(proxy, context, client, destination, &registered, record).await;
     if far.as_ref().is_err_and(ProxyError::is_protected_meanwhile) && registered.cut_by().is_none() {
         // Nothing was sent yet, and now there is somebody to open a tunnel to.
-        registered.goes_not_in_clear();
         far = open(proxy, context, client, destination, &registered, record).await;
     }
     if far.as_ref().is_err_and(ProxyError::is_protected_meanwhile) && registered.cut_by().is_none() {
@@ -283,6 +282,8 @@ async fn tunnel(
     record: &mut ConnectionRecord,
 ) -> Result<OpenStream, ProxyError> {
     let pod = &context.pod;
+    // Another endpoint may have been tried in clear, or this one a moment ago: nothing was sent to it.
+    registered.goes_not_in_clear();
     record.path(ConnectionPath::Tunnel, SecurityPolicy::MutualTls);
     let source = proxy
         .state

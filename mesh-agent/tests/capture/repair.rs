@@ -13,17 +13,26 @@ async fn each_piece_that_is_taken_away_is_put_back() {
     let pod = capture.enroll(bed.pod("uid-1")).await.unwrap();
     let cookie = pod.netns_cookie;
     let mut tasks = serve(&capture, pod);
+    capture.set_probe_ports([("uid-1".into(), vec![8080])].into()).await.unwrap();
     capture.prove("uid-1").await.unwrap();
     let whole = bed.snapshot();
     assert_eq!(capture.repair("uid-1").await.unwrap(), Repairs::default());
 
     let hand = Kernel::load(&bed.kernel_config()).unwrap();
+    let slot = hand.pods().unwrap().first().unwrap().1.slot;
+    let no_ports = PodProbePorts {
+        slot,
+        addresses: &[],
+        ports: &[],
+    };
     let pin = bed.folder.path().join("bpf/culvert/v*/pods/uid-1");
     let backstop = bed.folder.path().join("bpf/culvert/v*/backstops/uid-1/*");
     let inside = |command: &str| {
         run(&format!("ip netns exec {} sh -c '{command}'", bed.name));
     };
-    let pieces: [(&[&str], &dyn Fn()); 12] = [
+    let pieces: [(&[&str], &dyn Fn()); 14] = [
+        (&["probe_ports"], &|| hand.set_probe_ports(&[no_ports]).unwrap()),
+        (&["probe_vouches", "probe_ports"], &|| hand.forget_probes(slot).unwrap()),
         (&["pods_entry", "original_destinations"], &|| hand.remove_pod(cookie).unwrap()),
         (&["sk_lookup"], &|| assert!(hand.detach_lookup("uid-1").unwrap())),
         (&["sk_lookup"], &|| {

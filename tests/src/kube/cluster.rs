@@ -250,8 +250,24 @@ impl Cluster {
     pub fn load_image(&self, image: &Image) -> Result<()> {
         let archive = archive_path(self.folder(), image.name());
         image.write(&archive)?;
-        self.nodes.iter().try_for_each(|node| node.load_image(&archive))?;
+        self.load_archive(&archive)?;
         Ok(std::fs::remove_file(archive)?)
+    }
+
+    /// Makes an image that is written already known to every node, by the name that it says.
+    ///
+    /// # Errors
+    /// It is refused.
+    pub fn load_archive(&self, archive: &Path) -> Result<()> {
+        self.nodes.iter().try_for_each(|node| node.load_image(archive))
+    }
+
+    /// Gives an image another name, too, on every node.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub fn tag_image(&self, from: &str, to: &str) -> Result<()> {
+        self.nodes.iter().try_for_each(|node| node.tag_image(from, to))
     }
 
     /// Of a Pod: its address.

@@ -3,11 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use serde_json::Value;
 
 use super::cluster::Cluster;
-use super::image::Image;
 use crate::binaries::{self, Build};
 use crate::poll::{self, SOON};
 
@@ -35,21 +34,17 @@ pub(super) fn image_name(name: &str, build: Build) -> String {
     format!("{IMAGE_PREFIX}{name}:{}", image_tag(build))
 }
 
-/// Loads what was just built, as images.
+/// Loads the images of `cargo xtask images`, as the manifests name them (`mesh-agent:<version>`), and as the chart does with the tests'
+/// prefix and the build's tag.
 ///
 /// # Errors
-/// One cannot be made, or is refused.
+/// One was not made, or is refused.
 pub fn load_images(cluster: &Cluster, build: Build) -> Result<()> {
-    let agent = Image::new(&image_name("mesh-agent", build))
-        .program(&build.path("mesh-agent")?, "/mesh-agent")?
-        .program(&build.path("mesh-cni")?, "/mesh-cni")?
-        .entrypoint(&["/mesh-agent"]);
-    let control = Image::new(&image_name("mesh-control", build))
-        .program(&build.path("mesh-control")?, "/mesh-control")?
-        .entrypoint(&["/mesh-control"])
-        .user(65532);
-    cluster.load_image(&agent)?;
-    cluster.load_image(&control)?;
+    for name in ["mesh-agent", "mesh-control"] {
+        cluster.load_archive(&build.image(name)?)?;
+        let shipped = format!("docker.io/library/{name}:{}", env!("CARGO_PKG_VERSION"));
+        cluster.tag_image(&shipped, &image_name(name, build))?;
+    }
     Ok(())
 }
 
@@ -73,12 +68,9 @@ pub fn prepare(cluster: &Cluster) -> Result<PathBuf> {
         let file = file?;
         std::fs::copy(file.path(), here.join("crds").join(file.file_name()))?;
     }
-    for (file, images) in [
-        ("culvert.yaml", &["mesh-agent", "mesh-control"][..]),
-        ("uninstall.yaml", &["mesh-agent"]),
-    ] {
+    for file in ["culvert.yaml", "uninstall.yaml"] {
         let manifests = std::fs::read_to_string(shipped.join(file))?;
-        let manifests = for_these_nodes(cluster, manifests, images).with_context(|| file.to_owned())?;
+        let manifests = for_these_nodes(cluster, manifests).with_context(|| file.to_owned())?;
         std::fs::write(here.join(file), manifests)?;
     }
     Ok(folder)
@@ -186,13 +178,8 @@ pub fn say_logs(cluster: &Cluster) {
     say("the mesh's Pods", &["-n", NAMESPACE, "get", "pods", "-o", "wide"]);
 }
 
-/// The shipped manifests with the images of here, and what this machine has and has not.
-fn for_these_nodes(cluster: &Cluster, mut manifests: String, images: &[&str]) -> Result<String> {
-    for name in images {
-        let shipped = format!("image: {name}:{}", env!("CARGO_PKG_VERSION"));
-        ensure!(manifests.contains(&shipped), "no {shipped}");
-        manifests = manifests.replace(&shipped, &format!("image: {}", image_name(name, Build::This)));
-    }
+/// The shipped manifests with what this machine has and has not.
+fn for_these_nodes(cluster: &Cluster, mut manifests: String) -> Result<String> {
     if has_version_1(cluster)? {
         manifests = manifests.replace("path: /sys/fs/cgroup\n", &format!("path: {UNIFIED}\n"));
     }

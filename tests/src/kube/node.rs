@@ -290,6 +290,16 @@ impl Node {
         output.ok(&format!("{}: importing {archive}", self.name)).map(drop)
     }
 
+    /// Gives an image of the node's container runtime another name, too.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub fn tag_image(&self, from: &str, to: &str) -> Result<()> {
+        let tag = ["ctr", "-n", "k8s.io", "images", "tag", "--force", from, to];
+        let output = self.run(&tag, IMPORT_DEADLINE)?;
+        output.ok(&format!("{}: {from} as {to}", self.name)).map(drop)
+    }
+
     /// Its cgroups that are there.
     ///
     /// # Errors

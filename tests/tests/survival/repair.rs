@@ -29,7 +29,7 @@ const LINKS: [&str; 10] = [
     "connection_events",
     "socket_create",
 ];
-const MAPS: [&str; 9] = [
+const MAPS: [&str; 13] = [
     "PODS",
     "HEARTBEAT",
     "AGENT_SOCKETS",
@@ -37,6 +37,10 @@ const MAPS: [&str; 9] = [
     "ORIGINAL_DESTINATIONS_OF_SOCKETS",
     "UPSTREAM_CONNECTIONS",
     "LISTENERS",
+    "KUBELET",
+    "KUBELET_SOCKETS",
+    "PROBE_PORTS",
+    "PROBE_VOUCHES",
     "MESH_DESTINATIONS",
     "COUNTERS",
 ];
@@ -69,6 +73,11 @@ pub fn broken_by_hand(shared: &mut Shared) -> Result<()> {
             write_number(&heartbeat, &0_u32.to_ne_bytes(), &falsified.to_ne_bytes())
         })?;
     }
+    // Whose connects are taken for the kubelet's probes.
+    expect_repair(mesh, &["kubelet"], || {
+        let kubelet = bpf::open(&pins.join("KUBELET"))?;
+        write_number(&kubelet, &0_u32.to_ne_bytes(), &u64::MAX.to_ne_bytes())
+    })?;
     // What the backstop takes for the mesh: without it every raw SYN would pass.
     expect_repair(mesh, &["mesh_destinations"], || {
         let map = bpf::open(&pins.join(pin_of("MESH_DESTINATIONS")))?;

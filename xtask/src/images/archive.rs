@@ -12,6 +12,8 @@ use super::layer::Layer;
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+/// What container engines read before a name without a registry.
+const DEFAULT_REGISTRY: &str = "docker.io/library/";
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 
 pub struct Image<'a> {
@@ -92,7 +94,8 @@ impl Image<'_> {
         let mut descriptor = manifest.descriptor(MANIFEST);
         let (_, tag) = self.reference.split_once(':').unwrap_or(("", "latest"));
         descriptor["annotations"] = json!({
-            "io.containerd.image.name": self.reference,
+            // containerd takes it as it is, and the kubelet then asks for the whole name.
+            "io.containerd.image.name": format!("{DEFAULT_REGISTRY}{}", self.reference),
             "org.opencontainers.image.ref.name": tag,
         });
         let index = json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": [descriptor]});

@@ -15,10 +15,15 @@ use super::inspect::entries;
 use super::programs::{take_map, typed};
 use super::{Kernel, failed, is_missing};
 
+const KUBELET: &str = "telling the kernel who the kubelet is";
+const PORTS: &str = "telling the kernel the Pods' probe ports";
+
 type VouchesOfPod = HashMap<MapData, UpstreamConnectionKey, u64>;
 
 pub(super) struct ProbeMaps {
     kubelet: Mutex<Array<MapData, KubeletValue>>,
+    /// What the kernel was told last of the kubelet.
+    told: Mutex<Option<KubeletValue>>,
     ports: Mutex<HashMap<MapData, ProbePortKey, u32>>,
     /// Of maps, by slot.
     vouches: Mutex<Map>,
@@ -34,27 +39,55 @@ pub struct PodProbePorts<'a> {
     pub ports: &'a [u16],
 }
 
+impl PodProbePorts<'_> {
+    fn keys(&self) -> impl Iterator<Item = ProbePortKey> {
+        let ports = self.ports.iter().take(limits::MAX_PROBE_PORTS_PER_POD);
+        ports.filter(|port| !is_agent_port(**port)).flat_map(|port| {
+            let addresses = self.addresses.iter().take(limits::MAX_POD_ADDRESSES);
+            addresses.map(|address| ProbePortKey {
+                address: *address,
+                port: *port,
+                _pad: 0,
+            })
+        })
+    }
+}
+
 impl ProbeMaps {
     pub(super) fn take(programs: &mut Ebpf) -> Result<Self, CaptureError> {
         Ok(Self {
             kubelet: Mutex::new(typed(take_map(programs, "KUBELET")?)?),
+            told: Mutex::default(),
             ports: Mutex::new(typed(take_map(programs, "PROBE_PORTS")?)?),
             vouches: Mutex::new(take_map(programs, "PROBE_VOUCHES")?),
         })
     }
 
-    /// Makes a Pod's map of vouches, if it has none.
-    pub(super) fn add_pod(&self, slot: u32) -> Result<(), CaptureError> {
+    /// Makes a Pod's map of vouches, if it has none; whether it had.
+    pub(super) fn add_pod(&self, slot: u32) -> Result<bool, CaptureError> {
         const WHAT: &str = "making a Pod's map of probes";
         let mut map = self.vouches.lock();
         if vouches_of(&map, slot)?.is_some() {
-            return Ok(());
+            return Ok(true);
         }
         let made =
             VouchesOfPod::create(limits::MAX_PROBE_VOUCHES_PER_POD, BPF_F_NO_PREALLOC).map_err(|error| failed(WHAT, error))?;
         HashOfMaps::<_, u32, VouchesOfPod>::try_from(&mut *map)
             .and_then(|mut map| map.insert(slot, &made, 0))
-            .map_err(|error| failed(WHAT, error))
+            .map_err(|error| failed(WHAT, error))?;
+        Ok(false)
+    }
+
+    /// Tells the kernel again who the kubelet is, where it says another one; whether it did.
+    pub(super) fn repair_kubelet(&self) -> Result<bool, CaptureError> {
+        let mut kubelet = self.kubelet.lock();
+        match *self.told.lock() {
+            Some(told) if kubelet.get(&0, 0).ok() != Some(told) => {
+                kubelet.set(0, told, 0).map_err(|error| failed(KUBELET, error))?;
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
     }
 
     /// Entries whose end the programs could not be told of; they count no longer since they are that old.
@@ -98,9 +131,9 @@ impl Kernel {
             cgroup_id: cgroup_id.unwrap_or(0),
         };
         let mut kubelet = self.probes.kubelet.lock();
-        kubelet
-            .set(0, value, 0)
-            .map_err(|error| failed("telling the kernel who the kubelet is", error))
+        kubelet.set(0, value, 0).map_err(|error| failed(KUBELET, error))?;
+        *self.probes.told.lock() = Some(value);
+        Ok(())
     }
 
     /// The ports at which these Pods are asked by the kubelet, and no others of theirs. One walk over the map, however many they are.
@@ -108,21 +141,7 @@ impl Kernel {
     /// # Errors
     /// The map refuses some, and has the others.
     pub fn set_probe_ports(&self, pods: &[PodProbePorts<'_>]) -> Result<(), CaptureError> {
-        const WHAT: &str = "telling the kernel the Pods' probe ports";
-        let mut wanted = BTreeMap::new();
-        for pod in pods {
-            let ports = pod.ports.iter().take(limits::MAX_PROBE_PORTS_PER_POD);
-            for port in ports.filter(|port| !is_agent_port(**port)) {
-                for address in pod.addresses.iter().take(limits::MAX_POD_ADDRESSES) {
-                    let key = ProbePortKey {
-                        address: *address,
-                        port: *port,
-                        _pad: 0,
-                    };
-                    wanted.insert(key, pod.slot);
-                }
-            }
-        }
+        let wanted: BTreeMap<_, _> = pods.iter().flat_map(|pod| pod.keys().map(|key| (key, pod.slot))).collect();
         let slots: BTreeSet<u32> = pods.iter().map(|pod| pod.slot).collect();
         let mut map = self.probes.ports.lock();
         remove_if(&mut map, limits::MAX_PROBE_PORTS, |key, slot| {
@@ -134,10 +153,30 @@ impl Kernel {
             if map.get(&key, 0).ok() != Some(slot)
                 && let Err(error) = map.insert(key, slot, 0)
             {
-                result = Err(failed(WHAT, error));
+                result = Err(failed(PORTS, error));
             }
         }
         result
+    }
+
+    /// Puts back what a Pod lacks of this; the names of those pieces. It looks at the Pod's own entries alone, for this is done often.
+    ///
+    /// # Errors
+    /// A map refuses.
+    pub fn repair_probes(&self, pod: &PodProbePorts<'_>) -> Result<Vec<&'static str>, CaptureError> {
+        let mut repaired = Vec::new();
+        if !self.probes.add_pod(pod.slot)? {
+            repaired.push("probe_vouches");
+        }
+        let mut map = self.probes.ports.lock();
+        let missing: Vec<ProbePortKey> = pod.keys().filter(|key| map.get(key, 0).ok() != Some(pod.slot)).collect();
+        for key in &missing {
+            map.insert(key, pod.slot, 0).map_err(|error| failed(PORTS, error))?;
+        }
+        if !missing.is_empty() {
+            repaired.push("probe_ports");
+        }
+        Ok(repaired)
     }
 
     /// Forgets what was declared for a slot, and with it the vouches.

@@ -151,6 +151,9 @@ impl Kernel {
         if self.erased_beats.swap(0, Ordering::Relaxed) > 0 {
             repaired.push("heartbeat".to_owned());
         }
+        if self.probes.repair_kubelet()? {
+            repaired.push("kubelet".to_owned());
+        }
         // Two system calls an entry, and it may have thousands.
         let turn = self.kept.turns.fetch_add(1, Ordering::Relaxed);
         if turn.is_multiple_of(DESTINATIONS_EVERY) && self.mesh_destinations.lock().repair()? {

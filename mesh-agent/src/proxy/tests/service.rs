@@ -67,6 +67,36 @@ async fn an_endpoint_that_refuses_is_stood_in_for() {
     assert_eq!(line["destination_principal"], open.workload.identity.to_string());
 }
 
+/// The first try went in clear, and was refused: what becomes of that endpoint is nothing to the tunnel to the other one.
+#[tokio::test]
+async fn a_tunnel_does_not_end_with_the_endpoint_that_refused_before_it() {
+    let mesh = Mesh::new();
+    let client = mesh.pod(&mesh.near, "client").await;
+    let vip = SocketAddr::new(mesh.service(), PORT);
+    let closed = mesh.endpoint("closed").await;
+    let standing = |membership| {
+        let mut workload = closed.workload.clone();
+        workload.membership = membership;
+        mesh.near.state.apply(vec![Change::Workload(workload)]);
+    };
+    standing(Membership::Pending);
+    let open = mesh.endpoint("open").await;
+    let _application = open.echo().await;
+    let mut streams = Vec::new();
+    for _ in 0..MANY {
+        let mut stream = client.connect(vip).await;
+        assert_echo(&mut stream, "by the tunnel").await;
+        streams.push(stream);
+    }
+    let metrics = mesh.near.metrics.render();
+    assert!(!metrics.contains("mesh_endpoint_retries_total 0"), "none was tried in clear");
+    standing(Membership::Lost);
+    sleep(2 * crate::proxy::review::PACE).await;
+    for stream in &mut streams {
+        assert_echo(stream, "still").await;
+    }
+}
+
 /// Of three endpoints two refuse: a connection that chooses them both is refused, though the third would take it.
 #[tokio::test]
 async fn a_third_endpoint_is_not_tried() {
