@@ -39,7 +39,7 @@ enum Part {
     Net,
     /// Minutes, root: builds without a defence, in which the attack's test must fail
     Mutants,
-    /// Minutes, root, Go: what stands on a real Kubernetes; the first time, that is built, which takes longer
+    /// Half an hour, root, Go: what stands on a real Kubernetes; the first time, that is built, which takes as long again
     Kube,
 }
 

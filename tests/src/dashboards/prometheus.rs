@@ -22,6 +22,24 @@ use crate::topology::NodeName;
 pub const FOLDER_VARIABLE: &str = "CULVERT_PROMETHEUS_DIR";
 const PORT: u16 = 9090;
 const SCRAPE: &str = "deploy/prometheus/scrape.yaml";
+/// What Kubernetes would tell of mesh-control's Pods: one that serves, at both of its ports, and one that was evicted.
+const PODS: &str = r#"
+- targets: ["127.0.0.1:15014"]
+  labels:
+    __meta_kubernetes_pod_label_app_kubernetes_io_name: mesh-control
+    __meta_kubernetes_pod_container_port_name: metrics
+    __meta_kubernetes_pod_phase: Running
+- targets: ["127.0.0.1:15012"]
+  labels:
+    __meta_kubernetes_pod_label_app_kubernetes_io_name: mesh-control
+    __meta_kubernetes_pod_container_port_name: grpc
+    __meta_kubernetes_pod_phase: Running
+- targets: ["127.0.0.1:15999"]
+  labels:
+    __meta_kubernetes_pod_label_app_kubernetes_io_name: mesh-control
+    __meta_kubernetes_pod_container_port_name: metrics
+    __meta_kubernetes_pod_phase: Failed
+"#;
 
 /// # Errors
 /// It is neither in the folder nor in PATH.
@@ -133,19 +151,10 @@ impl Prometheus {
     }
 }
 
-/// The shipped jobs with what the testbed cannot have put in its place: Kubernetes's list of nodes. The second node goes by its
-/// IPv6 address.
+/// The shipped jobs with what the testbed cannot have put in its place: Kubernetes's lists of nodes and of Pods. The second node goes
+/// by its IPv6 address.
 fn configuration(scrape: &str, rules: &Path) -> Result<String> {
     let mut config: Yaml = serde_norway::from_str(scrape).context(SCRAPE)?;
-    let jobs = config["scrape_configs"].as_sequence_mut().context("scrape_configs")?;
-    let agents = jobs
-        .iter_mut()
-        .find(|job| job["job_name"] == "mesh-agent")
-        .and_then(Yaml::as_mapping_mut)
-        .context("the job mesh-agent")?;
-    agents
-        .remove("kubernetes_sd_configs")
-        .context("the agents' job discovers by kubernetes_sd_configs")?;
     let mut nodes = String::new();
     for node in NodeName::ALL {
         let (v4, v6) = node.addresses();
@@ -161,7 +170,17 @@ fn configuration(scrape: &str, rules: &Path) -> Result<String> {
              __meta_kubernetes_node_address_InternalIP: \"{address}\" }} }}"
         )?;
     }
-    agents.insert("static_configs".into(), serde_norway::from_str(&nodes)?);
+    let jobs = config["scrape_configs"].as_sequence_mut().context("scrape_configs")?;
+    for (name, targets) in [("mesh-agent", nodes.as_str()), ("mesh-control", PODS)] {
+        let job = jobs
+            .iter_mut()
+            .find(|job| job["job_name"] == name)
+            .and_then(Yaml::as_mapping_mut)
+            .with_context(|| format!("the job {name}"))?;
+        job.remove("kubernetes_sd_configs")
+            .with_context(|| format!("the job {name} discovers by kubernetes_sd_configs"))?;
+        job.insert("static_configs".into(), serde_norway::from_str(targets)?);
+    }
     let global = "{ scrape_interval: 1s, evaluation_interval: 1s }";
     config["global"] = serde_norway::from_str(global)?;
     config["rule_files"] = Yaml::Sequence(vec![rules.to_str().context("a path")?.into()]);
@@ -186,15 +205,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_testbeds_configuration_is_the_shipped_one_with_two_nodes() {
+    fn the_testbeds_configuration_is_the_shipped_one_with_its_nodes_and_pods() {
         let scrape = super::super::read(&super::super::checkout(SCRAPE)).unwrap();
         let config: Yaml = serde_norway::from_str(&configuration(&scrape, Path::new("/rules.yaml")).unwrap()).unwrap();
         let shipped: Yaml = serde_norway::from_str(&scrape).unwrap();
-        let agents = &config["scrape_configs"][0];
-        assert_eq!(agents["relabel_configs"], shipped["scrape_configs"][0]["relabel_configs"]);
-        assert_eq!(agents["honor_labels"], true);
-        assert_eq!(agents["static_configs"].as_sequence().unwrap().len(), NodeName::ALL.len());
-        assert_eq!(config["scrape_configs"][1], shipped["scrape_configs"][1]);
+        let jobs = &config["scrape_configs"];
+        for (job, targets) in [(0_usize, NodeName::ALL.len()), (1, 3)] {
+            assert_eq!(
+                jobs[job]["relabel_configs"],
+                shipped["scrape_configs"][job]["relabel_configs"]
+            );
+            assert_eq!(jobs[job]["static_configs"].as_sequence().unwrap().len(), targets);
+        }
+        assert_eq!(jobs[0]["honor_labels"], true);
         assert_eq!(config["rule_files"][0], "/rules.yaml");
     }
 
