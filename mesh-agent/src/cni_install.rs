@@ -243,6 +243,8 @@ pub fn told(entry: &Entry) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
 
     const CONFLIST: &str = "{\"cniVersion\": \"1.0.0\", \"name\": \"n\", \"plugins\": [\n  {\"type\": \"bridge\"}\n]}\n";
@@ -347,6 +349,81 @@ mod tests {
             assert_eq!(uninstall(&bench.places).unwrap().len(), 0);
             fs::remove_file(path).unwrap();
         }
+    }
+
+    /// The other tool's turn is between our reading and our writing, as often as it is told.
+    #[test]
+    fn what_another_tool_writes_meanwhile_is_not_written_over() {
+        let bench = bench();
+        let path = bench.write("10-net.conflist", CONFLIST);
+        let entry = conflist::entry(Path::new("/run/culvert"), None);
+        let other = |turn: usize| CONFLIST.replace("bridge", &format!("other-{turn}"));
+        let turns = Cell::new(0);
+        let edit_against = |most: usize| {
+            turns.set(0);
+            edit(&path, |text| {
+                if turns.get() < most {
+                    turns.set(turns.get() + 1);
+                    fs::write(&path, other(turns.get())).unwrap();
+                }
+                conflist::insert(text, &entry)
+            })
+        };
+        for most in [1, TRIES - 1] {
+            assert!(edit_against(most).unwrap());
+            let expected = conflist::insert(&other(most), &entry).unwrap();
+            assert_eq!(Some(fs::read_to_string(&path).unwrap()), expected);
+            bench.write("10-net.conflist", CONFLIST);
+        }
+
+        let error = edit_against(usize::MAX).unwrap_err().to_string();
+        assert!(
+            error.contains("10-net.conflist") && error.contains("again and again"),
+            "{error}"
+        );
+        assert_eq!(turns.get(), TRIES);
+        assert_eq!(fs::read_to_string(&path).unwrap(), other(TRIES));
+        assert_eq!(
+            fs::read_dir(&bench.places.conf_dir).unwrap().count(),
+            1,
+            "a temporary file stayed"
+        );
+    }
+
+    /// Another name of the file keeps what a runtime has that opened it before: it never reads half of a list.
+    #[test]
+    fn the_list_is_replaced_as_a_whole() {
+        let bench = bench();
+        let path = bench.write("10-net.conflist", CONFLIST);
+        let before = bench.places.bin_dir.join("before");
+        fs::hard_link(&path, &before).unwrap();
+        assert_eq!(bench.install().unwrap(), Entry::Put(path.clone()));
+        let with_entry = fs::read_to_string(&path).unwrap();
+        assert!(has_entry(&with_entry));
+        assert_eq!(fs::read_to_string(&before).unwrap(), CONFLIST);
+
+        fs::remove_file(&before).unwrap();
+        fs::hard_link(&path, &before).unwrap();
+        uninstall(&bench.places).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), CONFLIST);
+        assert_eq!(fs::read_to_string(&before).unwrap(), with_entry);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_malformed_list_gets_the_entry_once_it_is_mended() {
+        const MALFORMED: &str = "{\"plugins\": [";
+        let bench = bench();
+        let path = bench.write("10-net.conflist", MALFORMED);
+        let keeping = tokio::spawn(keep(bench.places.conf_dir.clone(), "/run/culvert".into(), None));
+        // Looked at more than once: virtual time stands while a look runs.
+        tokio::time::sleep(LOOK * 3).await;
+        assert!(!keeping.is_finished(), "it is given up");
+        assert_eq!(fs::read_to_string(&path).unwrap(), MALFORMED);
+        fs::write(&path, CONFLIST).unwrap();
+        while !has_entry(&fs::read_to_string(&path).unwrap()) {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        keeping.abort();
     }
 
     #[tokio::test(start_paused = true)]

@@ -41,6 +41,7 @@ fn main() -> ExitCode {
             ("what_cannot_be_enrolled_is_said", live::refused),
             ("the_plugin_answers_once_the_pod_is_in_the_mesh", cni::add_check_del),
             ("without_an_agent_only_pods_of_the_mesh_do_not_start", cni::without_agent),
+            ("a_pod_that_gets_no_certificate_does_not_start", cni::without_certificate),
             ("a_namespace_brought_with_anothers_uid_is_not_enrolled", cni::wrong_pairing),
             ("the_plugin_is_installed_kept_and_removed", cni::installed),
         ],

@@ -241,7 +241,56 @@ fn mebibytes(bytes: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser as _;
+
     use super::*;
+
+    /// A Dockerfile's instructions, by stage.
+    fn stages(dockerfile: &str) -> Vec<Vec<&str>> {
+        let mut stages: Vec<Vec<&str>> = Vec::new();
+        for line in dockerfile.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
+            if line.starts_with("FROM ") {
+                stages.push(Vec::new());
+            }
+            stages.last_mut().expect("FROM comes first").push(line);
+        }
+        stages
+    }
+
+    /// Whoever has an engine gets the same files, user and program.
+    #[test]
+    fn the_dockerfile_makes_these_images() {
+        let dockerfile = include_str!("../../deploy/Dockerfile");
+        let stages = stages(dockerfile);
+        let (build, images) = stages.split_first().expect("stages");
+        assert!(build[0].ends_with(" AS build"), "{build:?}");
+        let run = build.iter().find_map(|line| line.strip_prefix("RUN cargo xtask "));
+        let words = run.expect("it builds with xtask").split_whitespace();
+        let parsed = crate::Arguments::try_parse_from(["cargo xtask"].into_iter().chain(words)).unwrap();
+        let crate::Command::Images(arguments) = parsed.command else {
+            panic!("it builds no images: {build:?}");
+        };
+        assert!(arguments.lay_out && !arguments.debug, "{build:?}");
+        let out = arguments.out.expect("--out");
+        let expected = IMAGES.map(|content| {
+            let files = out.join(content.name);
+            vec![
+                format!("FROM scratch AS {}", content.name),
+                format!("COPY --from=build {}/ /", files.display()),
+                format!("USER {}", content.user),
+                format!("ENTRYPOINT [\"/{}\"]", content.binaries[0]),
+            ]
+        });
+        assert_eq!(images, expected.as_slice());
+        for content in &IMAGES {
+            let tag = format!("{}:{}", content.name, env!("CARGO_PKG_VERSION"));
+            let told = dockerfile.lines().any(|line| {
+                let words: Vec<&str> = line.split_whitespace().collect();
+                words.ends_with(&["--target", content.name, "-t", tag.as_str(), "."])
+            });
+            assert!(told, "its head does not tell how {tag} is built");
+        }
+    }
 
     #[test]
     fn what_ldd_says_is_read() {

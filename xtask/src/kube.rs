@@ -20,6 +20,8 @@ const KUBERNETES: &str = "1.34.4";
 const GO_AT_LEAST: (u32, u32) = (1, 24);
 /// The Go modules below `tests/kube`, and the binaries that they become.
 const MODULES: [(&str, &str); 2] = [("components", "kube-components"), ("dns", "coredns")];
+/// What a module is built from; `go.sum` names the content of all that it depends on.
+const MODULE_FILES: [&str; 3] = ["go.mod", "go.sum", "main.go"];
 /// The parts of the first; each is a link to it.
 const COMPONENTS: [&str; 7] = [
     "etcd",
@@ -116,15 +118,7 @@ fn linker_flags() -> String {
 /// The folder of the binaries, named by what they are built from.
 fn binaries(workspace: &Workspace, cache: &Path, go: &str, unpacked: &Path) -> Result<PathBuf> {
     let sources = workspace.root.join("tests/kube");
-    let mut digest = Sha256::new();
-    digest.update(format!("{go} {} {}", linker_flags(), unpacked.display()));
-    for (module, _) in MODULES {
-        for file in ["go.mod", "go.sum", "main.go"] {
-            let path = sources.join(module).join(file);
-            digest.update(std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?);
-        }
-    }
-    let own = cache.join(format!("kube-{KUBERNETES}-{}", hex::encode(&digest.finalize()[..8])));
+    let own = cache.join(folder_name(go, unpacked, &built_from(&sources)?));
     if own.exists() {
         return Ok(own);
     }
@@ -150,6 +144,27 @@ fn binaries(workspace: &Workspace, cache: &Path, go: &str, unpacked: &Path) -> R
         Ok(())
     })?;
     Ok(own)
+}
+
+fn built_from(sources: &Path) -> Result<Vec<Vec<u8>>> {
+    let mut files = Vec::new();
+    for (module, _) in MODULES {
+        for file in MODULE_FILES {
+            let path = sources.join(module).join(file);
+            files.push(std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?);
+        }
+    }
+    Ok(files)
+}
+
+/// By content: the compiler, its flags, what the binaries run beside, and each file that they are built from.
+fn folder_name(go: &str, unpacked: &Path, files: &[Vec<u8>]) -> String {
+    let mut digest = Sha256::new();
+    digest.update(format!("{go} {} {}", linker_flags(), unpacked.display()));
+    for file in files {
+        digest.update(file);
+    }
+    format!("kube-{KUBERNETES}-{}", hex::encode(&digest.finalize()[..8]))
 }
 
 /// Debian's packages, unpacked.
@@ -233,6 +248,28 @@ mod tests {
         assert!(module.contains(&format!("k8s.io/kubernetes v{KUBERNETES}\n")));
         assert!(module.contains(&format!("go {}.{}", GO_AT_LEAST.0, GO_AT_LEAST.1)));
         assert!(linker_flags().contains("version.gitMinor=34 "));
+    }
+
+    /// Another checkout of the same sources finds the same folder, whatever it is called; one of others builds its own.
+    #[test]
+    fn the_folder_is_named_by_what_the_binaries_are_built_from() {
+        let sources = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/kube"));
+        let files = built_from(sources).unwrap();
+        for (module, _) in MODULES {
+            let sums = std::fs::read(sources.join(module).join("go.sum")).unwrap();
+            assert!(files.contains(&sums), "{module}: what it depends on is not in the name");
+        }
+        let (go, unpacked) = ("go1.26.8", Path::new("/cache/kube-debian-1"));
+        let name = folder_name(go, unpacked, &files);
+        assert!(name.starts_with(&format!("kube-{KUBERNETES}-")), "{name}");
+        assert_eq!(folder_name(go, unpacked, &files.clone()), name);
+        for i in 0..files.len() {
+            let mut changed = files.clone();
+            changed[i].push(b'\n');
+            assert_ne!(folder_name(go, unpacked, &changed), name, "file {i}");
+        }
+        assert_ne!(folder_name("go1.26.9", unpacked, &files), name);
+        assert_ne!(folder_name(go, Path::new("/cache/kube-debian-2"), &files), name);
     }
 
     #[test]

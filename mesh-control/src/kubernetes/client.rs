@@ -33,7 +33,14 @@ pub async fn connect() -> anyhow::Result<Client> {
         _ => Config::incluster()
             .context("--kubernetes: this is no Pod with a service account's token, and KUBECONFIG is not set")?,
     };
-    let client = client(config)?;
+    checked(client(config)?).await
+}
+
+/// The same client, once its API server has said how old it is.
+///
+/// # Errors
+/// It is too old.
+async fn checked(client: Client) -> anyhow::Result<Client> {
     let mut backoff = Backoff::default();
     let version = loop {
         let problem = match timeout(API_TIMEOUT, client.apiserver_version()).await {
@@ -80,7 +87,45 @@ fn check_version(major: &str, minor: &str) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::convert::Infallible;
+
+    use bytes::Bytes;
+    use http_body_util::Full;
+    use hyper::{Request, Response};
+    use kube::client::Body;
+
     use super::*;
+
+    /// Of an API server that knows no more than its own version, 1.`minor`.
+    fn of_version(minor: &'static str) -> Client {
+        let server = tower::service_fn(move |request: Request<Body>| async move {
+            assert_eq!(request.uri().path(), "/version");
+            let version = serde_json::json!({
+                "major": "1", "minor": minor, "gitVersion": format!("v1.{minor}.0"), "gitCommit": "none", "gitTreeState": "clean",
+                "buildDate": "1970-01-01T00:00:00Z", "goVersion": "go1.24", "compiler": "gc", "platform": "linux/amd64",
+            });
+            Ok::<_, Infallible>(Response::new(Full::new(Bytes::from(version.to_string()))))
+        });
+        Client::new(server, "default")
+    }
+
+    #[tokio::test]
+    async fn whoever_connects_asks_for_the_version_first() {
+        for minor in ["32", "34", "32+"] {
+            let connected = checked(of_version(minor)).await;
+            assert!(connected.is_ok(), "1.{minor}: {:?}", connected.err());
+        }
+        for minor in ["31", "9"] {
+            let Err(error) = checked(of_version(minor)).await else {
+                panic!("1.{minor} serves");
+            };
+            let error = error.to_string();
+            assert!(
+                error.contains("1.32 or newer is needed") && error.contains(&format!("Kubernetes 1.{minor}")),
+                "{error}"
+            );
+        }
+    }
 
     #[test]
     fn a_kubernetes_that_is_too_old_is_refused_with_the_reason() {

@@ -186,10 +186,19 @@ impl Reviewer {
             Refusal::Unknown if expiry(token).is_some_and(|end| end <= now) => Refusal::Expired,
             refusal => refusal,
         };
-        let verdict = self.verdict(&status).map_err(named).map(|node| Accepted {
-            node,
-            expires_unix_seconds: expiry(token),
-        });
+        let accepted = |node| {
+            let accepted = Accepted {
+                node,
+                expires_unix_seconds: expiry(token),
+            };
+            // The API server's clock may be another one; but once it is remembered, it would be refused by ours.
+            if accepted.is_over(now) {
+                Err(Refusal::Expired)
+            } else {
+                Ok(accepted)
+            }
+        };
+        let verdict = self.verdict(&status).map_err(named).and_then(accepted);
         count(if verdict.is_ok() { "accepted" } else { "refused" });
         Ok(verdict)
     }

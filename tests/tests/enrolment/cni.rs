@@ -189,6 +189,38 @@ pub fn without_agent(mesh: &mut Mesh) -> Result<()> {
     Ok(())
 }
 
+/// Captured as any other, but nobody would believe it: its service account is deleted.
+pub fn without_certificate(mesh: &mut Mesh) -> Result<()> {
+    label(mesh, "early", "enabled")?;
+    wait_for_list(mesh, "early")?;
+    mesh.topology.add_pod("unsigned", NODE, 56)?;
+    write_scheduled(mesh, "unsigned", "early")?;
+    poll::until_true("the control plane knows the Pod and its account", SOON, || {
+        let status: Value = serde_json::from_str(&mesh.control_page("/status")?.body)?;
+        Ok(status["pods"]["early/unsigned"].is_string())
+    })?;
+    let manifest = std::fs::read_to_string(mesh.registry.folder().join("pod-unsigned.yaml"))?;
+    let (account, pod) = manifest.split_once("---\n").context("two documents")?;
+    ensure!(account.contains("kind: ServiceAccount"), "{account}");
+    mesh.registry.write("pod-unsigned.yaml", pod)?;
+    poll::until_true("the agent knows that the account is deleted", SOON, || {
+        let revoked = mesh.agent_state(NODE)?["revoked_identities"].to_string();
+        Ok(revoked.contains("/ns/early/sa/unsigned"))
+    })?;
+    let sandbox = Sandbox::of(mesh, "unsigned", "early");
+    sandbox.run(mesh, "ADD")?.refused(100, "certificate")?;
+    let listed = mesh.listed("unsigned")?.context("captured")?;
+    ensure!(listed["proven"] == false, "proven without a certificate: {listed}");
+    // The account is back, and the runtime tries again.
+    write_scheduled(mesh, "unsigned", "early")?;
+    sandbox.run(mesh, "ADD")?.ok().context("with the account")?;
+    ensure!(mesh.listed("unsigned")?.is_some_and(|listed| listed["proven"] == true));
+    sandbox.run(mesh, "DEL")?.ok()?;
+    mesh.registry.remove("pod-unsigned.yaml")?;
+    mesh.topology.remove_pod("unsigned");
+    Ok(())
+}
+
 /// Whatever uid a namespace is brought with: another Pod's is not enrolled under it.
 pub fn wrong_pairing(mesh: &mut Mesh) -> Result<()> {
     label(mesh, "early", "enabled")?;

@@ -16,6 +16,8 @@ struct Flaky {
     permits: Arc<Semaphore>,
     failures_left: Arc<AtomicU64>,
     asked: Arc<AtomicU64>,
+    /// By which its clock is ahead of ours.
+    ahead_seconds: Arc<AtomicU64>,
     issuer: Arc<Issuer<'static, KeyPair>>,
     root_pem: String,
 }
@@ -30,6 +32,7 @@ impl Flaky {
             permits: Arc::new(Semaphore::new(1000)),
             failures_left: Arc::new(AtomicU64::new(failures)),
             asked: Arc::default(),
+            ahead_seconds: Arc::default(),
             issuer: Arc::new(Issuer::new(params, key)),
             root_pem,
         }
@@ -47,7 +50,7 @@ impl Authority for Flaky {
             return Err(Box::new(tonic::Status::unavailable("not now")).into());
         }
         let mut request = CertificateSigningRequestParams::from_pem(&csr_pem).unwrap();
-        let now = SystemTime::now();
+        let now = SystemTime::now() + Duration::from_secs(self.ahead_seconds.load(Ordering::Relaxed));
         // As authorities do, for skewed clocks: of so short a life, half of the whole is already over.
         request.params.not_before = (now - Duration::from_secs(60)).into();
         request.params.not_after = (now + LIFETIME).into();
@@ -123,6 +126,33 @@ async fn failures_are_told_and_overcome_and_a_certificate_is_renewed_before_it_e
 
     assert_eq!(running.certificates.unwant("pod"), std::slice::from_ref(&web));
     assert!(running.store.current(&web).is_none());
+}
+
+#[tokio::test]
+async fn what_is_not_valid_yet_is_not_taken_and_is_asked_for_until_the_clocks_agree() {
+    let authority = Flaky::new(0);
+    let ahead_seconds = authority.ahead_seconds.clone();
+    let running = Running::start(authority);
+    let web = identity("web");
+    running.certificates.want(&web, &"pod".into());
+    let first = running.certificates.ready(&web, PATIENCE).await.unwrap();
+
+    ahead_seconds.store(3600, Ordering::Relaxed);
+    // The renewal, and what is tried after it.
+    let failed = || running.certificates.failed_total.load(Ordering::Relaxed);
+    running.until(|| failed() >= 2).await;
+    let why = running.certificates.failures().remove(&web).unwrap();
+    assert!(
+        why.contains("not valid now") && why.contains("this node's clock is behind the control plane's"),
+        "{why}"
+    );
+    let current = || running.store.current(&web).unwrap();
+    assert_eq!(current().fingerprint(), first.fingerprint(), "the one held stays in use");
+
+    ahead_seconds.store(0, Ordering::Relaxed);
+    running.until(|| current().fingerprint() != first.fingerprint()).await;
+    assert!(current().not_before <= SystemTime::now());
+    assert!(running.certificates.failures().is_empty(), "overcome");
 }
 
 #[tokio::test]

@@ -1,6 +1,11 @@
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::{Request, Response};
 use k8s_openapi::api::authentication::v1::UserInfo;
+use kube::client::Body;
 
 use super::*;
 use crate::limits::{MAX_REVIEWS_WAITING, REVIEW_GRACE, REVIEW_LIFE};
@@ -11,7 +16,24 @@ const AGENTS: &str = "system:serviceaccount:culvert-system:mesh-agent";
 fn reviewer() -> Reviewer {
     // Nobody is asked: a verdict is made of an answer.
     let config = kube::Config::new("http://127.0.0.1:9".parse().expect("address"));
-    let client = Client::try_from(config).expect("client");
+    reviewer_by(Client::try_from(config).expect("client"))
+}
+
+/// Whoever is asked about, this is what is said.
+fn reviewer_told(status: &TokenReviewStatus) -> Reviewer {
+    let review = TokenReview {
+        status: Some(status.clone()),
+        ..TokenReview::default()
+    };
+    let text = Bytes::from(serde_json::to_vec(&review).expect("JSON"));
+    let server = tower::service_fn(move |_: Request<Body>| {
+        let answer = Response::new(Full::new(text.clone()));
+        std::future::ready(Ok::<_, Infallible>(answer))
+    });
+    reviewer_by(Client::new(server, "default"))
+}
+
+fn reviewer_by(client: Client) -> Reviewer {
     let agents = "culvert-system/mesh-agent".parse().expect("account");
     Reviewer::new(client, agents, Arc::new(Metrics::new().expect("metrics")), &Bounds::default())
 }
@@ -36,6 +58,11 @@ fn answer(change: impl FnOnce(&mut TokenReviewStatus, &mut UserInfo, &mut BTreeM
         status.user = Some(user);
     }
     status
+}
+
+/// That ends then.
+fn token(end_unix_seconds: u64) -> String {
+    format!("x.{}.y", URL_SAFE_NO_PAD.encode(format!("{{\"exp\":{end_unix_seconds}}}")))
 }
 
 fn is_refused(what: &str, answer: &TokenReviewStatus, refusal: Refusal) {
@@ -149,6 +176,45 @@ async fn while_nobody_can_say_an_open_stream_goes_on_for_a_while_and_no_new_call
         (reviewer.recheck("a.b.c", HOST).await, spared()),
         (Err(Refusal::Unreviewed), 1)
     );
+}
+
+#[tokio::test]
+async fn a_token_that_is_over_is_refused_for_that_whatever_is_said_of_it() {
+    let yes = answer(|_, _, _| {});
+    let no = answer(|status, _, _| status.authenticated = Some(false));
+    let over = token(unix_seconds() - 1);
+    for said in [&yes, &no] {
+        let reviewer = reviewer_told(said);
+        for _ in 0..2 {
+            assert_eq!(reviewer.authenticate(&over, HOST).await, Err(Refusal::Expired));
+            assert_eq!(reviewer.recheck(&over, HOST).await, Err(Refusal::Expired));
+        }
+        assert_eq!(reviewer.cache.lock().counts(), (0, 1), "it is remembered as a good one");
+    }
+    // Before its end it is the API server's word that counts.
+    let current = token(unix_seconds() + 3600);
+    let taken = reviewer_told(&yes).authenticate(&current, HOST).await;
+    assert_eq!(taken, Ok("node-a".to_owned()));
+    let refused = reviewer_told(&no).authenticate(&current, HOST).await;
+    assert_eq!(refused, Err(Refusal::Unknown));
+}
+
+/// Where the API server would still say yes, and where nobody can say.
+#[tokio::test(start_paused = true)]
+async fn a_good_token_that_ends_while_it_is_remembered_is_refused_and_has_no_grace() {
+    let end = unix_seconds() - 1;
+    for reviewer in [reviewer_told(&answer(|_, _, _| {})), reviewer()] {
+        let accepted = Accepted {
+            node: "node-a".to_owned(),
+            expires_unix_seconds: Some(end),
+        };
+        reviewer.cache.lock().keep(hash(&token(end)), Ok(accepted), Instant::now());
+        assert_eq!(reviewer.authenticate(&token(end), HOST).await, Err(Refusal::Expired));
+        assert_eq!(reviewer.recheck(&token(end), HOST).await, Err(Refusal::Expired));
+        tokio::time::advance(REVIEW_LIFE).await;
+        assert_eq!(reviewer.recheck(&token(end), HOST).await, Err(Refusal::Expired));
+        assert_eq!(reviewer.metrics.token_reviews_spared.get(), 0);
+    }
 }
 
 #[test]
