@@ -18,6 +18,8 @@ mod removal;
 mod reuse;
 #[path = "kube_life/rollouts.rs"]
 mod rollouts;
+#[path = "kube_life/roots.rs"]
+mod roots;
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
@@ -57,6 +59,10 @@ fn main() -> ExitCode {
             (
                 "who_was_taken_over_from_serves_again_when_its_successor_fails",
                 rollouts::fail_once_they_serve,
+            ),
+            (
+                "a_root_is_replaced_and_breaks_no_connection_before_the_former_one_is_retired",
+                roots::replaced,
             ),
             ("pods_of_the_mesh_alone_wait_where_no_agent_is", cni::without_agent),
             ("an_address_that_changes_hands_is_never_taken_for_who_had_it", reuse::address),
