@@ -1,6 +1,6 @@
 //! The mesh on a real cluster, installed with Helm, while things happen to it: an API server that is away, rollouts that fail half-way,
-//! another root, a node without an agent, addresses that change hands, nodes that lose their power, and its end. Each says how many new
-//! connections failed meanwhile.
+//! another root, a node without an agent, addresses that change hands, nodes that lose their power, and its end. Each says how many
+//! new connections failed meanwhile.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,

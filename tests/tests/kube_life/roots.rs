@@ -22,8 +22,9 @@ const NEWCOMER: &str = "newcomer";
 /// For connections after the replacement.
 const SETTLE: Duration = Duration::from_secs(3);
 
-/// By the first two steps nothing fails, and what is open stays so. The last one cuts what still relies on the former root: here that is
-/// nearly everything, since certificates are renewed at half of their lifetime, hours from now. So it is done once the traffic has ended.
+/// By the first two steps nothing fails, and what is open stays so. The last one cuts what still relies on the former root, and here
+/// that is nearly everything, since certificates are renewed at half of their lifetime, hours from now: it is done once the traffic has
+/// ended, without the wait that docs/TRUST.md asks for.
 pub fn replaced(cluster: &mut Cluster) -> Result<()> {
     let open = Open::between(cluster, "client", "server")?;
     let done = prepare_and_activate(cluster, &open);
