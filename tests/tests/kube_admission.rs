@@ -306,25 +306,54 @@ fn status(bed: &mut Bed) -> Result<()> {
         "the default: {:?}",
         written.spec
     );
-    let table = kubectl.run(&["-n", SHOP, "get", "culvert"])?;
+    expect_table(
+        bed,
+        "culvert",
+        &["NAME", "ACTION", "MODE", "ACCEPTED", "REASON", "WORKLOADS", "NODES", "AGE"],
+        &["Deny", "Enforce", "True", "Accepted", "7", "3"],
+    )?;
+    mesh_config_shown(bed)
+}
+
+fn mesh_config_shown(bed: &Bed) -> Result<()> {
+    let kubectl = bed.server.kubectl();
+    let config =
+        "apiVersion: culvert.dev/v1alpha1\nkind: MeshConfig\nmetadata: {name: default, namespace: shop}\nspec: {mtls: Strict}\n";
+    kubectl.apply(config)?;
+    let verdict = Verdict::InForce {
+        workloads: 5,
+        nodes: Some(2),
+        rejecting: &[],
+    };
+    let status = Status::next(None, 1, verdict, &Time(Timestamp::from_second(1_700_000_000)?));
+    let patch = json!({"status": status}).to_string();
+    kubectl.run(&[
+        "-n",
+        SHOP,
+        "patch",
+        "meshconfig",
+        "default",
+        "--subresource=status",
+        "--type=merge",
+        "--patch",
+        &patch,
+    ])?;
+    expect_table(
+        bed,
+        "meshconfigs",
+        &["NAME", "MTLS", "ACCEPTED", "REASON", "WORKLOADS", "NODES", "AGE"],
+        &["default", "Strict", "True", "Accepted", "5", "2"],
+    )?;
+    kubectl.delete(config).map(drop)
+}
+
+/// What `kubectl get` shows of the only one: the end of its row, but for its age, which is the clock's.
+fn expect_table(bed: &Bed, what: &str, header: &[&str], row: &[&str]) -> Result<()> {
+    let table = bed.server.kubectl().run(&["-n", SHOP, "get", what])?;
     let rows: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
-    ensure!(
-        rows.first()
-            .is_some_and(|row| row == &["NAME", "ACTION", "MODE", "ACCEPTED", "REASON", "WORKLOADS", "NODES", "AGE"]),
-        "{table}"
-    );
-    ensure!(
-        rows.get(1).is_some_and(|row| row.ends_with(&[
-            "Deny",
-            "Enforce",
-            "True",
-            "Accepted",
-            "7",
-            "3",
-            row.last().copied().unwrap_or_default()
-        ])),
-        "{table}"
-    );
+    ensure!(rows.first().is_some_and(|first| first.as_slice() == header), "{table}");
+    let only = rows.get(1).and_then(|only| only.split_last());
+    ensure!(only.is_some_and(|(_, shown)| shown.ends_with(row)), "{table}");
     Ok(())
 }
 

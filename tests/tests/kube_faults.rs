@@ -8,6 +8,8 @@
 
 #[path = "kube_faults/callers.rs"]
 mod callers;
+#[path = "kube_faults/captures.rs"]
+mod captures;
 #[path = "kube_faults/control.rs"]
 mod control;
 #[path = "kube_faults/large.rs"]
@@ -51,6 +53,7 @@ fn main() -> ExitCode {
                 statuses::refused,
             ),
             ("leases_are_written_at_their_pace_whatever_changes", statuses::leases),
+            ("captures_are_written_at_their_pace", captures::pace),
             ("events_wait_as_long_as_the_api_server_asks", notices::patience),
             (
                 "an_event_that_is_forbidden_keeps_no_other_from_being_told",

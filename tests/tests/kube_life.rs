@@ -1,5 +1,6 @@
 //! The mesh on a real cluster, installed with Helm, while things happen to it: an API server that is away, rollouts that fail half-way,
-//! addresses that change hands, nodes that lose their power, and its end. Each says how many new connections failed meanwhile.
+//! another root, a node without an agent, addresses that change hands, nodes that lose their power, and its end. Each says how many
+//! new connections failed meanwhile.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -8,6 +9,8 @@
 
 #[path = "kube_life/api_server.rs"]
 mod api_server;
+#[path = "kube_life/cni.rs"]
+mod cni;
 #[path = "kube_life/node.rs"]
 mod node;
 #[path = "kube_life/removal.rs"]
@@ -16,6 +19,8 @@ mod removal;
 mod reuse;
 #[path = "kube_life/rollouts.rs"]
 mod rollouts;
+#[path = "kube_life/roots.rs"]
+mod roots;
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
@@ -56,6 +61,11 @@ fn main() -> ExitCode {
                 "who_was_taken_over_from_serves_again_when_its_successor_fails",
                 rollouts::fail_once_they_serve,
             ),
+            (
+                "a_root_is_replaced_and_breaks_no_connection_before_the_former_one_is_retired",
+                roots::replaced,
+            ),
+            ("pods_of_the_mesh_alone_wait_where_no_agent_is", cni::without_agent),
             ("an_address_that_changes_hands_is_never_taken_for_who_had_it", reuse::address),
             ("a_node_that_lost_its_power_comes_back", node::killed),
             ("pods_leave_and_join_under_traffic", removal::leave_and_join),

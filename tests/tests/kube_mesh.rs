@@ -202,20 +202,23 @@ fn rollout(cluster: &mut Cluster) -> Result<()> {
 fn restart(cluster: &mut Cluster) -> Result<()> {
     let roots = || cluster.kubectl().get(&["-n", MESH, "configmap", "culvert-roots"]);
     let before = roots()?["data"].clone();
-    cluster.kubectl().run(&[
-        "-n",
-        MESH,
-        "delete",
-        "pods",
-        "-l",
-        "app.kubernetes.io/name=mesh-control",
-        "--wait=true",
-    ])?;
-    ensure!(
-        get(cluster, "http://server/")?.starts_with("server=server "),
-        "while no control plane is ready"
-    );
-    cluster.kubectl().rolled_out(MESH, "deployment/mesh-control")?;
+    under_load(cluster, "the restart of both control planes", || {
+        let pods = [
+            "-n",
+            MESH,
+            "delete",
+            "pods",
+            "-l",
+            "app.kubernetes.io/name=mesh-control",
+            "--wait=true",
+        ];
+        cluster.kubectl().run(&pods)?;
+        ensure!(
+            get(cluster, "http://server/")?.starts_with("server=server "),
+            "while no control plane is ready"
+        );
+        cluster.kubectl().rolled_out(MESH, "deployment/mesh-control")
+    })?;
     ensure!(roots()?["data"] == before, "another root");
     until_proven(cluster, &["client", "near", "server"])?;
     ensure!(

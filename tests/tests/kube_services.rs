@@ -36,6 +36,7 @@ fn main() -> ExitCode {
             ("a_pod_that_asks_out_is_out", membership::asks_out),
             ("pods_made_while_their_namespace_is_labelled_join", membership::race),
             ("what_another_mesh_or_a_machine_has_is_refused", membership::refused),
+            ("a_label_on_what_the_mesh_stands_on_is_ignored_and_told", membership::kept_out),
             ("a_pod_with_a_user_namespace", membership::user_namespace),
             ("a_job_ends_and_is_forgotten", ends::job),
             ("a_terminating_pod_lives_until_it_ends", ends::terminating),

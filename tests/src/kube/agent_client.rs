@@ -7,6 +7,7 @@ use std::time::SystemTime;
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Parser as _;
 use mesh_agent::config::{Cli, Command, Credentials};
+use mesh_agent::discovery::report::{self, PodStatus};
 use mesh_agent::discovery::transport::ControlPlane;
 use mesh_agent::discovery::{self, DiscoveryStatus, NodeName};
 use mesh_agent::identity::Identity;
@@ -119,6 +120,42 @@ impl Followed {
 }
 
 impl Drop for Followed {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+/// Reports of Pods as the agent makes them; they end with this.
+pub struct Reported {
+    stop: CancellationToken,
+    // Nothing more is said by them; who reports ends with them.
+    _pods: watch::Sender<Arc<Vec<PodStatus>>>,
+    _status: watch::Sender<DiscoveryStatus>,
+}
+
+impl Reported {
+    /// All of them in one report.
+    #[must_use]
+    pub fn start(agent: &AgentClient, pods: Vec<PodStatus>) -> Self {
+        let (pods, of_pods) = watch::channel(Arc::new(pods));
+        let (status, of_status) = watch::channel(DiscoveryStatus::default());
+        let stop = CancellationToken::new();
+        agent.runtime.spawn(report::run(
+            agent.control.clone(),
+            of_pods,
+            of_status,
+            Arc::default(),
+            stop.clone(),
+        ));
+        Self {
+            stop,
+            _pods: pods,
+            _status: status,
+        }
+    }
+}
+
+impl Drop for Reported {
     fn drop(&mut self) {
         self.stop.cancel();
     }

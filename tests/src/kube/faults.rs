@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::{Body, Bytes, Frame, Incoming};
-use hyper::{Request, Response};
+use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
 use kube::Client;
 use tokio::net::TcpListener;
@@ -70,6 +70,7 @@ pub struct Seen {
     pub target: Target,
     /// The resource, as `pods`.
     pub resource: String,
+    pub method: Method,
 }
 
 #[derive(Default)]
@@ -199,7 +200,7 @@ fn target_of(request: &Request<Incoming>) -> (Target, String) {
         "secrets" => Target::Secrets,
         "events" => Target::Events,
         _ if query.contains("watch=true") || query.contains("watch=1") => Target::Watches,
-        _ if request.method() == hyper::Method::GET && parts.len() == 1 => Target::Lists,
+        _ if request.method() == Method::GET && parts.len() == 1 => Target::Lists,
         _ if parts.get(2) == Some(&"status") => Target::Statuses,
         _ => Target::Everything,
     };
@@ -220,7 +221,13 @@ async fn answer(
             |wanted: Target, of: &str| (wanted == Target::Everything || wanted == target) && (of.is_empty() || of == resource);
         let found = state.faults.iter().rev().find(|(wanted, of, _)| meets(*wanted, of));
         let found = found.map(|(_, _, fault)| fault.clone());
-        state.seen.push(Seen { at, target, resource });
+        let method = request.method().clone();
+        state.seen.push(Seen {
+            at,
+            target,
+            resource,
+            method,
+        });
         found
     };
     match fault {

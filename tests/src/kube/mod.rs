@@ -25,6 +25,7 @@ pub mod manifests;
 mod node;
 mod node_config;
 pub mod node_init;
+pub mod open;
 pub mod remains;
 pub mod shop;
 mod tools;

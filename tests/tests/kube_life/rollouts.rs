@@ -9,8 +9,8 @@ use serde_json::Value;
 
 use super::{expect_mesh, report};
 
-const AGENT: &str = "daemonset/mesh-agent";
-const AGENTS: &str = "app.kubernetes.io/name=mesh-agent";
+pub const AGENT: &str = "daemonset/mesh-agent";
+pub const AGENTS: &str = "app.kubernetes.io/name=mesh-agent";
 
 /// An image that nobody has, and an option that no agent takes: the agents of before go on, and a rollback is the end of it.
 pub fn fail_before_they_serve(cluster: &mut Cluster) -> Result<()> {

@@ -1,7 +1,7 @@
 //! Which Pods are in the mesh, and from when on.
 
 use anyhow::{Context as _, Result, ensure};
-use mesh_tests::kube::{APP_IMAGE, culvert};
+use mesh_tests::kube::{APP_IMAGE, culvert, manifests};
 use mesh_tests::poll;
 use mesh_tests::suite;
 use serde_json::Value;
@@ -173,6 +173,81 @@ pub fn refused(world: &mut World) -> Result<()> {
         .kubectl()
         .run(&["-n", SHOP, "delete", "pods", "-l", "app=refused", "--wait=false"])
         .map(drop)
+}
+
+const CONTROLS: &str = "app.kubernetes.io/name=mesh-control";
+/// DNS and the control plane would wait for each other.
+const KEPT_OUT: [&str; 2] = ["kube-system", culvert::NAMESPACE];
+
+/// Their label is ignored, which is told, and what they are made of starts as ever.
+pub fn kept_out(world: &mut World) -> Result<()> {
+    let kubectl = world.kubectl();
+    let bystander = manifests::pod(culvert::NAMESPACE, "bystander", 1, "app: bystander", "[sleep, inf]", "");
+    let tried = while_labelled(world, &bystander);
+    let unlabelled = KEPT_OUT
+        .into_iter()
+        .try_for_each(|namespace| kubectl.run(&["label", "namespace", namespace, "culvert.dev/mesh-"]).map(drop));
+    let gone = kubectl.delete(&bystander).map(drop);
+    tried.and(unlabelled).and(gone)
+}
+
+fn while_labelled(world: &World, bystander: &str) -> Result<()> {
+    let kubectl = world.kubectl();
+    for namespace in KEPT_OUT {
+        kubectl.run(&["label", "namespace", namespace, "culvert.dev/mesh=enabled"])?;
+    }
+    for namespace in KEPT_OUT {
+        let about = format!("involvedObject.kind=Namespace,involvedObject.name={namespace},reason=MeshLabelIgnored");
+        let event = poll::until(
+            &format!("it is told that the label of {namespace} is ignored"),
+            PATIENCE,
+            || {
+                let list = kubectl.get(&["-n", "default", "events", "--field-selector", &about])?;
+                Ok(list["items"].as_array().and_then(|events| events.first().cloned()))
+            },
+        )?;
+        let message = event["message"].as_str().unwrap_or_default();
+        ensure!(event["type"] == "Warning" && message.contains("is ignored"), "{event}");
+    }
+    kubectl.run(&["-n", "kube-system", "rollout", "restart", "deployment/coredns"])?;
+    kubectl.rolled_out("kube-system", "deployment/coredns")?;
+    let controls = world.cluster.pods(culvert::NAMESPACE, CONTROLS)?;
+    let one = controls.first().context("a control plane")?;
+    let one = one["metadata"]["name"].as_str().context("a name")?;
+    kubectl.run(&["-n", culvert::NAMESPACE, "delete", "pod", one, "--wait=true"])?;
+    kubectl.rolled_out(culvert::NAMESPACE, "deployment/mesh-control")?;
+    kubectl.wait_for(culvert::NAMESPACE, "Ready", &["pod", "-l", CONTROLS])?;
+    // mesh-control's Pods ask out for themselves; this one does not.
+    kubectl.apply(bystander)?;
+    kubectl.wait_for(culvert::NAMESPACE, "Ready", &["pod/bystander"])?;
+    for namespace in KEPT_OUT {
+        let list = kubectl.get(&["-n", namespace, "pods"])?;
+        let all = list["items"].as_array().context("Pods")?;
+        ensure!(!all.is_empty(), "nobody is in {namespace}");
+        for one in all {
+            let metadata = &one["metadata"];
+            ensure!(
+                metadata["annotations"]["culvert.dev/capture"].is_null(),
+                "captured: {metadata}"
+            );
+        }
+    }
+    ensure!(
+        world.metric(1, "mesh_pod_protected", &["pod=\"bystander\""])?.is_none(),
+        "a Pod beside the control plane is enrolled"
+    );
+    let list = world
+        .cluster
+        .node(1)
+        .run(&["cat", "/etc/cni/net.d/culvert-namespaces"], poll::SOON)?;
+    let list = list.ok("the plugin's list of namespaces")?;
+    ensure!(
+        list.contains(SHOP) && !KEPT_OUT.iter().any(|namespace| list.contains(namespace)),
+        "the plugin would hold their Pods back: {list}"
+    );
+    poll::until_true("names are found", PATIENCE, || {
+        Ok(world.ask_one("client", "http://web/", 1)?[0].starts_with("web-"))
+    })
 }
 
 /// Where the node's runtime can make one.

@@ -3,12 +3,13 @@
 use anyhow::{Context as _, Result};
 use mesh_tests::binaries::Build;
 use mesh_tests::kube::builds::{control_of, expect_agents, expect_control, expect_programs};
+use mesh_tests::kube::open::Open;
 use mesh_tests::kube::shop::{MESH, until_proven};
 use mesh_tests::kube::{Cluster, culvert, helm};
 use mesh_tests::suite;
 
 use super::skew::whole;
-use super::traffic::{Open, under_traffic};
+use super::traffic::under_traffic;
 
 pub fn there_and_back(cluster: &mut Cluster) -> Result<()> {
     expect_agents(cluster, Build::This)?;
