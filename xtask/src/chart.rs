@@ -82,6 +82,11 @@ pub fn test(workspace: &Workspace, helm: &Helm) -> Result<()> {
             Err(error) => bail!("{value} is refused without {names}: {error}"),
         }
     }
+    match helm.template(&[], &["--namespace", "elsewhere"]) {
+        Ok(_) => bail!("it can be installed in a namespace that is not the mesh's own"),
+        Err(error) if error.to_string().contains("--namespace culvert-system") => {}
+        Err(error) => bail!("another namespace is refused without the mend: {error}"),
+    }
     for (value, there, absent) in RENDERED {
         let rendered = helm.render(&[value])?;
         if !rendered.contains(there) || rendered.contains(absent) {

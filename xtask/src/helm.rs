@@ -48,7 +48,7 @@ impl Helm {
 
     /// What is wrong with the chart by Helm's own rules, with every part of it turned on.
     pub fn lint(&self) -> Result<()> {
-        let mut command = self.command(&["lint", "--strict", "--quiet"]);
+        let mut command = self.command(&["lint", "--strict", "--quiet", "--namespace", NAMESPACE]);
         tools::output(command.arg(&self.chart).args(ALL)).map(drop)
     }
 
