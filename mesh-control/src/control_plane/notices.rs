@@ -44,16 +44,16 @@ pub struct Notices {
     more_problems: Notify,
     /// Whether this replica tells what every one sees.
     writer: watch::Sender<bool>,
-    instance: String,
+    instance: Arc<str>,
 }
 
 impl Default for Notices {
     fn default() -> Self {
-        let instance = instance();
+        let instance: Arc<str> = instance().into();
         Self {
             state: Mutex::new(State {
                 pods: PodNotices::default(),
-                events: EventQueue::new(instance.clone()),
+                events: EventQueue::new(Arc::clone(&instance)),
                 kept_out: BTreeSet::new(),
                 policies: BTreeMap::new(),
             }),

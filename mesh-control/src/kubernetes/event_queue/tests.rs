@@ -5,7 +5,7 @@ use super::*;
 const NOW: SystemTime = SystemTime::UNIX_EPOCH;
 
 fn queue() -> EventQueue {
-    EventQueue::new("one".to_owned())
+    EventQueue::new("one".into())
 }
 
 fn lost(namespace: &str, pod: &str, note: &str) -> Telling {
@@ -51,7 +51,7 @@ fn what_is_the_same_is_one_event_that_is_counted() {
 
 #[test]
 fn what_every_replica_sees_has_one_name_and_what_has_happened_is_its_own() {
-    let (mut one, mut other, now) = (queue(), EventQueue::new("other".to_owned()), Instant::now());
+    let (mut one, mut other, now) = (queue(), EventQueue::new("other".into()), Instant::now());
     let mut names = |generation: Option<i64>| {
         let telling = Telling {
             generation,
