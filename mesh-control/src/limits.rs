@@ -283,7 +283,7 @@ pub const NOTICE_WRITE_PACE: Duration = Duration::from_millis(20);
 /// Events of a Pod (or whatever they are about): so many at once, then one in each interval. Others are dropped, and counted in the next.
 pub const EVENTS_OF_SUBJECT_BURST: u32 = 8;
 pub const EVENTS_OF_SUBJECT_INTERVAL: Duration = Duration::from_secs(60);
-/// The same of a namespace, so that none takes the API server, or the others' turns.
+/// The same of a namespace, and of all that is in none, so that none takes the API server, or the others' turns.
 pub const EVENTS_OF_NAMESPACE_BURST: u32 = 32;
 pub const EVENTS_OF_NAMESPACE_INTERVAL: Duration = Duration::from_secs(2);
 /// Namespaces that Events are remembered of. At the bound that one is forgotten of which nothing waits and of which nothing was said for

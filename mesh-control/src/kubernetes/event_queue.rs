@@ -38,7 +38,7 @@ pub struct Subject {
 }
 
 impl Subject {
-    /// That of its Events.
+    /// Where its Events are. Not whose turn they take: see [`EventQueue`].
     #[must_use]
     pub fn event_namespace(&self) -> &str {
         if self.namespace.is_empty() {
@@ -153,6 +153,7 @@ struct OfNamespace {
 pub struct EventQueue {
     /// Of this process: its Events are no other one's to count up.
     instance: Arc<str>,
+    /// By the subjects' own: cluster-wide kinds are in "", not in the namespace where their Events are, whose owner could use it up.
     namespaces: BTreeMap<String, OfNamespace>,
     /// Each namespace of which something waits, once.
     turns: VecDeque<String>,
@@ -174,7 +175,7 @@ impl EventQueue {
         telling.note.truncate(telling.note.floor_char_boundary(MAX_EVENT_NOTE_BYTES));
         let digest = self.digest(&telling);
         let name = event_name(&telling.subject.name, digest);
-        let namespace = telling.subject.event_namespace().to_owned();
+        let namespace = telling.subject.namespace.clone();
         let of = self.namespace(&namespace, now).ok_or(Dropped::NoRoom)?;
         of.last = now;
         let subject = remembered(&mut of.subjects, &telling.subject, now);
@@ -226,7 +227,7 @@ impl EventQueue {
         if now.saturating_duration_since(write.since) >= EVENT_LIFE {
             return Err(Dropped::TooOld);
         }
-        let namespace = write.telling.subject.event_namespace().to_owned();
+        let namespace = write.telling.subject.namespace.clone();
         let of = self.namespace(&namespace, now).ok_or(Dropped::NoRoom)?;
         // A newer one of that name says all that this one does.
         if of.waiting.iter().any(|waiting| waiting.name == write.name) {

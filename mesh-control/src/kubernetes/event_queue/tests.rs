@@ -110,6 +110,24 @@ fn one_namespace_never_keeps_another_from_being_told() {
 }
 
 #[test]
+fn whoever_has_the_namespace_where_they_are_does_not_keep_events_of_nodes_from_being_told() {
+    let (mut queue, now) = (queue(), Instant::now());
+    assert!(!flood(&mut queue, NAMESPACE_OF_THE_REST, now).is_empty());
+    let of_node = || {
+        let mut telling = lost("", "node", "why");
+        telling.subject.kind = "Node";
+        telling
+    };
+    assert_eq!(said(&mut queue, of_node(), now), None);
+    let turns: Vec<EventWrite> = (0..2).map(|_| queue.take().expect("an Event")).collect();
+    let kinds: Vec<&str> = turns.iter().map(|write| write.telling.subject.kind).collect();
+    assert_eq!(kinds, ["Pod", "Node"], "it waits behind all of a namespace");
+    // Nor is what could not be written dropped for want of that namespace's room.
+    flood(&mut queue, NAMESPACE_OF_THE_REST, now + EVENTS_OF_NAMESPACE_INTERVAL);
+    assert_eq!(queue.again(turns[1].clone(), now), Ok(()));
+}
+
+#[test]
 fn what_is_remembered_has_bounds_and_what_waits_is_never_forgotten_for_others() {
     let (mut queue, now) = (queue(), Instant::now());
     for n in 0..MAX_EVENT_NAMESPACES {
