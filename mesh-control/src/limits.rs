@@ -270,8 +270,11 @@ pub const MAX_PIECES_NAMED: usize = 32;
 /// Pods with which something is wrong, about 512 B each, and annotations that wait, about 1 KiB each: 24 MiB. Of further ones nobody is
 /// told but the metrics; counted.
 pub const MAX_PODS_IN_TROUBLE: usize = 16_384;
-/// Of them in one namespace: whose owner makes thousands of such Pods takes nobody else's room.
+/// Of them in one namespace: thousands of such Pods in one take nobody else's room. Whoever has sixteen namespaces can take it all.
 pub const MAX_PODS_IN_TROUBLE_OF_NAMESPACE: usize = 1_024;
+/// Pods for which there is no room that are known to be counted, about 512 B each: 2 MiB. Of more, each counts as often as it is looked
+/// at.
+pub const MAX_PODS_LEFT_OUT: usize = 4_096;
 /// A Pod that is not proven for this long is told to be so: CNI ADD waits 10 s for it. One that was proven before has a new agent, or
 /// its node a new start.
 pub const NOT_ENROLLED_AFTER: Duration = Duration::from_secs(15);

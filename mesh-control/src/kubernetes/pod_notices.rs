@@ -1,6 +1,7 @@
 //! What a Pod's owner is told of its protection: which Events there are, and what its annotation says. Pure.
 //!
-//! Only Pods with which something is wrong, or was a moment ago, are remembered, each once and by its uid.
+//! Only Pods with which something is wrong, or was a moment ago, are remembered, each once and by its uid. Nothing is said of those that
+//! find no room: it would be said again at every look.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,7 +11,8 @@ use super::event_queue::Reason;
 use super::wishes::PodRef;
 use crate::capture_states::{CaptureState, Proof};
 use crate::limits::{
-    CAPTURE_ECHO, MAX_PODS_IN_TROUBLE, MAX_PODS_IN_TROUBLE_OF_NAMESPACE, NOT_ENROLLED_AFTER, NOT_PROVEN_AGAIN_AFTER, PROBLEM_PACE,
+    CAPTURE_ECHO, MAX_PODS_IN_TROUBLE, MAX_PODS_IN_TROUBLE_OF_NAMESPACE, MAX_PODS_LEFT_OUT, NOT_ENROLLED_AFTER,
+    NOT_PROVEN_AGAIN_AFTER, PROBLEM_PACE,
 };
 use crate::registry::convert::problem_text;
 use crate::troubles::Problem;
@@ -75,7 +77,9 @@ pub struct PodNotices {
     /// By uid, each with its place in `turns`.
     problems: BTreeMap<String, (Instant, ProblemWrite)>,
     turns: BTreeSet<(Instant, String)>,
-    /// How often there was no room.
+    /// By uid, those for which there was no room, so that each counts once.
+    without_room: BTreeMap<String, PodRef>,
+    /// How many they were.
     left_out: u64,
 }
 
@@ -96,12 +100,12 @@ impl PodNotices {
                     Some(before) => matches!(before, Trouble::Lost(_)),
                     None => known.problem == trouble.text(),
                 };
-                self.set(pod, trouble, known, now);
+                let is_remembered = self.set(pod, trouble, known, now);
                 let note = format!(
                     "the proof of its capture is lost, and the mesh refuses its connections until it is proven again: {}",
                     problem.text()
                 );
-                (!is_told).then(|| said(pod, Reason::ProtectionLost, note))
+                (is_remembered && !is_told).then(|| said(pod, Reason::ProtectionLost, note))
             }
             Proof::Pending => self.hear_pending(pod, problem, before, known, now),
         }
@@ -118,9 +122,9 @@ impl PodNotices {
             self.forget(&pod.uid);
             return None;
         }
-        self.set(pod, Trouble::Over, known, now);
+        let is_remembered = self.set(pod, Trouble::Over, known, now);
         let note = "its capture is proven: what it sends to the mesh and takes from it is protected";
-        had_trouble.then(|| said(pod, Reason::Protected, note.to_owned()))
+        (is_remembered && had_trouble).then(|| said(pod, Reason::Protected, note.to_owned()))
     }
 
     fn hear_pending(
@@ -172,9 +176,9 @@ impl PodNotices {
             Some(of) => of.trouble == trouble,
             None => known.problem == trouble.text(),
         };
-        self.set(pod, trouble, known, now);
+        let is_remembered = self.set(pod, trouble, known, now);
         let note = format!("it asks to be in the mesh and cannot be: {why}");
-        (!is_told).then(|| said(pod, Reason::NotEnrolled, note))
+        (is_remembered && !is_told).then(|| said(pod, Reason::NotEnrolled, note))
     }
 
     /// It does not ask to be in the mesh.
@@ -196,6 +200,7 @@ impl PodNotices {
             }
             is_kept
         });
+        self.without_room.retain(|_, pod| is_ours(pod));
         let pods = &self.pods;
         self.due.retain(|(_, uid)| pods.contains_key(uid));
         self.problems.retain(|uid, _| pods.contains_key(uid));
@@ -251,7 +256,7 @@ impl PodNotices {
         }
     }
 
-    /// How often there was no room to remember a Pod.
+    /// For how many Pods there was no room.
     #[must_use]
     pub fn left_out(&self) -> u64 {
         self.left_out
@@ -262,6 +267,7 @@ impl PodNotices {
             not_due(&mut self.due, uid, &of.trouble);
             one_less(&mut self.of_namespace, &of.pod.namespace);
         }
+        self.without_room.remove(uid);
         self.take_back(uid);
     }
 
@@ -271,14 +277,25 @@ impl PodNotices {
         }
     }
 
-    fn set(&mut self, pod: &PodRef, trouble: Trouble, known: &Known, now: Instant) {
+    fn leave_out(&mut self, pod: &PodRef) {
+        if !self.without_room.contains_key(&pod.uid) {
+            self.left_out += 1;
+            if self.without_room.len() < MAX_PODS_LEFT_OUT {
+                self.without_room.insert(pod.uid.clone(), pod.clone());
+            }
+        }
+    }
+
+    /// False: there is no room to remember it.
+    fn set(&mut self, pod: &PodRef, trouble: Trouble, known: &Known, now: Instant) -> bool {
         if !self.pods.contains_key(&pod.uid) {
             let of_namespace = self.of_namespace.get(&pod.namespace).copied().unwrap_or_default();
             if self.pods.len() >= MAX_PODS_IN_TROUBLE || of_namespace >= MAX_PODS_IN_TROUBLE_OF_NAMESPACE {
-                self.left_out += 1;
-                return;
+                self.leave_out(pod);
+                return false;
             }
             self.of_namespace.insert(pod.namespace.clone(), of_namespace + 1);
+            self.without_room.remove(&pod.uid);
         }
         let of = self.pods.entry(pod.uid.clone()).or_insert_with(|| OfPod {
             pod: pod.clone(),
@@ -289,7 +306,7 @@ impl PodNotices {
         not_due(&mut self.due, &pod.uid, &before);
         if let Trouble::Maybe { until, .. } = trouble {
             self.due.insert((until, pod.uid.clone()));
-            return;
+            return true;
         }
         // What was written just now may not have been read yet.
         let text = trouble.text();
@@ -299,6 +316,7 @@ impl PodNotices {
         } else {
             self.want(&pod.uid, now);
         }
+        true
     }
 
     /// Its annotation is to say what is wrong now.

@@ -245,3 +245,38 @@ fn pods_that_find_no_room_are_counted() {
     assert_eq!(notices.left_out(), left_out);
     assert_eq!(notices.of_namespace.values().sum::<usize>(), notices.pods.len());
 }
+
+#[test]
+fn nothing_is_said_of_a_pod_that_finds_no_room_and_it_counts_once() {
+    let (mut notices, now) = (PodNotices::default(), Instant::now());
+    let of = |n: usize| PodRef {
+        uid: n.to_string(),
+        ..pod()
+    };
+    let look = |notices: &mut PodNotices, n: usize| notices.refused(&of(n), "a sidecar", &unknown(), now).is_some();
+    for n in 0..MAX_PODS_IN_TROUBLE_OF_NAMESPACE {
+        assert!(look(&mut notices, n));
+    }
+    let late = MAX_PODS_IN_TROUBLE_OF_NAMESPACE;
+    for _ in 0..3 {
+        assert!(!look(&mut notices, late), "said at every look");
+        let lost = notices.hear(&of(late), Proof::Lost, WHY, &proven(), now);
+        assert_eq!(lost, None, "said at every report");
+        let was_lost = known(Some(CaptureState::Lost), None);
+        let over = notices.hear(&of(late), Proof::Proven, Problem::Other, &was_lost, now);
+        assert_eq!(over, None, "said at every report");
+    }
+    assert_eq!(notices.left_out(), 1);
+    // Another one goes: what is wrong with it is said, and no memory of it is left.
+    notices.retain(|pod| pod.uid != "0");
+    assert!(look(&mut notices, late));
+    assert!(!look(&mut notices, late));
+    assert!(notices.without_room.is_empty());
+    // Whoever was left out and has gone is forgotten.
+    for n in late + 1..late + 1 + 2 * MAX_PODS_LEFT_OUT {
+        assert!(!look(&mut notices, n));
+    }
+    assert_eq!(notices.without_room.len(), MAX_PODS_LEFT_OUT);
+    notices.retain(|_| false);
+    assert!(notices.without_room.is_empty() && is_empty(&notices));
+}
