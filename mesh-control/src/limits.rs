@@ -261,6 +261,8 @@ pub const MAX_NETWORK_POLICY_PARTS: usize = 4096;
 /// NetworkPolicies are looked at this long after a change, so that a rollout is looked at once; and not before four times as long as
 /// the last look took.
 pub const NETWORK_POLICY_PACE: Duration = Duration::from_secs(2);
+/// They are looked at again after this where not all of them could be told: by then a namespace may have 30 Events more.
+pub const NETWORK_POLICY_UNTOLD: Duration = Duration::from_secs(60);
 
 /// Bytes of the annotation that tells why a Pod is not protected, and of an Event's note (Kubernetes takes 1,024).
 pub const MAX_PROBLEM_BYTES: usize = 512;

@@ -34,8 +34,14 @@ struct State {
     events: EventQueue,
     /// Namespaces whose ignored label was told.
     kept_out: BTreeSet<String>,
-    /// NetworkPolicies in the way that were told, with uid and generation; no more than findings are named.
-    policies: BTreeMap<(String, String, Direction), (String, i64)>,
+    /// NetworkPolicies in the way; no more than findings are named.
+    policies: BTreeMap<(String, String, Direction), OfPolicy>,
+}
+
+struct OfPolicy {
+    /// Its uid and generation.
+    form: (String, i64),
+    is_told: bool,
 }
 
 pub struct Notices {
@@ -168,25 +174,35 @@ impl Notices {
             let kept_out = &snapshot.enrolment.kept_out;
             state.kept_out.retain(|name| kept_out.contains(name));
             for name in kept_out {
-                if state.kept_out.insert(name.clone()) {
-                    let telling = Telling {
-                        subject: cluster_wide("Namespace", name),
-                        reason: Reason::LabelIgnored,
-                        note: kept_out_because(),
-                        generation: Some(0),
-                    };
-                    state.tell(telling, when, metrics);
+                if state.kept_out.contains(name) {
+                    continue;
+                }
+                let telling = Telling {
+                    subject: cluster_wide("Namespace", name),
+                    reason: Reason::LabelIgnored,
+                    note: kept_out_because(),
+                    generation: Some(0),
+                };
+                if state.tell(telling, when, metrics) {
+                    state.kept_out.insert(name.clone());
                 }
             }
         });
     }
 
-    /// NetworkPolicies in the way, each once in a form.
-    pub(super) fn policies(&self, world: &World, findings: &[Finding], metrics: &Metrics) {
+    /// NetworkPolicies in the way, each once in a form. True: all are told by whoever is to tell them. What is dropped counts once, and
+    /// is tried again at the next look.
+    pub(super) fn policies(
+        &self,
+        world: &World,
+        findings: &[Finding],
+        (now, at): (Instant, SystemTime),
+        metrics: &Metrics,
+    ) -> bool {
         if !*self.writer.borrow() {
-            return;
+            return true;
         }
-        let when = (Instant::now(), SystemTime::now());
+        let mut all_told = true;
         self.change(metrics, |state| {
             let before = std::mem::take(&mut state.policies);
             for finding in findings {
@@ -200,7 +216,9 @@ impl Notices {
                 };
                 let key = (id.namespace.clone(), id.name.clone(), finding.direction);
                 let form = (policy.uid.clone(), policy.generation);
-                if before.get(&key) != Some(&form) {
+                let known = before.get(&key).filter(|of| of.form == form);
+                let mut is_told = known.is_some_and(|of| of.is_told);
+                if !is_told {
                     let telling = Telling {
                         subject: Subject {
                             api_version: "networking.k8s.io/v1",
@@ -213,11 +231,17 @@ impl Notices {
                         note: finding.advice(),
                         generation: Some(policy.generation),
                     };
-                    state.tell(telling, when, metrics);
+                    let said = state.events.say(telling, now, at);
+                    is_told = said.is_ok();
+                    if let (Err(dropped), None) = (said, known) {
+                        metrics.event_dropped(dropped);
+                    }
                 }
-                state.policies.insert(key, form);
+                all_told &= is_told;
+                state.policies.insert(key, OfPolicy { form, is_told });
             }
         });
+        all_told
     }
 
     fn change(&self, metrics: &Metrics, change: impl FnOnce(&mut State)) {
@@ -243,10 +267,13 @@ impl State {
         self.tell(telling(said, Some(0)), when, metrics);
     }
 
-    fn tell(&mut self, telling: Telling, (now, at): (Instant, SystemTime), metrics: &Metrics) {
-        if let Err(dropped) = self.events.say(telling, now, at) {
+    /// False: it is dropped, and counted.
+    fn tell(&mut self, telling: Telling, (now, at): (Instant, SystemTime), metrics: &Metrics) -> bool {
+        let said = self.events.say(telling, now, at);
+        if let Err(dropped) = said {
             metrics.event_dropped(dropped);
         }
+        said.is_ok()
     }
 }
 
@@ -380,7 +407,9 @@ impl ControlPlane {
         };
         let when = (Instant::now(), SystemTime::now());
         let notices = &shared.notices;
-        notices.change(&self.metrics, |state| state.tell(telling, when, &self.metrics));
+        notices.change(&self.metrics, |state| {
+            state.tell(telling, when, &self.metrics);
+        });
     }
 
     /// Whether this replica holds the Lease of who writes.

@@ -85,7 +85,7 @@ pub struct Telling {
     pub reason: Reason,
     pub note: String,
     /// `Some`: it follows from the objects themselves, at this generation of the subject, and is one Event, whichever replica tells
-    /// it. `None`: it has happened, and may again.
+    /// it and however often that is tried. `None`: it has happened, and may again.
     pub generation: Option<i64>,
 }
 
@@ -179,7 +179,11 @@ impl EventQueue {
         let of = self.namespace(&namespace, now).ok_or(Dropped::NoRoom)?;
         of.last = now;
         let subject = remembered(&mut of.subjects, &telling.subject, now);
-        let count = subject.count(digest);
+        let count = if telling.generation.is_some() {
+            1
+        } else {
+            subject.count(digest)
+        };
         if let Some(waiting) = of.waiting.iter_mut().find(|waiting| waiting.name == name) {
             // It has its place already.
             (waiting.count, waiting.at) = (count, at);

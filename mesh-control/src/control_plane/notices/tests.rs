@@ -228,10 +228,9 @@ async fn a_network_policy_in_the_way_is_told_once_in_each_form_by_the_replica_th
         world.extend(walled(generation));
         let findings = in_the_way(&world, &bench.control.snapshot());
         assert_eq!(findings.policies.len(), 1, "{findings:?}");
-        bench
-            .shared
-            .notices
-            .policies(&world, &findings.policies, &bench.control.metrics);
+        let when = (Instant::now(), SystemTime::now());
+        let notices = &bench.shared.notices;
+        assert!(notices.policies(&world, &findings.policies, when, &bench.control.metrics));
         let told = bench.told().into_iter();
         told.filter(|(kind, ..)| kind == "NetworkPolicy").collect::<Vec<_>>()
     };
@@ -245,6 +244,47 @@ async fn a_network_policy_in_the_way_is_told_once_in_each_form_by_the_replica_th
     // It has the Lease by now.
     other.control.set_writer(true);
     assert_eq!(look(&other, 1), blocked);
+}
+
+#[tokio::test]
+async fn a_network_policy_for_which_there_was_no_room_is_told_later_and_counts_once() {
+    let bench = Bench::new(WORLD, true);
+    assert!(!bench.told().is_empty());
+    let all = MAX_EVENTS_WAITING_OF_NAMESPACE + 8;
+    let (policy, mut world) = (walled(1), World::new());
+    for n in 0..all {
+        let renamed = |(id, policy): (&ObjectId, &Arc<Object>)| {
+            let name = format!("policy-{n}");
+            (ObjectId { name, ..id.clone() }, Arc::clone(policy))
+        };
+        world.extend(policy.iter().map(renamed));
+    }
+    let findings: Vec<Finding> = (0..all)
+        .map(|n| Finding {
+            namespace: "shop".into(),
+            name: format!("policy-{n}"),
+            direction: Direction::Ingress,
+            pods: 1,
+        })
+        .collect();
+    let (metrics, notices) = (&bench.control.metrics, &bench.shared.notices);
+    let (now, at) = (Instant::now(), SystemTime::now());
+    let look = |now: Instant| {
+        let all_told = notices.policies(&world, &findings, (now, at), metrics);
+        (all_told, bench.told().len())
+    };
+    let (all_told, first) = look(now);
+    assert!(!all_told && first < all, "{first} of {all}");
+    assert_eq!(look(now), (false, 0));
+    let later = now + crate::limits::NETWORK_POLICY_UNTOLD;
+    assert_eq!(look(later), (true, all - first));
+    assert_eq!(look(later), (true, 0));
+    let text = metrics.text().expect("a text");
+    let dropped = format!(
+        "mesh_control_events_dropped_total{{reason=\"namespace_limit\"}} {}",
+        all - first
+    );
+    assert!(text.contains(&dropped), "{text}");
 }
 
 #[tokio::test]

@@ -67,6 +67,16 @@ fn what_every_replica_sees_has_one_name_and_what_has_happened_is_its_own() {
     assert_ne!(names(Some(2))[0], first, "a changed object is told anew");
     let [first, second] = names(None);
     assert_ne!(first, second);
+    // Nor has it been more often because it could not be told at first.
+    let fact = |pod: &str| Telling {
+        generation: Some(1),
+        ..lost("noisy", pod, "why")
+    };
+    flood(&mut one, "noisy", now);
+    while one.take().is_some() {}
+    assert_eq!(said(&mut one, fact("late"), now), Some(Dropped::NamespaceLimit));
+    assert_eq!(said(&mut one, fact("late"), now + EVENTS_OF_NAMESPACE_INTERVAL), None);
+    assert_eq!(one.take().map(|write| write.count), Some(1));
 }
 
 #[test]
