@@ -104,14 +104,14 @@ impl Notices {
     ///
     /// # Errors
     /// When to ask again; `None`: only after [`Self::more_events`].
-    pub fn take_event(&self, now: Instant, at: SystemTime, metrics: &Metrics) -> Result<EventWrite, Option<Instant>> {
+    pub fn take_event(&self, control: &ControlPlane, now: Instant, at: SystemTime) -> Result<EventWrite, Option<Instant>> {
         let mut state = self.state.lock();
-        let due = state.pods.take_due(now);
+        let due = state.pods.take_due(now, |node| control.hears(node));
         if !due.is_empty() {
             self.more_problems.notify_one();
         }
         for said in due {
-            state.say(said, (now, at), metrics);
+            state.say(said, (now, at), &control.metrics);
         }
         state.events.take().ok_or_else(|| state.pods.due())
     }
@@ -124,8 +124,8 @@ impl Notices {
 
     /// # Errors
     /// As [`Self::take_event`].
-    pub fn take_problem(&self, now: Instant) -> Result<ProblemWrite, Option<Instant>> {
-        self.state.lock().pods.take_problem(now)
+    pub fn take_problem(&self, control: &ControlPlane, now: Instant) -> Result<ProblemWrite, Option<Instant>> {
+        self.state.lock().pods.take_problem(now, |node| control.hears(node))
     }
 
     pub fn problem_again(&self, problem: ProblemWrite, now: Instant) {
@@ -149,11 +149,13 @@ impl Notices {
     }
 
     /// What follows from the objects: who has left, and, where this replica is to tell it, who asks for the mesh and cannot be in it.
-    pub(super) fn look(&self, inner: &Inner, snapshot: &Snapshot, metrics: &Metrics) {
+    pub(super) fn look(&self, control: &ControlPlane, inner: &Inner, snapshot: &Snapshot) {
         let (world, when) = (&inner.world, (Instant::now(), SystemTime::now()));
+        let metrics = &control.metrics;
         let is_writer = *self.writer.borrow();
         self.change(metrics, |state| {
-            state.pods.retain(|pod| is_followed(inner, snapshot, pod, is_writer));
+            let is_ours = |pod: &PodRef| is_followed(inner, snapshot, pod, is_writer);
+            state.pods.retain(is_ours, |node| control.hears(node));
             if !is_writer {
                 return;
             }
@@ -309,6 +311,7 @@ fn known(inner: &Inner, pod: &Pod) -> Known {
         capture: inner.captures.of(&pod.uid),
         problem: pod.problem.clone(),
         is_ending: pod.terminating || pod.finished,
+        agent: None,
     }
 }
 
@@ -384,10 +387,19 @@ impl ControlPlane {
                     repaired,
                     ..word.clone()
                 },
-                known: known(inner, pod),
+                known: Known {
+                    agent: Some(node.to_owned()),
+                    ..known(inner, pod)
+                },
             });
         }
         heard
+    }
+
+    /// Whether a node's agent tells this replica what it proves. Once its stream has ended, it may tell another one.
+    fn hears(&self, node: &str) -> bool {
+        let nodes = self.nodes.lock();
+        nodes.get(node).is_some_and(|status| status.report_streams > 0)
     }
 
     /// Pieces of what a node's Pods share were missing, as its agent says.
@@ -434,7 +446,7 @@ impl ControlPlane {
             let looked = tokio::task::spawn_blocking(move || {
                 let inner = control.inner.lock();
                 if let Some(shared) = &control.shared {
-                    shared.notices.look(&inner, &control.snapshot(), &control.metrics);
+                    shared.notices.look(&control, &inner, &control.snapshot());
                 }
             });
             drop(looked.await);

@@ -28,6 +28,8 @@ pub struct Known {
     pub problem: Option<String>,
     /// It is being deleted, or has run to its end: what ends with it is no loss.
     pub is_ending: bool,
+    /// The node whose agent says what is said; `None`: the objects do.
+    pub agent: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,6 +50,8 @@ enum Trouble {
 struct OfPod {
     pod: PodRef,
     trouble: Trouble,
+    /// As [`Known::agent`].
+    agent: Option<String>,
     /// When its annotation was last written, and whether that was a text.
     written: Option<(Instant, bool)>,
 }
@@ -190,11 +194,15 @@ impl PodNotices {
         }
     }
 
-    /// Keeps those of which `is_ours` holds: others are gone, or another replica hears their agents.
-    pub fn retain(&mut self, is_ours: impl Fn(&PodRef) -> bool) {
+    /// Keeps those of which `is_ours` holds: others are gone, or another replica hears their agents. `is_heard`: as for
+    /// [`Self::take_due`].
+    pub fn retain(&mut self, is_ours: impl Fn(&PodRef) -> bool, is_heard: impl Fn(&str) -> bool) {
         let of_namespace = &mut self.of_namespace;
         self.pods.retain(|_, of| {
-            let is_kept = is_ours(&of.pod);
+            // That it is proven again, as another replica hears, may change nothing that is read here: it may have counted as proven all
+            // along. The end of a loss is always read.
+            let may_be_over = matches!(of.trouble, Trouble::NotEnrolled(_)) && !of.is_still_said(&is_heard);
+            let is_kept = is_ours(&of.pod) && !may_be_over;
             if !is_kept {
                 one_less(of_namespace, &of.pod.namespace);
             }
@@ -208,8 +216,8 @@ impl PodNotices {
         self.turns.retain(|(_, uid)| problems.contains_key(uid));
     }
 
-    /// What has lasted long enough to be told.
-    pub fn take_due(&mut self, now: Instant) -> Vec<Said> {
+    /// What has lasted long enough to be told. `is_heard`: whether this replica hears the agent of a node; another one may know better.
+    pub fn take_due(&mut self, now: Instant, is_heard: impl Fn(&str) -> bool) -> Vec<Said> {
         let mut told = Vec::new();
         while self.due.first().is_some_and(|(due, _)| *due <= now) {
             let Some((_, uid)) = self.due.pop_first() else { break };
@@ -217,6 +225,10 @@ impl PodNotices {
             let Trouble::Maybe { problem, .. } = of.trouble else {
                 continue;
             };
+            if !of.is_still_said(&is_heard) {
+                self.forget(&uid);
+                continue;
+            }
             of.trouble = Trouble::NotEnrolled(problem);
             told.push(not_enrolled(&of.pod, problem));
             self.want(&uid, now);
@@ -229,21 +241,25 @@ impl PodNotices {
         self.due.first().map(|(due, _)| *due)
     }
 
-    /// The next annotation to be written.
+    /// The next annotation to be written. `is_heard`: as for [`Self::take_due`].
     ///
     /// # Errors
     /// When there may be one.
-    pub fn take_problem(&mut self, now: Instant) -> Result<ProblemWrite, Option<Instant>> {
-        let due = self.turns.first().map(|(due, _)| *due);
-        if due.is_none_or(|due| due > now) {
-            return Err(due);
+    pub fn take_problem(&mut self, now: Instant, is_heard: impl Fn(&str) -> bool) -> Result<ProblemWrite, Option<Instant>> {
+        loop {
+            let due = self.turns.first().map(|(due, _)| *due);
+            if due.is_none_or(|due| due > now) {
+                return Err(due);
+            }
+            let (_, uid) = self.turns.pop_first().ok_or(None)?;
+            let (_, write) = self.problems.remove(&uid).ok_or(None)?;
+            let Some(of) = self.pods.get_mut(&uid) else { continue };
+            // Its agent's next report, to whichever replica, brings it again.
+            if of.is_still_said(&is_heard) {
+                of.written = Some((now, write.text.is_some()));
+                return Ok(write);
+            }
         }
-        let (_, uid) = self.turns.pop_first().ok_or(None)?;
-        let (_, write) = self.problems.remove(&uid).ok_or(None)?;
-        if let Some(of) = self.pods.get_mut(&uid) {
-            of.written = Some((now, write.text.is_some()));
-        }
-        Ok(write)
     }
 
     /// It could not be written, and may be later.
@@ -300,8 +316,10 @@ impl PodNotices {
         let of = self.pods.entry(pod.uid.clone()).or_insert_with(|| OfPod {
             pod: pod.clone(),
             trouble: Trouble::Over,
+            agent: None,
             written: None,
         });
+        of.agent.clone_from(&known.agent);
         let before = std::mem::replace(&mut of.trouble, trouble.clone());
         not_due(&mut self.due, &pod.uid, &before);
         if let Trouble::Maybe { until, .. } = trouble {
@@ -330,6 +348,13 @@ impl PodNotices {
         let due = of.written.map_or(now, |(at, _)| now.max(at + PROBLEM_PACE));
         self.turns.insert((due, uid.to_owned()));
         self.problems.insert(uid.to_owned(), (due, ProblemWrite { pod, text }));
+    }
+}
+
+impl OfPod {
+    /// Whether who has said it would tell this replica if it were over.
+    fn is_still_said(&self, is_heard: impl Fn(&str) -> bool) -> bool {
+        self.agent.as_deref().is_none_or(is_heard)
     }
 }
 

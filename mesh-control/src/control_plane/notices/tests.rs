@@ -53,8 +53,14 @@ impl Bench {
             control: Arc::new(control),
             shared,
         };
+        bench.streams(1);
         bench.set(world);
         bench
+    }
+
+    /// Of reports, that the node `n` has open.
+    fn streams(&self, count: usize) {
+        self.control.with_node("n", |status| status.report_streams = count);
     }
 
     fn set(&self, world: &str) {
@@ -76,11 +82,11 @@ impl Bench {
     fn told_at(&self, now: Instant) -> Vec<(String, String, String)> {
         let mut told = Vec::new();
         let notices = &self.shared.notices;
-        while let Ok(event) = notices.take_event(now, SystemTime::now(), &self.control.metrics) {
+        while let Ok(event) = notices.take_event(&self.control, now, SystemTime::now()) {
             let Telling { subject, reason, .. } = event.telling;
             told.push((subject.kind.to_owned(), subject.name, reason.as_str().to_owned()));
         }
-        while let Ok(problem) = notices.take_problem(now) {
+        while let Ok(problem) = notices.take_problem(&self.control, now) {
             let text = problem.text.unwrap_or_default();
             let kind = text.split(':').next().unwrap_or_default().to_owned();
             told.push(("problem".to_owned(), problem.pod.name, kind));
@@ -191,6 +197,20 @@ async fn one_that_stays_pending_is_told_after_a_while_unless_it_ends() {
     assert_eq!(bench.told_at(later), []);
     bench.say("n", Proof::Lost);
     assert_eq!(bench.told_at(later), [], "its normal end is told as a loss");
+}
+
+#[tokio::test]
+async fn what_an_agent_has_said_is_not_told_by_a_replica_that_it_has_left() {
+    let bench = Bench::new(WORLD, false);
+    bench.say("n", Proof::Pending);
+    bench.streams(0);
+    let later = Instant::now() + NOT_ENROLLED_AFTER * 2;
+    assert_eq!(bench.told_at(later), [], "another replica may know that it is proven");
+    // It comes back, and says the same.
+    bench.streams(1);
+    bench.say("n", Proof::Pending);
+    let both = [("Pod", "web", "MeshNotEnrolled"), ("problem", "web", "not enrolled")];
+    assert_eq!(bench.told_at(later), expected(&both));
 }
 
 #[tokio::test]
