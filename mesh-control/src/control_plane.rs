@@ -369,7 +369,7 @@ impl ControlPlane {
         self.save_captures(inner);
         if let Some(shared) = &self.shared {
             shared.mend(inner, &inner.world, &snapshot, &self.metrics);
-            shared.notices.look(inner, &snapshot, &self.metrics);
+            shared.notices.look(self, inner, &snapshot);
         }
         let count = |wanted: Option<CaptureState>| {
             snapshot

@@ -261,6 +261,8 @@ pub const MAX_NETWORK_POLICY_PARTS: usize = 4096;
 /// NetworkPolicies are looked at this long after a change, so that a rollout is looked at once; and not before four times as long as
 /// the last look took.
 pub const NETWORK_POLICY_PACE: Duration = Duration::from_secs(2);
+/// They are looked at again after this where not all of them could be told: by then a namespace may have 30 Events more.
+pub const NETWORK_POLICY_UNTOLD: Duration = Duration::from_secs(60);
 
 /// Bytes of the annotation that tells why a Pod is not protected, and of an Event's note (Kubernetes takes 1,024).
 pub const MAX_PROBLEM_BYTES: usize = 512;
@@ -270,8 +272,11 @@ pub const MAX_PIECES_NAMED: usize = 32;
 /// Pods with which something is wrong, about 512 B each, and annotations that wait, about 1 KiB each: 24 MiB. Of further ones nobody is
 /// told but the metrics; counted.
 pub const MAX_PODS_IN_TROUBLE: usize = 16_384;
-/// Of them in one namespace: whose owner makes thousands of such Pods takes nobody else's room.
+/// Of them in one namespace: thousands of such Pods in one take nobody else's room. Whoever has sixteen namespaces can take it all.
 pub const MAX_PODS_IN_TROUBLE_OF_NAMESPACE: usize = 1_024;
+/// Pods for which there is no room that are known to be counted, about 512 B each: 2 MiB. Of more, each counts as often as it is looked
+/// at.
+pub const MAX_PODS_LEFT_OUT: usize = 4_096;
 /// A Pod that is not proven for this long is told to be so: CNI ADD waits 10 s for it. One that was proven before has a new agent, or
 /// its node a new start.
 pub const NOT_ENROLLED_AFTER: Duration = Duration::from_secs(15);
@@ -283,7 +288,7 @@ pub const NOTICE_WRITE_PACE: Duration = Duration::from_millis(20);
 /// Events of a Pod (or whatever they are about): so many at once, then one in each interval. Others are dropped, and counted in the next.
 pub const EVENTS_OF_SUBJECT_BURST: u32 = 8;
 pub const EVENTS_OF_SUBJECT_INTERVAL: Duration = Duration::from_secs(60);
-/// The same of a namespace, so that none takes the API server, or the others' turns.
+/// The same of a namespace, and of all that is in none, so that none takes the API server, or the others' turns.
 pub const EVENTS_OF_NAMESPACE_BURST: u32 = 32;
 pub const EVENTS_OF_NAMESPACE_INTERVAL: Duration = Duration::from_secs(2);
 /// Namespaces that Events are remembered of. At the bound that one is forgotten of which nothing waits and of which nothing was said for

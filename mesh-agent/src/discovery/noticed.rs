@@ -1,7 +1,7 @@
 //! What the control plane is told beside the Pods' proofs, so that it can tell people: pieces of a capture that were put back, and
 //! members that could not be enrolled.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use mesh_common::limits::MAX_PODS;
@@ -25,12 +25,8 @@ enum Owner {
     Pod(Arc<str>),
 }
 
-#[derive(Debug, Default)]
-struct Pieces {
-    names: BTreeSet<&'static str>,
-    /// The first report of this stream that told them; 0: none yet.
-    told_in: u64,
-}
+/// With the report of this stream that has told it; 0: none yet. At most [`MAX_PIECES`].
+type Pieces = BTreeMap<&'static str, u64>;
 
 #[derive(Debug, Default)]
 struct State {
@@ -69,10 +65,12 @@ impl Noticed {
             return;
         }
         let of = state.repaired.entry(owner).or_default();
-        let room = MAX_PIECES.saturating_sub(of.names.len());
-        of.names.extend(pieces.take(room));
-        // A receipt of a report that did not have all of them must not take the new ones away.
-        of.told_in = 0;
+        for piece in pieces {
+            if of.len() < MAX_PIECES || of.contains_key(piece) {
+                // Also one that was told before: it was missing again, and an earlier receipt says nothing of that.
+                of.insert(piece, 0);
+            }
+        }
         drop(state);
         self.changed.send_modify(|turn| *turn += 1);
     }
@@ -119,34 +117,37 @@ impl Noticed {
         all.map(|(_, status)| status.clone()).collect()
     }
 
-    /// For the report of this number: the node's pieces, and those of Pods.
+    /// For the report of this number: the node's pieces, and those of Pods. The control plane counts each time that it is told of one,
+    /// and a stream keeps its order: so each is in one of its reports.
     pub(super) fn pieces(&self, sequence: u64) -> (Vec<String>, BTreeMap<Arc<str>, Vec<String>>) {
         let mut state = self.state.lock();
         let (mut node, mut pods) = (Vec::new(), BTreeMap::new());
         for (owner, pieces) in &mut state.repaired {
-            if pieces.told_in == 0 {
-                pieces.told_in = sequence;
+            let mut names = Vec::new();
+            for (piece, told_in) in pieces.iter_mut().filter(|(_, told_in)| **told_in == 0) {
+                *told_in = sequence;
+                names.push((*piece).to_owned());
             }
-            let names = pieces.names.iter().map(ToString::to_string).collect();
             match owner {
                 Owner::Node => node = names,
-                Owner::Pod(uid) => drop(pods.insert(uid.clone(), names)),
+                Owner::Pod(uid) if !names.is_empty() => drop(pods.insert(uid.clone(), names)),
+                Owner::Pod(_) => {}
             }
         }
         (node, pods)
     }
 
     pub(super) fn received(&self, sequence: u64) {
-        let mut state = self.state.lock();
-        state
-            .repaired
-            .retain(|_, pieces| pieces.told_in == 0 || pieces.told_in > sequence);
+        self.state.lock().repaired.retain(|_, pieces| {
+            pieces.retain(|_, told_in| *told_in == 0 || *told_in > sequence);
+            !pieces.is_empty()
+        });
     }
 
     /// A new stream counts anew.
     pub(super) fn start(&self) {
-        for pieces in self.state.lock().repaired.values_mut() {
-            pieces.told_in = 0;
+        for told_in in self.state.lock().repaired.values_mut().flat_map(BTreeMap::values_mut) {
+            *told_in = 0;
         }
     }
 }
@@ -197,7 +198,7 @@ mod tests {
         noticed.pod_repaired(&uid, &["pods_entry"]);
         noticed.received(1);
         let (node, pods) = noticed.pieces(2);
-        assert_eq!((node, &pods[&uid]), (vec![], &names(&["pods_entry", "sk_lookup"])));
+        assert_eq!((node, &pods[&uid]), (vec![], &names(&["pods_entry"])));
         // The stream broke: the next one counts from 1.
         noticed.start();
         assert_eq!(noticed.pieces(1).1.len(), 1);
@@ -205,6 +206,32 @@ mod tests {
         assert!(noticed.pieces(2).1.is_empty());
         noticed.pod_repaired(&uid, &[]);
         assert!(noticed.pieces(3).1.is_empty());
+    }
+
+    /// Whatever the control plane is told, it counts.
+    #[test]
+    fn what_was_put_back_once_is_told_once_in_a_stream() {
+        let noticed = Noticed::default();
+        let uid: Arc<str> = "u".into();
+        let told = |sequence: u64| {
+            let (node, pods) = noticed.pieces(sequence);
+            (node, pods.get(&uid).cloned().unwrap_or_default())
+        };
+        let names = |list: &[&str]| list.iter().map(ToString::to_string).collect::<Vec<_>>();
+        noticed.pod_repaired(&uid, &["sk_lookup"]);
+        noticed.node_repaired(&["connect4".to_owned()]);
+        assert_eq!(told(1), (names(&["connect4"]), names(&["sk_lookup"])));
+        assert_eq!(told(2), (vec![], vec![]), "its proof changed before the receipt");
+        noticed.pod_repaired(&uid, &["pods_entry"]);
+        assert_eq!(told(3), (vec![], names(&["pods_entry"])));
+        // It was missing again.
+        noticed.pod_repaired(&uid, &["sk_lookup"]);
+        noticed.received(1);
+        assert_eq!(told(4), (vec![], names(&["sk_lookup"])));
+        noticed.received(3);
+        // What nobody has said to be heard is told again.
+        noticed.start();
+        assert_eq!(told(1), (vec![], names(&["sk_lookup"])));
     }
 
     #[test]

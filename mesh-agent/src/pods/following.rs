@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep_until};
 use tracing::{info, warn};
 
 use super::plan::{Known, Plan, plan};
+use super::standing::Why;
 use super::{LEAVING_GRACE, PodError, Pods};
 use crate::capture::{FindError, Found, Origin, PodToEnroll, Wanted};
 use crate::discovery::backoff::Backoff;
@@ -53,24 +54,7 @@ struct Attempt {
     backoff: Backoff,
     due: Instant,
     /// Empty: it was done.
-    why: String,
-    /// The same as one word.
-    problem: &'static str,
-}
-
-#[derive(Debug)]
-struct Failure {
-    reason: &'static str,
-    why: String,
-}
-
-impl From<PodError> for Failure {
-    fn from(error: PodError) -> Self {
-        Self {
-            reason: error.reason(),
-            why: error.to_string(),
-        }
-    }
+    why: Why,
 }
 
 pub struct Following {
@@ -126,7 +110,7 @@ impl Following {
         release.extend(begun.map(|uid| (uid, Duration::ZERO)));
         let vanished: Vec<Arc<str>> = plan.vanished.iter().filter(is_due).cloned().collect();
         let find: Vec<Arc<str>> = plan.find.iter().filter(is_due).cloned().collect();
-        let mut outcomes: Vec<(Arc<str>, Result<(), Failure>)> = Vec::new();
+        let mut outcomes: Vec<(Arc<str>, Result<(), Why>)> = Vec::new();
         if !vanished.is_empty() {
             let (still_running, ended) = self.still_running(vanished).await;
             release.extend(ended.into_iter().map(|uid| (uid, Duration::ZERO)));
@@ -157,7 +141,7 @@ impl Following {
     }
 
     /// Of those that are not listed: which have processes, with that failure, and which have none.
-    async fn still_running(&self, vanished: Vec<Arc<str>>) -> (Vec<(Arc<str>, Result<(), Failure>)>, Vec<Arc<str>>) {
+    async fn still_running(&self, vanished: Vec<Arc<str>>) -> (Vec<(Arc<str>, Result<(), Why>)>, Vec<Arc<str>>) {
         let inhabited = match self.pods.capture.inhabited(&vanished).await {
             Ok(inhabited) => inhabited,
             Err(error) => {
@@ -166,11 +150,11 @@ impl Following {
             }
         };
         let (running, ended): (Vec<_>, Vec<_>) = vanished.into_iter().partition(|uid| inhabited.contains(uid));
-        let failure = || Failure {
-            reason: "still_running",
-            why: "the control plane does not list it any longer, and its processes run: it stays captured".to_owned(),
-        };
-        (running.into_iter().map(|uid| (uid, Err(failure()))).collect(), ended)
+        let why = Why::new(
+            "still_running",
+            "the control plane does not list it any longer, and its processes run: it stays captured",
+        );
+        (running.into_iter().map(|uid| (uid, Err(why.clone()))).collect(), ended)
     }
 
     async fn find_and_enroll(
@@ -178,7 +162,7 @@ impl Following {
         list: &Arc<NodeList>,
         enrolled: &BTreeMap<Arc<str>, Known>,
         uids: Vec<Arc<str>>,
-    ) -> Vec<(Arc<str>, Result<(), Failure>)> {
+    ) -> Vec<(Arc<str>, Result<(), Why>)> {
         let wanted = uids.iter().filter_map(|uid| {
             Some(Wanted {
                 uid: uid.clone(),
@@ -204,14 +188,8 @@ impl Following {
                     (Some(Err(_)), Some(_)) if known.is_some() => Ok(()),
                     // Its end is on its way to the control plane. Looked for all the same: a sandbox may be made again unseen.
                     (Some(Err(FindError::NoProcess)), Some(_)) if has_ended => Ok(()),
-                    (Some(Err(error)), Some(_)) => Err(Failure {
-                        reason: error.reason(),
-                        why: error.to_string(),
-                    }),
-                    _ => Err(Failure {
-                        reason: "not_looked_for",
-                        why: "the node's processes could not be looked at".to_owned(),
-                    }),
+                    (Some(Err(error)), Some(_)) => Err(Why::new(error.reason(), error.to_string())),
+                    _ => Err(Why::new("not_looked_for", "the node's processes could not be looked at")),
                 };
                 (uid, outcome)
             }
@@ -223,24 +201,23 @@ impl Following {
             .await
     }
 
-    fn note(&mut self, list: &NodeList, uid: Arc<str>, outcome: Result<(), Failure>) {
+    fn note(&mut self, list: &NodeList, uid: Arc<str>, outcome: Result<(), Why>) {
         let attempt = self.attempts.entry(uid.clone()).or_insert_with(|| Attempt {
             backoff: Backoff::new(FIRST_RETRY, LONGEST_RETRY),
             due: Instant::now(),
-            why: String::new(),
-            problem: "",
+            why: Why::default(),
         });
         // Also after a success: one that stays unproven is looked for again, with pauses.
         attempt.due = Instant::now() + attempt.backoff.after_failure();
         match outcome {
-            Ok(()) => attempt.why.clear(),
-            Err(Failure { reason, why }) => {
-                *self.shown.lock().failures.entry(reason).or_default() += 1;
+            Ok(()) => attempt.why = Why::default(),
+            Err(why) => {
+                *self.shown.lock().failures.entry(why.problem).or_default() += 1;
                 if attempt.why != why {
                     let pod = list.pods.get(&uid).map(name_of).unwrap_or_default();
-                    warn!(%uid, pod, reason, "a Pod's enrolment is not what it should be: {why}");
+                    warn!(%uid, pod, reason = why.problem, "a Pod's enrolment is not what it should be: {}", why.text);
                 }
-                (attempt.why, attempt.problem) = (why, reason);
+                attempt.why = why;
             }
         }
     }
@@ -250,17 +227,17 @@ impl Following {
         shown.is_told = true;
         shown.members = list.pods.values().filter(|pod| pod.is_member).count();
         shown.waiting = plan.waiting;
-        let failing = self.attempts.iter().filter(|(_, attempt)| !attempt.why.is_empty());
+        let failing = self.attempts.iter().filter(|(_, attempt)| !attempt.why.text.is_empty());
         shown.failing = failing
             .map(|(uid, attempt)| {
                 let pod = list.pods.get(uid).map_or_else(|| uid.to_string(), name_of);
-                (pod, attempt.why.clone())
+                (pod, attempt.why.text.clone())
             })
             .collect();
-        let failing = self.attempts.iter().filter(|(_, attempt)| !attempt.why.is_empty());
+        let failing = self.attempts.iter().filter(|(_, attempt)| !attempt.why.text.is_empty());
         let members = failing.filter_map(|(uid, attempt)| {
             let pod = list.pods.get(uid).filter(|pod| pod.is_member)?;
-            let told = failing_member(uid, &pod.namespace, &pod.name, &attempt.why, attempt.problem);
+            let told = failing_member(uid, &pod.namespace, &pod.name, &attempt.why.text, attempt.why.problem);
             Some((uid.clone(), told))
         });
         let enrolled = self.pods.known();
@@ -278,13 +255,10 @@ impl Following {
 }
 
 /// In a task of its own: a change of a Pod is finished, whoever is cancelled meanwhile.
-async fn to_its_end(work: impl Future<Output = Result<(), PodError>> + Send + 'static) -> Result<(), Failure> {
+async fn to_its_end(work: impl Future<Output = Result<(), PodError>> + Send + 'static) -> Result<(), Why> {
     match tokio::spawn(work).await {
-        Ok(result) => result.map_err(Failure::from),
-        Err(_) => Err(Failure {
-            reason: "failed",
-            why: "the change's task failed; see the agent's log".to_owned(),
-        }),
+        Ok(result) => result.map_err(Why::from),
+        Err(_) => Err(Why::new("failed", "the change's task failed; see the agent's log")),
     }
 }
 

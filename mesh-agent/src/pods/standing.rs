@@ -3,12 +3,12 @@
 use super::PodError;
 use crate::capture::CaptureError;
 use crate::capture::probe::ProofError;
-use crate::discovery::report::Proof;
+use crate::discovery::report::{Proof, RELEASED};
 
 /// A proof that fails so often in a row is lost.
 const FAILURES_UNTIL_LOST: u32 = 2;
 
-/// Why a Pod is not proven.
+/// Why a Pod is not proven, or not enrolled or released as it should be.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Why {
     /// One of `discovery::noticed::PROBLEMS`, or another word, which people are told nothing of but where to look.
@@ -103,7 +103,7 @@ impl Standing {
         if self.proof == Proof::Proven {
             self.proof = Proof::Lost;
         }
-        self.why = Why::new("released", "it is being released");
+        self.why = Why::new(RELEASED, "it is being released");
     }
 
     pub(super) fn settle(&mut self, outcome: Result<(), Why>) -> Turn {

@@ -2,24 +2,27 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use tokio::time::{Instant, sleep};
 
-use super::ControlPlane;
+use super::{ControlPlane, Shared};
 use crate::compile::network_policies::{Direction, Finding, Findings, in_the_way};
-use crate::limits::{MAX_NETWORK_POLICIES_LOGGED, NETWORK_POLICY_PACE};
+use crate::limits::{MAX_NETWORK_POLICIES_LOGGED, NETWORK_POLICY_PACE, NETWORK_POLICY_UNTOLD};
 use crate::objects::World;
 
 impl ControlPlane {
-    /// Looks at NetworkPolicies after each change, for ever.
+    /// Looks at NetworkPolicies after each change, and again while not all could be told, for ever.
     pub async fn look_at_network_policies(self: Arc<Self>) {
         let mut snapshots = self.subscribe();
         let Some(mut writer) = self.writer() else { return };
+        let mut all_told = true;
         loop {
             tokio::select! {
                 changed = snapshots.changed() => if changed.is_err() { return },
                 // Whoever tells it from now on has told nothing yet.
                 changed = writer.changed() => if changed.is_err() { return },
+                () = sleep(NETWORK_POLICY_UNTOLD), if !all_told => {}
             }
             sleep(NETWORK_POLICY_PACE).await;
             let snapshot = Arc::clone(&snapshots.borrow_and_update());
@@ -27,23 +30,24 @@ impl ControlPlane {
             let began = Instant::now();
             let looked = tokio::task::spawn_blocking(move || {
                 let world = Arc::clone(&control.inner.lock().world);
-                control.advise(&world, in_the_way(&world, &snapshot));
+                control.advise(&world, in_the_way(&world, &snapshot))
             });
-            drop(looked.await);
+            all_told = looked.await.unwrap_or(true);
             sleep(began.elapsed() * 4).await;
         }
     }
 
-    fn advise(&self, world: &World, findings: Findings) {
+    /// True: all are told by whoever is to tell them.
+    fn advise(&self, world: &World, findings: Findings) -> bool {
         for direction in Direction::ALL {
             let count = findings.count.get(&direction).copied().unwrap_or_default();
             self.metrics.network_policies(direction.as_str(), count);
         }
         let cut = i64::try_from(findings.cut).unwrap_or(i64::MAX);
         self.metrics.network_policies_not_compared.set(cut);
-        if let Some(shared) = &self.shared {
-            shared.notices.policies(world, &findings.policies, &self.metrics);
-        }
+        let when = (Instant::now(), SystemTime::now());
+        let tell = |shared: &Arc<Shared>| shared.notices.policies(world, &findings.policies, when, &self.metrics);
+        let all_told = self.shared.as_ref().is_none_or(tell);
         let mut known = self.findings.lock();
         let told: BTreeSet<_> = known.policies.iter().map(key).collect();
         let new = findings.policies.iter().filter(|finding| !told.contains(&key(finding)));
@@ -51,6 +55,7 @@ impl ControlPlane {
             tracing::warn!(pods = finding.pods, "{}", finding.advice());
         }
         *known = findings;
+        all_told
     }
 
     /// For `/status`.

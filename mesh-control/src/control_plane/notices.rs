@@ -34,8 +34,14 @@ struct State {
     events: EventQueue,
     /// Namespaces whose ignored label was told.
     kept_out: BTreeSet<String>,
-    /// NetworkPolicies in the way that were told, with uid and generation; no more than findings are named.
-    policies: BTreeMap<(String, String, Direction), (String, i64)>,
+    /// NetworkPolicies in the way; no more than findings are named.
+    policies: BTreeMap<(String, String, Direction), OfPolicy>,
+}
+
+struct OfPolicy {
+    /// Its uid and generation.
+    form: (String, i64),
+    is_told: bool,
 }
 
 pub struct Notices {
@@ -44,16 +50,16 @@ pub struct Notices {
     more_problems: Notify,
     /// Whether this replica tells what every one sees.
     writer: watch::Sender<bool>,
-    instance: String,
+    instance: Arc<str>,
 }
 
 impl Default for Notices {
     fn default() -> Self {
-        let instance = instance();
+        let instance: Arc<str> = instance().into();
         Self {
             state: Mutex::new(State {
                 pods: PodNotices::default(),
-                events: EventQueue::new(instance.clone()),
+                events: EventQueue::new(Arc::clone(&instance)),
                 kept_out: BTreeSet::new(),
                 policies: BTreeMap::new(),
             }),
@@ -98,14 +104,14 @@ impl Notices {
     ///
     /// # Errors
     /// When to ask again; `None`: only after [`Self::more_events`].
-    pub fn take_event(&self, now: Instant, at: SystemTime, metrics: &Metrics) -> Result<EventWrite, Option<Instant>> {
+    pub fn take_event(&self, control: &ControlPlane, now: Instant, at: SystemTime) -> Result<EventWrite, Option<Instant>> {
         let mut state = self.state.lock();
-        let due = state.pods.take_due(now);
+        let due = state.pods.take_due(now, |node| control.hears(node));
         if !due.is_empty() {
             self.more_problems.notify_one();
         }
         for said in due {
-            state.say(said, (now, at), metrics);
+            state.say(said, (now, at), &control.metrics);
         }
         state.events.take().ok_or_else(|| state.pods.due())
     }
@@ -118,8 +124,8 @@ impl Notices {
 
     /// # Errors
     /// As [`Self::take_event`].
-    pub fn take_problem(&self, now: Instant) -> Result<ProblemWrite, Option<Instant>> {
-        self.state.lock().pods.take_problem(now)
+    pub fn take_problem(&self, control: &ControlPlane, now: Instant) -> Result<ProblemWrite, Option<Instant>> {
+        self.state.lock().pods.take_problem(now, |node| control.hears(node))
     }
 
     pub fn problem_again(&self, problem: ProblemWrite, now: Instant) {
@@ -143,11 +149,13 @@ impl Notices {
     }
 
     /// What follows from the objects: who has left, and, where this replica is to tell it, who asks for the mesh and cannot be in it.
-    pub(super) fn look(&self, inner: &Inner, snapshot: &Snapshot, metrics: &Metrics) {
+    pub(super) fn look(&self, control: &ControlPlane, inner: &Inner, snapshot: &Snapshot) {
         let (world, when) = (&inner.world, (Instant::now(), SystemTime::now()));
+        let metrics = &control.metrics;
         let is_writer = *self.writer.borrow();
         self.change(metrics, |state| {
-            state.pods.retain(|pod| is_followed(inner, snapshot, pod, is_writer));
+            let is_ours = |pod: &PodRef| is_followed(inner, snapshot, pod, is_writer);
+            state.pods.retain(is_ours, |node| control.hears(node));
             if !is_writer {
                 return;
             }
@@ -168,25 +176,35 @@ impl Notices {
             let kept_out = &snapshot.enrolment.kept_out;
             state.kept_out.retain(|name| kept_out.contains(name));
             for name in kept_out {
-                if state.kept_out.insert(name.clone()) {
-                    let telling = Telling {
-                        subject: cluster_wide("Namespace", name),
-                        reason: Reason::LabelIgnored,
-                        note: kept_out_because(),
-                        generation: Some(0),
-                    };
-                    state.tell(telling, when, metrics);
+                if state.kept_out.contains(name) {
+                    continue;
+                }
+                let telling = Telling {
+                    subject: cluster_wide("Namespace", name),
+                    reason: Reason::LabelIgnored,
+                    note: kept_out_because(),
+                    generation: Some(0),
+                };
+                if state.tell(telling, when, metrics) {
+                    state.kept_out.insert(name.clone());
                 }
             }
         });
     }
 
-    /// NetworkPolicies in the way, each once in a form.
-    pub(super) fn policies(&self, world: &World, findings: &[Finding], metrics: &Metrics) {
+    /// NetworkPolicies in the way, each once in a form. True: all are told by whoever is to tell them. What is dropped counts once, and
+    /// is tried again at the next look.
+    pub(super) fn policies(
+        &self,
+        world: &World,
+        findings: &[Finding],
+        (now, at): (Instant, SystemTime),
+        metrics: &Metrics,
+    ) -> bool {
         if !*self.writer.borrow() {
-            return;
+            return true;
         }
-        let when = (Instant::now(), SystemTime::now());
+        let mut all_told = true;
         self.change(metrics, |state| {
             let before = std::mem::take(&mut state.policies);
             for finding in findings {
@@ -200,7 +218,9 @@ impl Notices {
                 };
                 let key = (id.namespace.clone(), id.name.clone(), finding.direction);
                 let form = (policy.uid.clone(), policy.generation);
-                if before.get(&key) != Some(&form) {
+                let known = before.get(&key).filter(|of| of.form == form);
+                let mut is_told = known.is_some_and(|of| of.is_told);
+                if !is_told {
                     let telling = Telling {
                         subject: Subject {
                             api_version: "networking.k8s.io/v1",
@@ -213,11 +233,17 @@ impl Notices {
                         note: finding.advice(),
                         generation: Some(policy.generation),
                     };
-                    state.tell(telling, when, metrics);
+                    let said = state.events.say(telling, now, at);
+                    is_told = said.is_ok();
+                    if let (Err(dropped), None) = (said, known) {
+                        metrics.event_dropped(dropped);
+                    }
                 }
-                state.policies.insert(key, form);
+                all_told &= is_told;
+                state.policies.insert(key, OfPolicy { form, is_told });
             }
         });
+        all_told
     }
 
     fn change(&self, metrics: &Metrics, change: impl FnOnce(&mut State)) {
@@ -243,10 +269,13 @@ impl State {
         self.tell(telling(said, Some(0)), when, metrics);
     }
 
-    fn tell(&mut self, telling: Telling, (now, at): (Instant, SystemTime), metrics: &Metrics) {
-        if let Err(dropped) = self.events.say(telling, now, at) {
+    /// False: it is dropped, and counted.
+    fn tell(&mut self, telling: Telling, (now, at): (Instant, SystemTime), metrics: &Metrics) -> bool {
+        let said = self.events.say(telling, now, at);
+        if let Err(dropped) = said {
             metrics.event_dropped(dropped);
         }
+        said.is_ok()
     }
 }
 
@@ -282,6 +311,7 @@ fn known(inner: &Inner, pod: &Pod) -> Known {
         capture: inner.captures.of(&pod.uid),
         problem: pod.problem.clone(),
         is_ending: pod.terminating || pod.finished,
+        agent: None,
     }
 }
 
@@ -357,10 +387,19 @@ impl ControlPlane {
                     repaired,
                     ..word.clone()
                 },
-                known: known(inner, pod),
+                known: Known {
+                    agent: Some(node.to_owned()),
+                    ..known(inner, pod)
+                },
             });
         }
         heard
+    }
+
+    /// Whether a node's agent tells this replica what it proves. Once its stream has ended, it may tell another one.
+    fn hears(&self, node: &str) -> bool {
+        let nodes = self.nodes.lock();
+        nodes.get(node).is_some_and(|status| status.report_streams > 0)
     }
 
     /// Pieces of what a node's Pods share were missing, as its agent says.
@@ -380,7 +419,9 @@ impl ControlPlane {
         };
         let when = (Instant::now(), SystemTime::now());
         let notices = &shared.notices;
-        notices.change(&self.metrics, |state| state.tell(telling, when, &self.metrics));
+        notices.change(&self.metrics, |state| {
+            state.tell(telling, when, &self.metrics);
+        });
     }
 
     /// Whether this replica holds the Lease of who writes.
@@ -405,7 +446,7 @@ impl ControlPlane {
             let looked = tokio::task::spawn_blocking(move || {
                 let inner = control.inner.lock();
                 if let Some(shared) = &control.shared {
-                    shared.notices.look(&inner, &control.snapshot(), &control.metrics);
+                    shared.notices.look(&control, &inner, &control.snapshot());
                 }
             });
             drop(looked.await);

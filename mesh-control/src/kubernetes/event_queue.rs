@@ -4,6 +4,7 @@
 //! another from being told.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use sha2::{Digest as _, Sha256};
@@ -37,7 +38,7 @@ pub struct Subject {
 }
 
 impl Subject {
-    /// That of its Events.
+    /// Where its Events are. Not whose turn they take: see [`EventQueue`].
     #[must_use]
     pub fn event_namespace(&self) -> &str {
         if self.namespace.is_empty() {
@@ -84,7 +85,7 @@ pub struct Telling {
     pub reason: Reason,
     pub note: String,
     /// `Some`: it follows from the objects themselves, at this generation of the subject, and is one Event, whichever replica tells
-    /// it. `None`: it has happened, and may again.
+    /// it and however often that is tried. `None`: it has happened, and may again.
     pub generation: Option<i64>,
 }
 
@@ -151,7 +152,8 @@ struct OfNamespace {
 #[derive(Debug)]
 pub struct EventQueue {
     /// Of this process: its Events are no other one's to count up.
-    instance: String,
+    instance: Arc<str>,
+    /// By the subjects' own: cluster-wide kinds are in "", not in the namespace where their Events are, whose owner could use it up.
     namespaces: BTreeMap<String, OfNamespace>,
     /// Each namespace of which something waits, once.
     turns: VecDeque<String>,
@@ -159,17 +161,12 @@ pub struct EventQueue {
 
 impl EventQueue {
     #[must_use]
-    pub fn new(instance: String) -> Self {
+    pub fn new(instance: Arc<str>) -> Self {
         Self {
             instance,
             namespaces: BTreeMap::new(),
             turns: VecDeque::new(),
         }
-    }
-
-    #[must_use]
-    pub fn instance(&self) -> &str {
-        &self.instance
     }
 
     /// # Errors
@@ -178,16 +175,21 @@ impl EventQueue {
         telling.note.truncate(telling.note.floor_char_boundary(MAX_EVENT_NOTE_BYTES));
         let digest = self.digest(&telling);
         let name = event_name(&telling.subject.name, digest);
-        let namespace = telling.subject.event_namespace().to_owned();
+        let namespace = telling.subject.namespace.clone();
         let of = self.namespace(&namespace, now).ok_or(Dropped::NoRoom)?;
         of.last = now;
-        let (subject_allows, count) = of.subject(&telling.subject, digest, now);
+        let subject = remembered(&mut of.subjects, &telling.subject, now);
+        let count = if telling.generation.is_some() {
+            1
+        } else {
+            subject.count(digest)
+        };
         if let Some(waiting) = of.waiting.iter_mut().find(|waiting| waiting.name == name) {
             // It has its place already.
             (waiting.count, waiting.at) = (count, at);
             return Ok(());
         }
-        if !subject_allows {
+        if !subject.allowance.take(now) {
             return Err(Dropped::SubjectLimit);
         }
         if of.waiting.len() >= MAX_EVENTS_WAITING_OF_NAMESPACE {
@@ -229,7 +231,7 @@ impl EventQueue {
         if now.saturating_duration_since(write.since) >= EVENT_LIFE {
             return Err(Dropped::TooOld);
         }
-        let namespace = write.telling.subject.event_namespace().to_owned();
+        let namespace = write.telling.subject.namespace.clone();
         let of = self.namespace(&namespace, now).ok_or(Dropped::NoRoom)?;
         // A newer one of that name says all that this one does.
         if of.waiting.iter().any(|waiting| waiting.name == write.name) {
@@ -288,28 +290,21 @@ impl EventQueue {
     }
 }
 
-impl OfNamespace {
-    /// Whether the subject may have another Event, and how often this one was said.
-    fn subject(&mut self, subject: &Subject, digest: u64, now: Instant) -> (bool, i32) {
-        if !self.subjects.contains_key(subject) && self.subjects.len() >= MAX_EVENT_SUBJECTS_OF_NAMESPACE {
-            let idle = self.subjects.iter().min_by_key(|(_, of)| of.last);
-            if let Some(idle) = idle.map(|(subject, _)| subject.clone()) {
-                self.subjects.remove(&idle);
-            }
+/// Of a namespace's subjects this one; at the bound the one that is idle for longest is forgotten.
+fn remembered<'a>(subjects: &'a mut BTreeMap<Subject, OfSubject>, subject: &Subject, now: Instant) -> &'a mut OfSubject {
+    if !subjects.contains_key(subject) && subjects.len() >= MAX_EVENT_SUBJECTS_OF_NAMESPACE {
+        let idle = subjects.iter().min_by_key(|(_, of)| of.last);
+        if let Some(idle) = idle.map(|(subject, _)| subject.clone()) {
+            subjects.remove(&idle);
         }
-        let of = self.subjects.entry(subject.clone()).or_insert_with(|| OfSubject {
-            allowance: Allowance::new(EVENTS_OF_SUBJECT_BURST, EVENTS_OF_SUBJECT_INTERVAL, now),
-            last: now,
-            said: VecDeque::new(),
-        });
-        of.last = now;
-        let count = of.count(digest);
-        let is_waiting = self
-            .waiting
-            .iter()
-            .any(|waiting| waiting.name == event_name(&subject.name, digest));
-        (is_waiting || of.allowance.take(now), count)
     }
+    let of = subjects.entry(subject.clone()).or_insert_with(|| OfSubject {
+        allowance: Allowance::new(EVENTS_OF_SUBJECT_BURST, EVENTS_OF_SUBJECT_INTERVAL, now),
+        last: now,
+        said: VecDeque::new(),
+    });
+    of.last = now;
+    of
 }
 
 impl OfSubject {

@@ -122,7 +122,7 @@ pub async fn events(client: Client, control: Arc<ControlPlane>, shared: Arc<Shar
     let notices = &shared.notices;
     loop {
         let event = loop {
-            match notices.take_event(Instant::now(), SystemTime::now(), &control.metrics) {
+            match notices.take_event(&control, Instant::now(), SystemTime::now()) {
                 Ok(event) => break event,
                 Err(due) => until(due, notices.more_events()).await,
             }
@@ -151,7 +151,7 @@ pub async fn problems(client: Client, control: Arc<ControlPlane>, shared: Arc<Sh
     let notices = &shared.notices;
     loop {
         let problem = loop {
-            match notices.take_problem(Instant::now()) {
+            match notices.take_problem(&control, Instant::now()) {
                 Ok(problem) => break problem,
                 Err(due) => until(due, notices.more_problems()).await,
             }

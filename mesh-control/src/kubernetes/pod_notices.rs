@@ -1,6 +1,7 @@
 //! What a Pod's owner is told of its protection: which Events there are, and what its annotation says. Pure.
 //!
-//! Only Pods with which something is wrong, or was a moment ago, are remembered, each once and by its uid.
+//! Only Pods with which something is wrong, or was a moment ago, are remembered, each once and by its uid. Nothing is said of those that
+//! find no room: it would be said again at every look.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,7 +11,8 @@ use super::event_queue::Reason;
 use super::wishes::PodRef;
 use crate::capture_states::{CaptureState, Proof};
 use crate::limits::{
-    CAPTURE_ECHO, MAX_PODS_IN_TROUBLE, MAX_PODS_IN_TROUBLE_OF_NAMESPACE, NOT_ENROLLED_AFTER, NOT_PROVEN_AGAIN_AFTER, PROBLEM_PACE,
+    CAPTURE_ECHO, MAX_PODS_IN_TROUBLE, MAX_PODS_IN_TROUBLE_OF_NAMESPACE, MAX_PODS_LEFT_OUT, NOT_ENROLLED_AFTER,
+    NOT_PROVEN_AGAIN_AFTER, PROBLEM_PACE,
 };
 use crate::registry::convert::problem_text;
 use crate::troubles::Problem;
@@ -26,6 +28,8 @@ pub struct Known {
     pub problem: Option<String>,
     /// It is being deleted, or has run to its end: what ends with it is no loss.
     pub is_ending: bool,
+    /// The node whose agent says what is said; `None`: the objects do.
+    pub agent: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +50,8 @@ enum Trouble {
 struct OfPod {
     pod: PodRef,
     trouble: Trouble,
+    /// As [`Known::agent`].
+    agent: Option<String>,
     /// When its annotation was last written, and whether that was a text.
     written: Option<(Instant, bool)>,
 }
@@ -75,7 +81,9 @@ pub struct PodNotices {
     /// By uid, each with its place in `turns`.
     problems: BTreeMap<String, (Instant, ProblemWrite)>,
     turns: BTreeSet<(Instant, String)>,
-    /// How often there was no room.
+    /// By uid, those for which there was no room, so that each counts once.
+    without_room: BTreeMap<String, PodRef>,
+    /// How many they were.
     left_out: u64,
 }
 
@@ -96,12 +104,12 @@ impl PodNotices {
                     Some(before) => matches!(before, Trouble::Lost(_)),
                     None => known.problem == trouble.text(),
                 };
-                self.set(pod, trouble, known, now);
+                let is_remembered = self.set(pod, trouble, known, now);
                 let note = format!(
                     "the proof of its capture is lost, and the mesh refuses its connections until it is proven again: {}",
                     problem.text()
                 );
-                (!is_told).then(|| said(pod, Reason::ProtectionLost, note))
+                (is_remembered && !is_told).then(|| said(pod, Reason::ProtectionLost, note))
             }
             Proof::Pending => self.hear_pending(pod, problem, before, known, now),
         }
@@ -118,9 +126,9 @@ impl PodNotices {
             self.forget(&pod.uid);
             return None;
         }
-        self.set(pod, Trouble::Over, known, now);
+        let is_remembered = self.set(pod, Trouble::Over, known, now);
         let note = "its capture is proven: what it sends to the mesh and takes from it is protected";
-        had_trouble.then(|| said(pod, Reason::Protected, note.to_owned()))
+        (is_remembered && had_trouble).then(|| said(pod, Reason::Protected, note.to_owned()))
     }
 
     fn hear_pending(
@@ -172,9 +180,9 @@ impl PodNotices {
             Some(of) => of.trouble == trouble,
             None => known.problem == trouble.text(),
         };
-        self.set(pod, trouble, known, now);
+        let is_remembered = self.set(pod, trouble, known, now);
         let note = format!("it asks to be in the mesh and cannot be: {why}");
-        (!is_told).then(|| said(pod, Reason::NotEnrolled, note))
+        (is_remembered && !is_told).then(|| said(pod, Reason::NotEnrolled, note))
     }
 
     /// It does not ask to be in the mesh.
@@ -186,16 +194,21 @@ impl PodNotices {
         }
     }
 
-    /// Keeps those of which `is_ours` holds: others are gone, or another replica hears their agents.
-    pub fn retain(&mut self, is_ours: impl Fn(&PodRef) -> bool) {
+    /// Keeps those of which `is_ours` holds: others are gone, or another replica hears their agents. `is_heard`: as for
+    /// [`Self::take_due`].
+    pub fn retain(&mut self, is_ours: impl Fn(&PodRef) -> bool, is_heard: impl Fn(&str) -> bool) {
         let of_namespace = &mut self.of_namespace;
         self.pods.retain(|_, of| {
-            let is_kept = is_ours(&of.pod);
+            // That it is proven again, as another replica hears, may change nothing that is read here: it may have counted as proven all
+            // along. The end of a loss is always read.
+            let may_be_over = matches!(of.trouble, Trouble::NotEnrolled(_)) && !of.is_still_said(&is_heard);
+            let is_kept = is_ours(&of.pod) && !may_be_over;
             if !is_kept {
                 one_less(of_namespace, &of.pod.namespace);
             }
             is_kept
         });
+        self.without_room.retain(|_, pod| is_ours(pod));
         let pods = &self.pods;
         self.due.retain(|(_, uid)| pods.contains_key(uid));
         self.problems.retain(|uid, _| pods.contains_key(uid));
@@ -203,8 +216,8 @@ impl PodNotices {
         self.turns.retain(|(_, uid)| problems.contains_key(uid));
     }
 
-    /// What has lasted long enough to be told.
-    pub fn take_due(&mut self, now: Instant) -> Vec<Said> {
+    /// What has lasted long enough to be told. `is_heard`: whether this replica hears the agent of a node; another one may know better.
+    pub fn take_due(&mut self, now: Instant, is_heard: impl Fn(&str) -> bool) -> Vec<Said> {
         let mut told = Vec::new();
         while self.due.first().is_some_and(|(due, _)| *due <= now) {
             let Some((_, uid)) = self.due.pop_first() else { break };
@@ -212,6 +225,10 @@ impl PodNotices {
             let Trouble::Maybe { problem, .. } = of.trouble else {
                 continue;
             };
+            if !of.is_still_said(&is_heard) {
+                self.forget(&uid);
+                continue;
+            }
             of.trouble = Trouble::NotEnrolled(problem);
             told.push(not_enrolled(&of.pod, problem));
             self.want(&uid, now);
@@ -224,21 +241,25 @@ impl PodNotices {
         self.due.first().map(|(due, _)| *due)
     }
 
-    /// The next annotation to be written.
+    /// The next annotation to be written. `is_heard`: as for [`Self::take_due`].
     ///
     /// # Errors
     /// When there may be one.
-    pub fn take_problem(&mut self, now: Instant) -> Result<ProblemWrite, Option<Instant>> {
-        let due = self.turns.first().map(|(due, _)| *due);
-        if due.is_none_or(|due| due > now) {
-            return Err(due);
+    pub fn take_problem(&mut self, now: Instant, is_heard: impl Fn(&str) -> bool) -> Result<ProblemWrite, Option<Instant>> {
+        loop {
+            let due = self.turns.first().map(|(due, _)| *due);
+            if due.is_none_or(|due| due > now) {
+                return Err(due);
+            }
+            let (_, uid) = self.turns.pop_first().ok_or(None)?;
+            let (_, write) = self.problems.remove(&uid).ok_or(None)?;
+            let Some(of) = self.pods.get_mut(&uid) else { continue };
+            // Its agent's next report, to whichever replica, brings it again.
+            if of.is_still_said(&is_heard) {
+                of.written = Some((now, write.text.is_some()));
+                return Ok(write);
+            }
         }
-        let (_, uid) = self.turns.pop_first().ok_or(None)?;
-        let (_, write) = self.problems.remove(&uid).ok_or(None)?;
-        if let Some(of) = self.pods.get_mut(&uid) {
-            of.written = Some((now, write.text.is_some()));
-        }
-        Ok(write)
     }
 
     /// It could not be written, and may be later.
@@ -251,7 +272,7 @@ impl PodNotices {
         }
     }
 
-    /// How often there was no room to remember a Pod.
+    /// For how many Pods there was no room.
     #[must_use]
     pub fn left_out(&self) -> u64 {
         self.left_out
@@ -262,6 +283,7 @@ impl PodNotices {
             not_due(&mut self.due, uid, &of.trouble);
             one_less(&mut self.of_namespace, &of.pod.namespace);
         }
+        self.without_room.remove(uid);
         self.take_back(uid);
     }
 
@@ -271,25 +293,38 @@ impl PodNotices {
         }
     }
 
-    fn set(&mut self, pod: &PodRef, trouble: Trouble, known: &Known, now: Instant) {
+    fn leave_out(&mut self, pod: &PodRef) {
+        if !self.without_room.contains_key(&pod.uid) {
+            self.left_out += 1;
+            if self.without_room.len() < MAX_PODS_LEFT_OUT {
+                self.without_room.insert(pod.uid.clone(), pod.clone());
+            }
+        }
+    }
+
+    /// False: there is no room to remember it.
+    fn set(&mut self, pod: &PodRef, trouble: Trouble, known: &Known, now: Instant) -> bool {
         if !self.pods.contains_key(&pod.uid) {
             let of_namespace = self.of_namespace.get(&pod.namespace).copied().unwrap_or_default();
             if self.pods.len() >= MAX_PODS_IN_TROUBLE || of_namespace >= MAX_PODS_IN_TROUBLE_OF_NAMESPACE {
-                self.left_out += 1;
-                return;
+                self.leave_out(pod);
+                return false;
             }
             self.of_namespace.insert(pod.namespace.clone(), of_namespace + 1);
+            self.without_room.remove(&pod.uid);
         }
         let of = self.pods.entry(pod.uid.clone()).or_insert_with(|| OfPod {
             pod: pod.clone(),
             trouble: Trouble::Over,
+            agent: None,
             written: None,
         });
+        of.agent.clone_from(&known.agent);
         let before = std::mem::replace(&mut of.trouble, trouble.clone());
         not_due(&mut self.due, &pod.uid, &before);
         if let Trouble::Maybe { until, .. } = trouble {
             self.due.insert((until, pod.uid.clone()));
-            return;
+            return true;
         }
         // What was written just now may not have been read yet.
         let text = trouble.text();
@@ -299,6 +334,7 @@ impl PodNotices {
         } else {
             self.want(&pod.uid, now);
         }
+        true
     }
 
     /// Its annotation is to say what is wrong now.
@@ -312,6 +348,13 @@ impl PodNotices {
         let due = of.written.map_or(now, |(at, _)| now.max(at + PROBLEM_PACE));
         self.turns.insert((due, uid.to_owned()));
         self.problems.insert(uid.to_owned(), (due, ProblemWrite { pod, text }));
+    }
+}
+
+impl OfPod {
+    /// Whether who has said it would tell this replica if it were over.
+    fn is_still_said(&self, is_heard: impl Fn(&str) -> bool) -> bool {
+        self.agent.as_deref().is_none_or(is_heard)
     }
 }
 

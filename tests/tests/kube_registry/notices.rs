@@ -41,6 +41,8 @@ impl Bench {
         words[0].problem = Problem::InboundNotCaptured;
         let repaired: Vec<String> = repaired.iter().map(ToString::to_string).collect();
         words[0].repaired = Repaired::of(&repaired);
+        // As by its agent's stream, without which it is not told.
+        replica.control.with_node("node-a", |status| status.report_streams = 1);
         replica.control.set_report("node-a", words);
         Ok(())
     }

@@ -53,8 +53,14 @@ impl Bench {
             control: Arc::new(control),
             shared,
         };
+        bench.streams(1);
         bench.set(world);
         bench
+    }
+
+    /// Of reports, that the node `n` has open.
+    fn streams(&self, count: usize) {
+        self.control.with_node("n", |status| status.report_streams = count);
     }
 
     fn set(&self, world: &str) {
@@ -76,11 +82,11 @@ impl Bench {
     fn told_at(&self, now: Instant) -> Vec<(String, String, String)> {
         let mut told = Vec::new();
         let notices = &self.shared.notices;
-        while let Ok(event) = notices.take_event(now, SystemTime::now(), &self.control.metrics) {
+        while let Ok(event) = notices.take_event(&self.control, now, SystemTime::now()) {
             let Telling { subject, reason, .. } = event.telling;
             told.push((subject.kind.to_owned(), subject.name, reason.as_str().to_owned()));
         }
-        while let Ok(problem) = notices.take_problem(now) {
+        while let Ok(problem) = notices.take_problem(&self.control, now) {
             let text = problem.text.unwrap_or_default();
             let kind = text.split(':').next().unwrap_or_default().to_owned();
             told.push(("problem".to_owned(), problem.pod.name, kind));
@@ -194,6 +200,20 @@ async fn one_that_stays_pending_is_told_after_a_while_unless_it_ends() {
 }
 
 #[tokio::test]
+async fn what_an_agent_has_said_is_not_told_by_a_replica_that_it_has_left() {
+    let bench = Bench::new(WORLD, false);
+    bench.say("n", Proof::Pending);
+    bench.streams(0);
+    let later = Instant::now() + NOT_ENROLLED_AFTER * 2;
+    assert_eq!(bench.told_at(later), [], "another replica may know that it is proven");
+    // It comes back, and says the same.
+    bench.streams(1);
+    bench.say("n", Proof::Pending);
+    let both = [("Pod", "web", "MeshNotEnrolled"), ("problem", "web", "not enrolled")];
+    assert_eq!(bench.told_at(later), expected(&both));
+}
+
+#[tokio::test]
 async fn what_is_told_of_a_node_and_of_an_ignored_label_is_told_once() {
     let labelled = "apiVersion: v1\nkind: Namespace\nmetadata: {name: kube-system, labels: {culvert.dev/mesh: enabled}}\n";
     let bench = Bench::new(labelled, true);
@@ -228,10 +248,9 @@ async fn a_network_policy_in_the_way_is_told_once_in_each_form_by_the_replica_th
         world.extend(walled(generation));
         let findings = in_the_way(&world, &bench.control.snapshot());
         assert_eq!(findings.policies.len(), 1, "{findings:?}");
-        bench
-            .shared
-            .notices
-            .policies(&world, &findings.policies, &bench.control.metrics);
+        let when = (Instant::now(), SystemTime::now());
+        let notices = &bench.shared.notices;
+        assert!(notices.policies(&world, &findings.policies, when, &bench.control.metrics));
         let told = bench.told().into_iter();
         told.filter(|(kind, ..)| kind == "NetworkPolicy").collect::<Vec<_>>()
     };
@@ -245,6 +264,47 @@ async fn a_network_policy_in_the_way_is_told_once_in_each_form_by_the_replica_th
     // It has the Lease by now.
     other.control.set_writer(true);
     assert_eq!(look(&other, 1), blocked);
+}
+
+#[tokio::test]
+async fn a_network_policy_for_which_there_was_no_room_is_told_later_and_counts_once() {
+    let bench = Bench::new(WORLD, true);
+    assert!(!bench.told().is_empty());
+    let all = MAX_EVENTS_WAITING_OF_NAMESPACE + 8;
+    let (policy, mut world) = (walled(1), World::new());
+    for n in 0..all {
+        let renamed = |(id, policy): (&ObjectId, &Arc<Object>)| {
+            let name = format!("policy-{n}");
+            (ObjectId { name, ..id.clone() }, Arc::clone(policy))
+        };
+        world.extend(policy.iter().map(renamed));
+    }
+    let findings: Vec<Finding> = (0..all)
+        .map(|n| Finding {
+            namespace: "shop".into(),
+            name: format!("policy-{n}"),
+            direction: Direction::Ingress,
+            pods: 1,
+        })
+        .collect();
+    let (metrics, notices) = (&bench.control.metrics, &bench.shared.notices);
+    let (now, at) = (Instant::now(), SystemTime::now());
+    let look = |now: Instant| {
+        let all_told = notices.policies(&world, &findings, (now, at), metrics);
+        (all_told, bench.told().len())
+    };
+    let (all_told, first) = look(now);
+    assert!(!all_told && first < all, "{first} of {all}");
+    assert_eq!(look(now), (false, 0));
+    let later = now + crate::limits::NETWORK_POLICY_UNTOLD;
+    assert_eq!(look(later), (true, all - first));
+    assert_eq!(look(later), (true, 0));
+    let text = metrics.text().expect("a text");
+    let dropped = format!(
+        "mesh_control_events_dropped_total{{reason=\"namespace_limit\"}} {}",
+        all - first
+    );
+    assert!(text.contains(&dropped), "{text}");
 }
 
 #[tokio::test]

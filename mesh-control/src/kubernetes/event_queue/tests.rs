@@ -5,7 +5,7 @@ use super::*;
 const NOW: SystemTime = SystemTime::UNIX_EPOCH;
 
 fn queue() -> EventQueue {
-    EventQueue::new("one".to_owned())
+    EventQueue::new("one".into())
 }
 
 fn lost(namespace: &str, pod: &str, note: &str) -> Telling {
@@ -51,7 +51,7 @@ fn what_is_the_same_is_one_event_that_is_counted() {
 
 #[test]
 fn what_every_replica_sees_has_one_name_and_what_has_happened_is_its_own() {
-    let (mut one, mut other, now) = (queue(), EventQueue::new("other".to_owned()), Instant::now());
+    let (mut one, mut other, now) = (queue(), EventQueue::new("other".into()), Instant::now());
     let mut names = |generation: Option<i64>| {
         let telling = Telling {
             generation,
@@ -67,6 +67,16 @@ fn what_every_replica_sees_has_one_name_and_what_has_happened_is_its_own() {
     assert_ne!(names(Some(2))[0], first, "a changed object is told anew");
     let [first, second] = names(None);
     assert_ne!(first, second);
+    // Nor has it been more often because it could not be told at first.
+    let fact = |pod: &str| Telling {
+        generation: Some(1),
+        ..lost("noisy", pod, "why")
+    };
+    flood(&mut one, "noisy", now);
+    while one.take().is_some() {}
+    assert_eq!(said(&mut one, fact("late"), now), Some(Dropped::NamespaceLimit));
+    assert_eq!(said(&mut one, fact("late"), now + EVENTS_OF_NAMESPACE_INTERVAL), None);
+    assert_eq!(one.take().map(|write| write.count), Some(1));
 }
 
 #[test]
@@ -107,6 +117,24 @@ fn one_namespace_never_keeps_another_from_being_told() {
         999
     );
     assert_eq!(said(&mut queue, lost("quiet", "web", "more"), now), None);
+}
+
+#[test]
+fn whoever_has_the_namespace_where_they_are_does_not_keep_events_of_nodes_from_being_told() {
+    let (mut queue, now) = (queue(), Instant::now());
+    assert!(!flood(&mut queue, NAMESPACE_OF_THE_REST, now).is_empty());
+    let of_node = || {
+        let mut telling = lost("", "node", "why");
+        telling.subject.kind = "Node";
+        telling
+    };
+    assert_eq!(said(&mut queue, of_node(), now), None);
+    let turns: Vec<EventWrite> = (0..2).map(|_| queue.take().expect("an Event")).collect();
+    let kinds: Vec<&str> = turns.iter().map(|write| write.telling.subject.kind).collect();
+    assert_eq!(kinds, ["Pod", "Node"], "it waits behind all of a namespace");
+    // Nor is what could not be written dropped for want of that namespace's room.
+    flood(&mut queue, NAMESPACE_OF_THE_REST, now + EVENTS_OF_NAMESPACE_INTERVAL);
+    assert_eq!(queue.again(turns[1].clone(), now), Ok(()));
 }
 
 #[test]

@@ -17,6 +17,7 @@ fn known(capture: Option<CaptureState>, problem: Option<&str>) -> Known {
         capture,
         problem: problem.map(str::to_owned),
         is_ending: false,
+        agent: None,
     }
 }
 
@@ -28,6 +29,11 @@ fn unknown() -> Known {
     Known::default()
 }
 
+/// Of each node's agent.
+fn heard(_: &str) -> bool {
+    true
+}
+
 /// Reason and note of what is said on an agent's word.
 fn hear(notices: &mut PodNotices, proof: Proof, problem: Problem, known: &Known, now: Instant) -> Option<Reason> {
     notices.hear(&pod(), proof, problem, known, now).map(|said| said.reason)
@@ -35,7 +41,10 @@ fn hear(notices: &mut PodNotices, proof: Proof, problem: Problem, known: &Known,
 
 /// What the annotation is made to say at this time; `Some("")`: nothing.
 fn written(notices: &mut PodNotices, now: Instant) -> Option<String> {
-    notices.take_problem(now).ok().map(|write| write.text.unwrap_or_default())
+    notices
+        .take_problem(now, heard)
+        .ok()
+        .map(|write| write.text.unwrap_or_default())
 }
 
 fn is_empty(notices: &PodNotices) -> bool {
@@ -47,7 +56,7 @@ fn a_pod_that_is_well_from_its_start_is_told_nothing() {
     let (mut notices, now) = (PodNotices::default(), Instant::now());
     assert_eq!(hear(&mut notices, Proof::Pending, Problem::Other, &unknown(), now), None);
     assert_eq!(hear(&mut notices, Proof::Proven, Problem::Other, &unknown(), now), None);
-    assert_eq!(notices.take_due(now + NOT_ENROLLED_AFTER), []);
+    assert_eq!(notices.take_due(now + NOT_ENROLLED_AFTER, heard), []);
     assert_eq!(hear(&mut notices, Proof::Proven, Problem::Other, &proven(), now), None);
     assert!(is_empty(&notices));
 }
@@ -60,7 +69,7 @@ fn one_that_stays_unproven_is_told_once_with_the_last_reason_and_when_it_is_well
     }
     assert_eq!(written(&mut notices, now), None, "it may be nothing");
     let due = notices.due().expect("due");
-    let said = notices.take_due(due);
+    let said = notices.take_due(due, heard);
     assert_eq!((said.len(), said[0].reason), (1, Reason::NotEnrolled));
     assert!(said[0].note.contains(WHY.text()), "{said:?}");
     let text = written(&mut notices, due).expect("its annotation");
@@ -68,7 +77,7 @@ fn one_that_stays_unproven_is_told_once_with_the_last_reason_and_when_it_is_well
     let stands = known(None, Some(&text));
     // The same again and again.
     assert_eq!(hear(&mut notices, Proof::Pending, WHY, &stands, due), None);
-    assert_eq!((written(&mut notices, due), notices.take_due(due)), (None, vec![]));
+    assert_eq!((written(&mut notices, due), notices.take_due(due, heard)), (None, vec![]));
     let said = hear(&mut notices, Proof::Pending, Problem::NoCertificate, &stands, due);
     assert_eq!(said, Some(Reason::NotEnrolled), "another reason");
     assert_eq!(
@@ -87,7 +96,7 @@ fn while_its_node_has_a_new_agent_a_proven_pod_is_not_told_to_be_outside() {
     let (mut notices, now) = (PodNotices::default(), Instant::now());
     assert_eq!(hear(&mut notices, Proof::Pending, Problem::Other, &proven(), now), None);
     assert_eq!(
-        notices.take_due(now + NOT_ENROLLED_AFTER * 2),
+        notices.take_due(now + NOT_ENROLLED_AFTER * 2, heard),
         [],
         "an agent was started again"
     );
@@ -95,7 +104,7 @@ fn while_its_node_has_a_new_agent_a_proven_pod_is_not_told_to_be_outside() {
     assert!(is_empty(&notices));
     // One that has come to stay so is told.
     assert_eq!(hear(&mut notices, Proof::Pending, WHY, &proven(), now), None);
-    assert_eq!(notices.take_due(now + NOT_PROVEN_AGAIN_AFTER).len(), 1);
+    assert_eq!(notices.take_due(now + NOT_PROVEN_AGAIN_AFTER, heard).len(), 1);
 }
 
 #[test]
@@ -104,8 +113,13 @@ fn what_was_well_in_between_has_begun_anew() {
     hear(&mut notices, Proof::Pending, WHY, &unknown(), now);
     hear(&mut notices, Proof::Proven, Problem::Other, &unknown(), now);
     hear(&mut notices, Proof::Pending, WHY, &unknown(), now + Duration::from_secs(1));
-    assert_eq!(notices.take_due(now + NOT_ENROLLED_AFTER), []);
-    assert_eq!(notices.take_due(now + NOT_ENROLLED_AFTER + Duration::from_secs(1)).len(), 1);
+    assert_eq!(notices.take_due(now + NOT_ENROLLED_AFTER, heard), []);
+    assert_eq!(
+        notices
+            .take_due(now + NOT_ENROLLED_AFTER + Duration::from_secs(1), heard)
+            .len(),
+        1
+    );
 }
 
 #[test]
@@ -120,7 +134,7 @@ fn a_loss_is_told_at_once_and_once_whichever_replica_is_asked() {
     let stands = known(Some(CaptureState::Lost), Some(&text));
     assert_eq!(hear(&mut notices, Proof::Pending, WHY, &stands, now), None);
     assert_eq!(
-        notices.take_due(now + NOT_PROVEN_AGAIN_AFTER),
+        notices.take_due(now + NOT_PROVEN_AGAIN_AFTER, heard),
         [],
         "it is lost, which was told"
     );
@@ -150,7 +164,7 @@ fn the_normal_end_of_a_pod_is_no_loss() {
         let mut notices = PodNotices::default();
         assert_eq!(hear(&mut notices, Proof::Lost, problem, known, now), None);
         assert_eq!(hear(&mut notices, Proof::Pending, problem, known, now), None);
-        assert_eq!(notices.take_due(now + NOT_PROVEN_AGAIN_AFTER), []);
+        assert_eq!(notices.take_due(now + NOT_PROVEN_AGAIN_AFTER, heard), []);
         assert!(is_empty(&notices));
     }
     let mut notices = PodNotices::default();
@@ -186,7 +200,10 @@ fn an_annotation_is_written_at_its_pace_with_what_is_true_then() {
     for problem in [Problem::NoProcess, Problem::NoAddress] {
         hear(&mut notices, Proof::Lost, problem, &stands, now);
     }
-    let due = notices.take_problem(now).expect_err("it was written just now").expect("when");
+    let due = notices
+        .take_problem(now, heard)
+        .expect_err("it was written just now")
+        .expect("when");
     assert_eq!(due, now + PROBLEM_PACE);
     let text = written(&mut notices, due);
     assert_eq!(text, Some(format!("lost: {}", Problem::NoAddress.text())));
@@ -196,15 +213,15 @@ fn an_annotation_is_written_at_its_pace_with_what_is_true_then() {
 fn what_could_not_be_written_is_written_later_unless_it_is_not_true_any_more() {
     let (mut notices, now) = (PodNotices::default(), Instant::now());
     hear(&mut notices, Proof::Lost, WHY, &proven(), now);
-    let write = notices.take_problem(now).expect("its annotation");
+    let write = notices.take_problem(now, heard).expect("its annotation");
     notices.again(write.clone(), now);
-    assert_eq!(notices.take_problem(now), Ok(write.clone()));
+    assert_eq!(notices.take_problem(now, heard), Ok(write.clone()));
     hear(&mut notices, Proof::Proven, Problem::Other, &unknown(), now);
     let removed = written(&mut notices, now + PROBLEM_PACE);
     assert_eq!(removed, Some(String::new()), "what may be there unread is removed");
     notices.again(write.clone(), now);
     assert_eq!(written(&mut notices, now), None, "it is proven by now");
-    notices.retain(|_| false);
+    notices.retain(|_| false, heard);
     notices.again(write, now);
     assert!(is_empty(&notices), "the Pod is gone");
 }
@@ -238,10 +255,76 @@ fn pods_that_find_no_room_are_counted() {
     notices.hear(&of(0, 0), Proof::Pending, Problem::Released, &unknown(), now);
     hear(&mut notices, &of(0, MAX_PODS_IN_TROUBLE_OF_NAMESPACE));
     assert_eq!(notices.left_out(), left_out);
-    notices.retain(|pod| pod.namespace != "0");
+    notices.retain(|pod| pod.namespace != "0", heard);
     for n in 0..MAX_PODS_IN_TROUBLE_OF_NAMESPACE {
         hear(&mut notices, &of(17, n));
     }
     assert_eq!(notices.left_out(), left_out);
     assert_eq!(notices.of_namespace.values().sum::<usize>(), notices.pods.len());
+}
+
+#[test]
+fn nothing_is_said_of_a_pod_that_finds_no_room_and_it_counts_once() {
+    let (mut notices, now) = (PodNotices::default(), Instant::now());
+    let of = |n: usize| PodRef {
+        uid: n.to_string(),
+        ..pod()
+    };
+    let look = |notices: &mut PodNotices, n: usize| notices.refused(&of(n), "a sidecar", &unknown(), now).is_some();
+    for n in 0..MAX_PODS_IN_TROUBLE_OF_NAMESPACE {
+        assert!(look(&mut notices, n));
+    }
+    let late = MAX_PODS_IN_TROUBLE_OF_NAMESPACE;
+    for _ in 0..3 {
+        assert!(!look(&mut notices, late), "said at every look");
+        let lost = notices.hear(&of(late), Proof::Lost, WHY, &proven(), now);
+        assert_eq!(lost, None, "said at every report");
+        let was_lost = known(Some(CaptureState::Lost), None);
+        let over = notices.hear(&of(late), Proof::Proven, Problem::Other, &was_lost, now);
+        assert_eq!(over, None, "said at every report");
+    }
+    assert_eq!(notices.left_out(), 1);
+    // Another one goes: what is wrong with it is said, and no memory of it is left.
+    notices.retain(|pod| pod.uid != "0", heard);
+    assert!(look(&mut notices, late));
+    assert!(!look(&mut notices, late));
+    assert!(notices.without_room.is_empty());
+    // Whoever was left out and has gone is forgotten.
+    for n in late + 1..late + 1 + 2 * MAX_PODS_LEFT_OUT {
+        assert!(!look(&mut notices, n));
+    }
+    assert_eq!(notices.without_room.len(), MAX_PODS_LEFT_OUT);
+    notices.retain(|_| false, heard);
+    assert!(notices.without_room.is_empty() && is_empty(&notices));
+}
+
+#[test]
+fn what_an_agent_has_said_is_told_only_while_it_is_heard() {
+    let (mut notices, now) = (PodNotices::default(), Instant::now());
+    let proven = Known {
+        agent: Some("n".into()),
+        ..proven()
+    };
+    let has_left = |node: &str| node != "n";
+    // Started again, it says that nothing is proven yet, and then to another replica that all is, as it was before.
+    assert_eq!(hear(&mut notices, Proof::Pending, WHY, &proven, now), None);
+    let due = now + NOT_PROVEN_AGAIN_AFTER;
+    assert_eq!(notices.take_due(due, has_left), [], "it is proven, as another replica knows");
+    assert!(is_empty(&notices));
+    // Neither what was told of it, nor that it was, outlives its leaving.
+    hear(&mut notices, Proof::Pending, WHY, &proven, now);
+    assert_eq!(notices.take_due(due, heard).len(), 1);
+    assert_eq!(notices.take_problem(due, has_left), Err(None));
+    notices.retain(|_| true, has_left);
+    assert!(is_empty(&notices), "its next start would be told as trouble at once");
+    // It comes back.
+    hear(&mut notices, Proof::Lost, WHY, &proven, now);
+    assert_eq!(notices.take_problem(now, has_left), Err(None));
+    notices.retain(|_| true, has_left);
+    assert_eq!(hear(&mut notices, Proof::Lost, WHY, &proven, now), None, "the loss was told");
+    assert!(written(&mut notices, now).is_some());
+    // What the objects say needs no agent.
+    let mut notices = PodNotices::default();
+    assert!(notices.refused(&pod(), "a sidecar", &unknown(), now).is_some());
+    assert!(notices.take_problem(now, has_left).is_ok());
 }
