@@ -1,6 +1,7 @@
 //! Records of enrolments: what a later agent needs to take a Pod over, or to release it. One file a Pod,
 //! `<run_dir>/pods/<uid>.json`, 0600, written before anything is changed for the Pod and removed after everything is undone. Another
-//! build's agent reads them as well: fields are only added, each with a meaning for where it is missing.
+//! build's agent reads them as well: fields are only added, each with a meaning for where it is missing. Beside it is the file by which
+//! agents tell that they carry the Pod's connections (`carried.rs`).
 
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, File};
@@ -149,10 +150,18 @@ impl Enrolments {
     }
 
     pub(super) fn remove(&self, uid: &str) -> Result<(), CaptureError> {
-        match fs::remove_file(self.path(uid)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            result => result.step("removing an enrolment's record"),
+        // The record goes last: until then it is removed again.
+        for path in [self.carried_path(uid), self.path(uid)] {
+            match fs::remove_file(path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                result => result.step("removing an enrolment's record")?,
+            }
         }
+        Ok(())
+    }
+
+    pub(super) fn carried_path(&self, uid: &str) -> PathBuf {
+        self.directory.join(format!("{uid}.carried"))
     }
 
     fn path(&self, uid: &str) -> PathBuf {
@@ -261,7 +270,9 @@ mod tests {
         assert_eq!(mode & 0o777, 0o600);
 
         assert!(enrolments.is_kept("a-1"));
+        drop(enrolments.carry("a-1").unwrap());
         enrolments.remove("a-1").unwrap();
+        assert!(!folder.path().join("pods/a-1.carried").exists());
         enrolments.remove("a-1").unwrap();
         assert!(!enrolments.is_kept("a-1"));
         assert!(enrolments.load().unwrap().is_empty());

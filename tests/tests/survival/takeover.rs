@@ -357,6 +357,12 @@ pub fn released_while_draining(shared: &mut Shared) -> Result<()> {
     let gone = succeed(mesh, node)?;
     ensure!(goes.ask("drains", SOON)? == "drains");
     mesh.release("passing")?;
+    // Its rules and routes are gone by now: whatever the agent of before still carried would be answered in clear.
+    let said = tail(&mesh.topology.node(node).folder.join("mesh-agent.log"), 100);
+    ensure!(
+        said.contains("released while this agent drains"),
+        "it was released before the agent that drains has cut it"
+    );
     let end = goes.hear(SOON).context("the connection of a released Pod goes on")?;
     ensure!(end.contains("error"), "expected a reset, saw {end}");
     ensure!(
