@@ -36,6 +36,7 @@ impl Capture {
             let mut leaving = Vec::new();
             for (uid, mut record) in enrolments.load()? {
                 record.is_leaving = true;
+                record.cut_after_ms = 0;
                 match enrolments.save(&record) {
                     Ok(()) => leaving.push((uid, record)),
                     Err(error) => summary.failed.push((uid, error)),

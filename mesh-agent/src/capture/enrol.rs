@@ -6,7 +6,7 @@ use std::net::TcpListener as StdListener;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mesh_common::limits::{MAX_POD_ADDRESSES, MAX_PODS};
 use mesh_common::{PLAINTEXT_LISTENER, PodValue, TUNNEL_LISTENER};
@@ -15,7 +15,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
 use super::backstop::Backstop;
-use super::enrolments::{EnrolmentRecord, Enrolments, PodToEnroll};
+use super::enrolments::{EnrolmentRecord, Enrolments, PodToEnroll, uptime_ms};
 use super::events::Events;
 use super::kernel::Kernel;
 use super::kubelet::ProbePorts;
@@ -118,6 +118,7 @@ impl Inner {
             Some((record, false)) => Some(EnrolmentRecord {
                 pod: pod.clone(),
                 is_leaving: false,
+                cut_after_ms: 0,
                 ..record
             }),
             None => None,
@@ -133,6 +134,7 @@ impl Inner {
                 // Those that are opened in the moments until the capture stands are not in it.
                 open_before: netns.run(unprotected::open_connections)?,
                 is_leaving: false,
+                cut_after_ms: 0,
                 pod,
             },
         };
@@ -205,7 +207,7 @@ impl Inner {
         if self.enrolments.is_carried(uid) {
             if !record.is_leaving {
                 let _change = self.change.lock();
-                self.mark_leaving(record)?;
+                self.mark_leaving(record, Duration::ZERO)?;
             }
             self.enrolments.wait_until_cut(&[uid]);
         }
@@ -254,7 +256,7 @@ impl Inner {
     }
 
     /// False: it is not served, and [`Inner::undo`] takes everything away in its turn; its link, by which it is found, as well.
-    pub(super) fn let_go(&self, uid: &str) -> Result<bool, CaptureError> {
+    pub(super) fn let_go(&self, uid: &str, grace: Duration) -> Result<bool, CaptureError> {
         let _change = self.change.lock();
         let record = {
             let pods = self.pods.lock();
@@ -263,15 +265,17 @@ impl Inner {
             enrolment.record.clone()
         };
         // Written down first: without its link an agent that comes after could not tell whether the Pod lives.
-        let record = self.mark_leaving(record)?;
+        let record = self.mark_leaving(record, grace)?;
         self.stop_capturing(&record)?;
         Ok(true)
     }
 
-    /// An agent that drains cuts the Pod from here on, and one that comes after completes its release.
-    fn mark_leaving(&self, record: EnrolmentRecord) -> Result<EnrolmentRecord, CaptureError> {
+    /// An agent that drains cuts the Pod once its grace is over, and one that comes after completes its release.
+    fn mark_leaving(&self, record: EnrolmentRecord, grace: Duration) -> Result<EnrolmentRecord, CaptureError> {
+        let grace = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
         let record = EnrolmentRecord {
             is_leaving: true,
+            cut_after_ms: uptime_ms().saturating_add(grace),
             ..record
         };
         self.enrolments.save(&record)?;

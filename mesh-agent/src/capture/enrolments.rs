@@ -9,7 +9,9 @@ use std::io::{self, Read as _, Write};
 use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use super::network::{CaptureError, IoContext};
@@ -81,6 +83,9 @@ pub(super) struct EnrolmentRecord {
     /// Its release has begun: it is not put back, and an agent that finds it so completes that.
     #[serde(default)]
     pub is_leaving: bool,
+    /// Milliseconds since the node's start until which an agent that drains leaves a Pod that is leaving as it is. Missing: it cuts at once.
+    #[serde(default)]
+    pub cut_after_ms: u64,
 }
 
 #[derive(Debug)]
@@ -141,10 +146,10 @@ impl Enrolments {
             .step(STEP)
     }
 
-    /// Neither released nor about to be. What cannot be read is taken to be kept.
+    /// Neither released nor about to be, but for its time of grace. What cannot be read is taken to be kept.
     pub(super) fn is_kept(&self, uid: &str) -> bool {
         match read(&self.path(uid)) {
-            Ok(record) => !record.is_leaving,
+            Ok(record) => !record.is_leaving || uptime_ms() < record.cut_after_ms,
             Err(error) => error.kind() != io::ErrorKind::NotFound,
         }
     }
@@ -208,6 +213,13 @@ pub(super) fn check_uid(uid: &str) -> Result<(), CaptureError> {
     }
 }
 
+/// For [`EnrolmentRecord::cut_after_ms`]: the same for all processes of the node, and nobody sets it.
+pub(super) fn uptime_ms() -> u64 {
+    // Every kernel that runs the programs has this clock.
+    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// Of this start of the node.
 ///
 /// # Errors
@@ -244,6 +256,7 @@ mod tests {
             },
             open_before: vec![4711],
             is_leaving: false,
+            cut_after_ms: 0,
         }
     }
 
@@ -279,6 +292,25 @@ mod tests {
     }
 
     #[test]
+    fn a_pod_that_leaves_is_kept_for_its_grace() {
+        let folder = tempfile::tempdir().unwrap();
+        let enrolments = Enrolments::open(folder.path()).unwrap();
+        let is_kept = |is_leaving: bool, cut_after_ms: u64| {
+            let record = EnrolmentRecord {
+                is_leaving,
+                cut_after_ms,
+                ..record("a-1")
+            };
+            enrolments.save(&record).unwrap();
+            enrolments.is_kept("a-1")
+        };
+        assert!(is_kept(true, uptime_ms() + 60_000));
+        assert!(!is_kept(true, uptime_ms()));
+        assert!(!is_kept(true, 0));
+        assert!(is_kept(false, 0));
+    }
+
+    #[test]
     fn a_record_of_another_version_is_read() {
         let mut newer = serde_json::to_value(record("a-1")).unwrap();
         newer["added"] = serde_json::json!({ "later": [1, 2] });
@@ -293,6 +325,7 @@ mod tests {
 
         let mut older = serde_json::to_value(record("a-1")).unwrap();
         older.as_object_mut().unwrap().remove("open_before");
+        older.as_object_mut().unwrap().remove("cut_after_ms");
         older["pod"].as_object_mut().unwrap().remove("origin");
         let read = parse(&serde_json::to_vec(&older).unwrap()).unwrap();
         assert_eq!((read.open_before, read.pod.origin), (Vec::new(), Origin::Local));

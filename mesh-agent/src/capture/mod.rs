@@ -307,7 +307,7 @@ impl Capture {
         }
     }
 
-    /// Whether the Pod stays in the mesh: an agent that has taken over may have released it, or be about to.
+    /// Whether the Pod is still carried: an agent that has taken over may have released it, or be about to.
     #[must_use]
     pub fn is_kept(&self, uid: &str) -> bool {
         self.inner.enrolments.is_kept(uid)
@@ -343,13 +343,14 @@ impl Capture {
     }
 
     /// The first half of a release: new connections of the Pod go past the agent, whose listeners still serve what comes by them. Where
-    /// the agent dies before [`Self::release`], the next one completes it. False: the Pod is not served, and nothing was done.
+    /// the agent dies before [`Self::release`], the next one completes it. An agent that drains carries what it has for `grace` more.
+    /// False: the Pod is not served, and nothing was done.
     ///
     /// # Errors
     /// Something could not be undone; releasing completes it.
-    pub async fn let_go(&self, uid: &str) -> Result<bool, CaptureError> {
+    pub async fn let_go(&self, uid: &str, grace: Duration) -> Result<bool, CaptureError> {
         let (inner, uid) = (Arc::clone(&self.inner), uid.to_owned());
-        blocking(move || inner.let_go(&uid)).await
+        blocking(move || inner.let_go(&uid, grace)).await
     }
 
     /// Undoes everything for a Pod; false if none of that uid is enrolled. The proxy's connections and listeners are to be closed

@@ -258,7 +258,7 @@ impl Pods {
         // Whatever fails from here on: nobody takes it for protected.
         self.publish();
         // Before the listeners close: whoever was still sent to them would be refused.
-        if self.capture.let_go(&uid).await? {
+        if self.capture.let_go(&uid, grace).await? {
             sleep(grace).await;
         }
         let handle = self.enrolled.lock().get_mut(&uid).and_then(|enrolled| enrolled.handle.take());

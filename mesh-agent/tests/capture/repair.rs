@@ -91,10 +91,11 @@ async fn a_release_that_has_begun_is_completed_by_the_next_agent() {
             .1
     };
     let application = bed.application("[::]:8080");
-    assert!(!capture.let_go("uid-2").await.unwrap(), "nobody of that name is served");
+    assert!(!capture.let_go("uid-2", Duration::ZERO).await.unwrap(), "nobody of that name is served");
     let served = steered();
     assert!(served > 0, "its proofs are steered");
-    assert!(capture.let_go("uid-1").await.unwrap());
+    assert!(capture.let_go("uid-1", A_WHILE).await.unwrap());
+    assert!(capture.is_kept("uid-1"), "an agent that drains cuts it before its grace is over");
     let is_open = || hand.pods().unwrap().is_empty() && hand.attached_pods().unwrap().is_empty();
     assert!(is_open(), "the kernel still captures it");
     let client = timeout(A_WHILE, TcpStream::connect((POD_V4, 8080))).await.unwrap().unwrap();
@@ -104,7 +105,8 @@ async fn a_release_that_has_begun_is_completed_by_the_next_agent() {
     drop(timeout(A_WHILE, TcpStream::connect((POD_V4, 15008))).await.unwrap().unwrap());
     // What was let go is not put back, and beginning again changes nothing.
     assert_eq!(capture.repair("uid-1").await.unwrap(), Repairs::default());
-    assert!(capture.let_go("uid-1").await.unwrap());
+    assert!(capture.let_go("uid-1", Duration::ZERO).await.unwrap());
+    assert!(!capture.is_kept("uid-1"), "a release without grace waits for it");
     assert!(is_open(), "a repair captured it again");
 
     // The agent ends before it has completed it.
@@ -146,7 +148,7 @@ async fn a_pod_is_undone_once_an_agent_that_drains_has_cut_it() {
         drop(capture.enroll(bed.pod("uid-1")).await.unwrap());
         let carried = carry();
         if is_let_go {
-            assert!(capture.let_go("uid-1").await.unwrap());
+            assert!(capture.let_go("uid-1", Duration::ZERO).await.unwrap());
         }
         let releasing = tokio::spawn({
             let capture = Arc::clone(&capture);
@@ -162,7 +164,7 @@ async fn a_pod_is_undone_once_an_agent_that_drains_has_cut_it() {
     // By the next one, after a release that had begun.
     drop(capture.enroll(bed.pod("uid-1")).await.unwrap());
     let carried = carry();
-    assert!(capture.let_go("uid-1").await.unwrap());
+    assert!(capture.let_go("uid-1", Duration::ZERO).await.unwrap());
     drop(capture);
     let capture = bed.start();
     let recovering = tokio::spawn({
