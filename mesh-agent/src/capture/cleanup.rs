@@ -13,6 +13,7 @@ pub struct CleanupSummary {
     pub kernel: CleanupReport,
     /// Uids of the Pods whose namespaces are as before, or gone.
     pub released: Vec<String>,
+    /// By uid, or by the path of what should be a record.
     pub failed: Vec<(String, CaptureError)>,
 }
 
@@ -33,8 +34,14 @@ impl Capture {
             };
             let boot_id = boot_id()?;
             let enrolments = Enrolments::open(&run_dir)?;
+            let loaded = enrolments.load()?;
+            for (path, why) in loaded.unreadable {
+                // Whose it is nobody can tell: a Pod may have its rules and settings still.
+                let error = CaptureError::Other(format!("no record of a Pod ({why}): when its Pod has ended, remove it"));
+                summary.failed.push((path.display().to_string(), error));
+            }
             let mut leaving = Vec::new();
-            for (uid, mut record) in enrolments.load()? {
+            for (uid, mut record) in loaded.records {
                 record.is_leaving = true;
                 record.cut_after_ms = 0;
                 match enrolments.save(&record) {
@@ -57,5 +64,41 @@ impl Capture {
             Ok(summary)
         })
         .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_record_that_cannot_be_read_is_not_passed_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let (run_dir, pin_path) = (folder.path().join("run"), folder.path().join("pins"));
+        let pods = run_dir.join("pods");
+        fs::create_dir_all(&pods).unwrap();
+        // Of a start of the node that is over, so that nothing is to be undone.
+        let record = serde_json::json!({
+            "boot_id": "another",
+            "pod": {
+                "uid": "a-1", "namespace": "shop", "name": "web-0", "service_account": "web",
+                "netns_path": "/run/netns/web-0", "addresses": ["10.0.0.1"], "cgroup_path": null,
+            },
+            "netns_cookie": 7, "slot": 3, "before": { "ipv6": true, "settings": [] },
+        });
+        fs::write(pods.join("a-1.json"), record.to_string()).unwrap();
+        fs::write(pods.join("b-2.json"), "{").unwrap();
+
+        for released in [&["a-1"][..], &[]] {
+            let summary = Capture::cleanup(&run_dir, &pin_path).await.unwrap();
+            assert_eq!(summary.released, released);
+            let [(path, error)] = &summary.failed[..] else {
+                panic!("{:?}", summary.failed);
+            };
+            assert_eq!(*path, pods.join("b-2.json").display().to_string());
+            assert!(error.to_string().contains("no record of a Pod"), "{error}");
+        }
     }
 }

@@ -88,6 +88,15 @@ pub(super) struct EnrolmentRecord {
     pub cut_after_ms: u64,
 }
 
+/// What is in the folder of enrolments.
+#[derive(Debug, Default)]
+pub(super) struct Loaded {
+    /// By uid.
+    pub records: HashMap<String, EnrolmentRecord>,
+    /// Files that should be records, and why they are none.
+    pub unreadable: Vec<(PathBuf, String)>,
+}
+
 #[derive(Debug)]
 pub(super) struct Enrolments {
     directory: PathBuf,
@@ -104,27 +113,26 @@ impl Enrolments {
         Ok(Self { directory })
     }
 
-    /// By uid. A file that is no record is reported and left; it never hinders the others.
-    pub(super) fn load(&self) -> Result<HashMap<String, EnrolmentRecord>, CaptureError> {
-        let mut records = HashMap::new();
+    /// A file that is no record is reported and left; it never hinders the others.
+    pub(super) fn load(&self) -> Result<Loaded, CaptureError> {
+        let mut loaded = Loaded::default();
         for entry in fs::read_dir(&self.directory).step("reading the folder of enrolments")? {
             let path = entry.step("reading the folder of enrolments")?.path();
             if path.extension().is_none_or(|extension| extension != "json") {
                 continue;
             }
-            match read(&path) {
+            let why = match read(&path) {
                 Ok(record) if path == self.path(&record.pod.uid) => {
-                    records.insert(record.pod.uid.clone(), record);
+                    loaded.records.insert(record.pod.uid.clone(), record);
+                    continue;
                 }
-                Ok(record) => {
-                    tracing::error!(path = %path.display(), uid = record.pod.uid, "an enrolment's record has the wrong file name: ignored");
-                }
-                Err(error) => {
-                    tracing::error!(path = %path.display(), %error, "an enrolment's record cannot be read: ignored");
-                }
-            }
+                Ok(record) => format!("it is that of {}", record.pod.uid),
+                Err(error) => error.to_string(),
+            };
+            tracing::error!(path = %path.display(), error = why, "an enrolment's record cannot be read: ignored");
+            loaded.unreadable.push((path, why));
         }
-        Ok(records)
+        Ok(loaded)
     }
 
     pub(super) fn save(&self, record: &EnrolmentRecord) -> Result<(), CaptureError> {
@@ -272,8 +280,13 @@ mod tests {
         )
         .unwrap();
 
-        let loaded = enrolments.load().unwrap();
+        let mut all = enrolments.load().unwrap();
+        let (loaded, unreadable) = (&all.records, &mut all.unreadable);
         assert_eq!(loaded.keys().collect::<Vec<_>>(), ["a-1"]);
+        unreadable.sort();
+        let names: Vec<_> = unreadable.iter().map(|(path, _)| path.file_name().unwrap()).collect();
+        assert_eq!(names, ["b.json", "c.json"]);
+        assert!(unreadable[1].1.contains("other"), "{unreadable:?}");
         assert_eq!(loaded["a-1"].pod, record("a-1").pod);
         assert_eq!(loaded["a-1"].before, record("a-1").before);
         let mode = fs::metadata(folder.path().join("pods/a-1.json"))
@@ -288,7 +301,7 @@ mod tests {
         assert!(!folder.path().join("pods/a-1.carried").exists());
         enrolments.remove("a-1").unwrap();
         assert!(!enrolments.is_kept("a-1"));
-        assert!(enrolments.load().unwrap().is_empty());
+        assert!(enrolments.load().unwrap().records.is_empty());
     }
 
     #[test]
@@ -341,9 +354,9 @@ mod tests {
             fs::write(folder.path().join("pods/a-1.json"), text.clone() + &" ".repeat(room)).unwrap();
         };
         padded(MAX_RECORD_BYTES);
-        assert_eq!(enrolments.load().unwrap().len(), 1);
+        assert_eq!(enrolments.load().unwrap().records.len(), 1);
         padded(MAX_RECORD_BYTES + 1);
-        assert!(enrolments.load().unwrap().is_empty());
+        assert!(enrolments.load().unwrap().records.is_empty());
     }
 
     #[test]

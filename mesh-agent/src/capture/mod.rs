@@ -144,6 +144,7 @@ impl Capture {
         let enrolments = Enrolments::open(&config.run_dir)?;
         let pods = enrolments
             .load()?
+            .records
             .into_iter()
             .map(|(uid, record)| (uid, Enrolment::of(record)))
             .collect();

@@ -108,7 +108,11 @@ mod tests {
     async fn a_pod_that_ends_slowly_holds_up_no_other_that_leaves() {
         const LATER: Duration = Duration::from_secs(2);
         let began = Instant::now();
-        let ends = [("a-slow", SHUTDOWN_PATIENCE), ("b", Duration::ZERO), ("later", Duration::ZERO)];
+        let ends = [
+            ("a-slow", SHUTDOWN_PATIENCE),
+            ("b", Duration::ZERO),
+            ("later", Duration::ZERO),
+        ];
         let mut pods: Vec<_> = ends.map(|(uid, ends)| (Arc::<str>::from(uid), Slow(ends))).into();
         pods.push(("stays".into(), Slow(Duration::ZERO)));
         let is_kept = |uid: &str| uid == "stays" || (uid == "later" && began.elapsed() < LATER);

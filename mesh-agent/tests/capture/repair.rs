@@ -91,11 +91,17 @@ async fn a_release_that_has_begun_is_completed_by_the_next_agent() {
             .1
     };
     let application = bed.application("[::]:8080");
-    assert!(!capture.let_go("uid-2", Duration::ZERO).await.unwrap(), "nobody of that name is served");
+    assert!(
+        !capture.let_go("uid-2", Duration::ZERO).await.unwrap(),
+        "nobody of that name is served"
+    );
     let served = steered();
     assert!(served > 0, "its proofs are steered");
     assert!(capture.let_go("uid-1", A_WHILE).await.unwrap());
-    assert!(capture.is_kept("uid-1"), "an agent that drains cuts it before its grace is over");
+    assert!(
+        capture.is_kept("uid-1"),
+        "an agent that drains cuts it before its grace is over"
+    );
     let is_open = || hand.pods().unwrap().is_empty() && hand.attached_pods().unwrap().is_empty();
     assert!(is_open(), "the kernel still captures it");
     let client = timeout(A_WHILE, TcpStream::connect((POD_V4, 8080))).await.unwrap().unwrap();
@@ -137,7 +143,10 @@ async fn a_pod_is_undone_once_an_agent_that_drains_has_cut_it() {
     let expect_waiting = async || {
         tokio::time::sleep(Duration::from_secs(1)).await;
         let record = std::fs::read_to_string(run_dir.join("pods/uid-1.json")).unwrap();
-        assert!(record.contains("\"is_leaving\": true"), "whoever drains is not told: {record}");
+        assert!(
+            record.contains("\"is_leaving\": true"),
+            "whoever drains is not told: {record}"
+        );
         let rules = run(&format!("ip -n {} rule", bed.name));
         assert!(rules.contains("fwmark"), "nobody is waited for: {rules}");
     };
