@@ -32,6 +32,21 @@ const CLAIM_RETRY: Duration = Duration::from_secs(1);
 const ACCEPT_GRACE: Duration = Duration::from_millis(300);
 /// Between two looks of one that stays.
 const LOOK: Duration = Duration::from_secs(5);
+/// What agents make in their folder, beside the records of their Pods. The lock is last: while it is there, the folder is theirs.
+const FILES: [&str; 10] = [
+    "agent.sock",
+    "handover.sock",
+    "cni.sock",
+    "cni-namespaces.json",
+    ".cni-namespaces.json.culvert-new",
+    "memory",
+    "memory.new",
+    "trust-domain",
+    "leaving",
+    "agent.lock",
+];
+/// How the files of their folder `pods` end, beside whole records, which are gone with what they tell of.
+const PARTS_OF_RECORDS: [&str; 2] = [".json.new", ".carried"];
 
 /// What was removed. Nothing: the node was clean.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -175,9 +190,9 @@ impl Claim {
     }
 }
 
-/// `None`: no agent has ever run here, or it was cleaned. Blocks.
+/// `None`: no agent has ever run here, or it was cleaned; whatever else is in such a folder is not the mesh's. Blocks.
 fn claim(args: &UninstallArgs) -> anyhow::Result<Option<Claim>> {
-    if !args.run_dir.exists() {
+    if !local::is_of_agents(&args.run_dir) {
         return Ok(None);
     }
     let mut why = String::new();
@@ -253,10 +268,117 @@ fn remove_plugin(args: &UninstallArgs) -> anyhow::Result<Vec<String>> {
     Ok(lines)
 }
 
+/// What agents have made there, and the folder, if nothing else is in it.
 fn remove_folder(run_dir: &Path) -> anyhow::Result<Vec<String>> {
-    match fs::remove_dir_all(run_dir) {
-        Ok(()) => Ok(vec![format!("{} removed", run_dir.display())]),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => Err(error).with_context(|| run_dir.display().to_string()),
+    let pods = run_dir.join("pods");
+    if let Ok(entries) = fs::read_dir(&pods) {
+        for entry in entries.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if PARTS_OF_RECORDS.iter().any(|ending| name.ends_with(ending)) {
+                is_gone(&entry.path(), fs::remove_file(entry.path()))?;
+            }
+        }
+    }
+    is_gone(&pods, fs::remove_dir(&pods))?;
+    for path in FILES.map(|name| run_dir.join(name)) {
+        is_gone(&path, fs::remove_file(&path))?;
+    }
+    let said = if is_gone(run_dir, fs::remove_dir(run_dir))? {
+        "removed"
+    } else {
+        "stays: there is more in it than the mesh's files, which are removed"
+    };
+    Ok(vec![format!("{} {said}", run_dir.display())])
+}
+
+/// False: a folder in which something is.
+fn is_gone(path: &Path, removed: io::Result<()>) -> anyhow::Result<bool> {
+    match removed {
+        Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(false),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).with_context(|| path.display().to_string()),
+        _ => Ok(true),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::CniPlaces;
+
+    fn bench() -> (tempfile::TempDir, UninstallArgs) {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let args = UninstallArgs {
+            run_dir: at("run"),
+            pin_path: at("pins"),
+            cgroup_root: Some(at("cgroup")),
+            sysctl_root: at("sysctl"),
+            places: CniPlaces {
+                conf_dir: at("net.d"),
+                bin_dir: at("bin"),
+                namespace_list: None,
+            },
+            node: None,
+            drain_seconds: 0,
+            ready_socket: None,
+        };
+        (folder, args)
+    }
+
+    fn names_in(folder: &Path) -> Vec<String> {
+        let entries = fs::read_dir(folder).unwrap().flatten();
+        let mut names: Vec<_> = entries.map(|entry| entry.file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[tokio::test]
+    async fn a_folder_that_no_agent_has_been_in_is_left_alone() {
+        let (_folder, args) = bench();
+        fs::create_dir_all(args.run_dir.join("pods")).unwrap();
+        fs::write(args.run_dir.join("memory"), "somebody's").unwrap();
+        assert_eq!(pass(&args).await, Removed::default());
+        assert_eq!(names_in(&args.run_dir), ["memory", "pods"]);
+    }
+
+    #[tokio::test]
+    async fn of_an_agents_folder_what_the_mesh_has_made_is_removed() {
+        let (_folder, args) = bench();
+        for is_shared in [false, true] {
+            fs::create_dir_all(args.run_dir.join("pods")).unwrap();
+            FILES.iter().for_each(|name| fs::write(args.run_dir.join(name), "").unwrap());
+            fs::write(args.run_dir.join("pods/a-1.carried"), "").unwrap();
+            if is_shared {
+                fs::write(args.run_dir.join("somebodys"), "").unwrap();
+            }
+            let removed = pass(&args).await;
+            assert!(removed.failed.is_empty(), "{removed:?}");
+            assert_eq!(args.run_dir.exists(), is_shared, "{removed:?}");
+            assert_eq!(
+                removed.lines.iter().any(|line| line.contains("stays")),
+                is_shared,
+                "{removed:?}"
+            );
+            if is_shared {
+                assert_eq!(names_in(&args.run_dir), ["somebodys"]);
+            }
+            // From then on it is nobody's of the mesh.
+            assert_eq!(pass(&args).await, Removed::default());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_node_with_a_record_that_cannot_be_read_is_not_clean() {
+        let (_folder, args) = bench();
+        drop(local::lock(&args.run_dir).unwrap());
+        let record = args.run_dir.join("pods/a-1.json");
+        fs::create_dir(args.run_dir.join("pods")).unwrap();
+        fs::write(&record, "{").unwrap();
+        let removed = pass(&args).await;
+        assert!(removed.failed.iter().any(|why| why.contains("a-1.json")), "{removed:?}");
+        assert!(record.exists());
+        fs::remove_file(&record).unwrap();
+        assert_eq!(pass(&args).await.failed, Vec::<String>::new());
+        assert!(!args.run_dir.exists());
     }
 }

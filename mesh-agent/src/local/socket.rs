@@ -81,10 +81,16 @@ pub fn is_abandoned(run_dir: &Path) -> bool {
     !run_dir.join(LEAVING_FILE).exists() && lock.is_ok_and(|lock| lock.try_lock().is_ok())
 }
 
+/// Whether agents have been in the folder, and it was not cleaned since.
+#[must_use]
+pub fn is_of_agents(run_dir: &Path) -> bool {
+    run_dir.join(LOCK_FILE).exists()
+}
+
 /// Whether the mesh leaves the node, or has left it: nobody is to take its Pods up again.
 #[must_use]
 pub fn has_left(run_dir: &Path) -> bool {
-    run_dir.join(LEAVING_FILE).exists() || !run_dir.join(LOCK_FILE).exists()
+    run_dir.join(LEAVING_FILE).exists() || !is_of_agents(run_dir)
 }
 
 /// The mesh leaves the node: whoever was taken over from is not to come back, though nobody has the folder. Until an agent listens.
