@@ -26,7 +26,14 @@ async fn a_folder_is_abandoned_when_its_last_agent_has_ended() {
         "whoever was taken over from comes back to a node that the mesh leaves"
     );
     // An agent that comes all the same is there to stay.
-    drop(LocalSocket::listen(&run_dir).unwrap());
+    let socket = LocalSocket::listen(&run_dir).unwrap();
+    assert!(!has_left(&run_dir));
+    // And so is one that goes on, or has taken over, where an uninstaller was ended half-way.
+    leave(&run_dir).unwrap();
+    assert!(has_left(&run_dir));
+    socket.stay();
+    assert!(!has_left(&run_dir));
+    drop(socket);
     assert!(is_abandoned(&run_dir));
     std::fs::remove_dir_all(&run_dir).unwrap();
     assert!(!is_abandoned(&run_dir), "it was cleaned");
