@@ -286,6 +286,7 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
     if let Some(inherited) = inherited {
         inherited.serving().context("taking over")?;
         socket.set_handed_over(false);
+        socket.stay();
         info!("the agent before is taken over");
     }
     capture.stand_alone();

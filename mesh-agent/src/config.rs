@@ -229,7 +229,7 @@ pub struct CleanupArgs {
 
 #[derive(Clone, Debug, Args)]
 pub struct UninstallArgs {
-    /// The --run-dir that the agent has; it is removed with all that is in it.
+    /// The --run-dir that the agent has; what agents make in it is removed, and the folder, unless something else is there.
     #[arg(long, env = "CULVERT_RUN_DIR", value_name = "DIR", default_value = "/run/culvert")]
     pub run_dir: PathBuf,
     /// The --pin-path that the agent has.

@@ -84,6 +84,10 @@ fn main() -> ExitCode {
                 takeover::uninstalled_under_a_connection,
             ),
             (
+                "what_an_uninstaller_that_was_killed_has_left_is_forgotten",
+                takeover::departure_broken_off,
+            ),
+            (
                 "an_agent_that_does_not_answer_is_not_replaced",
                 takeover::hung_agent_keeps_its_folder,
             ),

@@ -1,11 +1,12 @@
 //! Bringing a Pod's network namespace into the mesh, and out of it again. Everything here blocks, briefly.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::net::TcpListener as StdListener;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mesh_common::limits::{MAX_POD_ADDRESSES, MAX_PODS};
 use mesh_common::{PLAINTEXT_LISTENER, PodValue, TUNNEL_LISTENER};
@@ -14,7 +15,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
 use super::backstop::Backstop;
-use super::enrolments::{EnrolmentRecord, Enrolments, PodToEnroll};
+use super::enrolments::{EnrolmentRecord, Enrolments, PodToEnroll, uptime_ms};
 use super::events::Events;
 use super::kernel::Kernel;
 use super::kubelet::ProbePorts;
@@ -54,6 +55,8 @@ pub(super) struct Enrolment {
     pub(super) unprotected: Vec<u64>,
     /// `None` until it is recovered: its listeners are not ours yet, and its connections are refused.
     pub(super) active: Option<Arc<PodNamespace>>,
+    /// Locked for as long as this agent may carry connections of it.
+    pub(super) carried: Option<File>,
     /// Its programs may be those of an agent that began to take over and did not: exchanging them is no repair.
     pub(super) may_be_exchanged: bool,
 }
@@ -74,6 +77,7 @@ impl Enrolment {
             unprotected: record.open_before.clone(),
             record,
             active: None,
+            carried: None,
             may_be_exchanged: false,
         }
     }
@@ -114,6 +118,7 @@ impl Inner {
             Some((record, false)) => Some(EnrolmentRecord {
                 pod: pod.clone(),
                 is_leaving: false,
+                cut_after_ms: 0,
                 ..record
             }),
             None => None,
@@ -129,6 +134,7 @@ impl Inner {
                 // Those that are opened in the moments until the capture stands are not in it.
                 open_before: netns.run(unprotected::open_connections)?,
                 is_leaving: false,
+                cut_after_ms: 0,
                 pod,
             },
         };
@@ -152,6 +158,7 @@ impl Inner {
 
     /// Every step is fine with what is there already.
     pub(super) fn establish(&self, record: EnrolmentRecord, netns: NetNamespace) -> Result<Established, CaptureError> {
+        let carried = self.enrolments.carry(&record.pod.uid)?;
         let adopted = self.adopted.lock().remove(&record.pod.uid).map(StdListeners::from);
         let listeners = netns.run(|| {
             routing::set_up(&record.before)?;
@@ -182,6 +189,7 @@ impl Inner {
         let inodes = listeners.inodes()?;
         if let Some(enrolment) = self.pods.lock().get_mut(&record.pod.uid) {
             enrolment.active = Some(Arc::clone(&network));
+            enrolment.carried = Some(carried);
             enrolment.listeners = inodes;
         }
         Ok(Established {
@@ -192,12 +200,29 @@ impl Inner {
     }
 
     pub(super) fn release(&self, uid: &str) -> Result<bool, CaptureError> {
+        self.has_cut(uid);
+        let known = self.pods.lock().get(uid).map(|enrolment| enrolment.record.clone());
+        let Some(record) = known else { return Ok(false) };
+        // Not under `change`: other Pods' changes go on meanwhile.
+        if self.enrolments.is_carried(uid) {
+            if !record.is_leaving {
+                let _change = self.change.lock();
+                self.mark_leaving(record, Duration::ZERO)?;
+            }
+            self.enrolments.wait_until_cut(&[uid]);
+        }
         let _change = self.change.lock();
         if !self.pods.lock().contains_key(uid) {
             return Ok(false);
         }
         self.undo(uid)?;
         Ok(true)
+    }
+
+    pub(super) fn has_cut(&self, uid: &str) {
+        if let Some(enrolment) = self.pods.lock().get_mut(uid) {
+            drop(enrolment.carried.take());
+        }
     }
 
     /// Backwards. The record goes last: until then undoing again completes it.
@@ -231,24 +256,33 @@ impl Inner {
     }
 
     /// False: it is not served, and [`Inner::undo`] takes everything away in its turn; its link, by which it is found, as well.
-    pub(super) fn let_go(&self, uid: &str) -> Result<bool, CaptureError> {
+    pub(super) fn let_go(&self, uid: &str, grace: Duration) -> Result<bool, CaptureError> {
         let _change = self.change.lock();
         let record = {
             let pods = self.pods.lock();
             let served = pods.get(uid).filter(|enrolment| enrolment.active.is_some());
             let Some(enrolment) = served else { return Ok(false) };
-            EnrolmentRecord {
-                is_leaving: true,
-                ..enrolment.record.clone()
-            }
+            enrolment.record.clone()
         };
         // Written down first: without its link an agent that comes after could not tell whether the Pod lives.
-        self.enrolments.save(&record)?;
-        if let Some(enrolment) = self.pods.lock().get_mut(uid) {
-            enrolment.record.is_leaving = true;
-        }
+        let record = self.mark_leaving(record, grace)?;
         self.stop_capturing(&record)?;
         Ok(true)
+    }
+
+    /// An agent that drains cuts the Pod once its grace is over, and one that comes after completes its release.
+    fn mark_leaving(&self, record: EnrolmentRecord, grace: Duration) -> Result<EnrolmentRecord, CaptureError> {
+        let grace = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
+        let record = EnrolmentRecord {
+            is_leaving: true,
+            cut_after_ms: uptime_ms().saturating_add(grace),
+            ..record
+        };
+        self.enrolments.save(&record)?;
+        if let Some(enrolment) = self.pods.lock().get_mut(&record.pod.uid) {
+            enrolment.record = record.clone();
+        }
+        Ok(record)
     }
 
     fn stop_capturing(&self, record: &EnrolmentRecord) -> Result<(), CaptureError> {

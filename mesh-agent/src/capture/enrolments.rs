@@ -1,6 +1,7 @@
 //! Records of enrolments: what a later agent needs to take a Pod over, or to release it. One file a Pod,
 //! `<run_dir>/pods/<uid>.json`, 0600, written before anything is changed for the Pod and removed after everything is undone. Another
-//! build's agent reads them as well: fields are only added, each with a meaning for where it is missing.
+//! build's agent reads them as well: fields are only added, each with a meaning for where it is missing. Beside it is the file by which
+//! agents tell that they carry the Pod's connections (`carried.rs`).
 
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, File};
@@ -8,7 +9,9 @@ use std::io::{self, Read as _, Write};
 use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use super::network::{CaptureError, IoContext};
@@ -80,6 +83,18 @@ pub(super) struct EnrolmentRecord {
     /// Its release has begun: it is not put back, and an agent that finds it so completes that.
     #[serde(default)]
     pub is_leaving: bool,
+    /// Milliseconds since the node's start until which an agent that drains leaves a Pod that is leaving as it is. Missing: it cuts at once.
+    #[serde(default)]
+    pub cut_after_ms: u64,
+}
+
+/// What is in the folder of enrolments.
+#[derive(Debug, Default)]
+pub(super) struct Loaded {
+    /// By uid.
+    pub records: HashMap<String, EnrolmentRecord>,
+    /// Files that should be records, and why they are none.
+    pub unreadable: Vec<(PathBuf, String)>,
 }
 
 #[derive(Debug)]
@@ -98,27 +113,26 @@ impl Enrolments {
         Ok(Self { directory })
     }
 
-    /// By uid. A file that is no record is reported and left; it never hinders the others.
-    pub(super) fn load(&self) -> Result<HashMap<String, EnrolmentRecord>, CaptureError> {
-        let mut records = HashMap::new();
+    /// A file that is no record is reported and left; it never hinders the others.
+    pub(super) fn load(&self) -> Result<Loaded, CaptureError> {
+        let mut loaded = Loaded::default();
         for entry in fs::read_dir(&self.directory).step("reading the folder of enrolments")? {
             let path = entry.step("reading the folder of enrolments")?.path();
             if path.extension().is_none_or(|extension| extension != "json") {
                 continue;
             }
-            match read(&path) {
+            let why = match read(&path) {
                 Ok(record) if path == self.path(&record.pod.uid) => {
-                    records.insert(record.pod.uid.clone(), record);
+                    loaded.records.insert(record.pod.uid.clone(), record);
+                    continue;
                 }
-                Ok(record) => {
-                    tracing::error!(path = %path.display(), uid = record.pod.uid, "an enrolment's record has the wrong file name: ignored");
-                }
-                Err(error) => {
-                    tracing::error!(path = %path.display(), %error, "an enrolment's record cannot be read: ignored");
-                }
-            }
+                Ok(record) => format!("it is that of {}", record.pod.uid),
+                Err(error) => error.to_string(),
+            };
+            tracing::error!(path = %path.display(), error = why, "an enrolment's record cannot be read: ignored");
+            loaded.unreadable.push((path, why));
         }
-        Ok(records)
+        Ok(loaded)
     }
 
     pub(super) fn save(&self, record: &EnrolmentRecord) -> Result<(), CaptureError> {
@@ -140,19 +154,27 @@ impl Enrolments {
             .step(STEP)
     }
 
-    /// Neither released nor about to be. What cannot be read is taken to be kept.
+    /// Neither released nor about to be, but for its time of grace. What cannot be read is taken to be kept.
     pub(super) fn is_kept(&self, uid: &str) -> bool {
         match read(&self.path(uid)) {
-            Ok(record) => !record.is_leaving,
+            Ok(record) => !record.is_leaving || uptime_ms() < record.cut_after_ms,
             Err(error) => error.kind() != io::ErrorKind::NotFound,
         }
     }
 
     pub(super) fn remove(&self, uid: &str) -> Result<(), CaptureError> {
-        match fs::remove_file(self.path(uid)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            result => result.step("removing an enrolment's record"),
+        // The record goes last: until then it is removed again.
+        for path in [self.carried_path(uid), self.path(uid)] {
+            match fs::remove_file(path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                result => result.step("removing an enrolment's record")?,
+            }
         }
+        Ok(())
+    }
+
+    pub(super) fn carried_path(&self, uid: &str) -> PathBuf {
+        self.directory.join(format!("{uid}.carried"))
     }
 
     fn path(&self, uid: &str) -> PathBuf {
@@ -199,6 +221,13 @@ pub(super) fn check_uid(uid: &str) -> Result<(), CaptureError> {
     }
 }
 
+/// For [`EnrolmentRecord::cut_after_ms`]: the same for all processes of the node, and nobody sets it.
+pub(super) fn uptime_ms() -> u64 {
+    // Every kernel that runs the programs has this clock.
+    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// Of this start of the node.
 ///
 /// # Errors
@@ -235,6 +264,7 @@ mod tests {
             },
             open_before: vec![4711],
             is_leaving: false,
+            cut_after_ms: 0,
         }
     }
 
@@ -250,8 +280,13 @@ mod tests {
         )
         .unwrap();
 
-        let loaded = enrolments.load().unwrap();
+        let mut all = enrolments.load().unwrap();
+        let (loaded, unreadable) = (&all.records, &mut all.unreadable);
         assert_eq!(loaded.keys().collect::<Vec<_>>(), ["a-1"]);
+        unreadable.sort();
+        let names: Vec<_> = unreadable.iter().map(|(path, _)| path.file_name().unwrap()).collect();
+        assert_eq!(names, ["b.json", "c.json"]);
+        assert!(unreadable[1].1.contains("other"), "{unreadable:?}");
         assert_eq!(loaded["a-1"].pod, record("a-1").pod);
         assert_eq!(loaded["a-1"].before, record("a-1").before);
         let mode = fs::metadata(folder.path().join("pods/a-1.json"))
@@ -261,10 +296,31 @@ mod tests {
         assert_eq!(mode & 0o777, 0o600);
 
         assert!(enrolments.is_kept("a-1"));
+        drop(enrolments.carry("a-1").unwrap());
         enrolments.remove("a-1").unwrap();
+        assert!(!folder.path().join("pods/a-1.carried").exists());
         enrolments.remove("a-1").unwrap();
         assert!(!enrolments.is_kept("a-1"));
-        assert!(enrolments.load().unwrap().is_empty());
+        assert!(enrolments.load().unwrap().records.is_empty());
+    }
+
+    #[test]
+    fn a_pod_that_leaves_is_kept_for_its_grace() {
+        let folder = tempfile::tempdir().unwrap();
+        let enrolments = Enrolments::open(folder.path()).unwrap();
+        let is_kept = |is_leaving: bool, cut_after_ms: u64| {
+            let record = EnrolmentRecord {
+                is_leaving,
+                cut_after_ms,
+                ..record("a-1")
+            };
+            enrolments.save(&record).unwrap();
+            enrolments.is_kept("a-1")
+        };
+        assert!(is_kept(true, uptime_ms() + 60_000));
+        assert!(!is_kept(true, uptime_ms()));
+        assert!(!is_kept(true, 0));
+        assert!(is_kept(false, 0));
     }
 
     #[test]
@@ -282,6 +338,7 @@ mod tests {
 
         let mut older = serde_json::to_value(record("a-1")).unwrap();
         older.as_object_mut().unwrap().remove("open_before");
+        older.as_object_mut().unwrap().remove("cut_after_ms");
         older["pod"].as_object_mut().unwrap().remove("origin");
         let read = parse(&serde_json::to_vec(&older).unwrap()).unwrap();
         assert_eq!((read.open_before, read.pod.origin), (Vec::new(), Origin::Local));
@@ -297,9 +354,9 @@ mod tests {
             fs::write(folder.path().join("pods/a-1.json"), text.clone() + &" ".repeat(room)).unwrap();
         };
         padded(MAX_RECORD_BYTES);
-        assert_eq!(enrolments.load().unwrap().len(), 1);
+        assert_eq!(enrolments.load().unwrap().records.len(), 1);
         padded(MAX_RECORD_BYTES + 1);
-        assert!(enrolments.load().unwrap().is_empty());
+        assert!(enrolments.load().unwrap().records.is_empty());
     }
 
     #[test]

@@ -418,6 +418,12 @@ impl Kernel {
     pub fn cleanup(pin_path: &Path) -> Result<CleanupReport, CaptureError> {
         pins::cleanup(pin_path)
     }
+
+    /// Whether anything of any version is pinned there.
+    #[must_use]
+    pub fn has_pins(pin_path: &Path) -> bool {
+        pins::names_in(pin_path).is_ok_and(|names| names.iter().any(|name| pins::storage_version(name).is_some()))
+    }
 }
 
 fn check_slot(slot: u32) -> Result<(), CaptureError> {

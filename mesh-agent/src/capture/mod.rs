@@ -7,7 +7,9 @@
 mod addresses;
 mod backstop;
 mod bpf_syscalls;
+mod carried;
 mod cgroup_root;
+mod cleanup;
 pub mod descriptors;
 mod enrol;
 mod enrolments;
@@ -55,13 +57,15 @@ use self::events::Events;
 use self::find::Cgroups;
 use self::heartbeat::Heartbeat;
 use self::kernel::inspect::MapFill;
-use self::kernel::{CleanupReport, Kernel, KernelConfig};
+use self::kernel::{Kernel, KernelConfig};
 use self::netns::NetNamespace;
 use self::probe::{PROBE_ADDRESS_V4, PROBE_ADDRESS_V6};
 use self::probe_child::ProbeCgroup;
 use self::upstreams::MAX_UPSTREAMS;
 
 pub use self::backstop::Backstop;
+pub use self::carried::CUT_PATIENCE;
+pub use self::cleanup::CleanupSummary;
 pub use self::enrolments::{Origin, PodToEnroll, boot_id};
 pub use self::find::{FindError, Found, Wanted};
 pub use self::kubelet::{Kubelet, Unknown};
@@ -125,15 +129,6 @@ impl std::fmt::Debug for Capture {
 /// How often a draining agent looks for Pods that leave the mesh meanwhile: it reads a small file for each.
 pub const LEAVING_LOOK: Duration = Duration::from_millis(500);
 
-/// What [`Capture::cleanup`] undid.
-#[derive(Debug)]
-pub struct CleanupSummary {
-    pub kernel: CleanupReport,
-    /// Uids of the Pods whose namespaces are as before, or gone.
-    pub released: Vec<String>,
-    pub failed: Vec<(String, CaptureError)>,
-}
-
 impl Capture {
     /// Loads or takes over the programs and starts the heartbeat. Must be called in the node's network namespace.
     ///
@@ -149,6 +144,7 @@ impl Capture {
         let enrolments = Enrolments::open(&config.run_dir)?;
         let pods = enrolments
             .load()?
+            .records
             .into_iter()
             .map(|(uid, record)| (uid, Enrolment::of(record)))
             .collect();
@@ -299,14 +295,20 @@ impl Capture {
         blocking(move || inner.reopen(&uid)).await?.into_captured()
     }
 
+    /// Nothing of the Pod is carried by this agent any longer: whoever takes its rules and routes away need not wait for it.
+    pub fn has_cut(&self, uid: &str) {
+        self.inner.has_cut(uid);
+    }
+
     /// After a failed [`Capture::reopen`]: the Pod stays closed until [`Capture::take_over`].
     pub fn give_up(&self, uid: &str) {
         if let Some(enrolment) = self.inner.pods.lock().get_mut(uid) {
             enrolment.active = None;
+            drop(enrolment.carried.take());
         }
     }
 
-    /// Whether the Pod stays in the mesh: an agent that has taken over may have released it, or be about to.
+    /// Whether the Pod is still carried: an agent that has taken over may have released it, or be about to.
     #[must_use]
     pub fn is_kept(&self, uid: &str) -> bool {
         self.inner.enrolments.is_kept(uid)
@@ -342,17 +344,18 @@ impl Capture {
     }
 
     /// The first half of a release: new connections of the Pod go past the agent, whose listeners still serve what comes by them. Where
-    /// the agent dies before [`Self::release`], the next one completes it. False: the Pod is not served, and nothing was done.
+    /// the agent dies before [`Self::release`], the next one completes it. An agent that drains carries what it has for `grace` more.
+    /// False: the Pod is not served, and nothing was done.
     ///
     /// # Errors
     /// Something could not be undone; releasing completes it.
-    pub async fn let_go(&self, uid: &str) -> Result<bool, CaptureError> {
+    pub async fn let_go(&self, uid: &str, grace: Duration) -> Result<bool, CaptureError> {
         let (inner, uid) = (Arc::clone(&self.inner), uid.to_owned());
-        blocking(move || inner.let_go(&uid)).await
+        blocking(move || inner.let_go(&uid, grace)).await
     }
 
     /// Undoes everything for a Pod; false if none of that uid is enrolled. The proxy's connections and listeners are to be closed
-    /// by their holder, before or after.
+    /// by their holder, before; those of other agents, which drain, are waited for up to [`CUT_PATIENCE`].
     ///
     /// # Errors
     /// Something cannot be undone. The record stays, and releasing again completes it.
@@ -515,49 +518,6 @@ impl Capture {
     #[must_use]
     pub fn map_fill(&self) -> Vec<MapFill> {
         self.inner.kernel.map_fill()
-    }
-
-    /// Undoes everything, of any version, without a running agent.
-    ///
-    /// # Errors
-    /// The programs cannot be detached, or the run directory cannot be read.
-    pub async fn cleanup(run_dir: &Path, pin_path: &Path) -> Result<CleanupSummary, CaptureError> {
-        let (run_dir, pin_path) = (run_dir.to_owned(), pin_path.to_owned());
-        blocking(move || {
-            // First: from here on nothing is redirected any more.
-            let kernel = Kernel::cleanup(&pin_path)?;
-            let mut summary = CleanupSummary {
-                kernel,
-                released: Vec::new(),
-                failed: Vec::new(),
-            };
-            let boot_id = boot_id()?;
-            let enrolments = Enrolments::open(&run_dir)?;
-            let mut leaving = Vec::new();
-            for (uid, mut record) in enrolments.load()? {
-                record.is_leaving = true;
-                match enrolments.save(&record) {
-                    Ok(()) => leaving.push((uid, record)),
-                    Err(error) => summary.failed.push((uid, error)),
-                }
-            }
-            // An agent that drains cuts what it carries for them, before their answers would go another way, in clear.
-            if !leaving.is_empty() {
-                std::thread::sleep(2 * LEAVING_LOOK);
-            }
-            for (uid, record) in leaving {
-                let undone = match recovery::find(&record, &boot_id) {
-                    Some(netns) => netns.run(|| routing::undo(&record.before)),
-                    None => Ok(()),
-                };
-                match undone.and_then(|()| enrolments.remove(&uid)) {
-                    Ok(()) => summary.released.push(uid),
-                    Err(error) => summary.failed.push((uid, error)),
-                }
-            }
-            Ok(summary)
-        })
-        .await
     }
 }
 

@@ -38,6 +38,7 @@ fn at_path(record: &EnrolmentRecord) -> Option<NetNamespace> {
 
 impl Inner {
     pub(super) fn recover(&self) -> Vec<Result<Established, (PodToEnroll, CaptureError)>> {
+        self.wait_for_those_that_leave(|_| true);
         let _change = self.change.lock();
         if let Err(error) = self.remove_orphans() {
             tracing::error!(%error, "what a Pod without a record left in the kernel cannot be removed");
@@ -60,6 +61,7 @@ impl Inner {
     }
 
     pub(super) fn take_over(&self, uid: &str) -> Result<Option<Established>, CaptureError> {
+        self.wait_for_those_that_leave(|of| of == uid);
         let _change = self.change.lock();
         let record = {
             let pods = self.pods.lock();
@@ -70,6 +72,19 @@ impl Inner {
             }
         };
         self.resume(record, Instant::now())
+    }
+
+    /// An agent may have begun to release Pods, and died, that one before it still drains. Not under `change`, since it takes its time.
+    fn wait_for_those_that_leave(&self, is_meant: impl Fn(&str) -> bool) {
+        let leaving: Vec<String> = {
+            let pods = self.pods.lock();
+            let leaving = pods
+                .iter()
+                .filter(|(uid, e)| e.active.is_none() && e.record.is_leaving && is_meant(uid));
+            leaving.map(|(uid, _)| uid.clone()).collect()
+        };
+        let uids: Vec<&str> = leaving.iter().map(String::as_str).collect();
+        self.enrolments.wait_until_cut(&uids);
     }
 
     /// `None`: the namespace is gone, and what it left is released.

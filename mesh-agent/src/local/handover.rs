@@ -115,6 +115,16 @@ pub struct Offer {
     pub memory: Arc<Memory>,
 }
 
+impl Offer {
+    /// Nobody took over. Blocks.
+    fn go_on(&self) {
+        self.local.set_handed_over(false);
+        self.pods.thaw();
+        // Who asked may have been an uninstaller that was ended half-way.
+        self.local.stay();
+    }
+}
+
 /// What the successor has got. Dropped before [`Inherited::serving`], the other agent goes on.
 #[derive(Debug)]
 pub struct Inherited {
@@ -223,8 +233,7 @@ pub async fn give(listener: UnixListener, offer: Arc<Offer>) {
             stream.set_nonblocking(false)?;
             let given = give_to(&stream, &giving);
             if given.is_err() {
-                giving.local.set_handed_over(false);
-                giving.pods.thaw();
+                giving.go_on();
                 // A successor that is gone need not hear it.
                 let _ = write(&stream, &GOES_ON, &[]);
             }
@@ -234,8 +243,7 @@ pub async fn give(listener: UnixListener, offer: Arc<Offer>) {
             Ok(Ok(())) => return,
             Ok(Err(error)) => warn!(%error, "no handover; this agent goes on"),
             Err(error) => {
-                offer.local.set_handed_over(false);
-                offer.pods.thaw();
+                offer.go_on();
                 warn!(%error, "a handover did not end; this agent goes on");
             }
         }

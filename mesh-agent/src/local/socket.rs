@@ -81,13 +81,20 @@ pub fn is_abandoned(run_dir: &Path) -> bool {
     !run_dir.join(LEAVING_FILE).exists() && lock.is_ok_and(|lock| lock.try_lock().is_ok())
 }
 
+/// Whether agents have been in the folder, and it was not cleaned since.
+#[must_use]
+pub fn is_of_agents(run_dir: &Path) -> bool {
+    run_dir.join(LOCK_FILE).exists()
+}
+
 /// Whether the mesh leaves the node, or has left it: nobody is to take its Pods up again.
 #[must_use]
 pub fn has_left(run_dir: &Path) -> bool {
-    run_dir.join(LEAVING_FILE).exists() || !run_dir.join(LOCK_FILE).exists()
+    run_dir.join(LEAVING_FILE).exists() || !is_of_agents(run_dir)
 }
 
-/// The mesh leaves the node: whoever was taken over from is not to come back, though nobody has the folder. Until an agent listens.
+/// The mesh leaves the node: whoever was taken over from is not to come back, though nobody has the folder. Until an agent listens, or
+/// goes on, there.
 ///
 /// # Errors
 /// It cannot be written.
@@ -154,6 +161,13 @@ impl LocalSocket {
     /// Lock and listener, for a successor.
     pub fn with_descriptors<T>(&self, give: impl FnOnce(BorrowedFd<'_>, BorrowedFd<'_>) -> T) -> T {
         give(self.lock.as_fd(), self.listener.as_fd())
+    }
+
+    /// As [`stay`], of this agent's folder.
+    pub fn stay(&self) {
+        if let Some(run_dir) = self.path.parent() {
+            stay(run_dir);
+        }
     }
 
     /// Whether the socket's file is another agent's now: then it is not removed at the end.

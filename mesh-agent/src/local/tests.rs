@@ -9,6 +9,7 @@ async fn a_folder_is_abandoned_when_its_last_agent_has_ended() {
     let dir = tempfile::tempdir().unwrap();
     let run_dir = dir.path().join("run");
     assert!(!is_abandoned(&run_dir), "nobody has ever been there");
+    assert!(!is_of_agents(&run_dir));
     assert!(!run_dir.exists(), "who only looks makes nothing");
     let socket = LocalSocket::listen(&run_dir).unwrap();
     // A successor has the lock by another descriptor, and goes on holding it when this agent lets go.
@@ -17,7 +18,7 @@ async fn a_folder_is_abandoned_when_its_last_agent_has_ended() {
     drop(socket);
     assert!(!is_abandoned(&run_dir));
     drop(successor);
-    assert!(is_abandoned(&run_dir));
+    assert!(is_abandoned(&run_dir) && is_of_agents(&run_dir));
     drop(counter);
     leave(&run_dir).unwrap();
     assert!(
@@ -25,7 +26,14 @@ async fn a_folder_is_abandoned_when_its_last_agent_has_ended() {
         "whoever was taken over from comes back to a node that the mesh leaves"
     );
     // An agent that comes all the same is there to stay.
-    drop(LocalSocket::listen(&run_dir).unwrap());
+    let socket = LocalSocket::listen(&run_dir).unwrap();
+    assert!(!has_left(&run_dir));
+    // And so is one that goes on, or has taken over, where an uninstaller was ended half-way.
+    leave(&run_dir).unwrap();
+    assert!(has_left(&run_dir));
+    socket.stay();
+    assert!(!has_left(&run_dir));
+    drop(socket);
     assert!(is_abandoned(&run_dir));
     std::fs::remove_dir_all(&run_dir).unwrap();
     assert!(!is_abandoned(&run_dir), "it was cleaned");

@@ -1,6 +1,7 @@
 //! The Pods of this node, from their enrolment to their release: captured, served, given a certificate, and proven again and again.
 
 pub mod cni;
+mod draining;
 pub mod following;
 mod plan;
 pub mod probe_ports;
@@ -22,10 +23,10 @@ use tokio::net::TcpListener;
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{error, info};
 
 use crate::capture::netns::NetNamespace;
-use crate::capture::{Capture, CaptureError, CapturedPod, LEAVING_LOOK, PodToEnroll};
+use crate::capture::{Capture, CaptureError, CapturedPod, PodToEnroll};
 use crate::discovery::noticed::Noticed;
 use crate::discovery::report::{PodStatus, Proof, RELEASED};
 use crate::identity::Identity;
@@ -39,7 +40,6 @@ const BUSY_PATIENCE: Duration = Duration::from_secs(30);
 /// How long a Pod that leaves the mesh still serves who takes it for a member: peers are told by their own agents, each at its time.
 const LEAVING_GRACE: Duration = Duration::from_secs(2);
 const FREEZE_POLL: Duration = Duration::from_millis(5);
-const DRAIN_POLL: Duration = Duration::from_millis(50);
 /// Proofs at a time on the node; each starts a process for each family of addresses.
 const CONCURRENT_PROOFS: usize = 4;
 
@@ -258,7 +258,7 @@ impl Pods {
         // Whatever fails from here on: nobody takes it for protected.
         self.publish();
         // Before the listeners close: whoever was still sent to them would be refused.
-        if self.capture.let_go(&uid).await? {
+        if self.capture.let_go(&uid, grace).await? {
             sleep(grace).await;
         }
         let handle = self.enrolled.lock().get_mut(&uid).and_then(|enrolled| enrolled.handle.take());
@@ -313,39 +313,18 @@ impl Pods {
     /// The agent stops: Pods stay captured, and closed until the next agent. Connections have until `patience` is over, or until an
     /// agent that has taken over releases their Pod.
     pub async fn stop(&self, patience: Duration) {
-        let mut handles: Vec<(Arc<str>, PodProxyHandle)> = {
-            let mut enrolled = self.enrolled.lock();
-            enrolled.values_mut().for_each(|enrolled| enrolled.stop.cancel());
-            let served = enrolled
-                .values_mut()
-                .filter_map(|enrolled| Some((enrolled.uid.clone(), enrolled.handle.take()?)));
-            served.collect()
-        };
-        for (_, handle) in &handles {
-            handle.stop_accepting();
-        }
-        let drained = async {
-            let mut looked = Instant::now();
-            // Peers close their tunnels when they are told of the end, and those without a connection at once.
-            while self.connections() > 0 || !handles.iter().all(|(_, handle)| handle.is_drained()) {
-                sleep(DRAIN_POLL).await;
-                if looked.elapsed() < LEAVING_LOOK {
-                    continue;
-                }
-                looked = Instant::now();
-                for (uid, handle) in handles.extract_if(.., |(uid, _)| !self.capture.is_kept(uid)) {
-                    info!(%uid, "a Pod was released while this agent drains: its connections are cut");
-                    handle.shutdown().await;
-                }
+        let mut handles = Vec::new();
+        for enrolled in self.enrolled.lock().values_mut() {
+            enrolled.stop.cancel();
+            match enrolled.handle.take() {
+                Some(handle) => handles.push((enrolled.uid.clone(), handle)),
+                // Its release is under way, and tells by itself.
+                None if enrolled.is_leaving => {}
+                None => self.capture.has_cut(&enrolled.uid),
             }
-        };
-        if timeout(patience, drained).await.is_err() {
-            warn!(
-                connections = self.connections(),
-                "the drain is over; remaining connections are reset"
-            );
         }
-        futures_util::future::join_all(handles.into_iter().map(|(_, handle)| handle.shutdown())).await;
+        let (is_kept, has_cut) = (|uid: &str| self.capture.is_kept(uid), |uid: &str| self.capture.has_cut(uid));
+        draining::drain(handles, patience, || self.connections(), is_kept, has_cut).await;
     }
 
     /// Changes of Pods are refused from now on. False: one was still under way after `patience`, and they go on. Blocks.

@@ -100,10 +100,17 @@ async fn a_release_that_has_begun_is_completed_by_the_next_agent() {
             .1
     };
     let application = bed.application("[::]:8080");
-    assert!(!capture.let_go("uid-2").await.unwrap(), "nobody of that name is served");
+    assert!(
+        !capture.let_go("uid-2", Duration::ZERO).await.unwrap(),
+        "nobody of that name is served"
+    );
     let served = steered();
     assert!(served > 0, "its proofs are steered");
-    assert!(capture.let_go("uid-1").await.unwrap());
+    assert!(capture.let_go("uid-1", A_WHILE).await.unwrap());
+    assert!(
+        capture.is_kept("uid-1"),
+        "an agent that drains cuts it before its grace is over"
+    );
     let is_open = || hand.pods().unwrap().is_empty() && hand.attached_pods().unwrap().is_empty();
     assert!(is_open(), "the kernel still captures it");
     let client = timeout(A_WHILE, TcpStream::connect((POD_V4, 8080))).await.unwrap().unwrap();
@@ -113,7 +120,8 @@ async fn a_release_that_has_begun_is_completed_by_the_next_agent() {
     drop(timeout(A_WHILE, TcpStream::connect((POD_V4, 15008))).await.unwrap().unwrap());
     // What was let go is not put back, and beginning again changes nothing.
     assert_eq!(capture.repair("uid-1").await.unwrap(), Repairs::default());
-    assert!(capture.let_go("uid-1").await.unwrap());
+    assert!(capture.let_go("uid-1", Duration::ZERO).await.unwrap());
+    assert!(!capture.is_kept("uid-1"), "a release without grace waits for it");
     assert!(is_open(), "a repair captured it again");
 
     // The agent ends before it has completed it.
@@ -125,4 +133,77 @@ async fn a_release_that_has_begun_is_completed_by_the_next_agent() {
     assert!(is_open());
     settle_to(&bed, &before).await;
     assert!(!capture.release("uid-1").await.unwrap(), "its record stays");
+}
+
+/// Rules and routes stay until no agent carries connections of the Pod: those of one that drains are cut first, and it is told to.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_is_undone_once_an_agent_that_drains_has_cut_it() {
+    let Some(bed) = Bed::new("a_pod_is_undone_once_an_agent_that_drains_has_cut_it") else {
+        return;
+    };
+    let before = bed.snapshot();
+    let (run_dir, pin_path) = (bed.config().run_dir, bed.kernel_config().pin_path);
+    // As the agent before, which drains beside this one.
+    let carry = || {
+        let file = std::fs::File::open(run_dir.join("pods/uid-1.carried")).unwrap();
+        file.lock_shared().unwrap();
+        file
+    };
+    let expect_waiting = async || {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let record = std::fs::read_to_string(run_dir.join("pods/uid-1.json")).unwrap();
+        assert!(
+            record.contains("\"is_leaving\": true"),
+            "whoever drains is not told: {record}"
+        );
+        let rules = run(&format!("ip -n {} rule", bed.name));
+        assert!(rules.contains("fwmark"), "nobody is waited for: {rules}");
+    };
+
+    // By the agent that runs.
+    let capture = bed.start();
+    for is_let_go in [false, true] {
+        drop(capture.enroll(bed.pod("uid-1")).await.unwrap());
+        let carried = carry();
+        if is_let_go {
+            assert!(capture.let_go("uid-1", Duration::ZERO).await.unwrap());
+        }
+        let releasing = tokio::spawn({
+            let capture = Arc::clone(&capture);
+            async move { capture.release("uid-1").await.unwrap() }
+        });
+        expect_waiting().await;
+        assert!(!releasing.is_finished() && !capture.is_kept("uid-1"));
+        drop(carried);
+        assert!(timeout(A_WHILE, releasing).await.unwrap().unwrap());
+        settle_to(&bed, &before).await;
+    }
+
+    // By the next one, after a release that had begun.
+    drop(capture.enroll(bed.pod("uid-1")).await.unwrap());
+    let carried = carry();
+    assert!(capture.let_go("uid-1", Duration::ZERO).await.unwrap());
+    drop(capture);
+    let capture = bed.start();
+    let recovering = tokio::spawn({
+        let capture = Arc::clone(&capture);
+        async move { capture.recover().await.len() }
+    });
+    expect_waiting().await;
+    drop(carried);
+    assert_eq!(timeout(A_WHILE, recovering).await.unwrap().unwrap(), 0);
+    settle_to(&bed, &before).await;
+
+    // Without any.
+    drop(capture.enroll(bed.pod("uid-1")).await.unwrap());
+    let carried = carry();
+    drop(capture);
+    let cleaning = tokio::spawn({
+        let run_dir = run_dir.clone();
+        async move { Capture::cleanup(&run_dir, &pin_path).await.unwrap().released }
+    });
+    expect_waiting().await;
+    drop(carried);
+    assert_eq!(timeout(A_WHILE, cleaning).await.unwrap().unwrap(), ["uid-1"]);
+    settle_to(&bed, &before).await;
 }

@@ -340,6 +340,26 @@ pub fn uninstalled_under_a_connection(shared: &mut Shared) -> Result<()> {
     mesh.wait_for_tunnel("client", "server")
 }
 
+/// An uninstaller that is killed once it has said that the mesh leaves the node: the agent that goes on stays, and so does the next one,
+/// by whose start the one before must not take the node for left.
+pub fn departure_broken_off(shared: &mut Shared) -> Result<()> {
+    let mesh = &mut shared.mesh;
+    let node = NodeName::Two;
+    let run_dir = mesh.topology.node(node).run_dir();
+    let leaving = run_dir.join("leaving");
+    std::fs::write(&leaving, "")?;
+    // Its end is all that the agent sees of it.
+    drop(UnixStream::connect(run_dir.join("handover.sock"))?);
+    poll::until_true("the agent that goes on stays", SOON, || Ok(!leaving.exists()))?;
+
+    std::fs::write(&leaving, "")?;
+    let gone = succeed(mesh, node)?;
+    mesh.wait_until_ready(node)?;
+    ensure!(!leaving.exists(), "the agent before takes the node for left by the mesh");
+    gone.wait(PATIENTLY)?;
+    mesh.wait_for_tunnel("client", "server")
+}
+
 /// A Pod that the successor releases has nothing to do with the mesh any more, and the agent of before lets go of it as well.
 pub fn released_while_draining(shared: &mut Shared) -> Result<()> {
     let mesh = &mut shared.mesh;
@@ -357,6 +377,12 @@ pub fn released_while_draining(shared: &mut Shared) -> Result<()> {
     let gone = succeed(mesh, node)?;
     ensure!(goes.ask("drains", SOON)? == "drains");
     mesh.release("passing")?;
+    // Its rules and routes are gone by now: whatever the agent of before still carried would be answered in clear.
+    let said = tail(&mesh.topology.node(node).folder.join("mesh-agent.log"), 100);
+    ensure!(
+        said.contains("released while this agent drains"),
+        "it was released before the agent that drains has cut it"
+    );
     let end = goes.hear(SOON).context("the connection of a released Pod goes on")?;
     ensure!(end.contains("error"), "expected a reset, saw {end}");
     ensure!(
