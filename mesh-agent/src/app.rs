@@ -290,6 +290,7 @@ async fn agent(args: RunArgs, credentials: Credentials, limits: Limits) -> anyho
         info!("the agent before is taken over");
     }
     capture.stand_alone();
+    tasks.spawn(until(alone.clone(), pods.clone().complete_releases()));
     // Only now: until then it may go on with the Pods.
     if args.follow_pods {
         let parts = enrolment::Parts {

@@ -184,6 +184,12 @@ pub(crate) fn replace(path: &Path, content: &[u8], mode: u32, owner: Option<(u32
     replace_if(path, content, mode, owner, || Ok(true)).map(drop)
 }
 
+/// Beside a file that is written: hidden, and with an ending that no runtime takes for a configuration.
+pub fn temporary(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!(".{name}.culvert-new"))
+}
+
 /// Writes beside and renames, if it still `may`.
 fn replace_if(
     path: &Path,
@@ -193,9 +199,7 @@ fn replace_if(
     may: impl Fn() -> io::Result<bool>,
 ) -> io::Result<bool> {
     use std::io::Write as _;
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    // Hidden, and with an ending that no runtime takes for a configuration.
-    let temporary = path.with_file_name(format!(".{name}.culvert-new"));
+    let temporary = temporary(path);
     let written = || -> io::Result<bool> {
         let mut file = File::options()
             .write(true)

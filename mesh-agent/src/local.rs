@@ -20,7 +20,10 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status};
 
 pub use client::{enroll, list, release};
-pub use socket::{LocalSocket, SocketError, has_left, is_abandoned, is_of_agents, leave, listen_at, lock, stay};
+pub use socket::{
+    LEAVING_FILE, LOCK_FILE, LocalSocket, SOCKET_FILE, SocketError, has_left, is_abandoned, is_of_agents, leave, listen_at, lock,
+    stay,
+};
 
 use crate::capture::{Origin, PodToEnroll};
 use crate::pods::{PodError, Pods};

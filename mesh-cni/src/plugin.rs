@@ -34,10 +34,11 @@ const OF_OTHERS: Patience = Patience {
     reach: Duration::ZERO,
     answer: Duration::from_secs(2),
 };
-/// A release is asked for, and never waited for long: what is left the agent's list removes.
-const AT_THE_END: Patience = Patience {
+/// A release is asked for, and never waited for long: what is left the agent's list removes. Longer than an agent waits for another one
+/// that drains.
+pub const AT_THE_END: Patience = Patience {
     reach: Duration::ZERO,
-    answer: Duration::from_secs(5),
+    answer: Duration::from_secs(8),
 };
 
 /// What the plugin asks of its node.

@@ -91,7 +91,10 @@ impl Workspace {
             profile: self.profile,
         };
         let mut cargo = own.cargo(&["rustc", "--locked", "--quiet", "--package", PLUGIN, "--bin", PLUGIN]);
-        tools::run(cargo.args(["--profile", self.profile, "--", "-C", "target-feature=+crt-static"]))?;
+        tools::run(cargo.args(["--profile", self.profile, "--", "-C", "target-feature=+crt-static"])).context(
+            "linking the CNI plugin statically: that needs the C library as an archive, libc.a (in Debian's libc6-dev; elsewhere \
+             glibc-static)",
+        )?;
         // What is there is a link to what cargo keeps, and may be running.
         let (made, place) = (own.binaries().join(PLUGIN), self.binaries().join(PLUGIN));
         let beside = place.with_extension(std::process::id().to_string());

@@ -6,7 +6,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::sleep;
 use std::time::Duration;
@@ -24,6 +24,8 @@ use crate::cni_install;
 use crate::config::UninstallArgs;
 use crate::local::handover::{self, Hello, Inherited};
 use crate::local::{self, SocketError};
+use crate::memory;
+use crate::pods::trust_domain;
 
 /// An agent that enrols a Pod at this moment, or starts, is asked again.
 const CLAIM_TRIES: u32 = 15;
@@ -32,19 +34,6 @@ const CLAIM_RETRY: Duration = Duration::from_secs(1);
 const ACCEPT_GRACE: Duration = Duration::from_millis(300);
 /// Between two looks of one that stays.
 const LOOK: Duration = Duration::from_secs(5);
-/// What agents make in their folder, beside the records of their Pods. The lock is last: while it is there, the folder is theirs.
-const FILES: [&str; 10] = [
-    "agent.sock",
-    "handover.sock",
-    "cni.sock",
-    "cni-namespaces.json",
-    ".cni-namespaces.json.culvert-new",
-    "memory",
-    "memory.new",
-    "trust-domain",
-    "leaving",
-    "agent.lock",
-];
 /// How the files of their folder `pods` end, beside whole records, which are gone with what they tell of.
 const PARTS_OF_RECORDS: [&str; 2] = [".json.new", ".carried"];
 
@@ -302,7 +291,7 @@ fn remove_folder(run_dir: &Path) -> anyhow::Result<Vec<String>> {
         }
     }
     is_gone(&pods, fs::remove_dir(&pods))?;
-    for path in FILES.map(|name| run_dir.join(name)) {
+    for path in files(run_dir) {
         is_gone(&path, fs::remove_file(&path))?;
     }
     let said = if is_gone(run_dir, fs::remove_dir(run_dir))? {
@@ -311,6 +300,23 @@ fn remove_folder(run_dir: &Path) -> anyhow::Result<Vec<String>> {
         "stays: there is more in it than the mesh's files, which are removed"
     };
     Ok(vec![format!("{} {said}", run_dir.display())])
+}
+
+/// What agents make in their folder, beside the records of their Pods. The lock is last: while it is there, the folder is theirs.
+fn files(run_dir: &Path) -> [PathBuf; 10] {
+    let [list, memory] = [mesh_cni::protocol::list_path(run_dir), run_dir.join(memory::FILE)];
+    [
+        run_dir.join(local::SOCKET_FILE),
+        run_dir.join(handover::SOCKET_FILE),
+        mesh_cni::protocol::socket_path(run_dir),
+        cni_install::temporary(&list),
+        list,
+        memory::new_path(&memory),
+        memory,
+        run_dir.join(trust_domain::FILE),
+        run_dir.join(local::LEAVING_FILE),
+        run_dir.join(local::LOCK_FILE),
+    ]
 }
 
 /// False: a folder in which something is.
@@ -419,7 +425,7 @@ mod tests {
         let clean = Arc::new(Mutex::new(true));
         for is_shared in [false, true] {
             fs::create_dir_all(args.run_dir.join("pods")).unwrap();
-            FILES.iter().for_each(|name| fs::write(args.run_dir.join(name), "").unwrap());
+            files(&args.run_dir).iter().for_each(|path| fs::write(path, "").unwrap());
             fs::write(args.run_dir.join("pods/a-1.carried"), "").unwrap();
             if is_shared {
                 fs::write(args.run_dir.join("somebodys"), "").unwrap();

@@ -15,7 +15,7 @@ use super::network::{CaptureError, IoContext as _};
 /// ended or are given up (the proxy's `SHUTDOWN_PATIENCE`). One that has not by then hangs: that is logged, and the Pod is let go all
 /// the same.
 pub const CUT_PATIENCE: Duration = Duration::from_secs(6);
-const POLL: Duration = Duration::from_millis(20);
+pub(super) const POLL: Duration = Duration::from_millis(20);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Carriers {
@@ -46,8 +46,18 @@ impl Enrolments {
         self.carriers(uid) != Carriers::None
     }
 
+    /// Two looks long, and on until nobody carries connections of these Pods, which are marked as leaving; up to [`CUT_PATIENCE`] for
+    /// all together. The looks, because an agent of a build without these files may have been here before or after one with them.
+    /// Blocks.
+    pub(super) fn wait_for_looks_and_until_cut(&self, uids: &[String]) {
+        if !uids.is_empty() {
+            sleep(2 * LEAVING_LOOK);
+            self.wait_until_cut(uids);
+        }
+    }
+
     /// Until nobody carries connections of these Pods, which are marked as leaving; up to [`CUT_PATIENCE`] for all together. Blocks.
-    pub(super) fn wait_until_cut(&self, uids: &[&str]) {
+    pub(super) fn wait_until_cut(&self, uids: &[String]) {
         let left = self.carried_after(uids, CUT_PATIENCE);
         if !left.is_empty() {
             tracing::error!(
@@ -58,9 +68,9 @@ impl Enrolments {
     }
 
     /// Those that somebody still carries then.
-    fn carried_after<'a>(&self, uids: &[&'a str], patience: Duration) -> Vec<&'a str> {
+    fn carried_after<'a>(&self, uids: &'a [String], patience: Duration) -> Vec<&'a str> {
         let began = Instant::now();
-        let mut left = uids.to_vec();
+        let mut left: Vec<&str> = uids.iter().map(String::as_str).collect();
         loop {
             let waited = began.elapsed();
             left.retain(|uid| match self.carriers(uid) {
@@ -103,7 +113,8 @@ mod tests {
         drop(enrolments.carry("b-2").unwrap());
         assert!(enrolments.is_carried("a-1"));
         drop(third);
-        assert_eq!(enrolments.carried_after(&["b-2", "a-1"], SHORT), ["a-1"], "there is a bound");
+        let uids = ["b-2", "a-1"].map(str::to_owned);
+        assert_eq!(enrolments.carried_after(&uids, SHORT), ["a-1"], "there is a bound");
         let began = Instant::now();
         let cut = std::thread::spawn(move || {
             sleep(SHORT);
@@ -111,12 +122,12 @@ mod tests {
             sleep(SHORT);
             drop(second);
         });
-        assert!(enrolments.carried_after(&["a-1", "b-2"], CUT_PATIENCE).is_empty());
+        assert!(enrolments.carried_after(&uids, CUT_PATIENCE).is_empty());
         assert!(began.elapsed() >= 2 * SHORT, "one still carries it");
         cut.join().unwrap();
 
         // Where nobody is, nobody is waited for.
-        assert!(enrolments.carried_after(&["a-1", "b-2"], Duration::ZERO).is_empty());
+        assert!(enrolments.carried_after(&uids, Duration::ZERO).is_empty());
     }
 
     #[test]
@@ -125,7 +136,7 @@ mod tests {
         let enrolments = Enrolments::open(folder.path()).unwrap();
         let began = Instant::now();
         assert!(enrolments.is_carried("a-1"));
-        assert!(enrolments.carried_after(&["a-1"], CUT_PATIENCE).is_empty());
+        assert!(enrolments.carried_after(&["a-1".to_owned()], CUT_PATIENCE).is_empty());
         assert!(began.elapsed() >= 2 * LEAVING_LOOK && began.elapsed() < CUT_PATIENCE);
     }
 }

@@ -49,8 +49,8 @@ impl Capture {
                     Err(error) => summary.failed.push((uid, error)),
                 }
             }
-            let uids: Vec<&str> = leaving.iter().map(|(uid, _)| uid.as_str()).collect();
-            enrolments.wait_until_cut(&uids);
+            let uids: Vec<String> = leaving.iter().map(|(uid, _)| uid.clone()).collect();
+            enrolments.wait_for_looks_and_until_cut(&uids);
             for (uid, record) in leaving {
                 let undone = match recovery::find(&record, &boot_id) {
                     Some(netns) => netns.run(|| routing::undo(&record.before)),

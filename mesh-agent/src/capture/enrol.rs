@@ -209,7 +209,7 @@ impl Inner {
                 let _change = self.change.lock();
                 self.mark_leaving(record, Duration::ZERO)?;
             }
-            self.enrolments.wait_until_cut(&[uid]);
+            self.enrolments.wait_until_cut(&[uid.to_owned()]);
         }
         let _change = self.change.lock();
         if !self.pods.lock().contains_key(uid) {
@@ -217,6 +217,10 @@ impl Inner {
         }
         self.undo(uid)?;
         Ok(true)
+    }
+
+    pub(super) fn carries(&self, uid: &str) -> bool {
+        self.pods.lock().get(uid).is_some_and(|enrolment| enrolment.carried.is_some())
     }
 
     pub(super) fn has_cut(&self, uid: &str) {

@@ -118,6 +118,7 @@ impl Enrolments {
         let mut loaded = Loaded::default();
         for entry in fs::read_dir(&self.directory).step("reading the folder of enrolments")? {
             let path = entry.step("reading the folder of enrolments")?.path();
+            self.remove_if_nobodys(&path);
             if path.extension().is_none_or(|extension| extension != "json") {
                 continue;
             }
@@ -133,6 +134,19 @@ impl Enrolments {
             loaded.unreadable.push((path, why));
         }
         Ok(loaded)
+    }
+
+    /// A file of who carries a Pod, of which nothing else is left: an older build does not remove it.
+    fn remove_if_nobodys(&self, path: &Path) {
+        let is_carried = path.extension().is_some_and(|extension| extension == "carried");
+        let uid = path.file_stem().and_then(|stem| stem.to_str());
+        if let (true, Some(uid)) = (is_carried, uid)
+            && !self.path(uid).exists()
+            && !self.is_carried(uid)
+            && let Err(error) = fs::remove_file(path)
+        {
+            tracing::warn!(path = %path.display(), %error, "what an earlier agent has left cannot be removed");
+        }
     }
 
     pub(super) fn save(&self, record: &EnrolmentRecord) -> Result<(), CaptureError> {

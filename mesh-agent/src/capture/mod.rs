@@ -230,6 +230,17 @@ impl Capture {
             .collect()
     }
 
+    /// Completes what an agent had begun to release when it died; those that could not be are captured still. It waits for agents that
+    /// drain, up to [`CUT_PATIENCE`].
+    pub async fn complete_releases(&self) -> Vec<(PodToEnroll, CaptureError)> {
+        let inner = Arc::clone(&self.inner);
+        let completed = blocking(move || Ok(inner.complete_releases())).await;
+        completed.unwrap_or_else(|error| {
+            tracing::error!(%error, "releases that an earlier agent had begun cannot be completed");
+            Vec::new()
+        })
+    }
+
     /// Tries again to take over one that [`Capture::recover`] could not. `None`: its namespace is gone, and it is released.
     ///
     /// # Errors
@@ -293,6 +304,21 @@ impl Capture {
     pub async fn reopen(&self, uid: &str) -> Result<CapturedPod, CaptureError> {
         let (inner, uid) = (Arc::clone(&self.inner), uid.to_owned());
         blocking(move || inner.reopen(&uid)).await?.into_captured()
+    }
+
+    /// Until this agent's drain has cut the Pod, which is marked as leaving; at most [`CUT_PATIENCE`], which is logged.
+    pub async fn until_cut(&self, uid: &str) {
+        let until = tokio::time::Instant::now() + CUT_PATIENCE;
+        while self.inner.carries(uid) {
+            if tokio::time::Instant::now() >= until {
+                tracing::error!(
+                    uid,
+                    "this agent's drain has not cut a Pod that leaves: it is let go, and answers may go in clear"
+                );
+                return;
+            }
+            tokio::time::sleep(carried::POLL).await;
+        }
     }
 
     /// Nothing of the Pod is carried by this agent any longer: whoever takes its rules and routes away need not wait for it.

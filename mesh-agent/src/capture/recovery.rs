@@ -38,7 +38,6 @@ fn at_path(record: &EnrolmentRecord) -> Option<NetNamespace> {
 
 impl Inner {
     pub(super) fn recover(&self) -> Vec<Result<Established, (PodToEnroll, CaptureError)>> {
-        self.wait_for_those_that_leave(|_| true);
         let _change = self.change.lock();
         if let Err(error) = self.remove_orphans() {
             tracing::error!(%error, "what a Pod without a record left in the kernel cannot be removed");
@@ -46,7 +45,7 @@ impl Inner {
         let records: Vec<_> = {
             let pods = self.pods.lock();
             pods.values()
-                .filter(|e| e.active.is_none())
+                .filter(|e| e.active.is_none() && !e.record.is_leaving)
                 .map(|e| e.record.clone())
                 .collect()
         };
@@ -61,7 +60,7 @@ impl Inner {
     }
 
     pub(super) fn take_over(&self, uid: &str) -> Result<Option<Established>, CaptureError> {
-        self.wait_for_those_that_leave(|of| of == uid);
+        self.enrolments.wait_until_cut(&self.leaving(|of| of == uid));
         let _change = self.change.lock();
         let record = {
             let pods = self.pods.lock();
@@ -74,17 +73,27 @@ impl Inner {
         self.resume(record, Instant::now())
     }
 
-    /// An agent may have begun to release Pods, and died, that one before it still drains. Not under `change`, since it takes its time.
-    fn wait_for_those_that_leave(&self, is_meant: impl Fn(&str) -> bool) {
-        let leaving: Vec<String> = {
-            let pods = self.pods.lock();
-            let leaving = pods
-                .iter()
-                .filter(|(uid, e)| e.active.is_none() && e.record.is_leaving && is_meant(uid));
-            leaving.map(|(uid, _)| uid.clone()).collect()
-        };
-        let uids: Vec<&str> = leaving.iter().map(String::as_str).collect();
-        self.enrolments.wait_until_cut(&uids);
+    /// What an agent had begun to release when it died. One before it may still drain those Pods, and is waited for, not under
+    /// `change`, since it takes its time.
+    pub(super) fn complete_releases(&self) -> Vec<(PodToEnroll, CaptureError)> {
+        let leaving = self.leaving(|_| true);
+        self.enrolments.wait_for_looks_and_until_cut(&leaving);
+        let _change = self.change.lock();
+        let undone = leaving.iter().filter_map(|uid| {
+            let record = self.pods.lock().get(uid).map(|enrolment| enrolment.record.clone())?;
+            let pod = record.pod.clone();
+            self.resume(record, Instant::now()).err().map(|error| (pod, error))
+        });
+        undone.collect()
+    }
+
+    /// Uids of Pods whose release had begun before this agent.
+    fn leaving(&self, is_meant: impl Fn(&str) -> bool) -> Vec<String> {
+        let pods = self.pods.lock();
+        let leaving = pods
+            .iter()
+            .filter(|(uid, e)| e.active.is_none() && e.record.is_leaving && is_meant(uid));
+        leaving.map(|(uid, _)| uid.clone()).collect()
     }
 
     /// `None`: the namespace is gone, and what it left is released.

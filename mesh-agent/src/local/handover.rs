@@ -29,7 +29,7 @@ use crate::capture::descriptors::{receive, send};
 use crate::memory::Memory;
 use crate::pods::Pods;
 
-const SOCKET_FILE: &str = "handover.sock";
+pub const SOCKET_FILE: &str = "handover.sock";
 /// Raised when a message changes.
 const VERSION: u32 = 3;
 /// The oldest version whose messages this one understands, and that understands its own. Raised when an order changes, or when a field

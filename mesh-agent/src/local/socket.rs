@@ -16,10 +16,10 @@ use tokio::sync::mpsc;
 use tokio::time::sleep;
 use tracing::warn;
 
-const SOCKET_FILE: &str = "agent.sock";
-const LOCK_FILE: &str = "agent.lock";
+pub const SOCKET_FILE: &str = "agent.sock";
+pub const LOCK_FILE: &str = "agent.lock";
 /// There while the mesh leaves the node.
-const LEAVING_FILE: &str = "leaving";
+pub const LEAVING_FILE: &str = "leaving";
 /// Who waits to be accepted.
 const BACKLOG: i32 = 1024;
 /// After a failed accept, before the next.

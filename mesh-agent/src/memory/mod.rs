@@ -24,7 +24,7 @@ use tracing::{info, warn};
 pub use file::fuzz;
 pub use file::{FileError, LONGEST_ABSENCE, MAX_FILE_BYTES, Owner, Remembered};
 
-const FILE: &str = "memory";
+pub const FILE: &str = "memory";
 /// `RAMFS_MAGIC` of linux/magic.h.
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 /// From a change until it is written, so that many at once are written once.
@@ -164,7 +164,7 @@ impl Memory {
     }
 }
 
-fn new_path(path: &Path) -> PathBuf {
+pub fn new_path(path: &Path) -> PathBuf {
     path.with_extension("new")
 }
 

@@ -134,5 +134,9 @@ mod tests {
     #[test]
     fn an_agent_that_drains_cuts_in_time() {
         assert!(LEAVING_LOOK + 2 * POLL + SHUTDOWN_PATIENCE < CUT_PATIENCE);
+        assert!(
+            CUT_PATIENCE < mesh_cni::plugin::AT_THE_END.answer,
+            "the plugin gives up before"
+        );
     }
 }

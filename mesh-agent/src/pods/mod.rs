@@ -7,7 +7,7 @@ mod plan;
 pub mod probe_ports;
 mod proving;
 mod standing;
-mod trust_domain;
+pub mod trust_domain;
 
 use standing::{Standing, Why};
 pub use trust_domain::TrustDomain;
@@ -91,6 +91,8 @@ struct Enrolled {
     stop: CancellationToken,
     /// A release has begun, and is to be completed before anything else.
     is_leaving: bool,
+    /// The agent ends, and its drain has the handle.
+    is_draining: bool,
 }
 
 /// A Pod as the admin dump shows it.
@@ -172,13 +174,23 @@ impl Pods {
                     info!(pod = %captured.pod.name, namespace = %captured.pod.namespace, "enrolled Pod found again");
                     self.serve(captured, true);
                 }
-                Err((pod, error)) => {
-                    error!(pod = %pod.name, namespace = %pod.namespace, %error, "an enrolled Pod cannot be taken over; its connections are refused until it can");
-                    self.insert(pod, 0, None, true, error.into());
-                }
+                Err((pod, error)) => self.insert_closed(pod, error),
             }
         }
         self.publish();
+    }
+
+    /// Completes the releases that an earlier agent had begun. Once this one serves: it may have to wait for one that drains.
+    pub async fn complete_releases(self: Arc<Self>) {
+        for (pod, error) in self.capture.complete_releases().await {
+            self.insert_closed(pod, error);
+        }
+        self.publish();
+    }
+
+    fn insert_closed(self: &Arc<Self>, pod: PodToEnroll, error: CaptureError) {
+        error!(pod = %pod.name, namespace = %pod.namespace, %error, "an enrolled Pod cannot be taken over; its connections are refused until it can");
+        self.insert(pod, 0, None, true, error.into());
     }
 
     /// Enrols a Pod and waits, bounded, for its certificate and its proof. What is already enrolled is only waited for.
@@ -261,9 +273,16 @@ impl Pods {
         if self.capture.let_go(&uid, grace).await? {
             sleep(grace).await;
         }
-        let handle = self.enrolled.lock().get_mut(&uid).and_then(|enrolled| enrolled.handle.take());
-        if let Some(handle) = handle {
-            handle.shutdown().await;
+        let taken = self
+            .enrolled
+            .lock()
+            .get_mut(&uid)
+            .map(|enrolled| (enrolled.handle.take(), enrolled.is_draining));
+        match taken {
+            Some((Some(handle), _)) => handle.shutdown().await,
+            // This agent ends: its drain has the handle, and cuts the Pod at its next look.
+            Some((None, true)) => self.capture.until_cut(&uid).await,
+            _ => {}
         }
         // A failure leaves the entry, so that it is reported, listed and can be released again.
         let known = self.capture.release(&uid).await?;
@@ -317,7 +336,10 @@ impl Pods {
         for enrolled in self.enrolled.lock().values_mut() {
             enrolled.stop.cancel();
             match enrolled.handle.take() {
-                Some(handle) => handles.push((enrolled.uid.clone(), handle)),
+                Some(handle) => {
+                    enrolled.is_draining = true;
+                    handles.push((enrolled.uid.clone(), handle));
+                }
                 // Its release is under way, and tells by itself.
                 None if enrolled.is_leaving => {}
                 None => self.capture.has_cut(&enrolled.uid),
@@ -403,6 +425,7 @@ impl Pods {
             handle,
             stop: stop.clone(),
             is_leaving: false,
+            is_draining: false,
         };
         if let Some(before) = self.enrolled.lock().insert(uid.clone(), enrolled) {
             before.stop.cancel();

@@ -13,7 +13,7 @@ use crate::identity::Identity;
 use crate::proto::DEFAULT_TRUST_DOMAIN;
 use crate::state::SharedState;
 
-const FILE: &str = "trust-domain";
+pub const FILE: &str = "trust-domain";
 
 #[derive(Debug)]
 pub struct TrustDomain {

@@ -12,7 +12,8 @@ pub const CONNECTIONS_PER_POD: usize = 20_000;
 /// Connections from one address that the destination has not decided about. A decision waits some seconds when discovery contradicts
 /// the peer; five such peers, not one, would fill a Pod's [`CONNECTIONS_PER_POD`].
 pub const UNDECIDED_PER_SOURCE: usize = 4_000;
-/// Descriptors that are nobody's connection: maps, links, listeners (three a Pod, and a lock), pages, discovery.
+/// Descriptors that are nobody's connection: maps, links, pages, discovery, and five a Pod (its namespace, listeners, links, a lock):
+/// enough for 180 Pods, where a node has 110 unless it was told otherwise.
 pub const DESCRIPTORS_RESERVED: usize = 1_024;
 /// A connection has at most so many: its two ends.
 const DESCRIPTORS_PER_CONNECTION: usize = 2;

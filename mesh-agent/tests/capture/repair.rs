@@ -131,6 +131,7 @@ async fn a_release_that_has_begun_is_completed_by_the_next_agent() {
     let capture = bed.start();
     assert!(capture.recover().await.is_empty(), "it is captured again");
     assert!(is_open());
+    assert!(capture.complete_releases().await.is_empty());
     settle_to(&bed, &before).await;
     assert!(!capture.release("uid-1").await.unwrap(), "its record stays");
 }
@@ -187,7 +188,10 @@ async fn a_pod_is_undone_once_an_agent_that_drains_has_cut_it() {
     let capture = bed.start();
     let recovering = tokio::spawn({
         let capture = Arc::clone(&capture);
-        async move { capture.recover().await.len() }
+        async move {
+            assert!(capture.recover().await.is_empty(), "it is captured again");
+            capture.complete_releases().await.len()
+        }
     });
     expect_waiting().await;
     drop(carried);

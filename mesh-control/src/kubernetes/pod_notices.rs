@@ -226,7 +226,10 @@ impl PodNotices {
                 continue;
             };
             if !of.is_still_said(&is_heard) {
-                self.forget(&uid);
+                // Its agent may have died, and say so again, or be another replica's by now. In either case: later.
+                let until = now + NOT_ENROLLED_AFTER;
+                of.trouble = Trouble::Maybe { until, problem };
+                self.due.insert((until, uid));
                 continue;
             }
             of.trouble = Trouble::NotEnrolled(problem);

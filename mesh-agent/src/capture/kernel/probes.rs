@@ -2,6 +2,7 @@
 //! their way to them. The *kubelet's* probes of applications: those by which the agent proves a capture are in `capture/probe.rs`.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use aya::Ebpf;
 use aya::maps::{Array, HashMap, HashOfMaps, Map, MapData};
@@ -15,15 +16,16 @@ use super::inspect::entries;
 use super::programs::{take_map, typed};
 use super::{Kernel, failed, is_missing};
 
-const KUBELET: &str = "telling the kernel who the kubelet is";
 const PORTS: &str = "telling the kernel the Pods' probe ports";
 
 type VouchesOfPod = HashMap<MapData, UpstreamConnectionKey, u64>;
 
 pub(super) struct ProbeMaps {
     kubelet: Mutex<Array<MapData, KubeletValue>>,
-    /// What the kernel was told last of the kubelet.
+    /// What the kernel was told last of the kubelet; `None` while another agent may tell it something else.
     told: Mutex<Option<KubeletValue>>,
+    /// Somebody has told it something else since.
+    has_changed: AtomicBool,
     ports: Mutex<HashMap<MapData, ProbePortKey, u32>>,
     /// Of maps, by slot.
     vouches: Mutex<Map>,
@@ -58,6 +60,7 @@ impl ProbeMaps {
         Ok(Self {
             kubelet: Mutex::new(typed(take_map(programs, "KUBELET")?)?),
             told: Mutex::default(),
+            has_changed: AtomicBool::new(false),
             ports: Mutex::new(typed(take_map(programs, "PROBE_PORTS")?)?),
             vouches: Mutex::new(take_map(programs, "PROBE_VOUCHES")?),
         })
@@ -78,16 +81,25 @@ impl ProbeMaps {
         Ok(false)
     }
 
-    /// Tells the kernel again who the kubelet is, where it says another one; whether it did.
-    pub(super) fn repair_kubelet(&self) -> Result<bool, CaptureError> {
+    fn tell(&self, value: Option<KubeletValue>, is_alone: bool) -> Result<(), CaptureError> {
         let mut kubelet = self.kubelet.lock();
-        match *self.told.lock() {
-            Some(told) if kubelet.get(&0, 0).ok() != Some(told) => {
-                kubelet.set(0, told, 0).map_err(|error| failed(KUBELET, error))?;
-                Ok(true)
-            }
-            _ => Ok(false),
+        let mut told = self.told.lock();
+        if told.is_some_and(|told| kubelet.get(&0, 0).ok() != Some(told)) {
+            self.has_changed.store(true, Ordering::Relaxed);
         }
+        if let Some(value) = value.or(*told) {
+            kubelet
+                .set(0, value, 0)
+                .map_err(|error| failed("telling the kernel who the kubelet is", error))?;
+            *told = is_alone.then_some(value);
+        }
+        Ok(())
+    }
+
+    /// Tells the kernel again who the kubelet is; whether somebody had told it something else since the last time.
+    pub(super) fn repair_kubelet(&self, is_alone: bool) -> Result<bool, CaptureError> {
+        self.tell(None, is_alone)?;
+        Ok(self.has_changed.swap(false, Ordering::Relaxed))
     }
 
     /// Entries whose end the programs could not be told of; they count no longer since they are that old.
@@ -130,10 +142,7 @@ impl Kernel {
             netns_cookie: node_cookie,
             cgroup_id: cgroup_id.unwrap_or(0),
         };
-        let mut kubelet = self.probes.kubelet.lock();
-        kubelet.set(0, value, 0).map_err(|error| failed(KUBELET, error))?;
-        *self.probes.told.lock() = Some(value);
-        Ok(())
+        self.probes.tell(Some(value), self.is_alone.load(Ordering::Relaxed))
     }
 
     /// The ports at which these Pods are asked by the kubelet, and no others of theirs. One walk over the map, however many they are.
@@ -169,7 +178,10 @@ impl Kernel {
             repaired.push("probe_vouches");
         }
         let mut map = self.probes.ports.lock();
-        let missing: Vec<ProbePortKey> = pod.keys().filter(|key| map.get(key, 0).ok() != Some(pod.slot)).collect();
+        // What is another Pod's, which has the address by now, is not missing.
+        let missing: Vec<ProbePortKey> = (pod.keys())
+            .filter(|key| map.get(key, 0).is_err_and(|error| is_missing(&error)))
+            .collect();
         for key in &missing {
             map.insert(key, pod.slot, 0).map_err(|error| failed(PORTS, error))?;
         }

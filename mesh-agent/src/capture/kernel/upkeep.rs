@@ -151,7 +151,7 @@ impl Kernel {
         if self.erased_beats.swap(0, Ordering::Relaxed) > 0 {
             repaired.push("heartbeat".to_owned());
         }
-        if self.probes.repair_kubelet()? {
+        if self.probes.repair_kubelet(self.is_alone.load(Ordering::Relaxed))? {
             repaired.push("kubelet".to_owned());
         }
         // Two system calls an entry, and it may have thousands.
