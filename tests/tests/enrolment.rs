@@ -35,6 +35,10 @@ fn main() -> ExitCode {
                 "a_pod_that_runs_is_enrolled_live_and_released_as_it_was",
                 live::joins_and_leaves,
             ),
+            (
+                "what_is_said_while_a_pod_leaves_an_agent_that_ends_is_never_in_clear",
+                live::leaves_an_agent_that_ends,
+            ),
             ("a_release_that_fails_is_completed_before_anything_else", live::release_fails),
             ("a_process_of_a_pod_in_anothers_namespace_enrols_nothing", live::wrong_pairing),
             ("a_namespace_that_a_pod_makes_with_its_address_is_no_pods", live::decoy),

@@ -13,6 +13,8 @@ use mesh_tests::poll::{self, SOON};
 use mesh_tests::process::{Place, Process};
 use mesh_tests::snapshot;
 use mesh_tests::topology::NodeName;
+use mesh_tests::wire::Recorder;
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 pub const NODE: NodeName = NodeName::Two;
@@ -215,6 +217,45 @@ pub fn joins_and_leaves(mesh: &mut Mesh) -> Result<()> {
     );
     drop(inwards);
     walker.end(mesh)
+}
+
+/// SIGTERM without a successor, and the label goes while the agent drains: a connection that is open ends at both Pods before anything of
+/// it finds another way.
+pub fn leaves_an_agent_that_ends(mesh: &mut Mesh) -> Result<()> {
+    label(mesh, "ending", "enabled")?;
+    let runner = Running::start(mesh, "runner", "ending", 48)?;
+    mesh.terminate_agent(NODE)?;
+    mesh.launch_agent_with(NODE, &["--follow-pods", "--drain-seconds", "60"])?;
+    mesh.wait_until_ready(NODE)?;
+    wait_until_proven(mesh, "runner")?;
+    mesh.wait_for_tunnel("client", "runner")?;
+    let marker = format!("marker-{:016x}", rand::random::<u64>());
+    let recorder = Recorder::start(&mesh.topology.node(NodeName::One).netns, "uplink")?;
+    let mut chat = mesh.app.chat(&mesh.pod("client").place(), mesh.pod("runner").v4.into())?;
+    let said = marker.clone();
+    let talk = std::thread::spawn(move || {
+        let mut answers = 0_u32;
+        while chat.ask(&said, SOON).is_ok_and(|answer| answer == said) {
+            answers += 1;
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        answers
+    });
+    let ending = mesh.take_agent(NODE)?;
+    ending.signal(Signal::SIGTERM)?;
+    label(mesh, "ending", "disabled")?;
+    let answers = talk.join().map_err(|_| anyhow::anyhow!("the talk panicked"))?;
+    let recording = recorder.finish()?;
+    ending.wait(PATIENTLY)?;
+    ensure!(answers > 100, "it was cut at once, after {answers} answers");
+    ensure!(
+        !recording.contains(marker.as_bytes()),
+        "what was said under mutual TLS went in clear when the Pod left an agent that ends"
+    );
+    mesh.launch_agent_with(NODE, &["--follow-pods"])?;
+    mesh.wait_until_ready(NODE)?;
+    ensure!(mesh.listed("runner")?.is_none(), "it was not released");
+    runner.end(mesh)
 }
 
 /// It counts as protected no longer, and once it can be completed it is, though the Pod is a member again by then.
