@@ -1,5 +1,7 @@
 //! Which build the agents and the control plane on a cluster are, and changing it.
 
+use std::process::Command;
+
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
@@ -99,7 +101,11 @@ pub fn expect_programs(cluster: &Cluster, build: Build) -> Result<()> {
 /// One still is.
 pub fn expect_control(cluster: &Cluster, build: Build) -> Result<()> {
     cluster.kubectl().rolled_out(NAMESPACE, "deployment/mesh-control")?;
-    let program = build.path("mesh-control")?;
+    // As the image has it.
+    let program = cluster.folder().join(format!("mesh-control-{build:?}"));
+    let built = build.path("mesh-control")?;
+    let output = Command::new("strip").arg("-o").arg(&program).arg(&built).output()?;
+    ensure!(output.status.success(), "strip {}: {output:?}", built.display());
     // An `exe` is not there any more when its process has ended meanwhile.
     let script = format!(
         "for exe in /proc/[0-9]*/exe; do [ \"$(readlink $exe)\" != /mesh-control ] || \
