@@ -209,8 +209,9 @@ async fn what_an_agent_has_said_is_not_told_by_a_replica_that_it_has_left() {
     // It comes back, and says the same.
     bench.streams(1);
     bench.say("n", Proof::Pending);
+    assert_eq!(bench.told_at(later), [], "it has only just come back");
     let both = [("Pod", "web", "MeshNotEnrolled"), ("problem", "web", "not enrolled")];
-    assert_eq!(bench.told_at(later), expected(&both));
+    assert_eq!(bench.told_at(later + NOT_ENROLLED_AFTER), expected(&both));
 }
 
 #[tokio::test]

@@ -310,9 +310,11 @@ fn what_an_agent_has_said_is_told_only_while_it_is_heard() {
     assert_eq!(hear(&mut notices, Proof::Pending, WHY, &proven, now), None);
     let due = now + NOT_PROVEN_AGAIN_AFTER;
     assert_eq!(notices.take_due(due, has_left), [], "it is proven, as another replica knows");
-    assert!(is_empty(&notices));
+    // Where it had only died, it says so again, and is told when that has lasted.
+    hear(&mut notices, Proof::Pending, WHY, &proven, due);
+    assert_eq!(notices.take_due(due, heard), [], "it has only just come back");
     // Neither what was told of it, nor that it was, outlives its leaving.
-    hear(&mut notices, Proof::Pending, WHY, &proven, now);
+    let due = due + NOT_ENROLLED_AFTER;
     assert_eq!(notices.take_due(due, heard).len(), 1);
     assert_eq!(notices.take_problem(due, has_left), Err(None));
     notices.retain(|_| true, has_left);
