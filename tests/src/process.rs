@@ -28,6 +28,16 @@ pub struct Place {
 }
 
 impl Place {
+    /// Where this process is.
+    #[must_use]
+    pub fn here() -> Self {
+        Self {
+            netns: "/proc/self/ns/net".into(),
+            cgroup: None,
+            unprivileged: false,
+        }
+    }
+
     /// A command that will start here.
     ///
     /// # Errors

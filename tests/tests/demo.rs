@@ -58,18 +58,10 @@ struct Demo {
 }
 
 /// Where this process is.
-fn here() -> Place {
-    Place {
-        netns: "/proc/self/ns/net".into(),
-        cgroup: None,
-        unprivileged: false,
-    }
-}
-
 impl Demo {
     fn start(shared: &Shared, name: &str) -> Result<Self> {
         let log = shared.folder.path().join(name);
-        let mut command = here().command(&binaries::path("mesh-demo")?, &[])?;
+        let mut command = Place::here().command(&binaries::path("mesh-demo")?, &[])?;
         // Terminals of one machine need not agree on these.
         command.env("XDG_RUNTIME_DIR", shared.folder.path());
         let process = Process::start("the demo", command, log.clone())?;
@@ -151,7 +143,7 @@ fn shell(lines: &str, demo: u32) -> Result<Output> {
         let mut arguments = vec!["-u", CHOICE_VARIABLE, "-u", "XDG_RUNTIME_DIR"];
         arguments.extend(environment.iter().map(String::as_str));
         arguments.extend(["sh", "-c", &script]);
-        here().run("/usr/bin/env".as_ref(), &arguments, COMMAND)
+        Place::here().run("/usr/bin/env".as_ref(), &arguments, COMMAND)
     };
     let output = run(None)?;
     // Another demo on this machine at this moment: a person is told to choose, and so do we.
@@ -295,7 +287,7 @@ fn without_root(shared: &mut Shared) -> Result<()> {
     std::fs::set_permissions(folder, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     let nobody = Place {
         unprivileged: true,
-        ..here()
+        ..Place::here()
     };
     for (name, commands) in [
         ("mesh-demo", &[&["--check"][..], &[]][..]),
@@ -346,7 +338,7 @@ fn by_hand(shared: &mut Shared) -> Result<()> {
     let temporary = format!("TMPDIR={}", shared.folder.path().display());
     let place = Place {
         cgroup: Some(cgroup.path().to_owned()),
-        ..here()
+        ..Place::here()
     };
     let arguments = [
         "-i",
@@ -414,7 +406,7 @@ fn benchmarks(_: &mut Shared) -> Result<()> {
             expected.extend(systems.iter().map(|system| format!("{name} {system} {unit}")));
         }
     }
-    let output = here()
+    let output = Place::here()
         .run(&binaries::path("mesh-bench")?, &["1", "--json", "--brief"], DEMO)?
         .ok("the benchmarks")?;
     let mut measured = BTreeSet::new();
@@ -438,7 +430,7 @@ fn benchmarks(_: &mut Shared) -> Result<()> {
         ensure!(is_new, "twice: {line}");
     }
     ensure!(measured == expected, "measured {measured:?}, not {expected:?}");
-    let usage = here().run(&binaries::path("mesh-bench")?, &["0"], COMMAND)?;
+    let usage = Place::here().run(&binaries::path("mesh-bench")?, &["0"], COMMAND)?;
     ensure!(!usage.status.success() && usage.stderr.contains("<ROUNDS>"), "{usage:?}");
     Ok(())
 }

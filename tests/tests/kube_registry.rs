@@ -116,6 +116,7 @@ fn main() -> ExitCode {
             ("what_all_replicas_see_is_told_by_one_and_once", notices::refused),
             ("a_network_policy_in_the_way_is_told_once_in_each_form", notices::blocked),
             ("many_objects_are_few_lists_and_few_compilations", large::many),
+            ("the_control_planes_benchmark_measures_what_it_says", program::benchmark),
             ("an_api_server_that_is_lost_takes_nothing_out_of_force", outages::lost),
             ("the_program_serves_from_a_cluster", program::serves),
             ("rights_that_are_missing_are_said", outages::forbidden),

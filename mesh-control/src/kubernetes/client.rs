@@ -17,6 +17,9 @@ use crate::limits::{API_TIMEOUT, WATCH_GRACE, WATCH_SECONDS};
 /// CEL knows addresses and ranges, by which policies are checked at admission.
 const OLDEST_MINOR: u32 = 32;
 
+/// Without a byte from the API server. Whoever watches has the watch end before.
+pub(super) const READ_TIMEOUT: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 2 * WATCH_GRACE.as_secs());
+
 /// A client by `KUBECONFIG`, or as a Pod of the cluster has it. An API server that is away is waited for.
 ///
 /// # Errors
@@ -62,7 +65,7 @@ pub fn client(mut config: Config) -> anyhow::Result<Client> {
     // What is tried again, and when, is decided where the answer is known.
     config.default_retry = false;
     // Whoever reads has a shorter patience of his own where it matters; nothing is waited for for ever.
-    config.read_timeout = Some(Duration::from_secs(WATCH_SECONDS.into()) + 2 * WATCH_GRACE);
+    config.read_timeout = Some(READ_TIMEOUT);
     let builder = ClientBuilder::try_from(config).context("a client of the API server")?;
     Ok(builder.with_layer(&MapResponseLayer::new(answers::mend)).build())
 }

@@ -16,7 +16,7 @@ use tokio_stream::StreamExt as _;
 use crate::control_plane::ControlPlane;
 use crate::kubernetes::root::{self, RootError};
 use crate::kubernetes::watch::{Backoff, retry_after};
-use crate::limits::{ROOT_CALL_TIMEOUT, ROOTS_PUBLISH_INTERVAL};
+use crate::limits::{ROOT_CALL_TIMEOUT, ROOTS_PUBLISH_INTERVAL, WATCH_SECONDS};
 use crate::roots::{InForce, Roots, Step};
 
 pub const SECRET: &str = "culvert-root";
@@ -202,8 +202,7 @@ impl RootSecret {
 
     /// Follows the Secret and publishes what it trusts, for ever. What cannot be used is said; what was in force before stays so.
     pub async fn follow(self, roots: Arc<Roots>, control: Arc<ControlPlane>) {
-        let config = Config::default().fields(&format!("metadata.name={SECRET}"));
-        let events = watcher(self.secrets.clone(), config).default_backoff();
+        let events = watcher(self.secrets.clone(), watched()).default_backoff();
         tokio::pin!(events);
         let mut publish = interval(ROOTS_PUBLISH_INTERVAL);
         publish.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -278,6 +277,13 @@ fn is_reason(error: &kube::Error, reason: &str) -> bool {
     matches!(error, kube::Error::Api(status) if status.reason == reason)
 }
 
+/// The Secret, by watches that end before the client takes their silence for a failure.
+fn watched() -> Config {
+    Config::default()
+        .fields(&format!("metadata.name={SECRET}"))
+        .timeout(WATCH_SECONDS)
+}
+
 /// A problem is said once, and so is its end.
 #[derive(Default)]
 struct Said(Option<String>);
@@ -292,5 +298,19 @@ impl Said {
             _ => {}
         }
         self.0 = problem;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::kubernetes::client::READ_TIMEOUT;
+
+    #[test]
+    fn a_secret_that_does_not_change_is_no_failure() {
+        let watch = watched().timeout.expect("an end");
+        assert!(Duration::from_secs(watch.into()) < READ_TIMEOUT, "{watch} s of silence");
     }
 }

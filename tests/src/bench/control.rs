@@ -25,7 +25,6 @@ const NAMESPACES: usize = 10;
 const NODES: usize = 100;
 /// Requests at once that make the cluster.
 const AT_ONCE: usize = 32;
-const CHANGES: usize = 5;
 /// Between two changes: after quiet.
 const QUIET: Duration = Duration::from_secs(2);
 const POLL: Duration = Duration::from_millis(5);
@@ -37,6 +36,8 @@ type Exposed = BTreeMap<String, Family>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Size {
     pub pods: usize,
+    /// Of each kind, in a round. At most half as many as there are policies.
+    pub changes: usize,
 }
 
 impl Size {
@@ -62,7 +63,7 @@ pub fn run(rounds: usize, size: Size, format: Format) -> Result<()> {
     bench.make(&mut samples)?;
     for round in 1..=rounds {
         progress(&format!("round {round} of {rounds}"));
-        bench.round(&mut samples)?;
+        bench.round(round, &mut samples)?;
     }
     samples.add("load_average", "processes", load_average()?);
     let (pods, services, policies) = (size.pods, size.services(), size.policies());
@@ -99,8 +100,10 @@ impl<'a> Bench<'a> {
             );
         }
         for n in 0..NODES {
-            all +=
-                &format!("---\napiVersion: v1\nkind: Node\nmetadata: {{name: node-{n}}}\nspec: {{podCIDRs: [10.{n}.0.0/16]}}\n");
+            all += &format!(
+                "---\napiVersion: v1\nkind: Node\nmetadata: {{name: node-{n}}}\nspec: {{podCIDRs: [{}.0.0/16]}}\n",
+                network(n)
+            );
         }
         kubectl.apply(&all)?;
         Ok(Self {
@@ -149,7 +152,7 @@ impl<'a> Bench<'a> {
         Ok(())
     }
 
-    fn round(&self, samples: &mut Samples) -> Result<()> {
+    fn round(&self, round: usize, samples: &mut Samples) -> Result<()> {
         let control = self.start("replica")?;
         let began = Instant::now();
         control.until_ready()?;
@@ -166,12 +169,14 @@ impl<'a> Bench<'a> {
         samples.add("rss", "MiB", control.memory("VmRSS:", "status")?);
         samples.add("pss", "MiB", control.memory("Pss:", "smaps_rollup")?);
         samples.add("rss_peak", "MiB", control.memory("VmHWM:", "status")?);
-        for n in 0..CHANGES {
+        // They were ready when they were made.
+        let ready = round.is_multiple_of(2);
+        for n in 0..self.size.changes {
             std::thread::sleep(QUIET);
-            self.change("pod_change", &control, samples, || self.change_pod(n, n % 2 == 0))?;
+            self.change("pod_change", &control, samples, || self.change_pod(n, ready))?;
             // With no quiet before it.
             self.change("pod_change_at_once", &control, samples, || {
-                self.change_pod(n + CHANGES, n % 2 == 0)
+                self.change_pod(n + self.size.changes, ready)
             })?;
             std::thread::sleep(QUIET);
             self.change("policy_change", &control, samples, || self.change_policy(n))?;
@@ -180,7 +185,7 @@ impl<'a> Bench<'a> {
         let of = |name: &str| anyhow::Ok(count(&last, name, &[])? - count(&first, name, &[])?);
         let compilations = of("mesh_control_snapshots_total")?;
         samples.add("compilation", "s", of("mesh_control_compile_seconds_total")? / compilations);
-        samples.add("compilations_per_change", "", compilations / (3 * CHANGES) as f64);
+        samples.add("compilations_per_change", "", compilations / (3 * self.size.changes) as f64);
         samples.add(
             "lists_of_pods",
             "",
@@ -203,7 +208,7 @@ impl<'a> Bench<'a> {
     }
 
     fn change_pod(&self, n: usize, ready: bool) -> Result<()> {
-        let status = json!({"status": {"conditions": [{"type": "Ready", "status": if ready { "False" } else { "True" }}]}});
+        let status = json!({"status": {"conditions": [{"type": "Ready", "status": if ready { "True" } else { "False" }}]}});
         let api = api(&self.client, "", "v1", "Pod", &namespace(n));
         self.runtime
             .block_on(api.patch_status(&format!("w{n}"), &PatchParams::default(), &Patch::Merge(status)))?;
@@ -298,6 +303,11 @@ fn namespace(n: usize) -> String {
     format!("ns{}", n % NAMESPACES)
 }
 
+/// Of a node's Pods, apart from the range of Services.
+fn network(node: usize) -> String {
+    format!("10.{}", 100 + node)
+}
+
 fn api(client: &Client, group: &str, version: &str, kind: &str, namespace: &str) -> Api<DynamicObject> {
     let kind = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind));
     Api::namespaced_with(client.clone(), namespace, &kind)
@@ -306,7 +316,7 @@ fn api(client: &Client, group: &str, version: &str, kind: &str, namespace: &str)
 /// A Pod, and with the first of them a Service with its slice, and a policy.
 async fn make_one(client: &Client, n: usize, size: Size) -> Result<()> {
     let namespace = namespace(n);
-    let ip = format!("10.{}.{}.{}", n % NODES, n / NODES / 250, n / NODES % 250 + 1);
+    let ip = format!("{}.{}.{}", network(n % NODES), n / NODES / 250, n / NODES % 250 + 1);
     let app = format!("a{}", n % size.services().max(1));
     let create = async |api: Api<DynamicObject>, object: Value| {
         let object = serde_json::from_value(object)?;

@@ -26,7 +26,14 @@ fn main() -> ExitCode {
     let amounts = if arguments.brief { Amounts::BRIEF } else { Amounts::FULL };
     let rounds = usize::from(arguments.rounds);
     let outcome = match arguments.control {
-        Some(pods) => control::run(rounds, control::Size { pods: pods as usize }, format),
+        Some(pods) => {
+            let changes = if arguments.brief { 1 } else { 5 };
+            let size = control::Size {
+                pods: pods as usize,
+                changes,
+            };
+            control::run(rounds, size, format)
+        }
         None => bench::run(rounds, amounts, format),
     };
     match outcome {

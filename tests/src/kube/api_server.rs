@@ -108,11 +108,7 @@ impl ApiServer {
     fn start_in(folder: RunFolder) -> Result<Self> {
         sweep();
         let seat = Seat {
-            place: Place {
-                netns: PathBuf::from("/proc/self/ns/net"),
-                cgroup: None,
-                unprivileged: false,
-            },
+            place: Place::here(),
             address: free_loopback()?,
             advertised: NOWHERE,
             has_controllers: false,

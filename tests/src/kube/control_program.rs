@@ -21,11 +21,7 @@ impl ControlProgram {
     /// # Errors
     /// It cannot be started.
     pub fn start(name: &str, kubeconfig: &Path, log: PathBuf) -> Result<Self> {
-        let place = Place {
-            netns: PathBuf::from("/proc/self/ns/net"),
-            cgroup: None,
-            unprivileged: false,
-        };
+        let place = Place::here();
         let [a, b, c] = rand::random::<[u8; 3]>();
         let address = |port| SocketAddr::new(Ipv4Addr::new(127, a.max(1), b, c.clamp(1, 254)).into(), port);
         let (listen, admin) = (address(15012), address(15014));

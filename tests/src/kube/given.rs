@@ -45,11 +45,7 @@ impl Given {
         let kubectl = Kubectl {
             binary,
             kubeconfig,
-            place: Place {
-                netns: PathBuf::from("/proc/self/ns/net"),
-                cgroup: None,
-                unprivileged: false,
-            },
+            place: Place::here(),
             folder: folder.path().to_owned(),
         };
         Ok(Some(Self { kubectl, folder }))
