@@ -33,5 +33,6 @@ pub mod run_id;
 pub mod snapshot;
 pub mod stream;
 pub mod suite;
+pub mod talk;
 pub mod topology;
 pub mod wire;

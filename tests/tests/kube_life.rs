@@ -23,12 +23,14 @@ mod rollouts;
 mod roots;
 
 use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
+use mesh_tests::http::{self, Response};
 use mesh_tests::kube::load::Counted;
 use mesh_tests::kube::shop::{SHOP, capture, deploy, is_on_the_wire, until_proven, with_logs};
-use mesh_tests::kube::{Cluster, culvert, helm};
+use mesh_tests::kube::{Cluster, Node, culvert, helm};
 use mesh_tests::suite;
 use serde_json::Value;
 
@@ -90,6 +92,17 @@ fn expect_mesh(cluster: &Cluster) -> Result<()> {
     ensure!(!is_seen, "what the client says can be read between the nodes");
     ensure!(capture(cluster, "server")? == "proven", "the server is not proven");
     Ok(())
+}
+
+fn page(node: &Node, address: Ipv4Addr, port: u16, path: &str) -> Result<Response> {
+    node.netns().run(|| http::request(SocketAddr::from((address, port)), path))
+}
+
+/// Of a node's agent.
+fn agent_page(node: &Node, port: u16, path: &str) -> Result<String> {
+    let Response { status, body, .. } = page(node, Ipv4Addr::LOCALHOST, port, path)?;
+    ensure!(status == 200, "{}: its agent: {status} {body}", node.name());
+    Ok(body)
 }
 
 fn report(cluster: &Cluster, what: &str, counted: &Counted) {

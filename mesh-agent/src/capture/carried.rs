@@ -126,6 +126,10 @@ mod tests {
         assert!(began.elapsed() >= 2 * SHORT, "one still carries it");
         cut.join().unwrap();
 
+        // An agent that tells nothing may be there all the same.
+        let began = Instant::now();
+        enrolments.wait_for_looks_and_until_cut(&uids);
+        assert!(began.elapsed() >= 2 * LEAVING_LOOK);
         // Where nobody is, nobody is waited for.
         assert!(enrolments.carried_after(&uids, Duration::ZERO).is_empty());
     }

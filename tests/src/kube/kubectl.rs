@@ -71,6 +71,15 @@ impl Kubectl {
         self.output(arguments)?.ok(&format!("kubectl {}", arguments.join(" ")))
     }
 
+    /// Removes the Pods of a namespace that no kubelet has.
+    ///
+    /// # Errors
+    /// As kubectl says.
+    pub fn forget_pods(&self, namespace: &str) -> Result<()> {
+        let now = ["--all", "--grace-period=0", "--force", "--wait=false"];
+        self.run(&[&["-n", namespace, "delete", "pods"], &now[..]].concat()).map(drop)
+    }
+
     /// One or more manifests as text.
     ///
     /// # Errors

@@ -12,8 +12,8 @@ use mesh_tests::netns::Netns;
 use mesh_tests::poll::{self, SOON};
 use mesh_tests::process::{Place, Process};
 use mesh_tests::snapshot;
+use mesh_tests::talk::Talk;
 use mesh_tests::topology::NodeName;
-use mesh_tests::wire::Recorder;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -229,29 +229,12 @@ pub fn leaves_an_agent_that_ends(mesh: &mut Mesh) -> Result<()> {
     mesh.wait_until_ready(NODE)?;
     wait_until_proven(mesh, "runner")?;
     mesh.wait_for_tunnel("client", "runner")?;
-    let marker = format!("marker-{:016x}", rand::random::<u64>());
-    let recorder = Recorder::start(&mesh.topology.node(NodeName::One).netns, "uplink")?;
-    let mut chat = mesh.app.chat(&mesh.pod("client").place(), mesh.pod("runner").v4.into())?;
-    let said = marker.clone();
-    let talk = std::thread::spawn(move || {
-        let mut answers = 0_u32;
-        while chat.ask(&said, SOON).is_ok_and(|answer| answer == said) {
-            answers += 1;
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        answers
-    });
+    let talk = Talk::begin(mesh, "client", "runner")?;
     let ending = mesh.take_agent(NODE)?;
     ending.signal(Signal::SIGTERM)?;
     label(mesh, "ending", "disabled")?;
-    let answers = talk.join().map_err(|_| anyhow::anyhow!("the talk panicked"))?;
-    let recording = recorder.finish()?;
+    talk.end("the Pod left an agent that ends")?;
     ending.wait(PATIENTLY)?;
-    ensure!(answers > 100, "it was cut at once, after {answers} answers");
-    ensure!(
-        !recording.contains(marker.as_bytes()),
-        "what was said under mutual TLS went in clear when the Pod left an agent that ends"
-    );
     mesh.launch_agent_with(NODE, &["--follow-pods"])?;
     mesh.wait_until_ready(NODE)?;
     ensure!(mesh.listed("runner")?.is_none(), "it was not released");

@@ -47,20 +47,7 @@ pub fn pace(bench: &mut Bench) -> Result<()> {
     ensure!(times.len() >= PODS, "the proxy has seen {} writes of {PODS}", times.len());
     ensure!(most <= MOST, "{most} writes came in one second");
     drop(reported);
-    bench
-        .server
-        .kubectl()
-        .run(&[
-            "-n",
-            NAMESPACE,
-            "delete",
-            "pods",
-            "--all",
-            "--grace-period=0",
-            "--force",
-            "--wait=false",
-        ])
-        .map(drop)
+    bench.server.kubectl().forget_pods(NAMESPACE)
 }
 
 /// Members of node-a.

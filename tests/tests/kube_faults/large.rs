@@ -39,15 +39,5 @@ pub fn objects(bench: &mut Bench) -> Result<()> {
         "what comes after them was not read"
     );
     ensure!(control.lists_of("Pod") == 1, "the list began anew");
-    kubectl.run(&[
-        "-n",
-        "large",
-        "delete",
-        "pods",
-        "--all",
-        "--grace-period=0",
-        "--force",
-        "--wait=false",
-    ])?;
-    Ok(())
+    kubectl.forget_pods("large")
 }

@@ -1,17 +1,17 @@
 //! The API server away: what is known goes on, and what changes meanwhile counts when it is back.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use mesh_tests::http::{self, Response};
+use mesh_tests::kube::Cluster;
 use mesh_tests::kube::load::{Inside, Load, inside};
 use mesh_tests::kube::shop::{MESH, PATIENCE, get, until_proven};
-use mesh_tests::kube::{Cluster, Node};
 use mesh_tests::poll::{self, SOON};
 
-use super::{expect_mesh, report};
+use super::{agent_page, expect_mesh, page, report};
 
+const READY: &str = "/healthz/ready";
 const AGENT_READY: u16 = 15021;
 const CONTROL_PAGES: u16 = 15014;
 /// Longer than watches need to notice, certificates' and reviews' short timers to pass, and far shorter than an agent can do without.
@@ -83,18 +83,11 @@ fn during(cluster: &Cluster, client: &Inside, controls: &[Ipv4Addr]) -> Result<(
     killed.ok("killing a control plane")?;
     std::thread::sleep(OUTAGE);
     for node in cluster.nodes() {
-        let page = page(node, Ipv4Addr::LOCALHOST, AGENT_READY)?;
-        ensure!(
-            page.status == 200,
-            "{}: its agent: {} {}",
-            node.name(),
-            page.status,
-            page.body
-        );
+        agent_page(node, AGENT_READY, READY)?;
     }
     // The one that was killed does not listen before it has the root.
     let ready = controls.iter().filter(|address| {
-        let page = page(cluster.node(1), **address, CONTROL_PAGES);
+        let page = page(cluster.node(1), **address, CONTROL_PAGES, READY);
         page.is_ok_and(|page| page.status == 200)
     });
     let ready = ready.count();
@@ -110,9 +103,9 @@ fn during(cluster: &Cluster, client: &Inside, controls: &[Ipv4Addr]) -> Result<(
     node.run(&["sh", "-c", "kill -9 $(pgrep -x mesh-agent)"], SOON)?
         .ok("killing the agent")?;
     poll::until_true("the agent is there again", PATIENCE, || {
-        Ok(page(node, Ipv4Addr::LOCALHOST, AGENT_READY).is_ok_and(|page| page.status == 200))
+        Ok(page(node, Ipv4Addr::LOCALHOST, AGENT_READY, READY).is_ok_and(|page| page.status == 200))
     })?;
-    let said = page(node, Ipv4Addr::LOCALHOST, AGENT_READY)?.body;
+    let said = page(node, Ipv4Addr::LOCALHOST, AGENT_READY, READY)?.body;
     println!("an agent that was killed meanwhile says: {}", said.trim());
     report(cluster, "an agent killed while the API server is away", &load.end(cluster)?);
     let after = Load::begin_in(cluster, client.clone(), "http://server/")?;
@@ -120,9 +113,4 @@ fn during(cluster: &Cluster, client: &Inside, controls: &[Ipv4Addr]) -> Result<(
     let counted = after.end(cluster)?;
     report(cluster, "after that", &counted);
     counted.none_failed("the time after an agent was killed without an API server")
-}
-
-fn page(node: &Node, address: Ipv4Addr, port: u16) -> Result<Response> {
-    node.netns()
-        .run(|| http::request(SocketAddr::from((address, port)), "/healthz/ready"))
 }

@@ -1,12 +1,10 @@
 //! The root of trust is replaced under traffic, by the commands of docs/TRUST.md.
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use mesh_tests::dashboards::checkout;
-use mesh_tests::http;
 use mesh_tests::kube::load::{Load, under_load};
 use mesh_tests::kube::open::Open;
 use mesh_tests::kube::shop::{MESH, PATIENCE, SHOP, get, server, until_mutual_tls, until_proven};
@@ -14,7 +12,7 @@ use mesh_tests::kube::{Cluster, Node};
 use mesh_tests::{poll, suite};
 use serde_json::Value;
 
-use super::{expect_mesh, report};
+use super::{agent_page, expect_mesh, report};
 
 const AGENT_ADMIN: u16 = 15000;
 /// Its certificate is the first one by the next root.
@@ -146,14 +144,5 @@ fn certificates(cluster: &Cluster) -> Result<BTreeMap<String, String>> {
 }
 
 fn config_dump(node: &Node) -> Result<Value> {
-    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, AGENT_ADMIN));
-    let page = node.netns().run(|| http::request(address, "/config_dump"))?;
-    ensure!(
-        page.status == 200,
-        "{}: its agent: {} {}",
-        node.name(),
-        page.status,
-        page.body
-    );
-    Ok(serde_json::from_str(&page.body)?)
+    Ok(serde_json::from_str(&agent_page(node, AGENT_ADMIN, "/config_dump")?)?)
 }

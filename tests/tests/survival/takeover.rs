@@ -3,7 +3,6 @@
 use std::io::Read as _;
 use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use mesh_tests::app::ECHO_PORT;
@@ -13,9 +12,8 @@ use mesh_tests::manifests::policy;
 use mesh_tests::mesh::{Mesh, PodSpec};
 use mesh_tests::poll::{self, SOON};
 use mesh_tests::process::{Process, tail};
-use mesh_tests::suite;
+use mesh_tests::talk::Talk;
 use mesh_tests::topology::NodeName;
-use mesh_tests::wire::Recorder;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -278,24 +276,12 @@ pub fn uninstalled_under_a_connection(shared: &mut Shared) -> Result<()> {
     const DRAIN: &str = "1";
     let mesh = &mut shared.mesh;
     let node = NodeName::Two;
-    let marker = format!("marker-{:016x}", rand::random::<u64>());
-    let recorder = Recorder::start(&mesh.topology.node(NodeName::One).netns, "uplink")?;
-    let mut chat = mesh.app.chat(&mesh.pod("client").place(), mesh.pod("server").v4.into())?;
-    let said = marker.clone();
-    let talk = std::thread::spawn(move || {
-        let mut answers = 0_u32;
-        while chat.ask(&said, SOON).is_ok_and(|answer| answer == said) {
-            answers += 1;
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        answers
-    });
+    let talk = Talk::begin(mesh, "client", "server")?;
     let place = mesh.topology.node(node);
     let (pin_path, no_cni) = (place.pin_path(), place.folder.join("no-cni"));
     let (pin_path, no_cni) = (pin_path.to_str().context("a path")?, no_cni.to_str().context("a path")?);
     let cgroup = place.cgroup.path().to_str().context("a path")?.to_owned();
     let gone = mesh.take_agent(node)?;
-    let begun = Instant::now();
     let output = mesh.agent_command(
         node,
         "uninstall",
@@ -315,18 +301,7 @@ pub fn uninstalled_under_a_connection(shared: &mut Shared) -> Result<()> {
         ],
     )?;
     ensure!(output.contains("Pods released"), "{output}");
-    let took = begun.elapsed();
-    let answers = talk.join().map_err(|_| anyhow::anyhow!("the talk panicked"))?;
-    let recording = recorder.finish()?;
-    suite::say(&format!(
-        "{answers} answers on the connection while the mesh left in {took:.1?}, {} bytes on the wire",
-        recording.len_bytes()
-    ));
-    ensure!(answers > 100, "it was cut at once, after {answers} answers");
-    ensure!(
-        !recording.contains(marker.as_bytes()),
-        "what was said under mutual TLS went in clear when the mesh left the node"
-    );
+    talk.end("the mesh left the node")?;
     gone.wait(PATIENTLY)?;
     // As before, for the checks that come.
     mesh.launch_agent(node)?;
